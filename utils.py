@@ -1,0 +1,218 @@
+"""Processes, random states, files that are never half-written, and logs: what all scripts share."""
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class InputError(Exception):
+    """Bad input, told in one line that names the place and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+@dataclass
+class World:
+    """This process among all; a script started without torchrun is rank 0 of a world of 1."""
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def start_processes(gpus):
+    """Joins torchrun's processes (NCCL on GPUs, gloo on CPUs); `gpus` is CUDA_VISIBLE_DEVICES, '' for the CPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # read when CUDA is first used, which is below
+    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in
+                              (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    use_cuda = gpus != "" and torch.cuda.is_available()
+    if gpus != "" and not use_cuda:
+        raise InputError(f"--gpus {gpus}: no CUDA device is usable here; leave the flag out to run on the CPU")
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise InputError(f"--gpus {gpus} gives {torch.cuda.device_count()} devices, but process {local_rank} of this machine "
+                         "wants one too; start as many processes as there are GPUs")
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=30))
+    return World(rank, local_rank, size, device)
+
+
+def sum_over_processes(values, world):
+    """Element-wise sums of a list of numbers over all processes, as floats."""
+    totals = torch.tensor(values, dtype=torch.float64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def gather_lists(items, world):
+    """The concatenation, on every process, of each process's list of picklable items."""
+    if world.size == 1:
+        return list(items)
+    parts = [None] * world.size
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
+def run_script(main, args):
+    """Calls main(args); bad input and lost processes become one line on stderr and exit code 1."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main(args)
+        code = 0
+    except InputError as error:
+        if rank > 0:
+            time.sleep(3)  # rank 0 says the same; torchrun ends this process meanwhile, unless only this one failed
+        print(f"error: {error}" if rank == 0 else f"error on process {rank}: {error}", file=sys.stderr, flush=True)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last saved state", file=sys.stderr, flush=True)
+        code = 130
+    except RuntimeError as error:
+        if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "NCCL", "Connection", "peer")):
+            raise
+        print(f"error on process {rank}: another process ended or is out of reach ({str(error).splitlines()[0][:120]}); see its "
+              "message; the same command with --resume goes on from the last saved state", file=sys.stderr, flush=True)
+        code = 1
+    if dist.is_initialized() and code:
+        os._exit(code)  # a process group whose peers are gone would hold up a normal end
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------- random states
+
+def set_seed(seed, rank=0):
+    """Seeds dropout with seed + rank; the order of samples and the choice of answers have seeds of their own (data.py)."""
+    random.seed(seed + rank)
+    torch.manual_seed(seed + rank)
+
+
+def random_states(device):
+    """This process's random states, for the resume file."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_states(states, device):
+    """Sets what random_states() returned."""
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+@contextmanager
+def new_file(path, mode="w"):
+    """A file that takes its name only when it is whole: after kill -9 the old one stands. InputError if it cannot be written."""
+    path = os.path.abspath(path)
+    temporary = f"{path}.{os.getpid()}.writing"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another path or make room") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def save_folder(folder, *writers):
+    """Calls each writer(temporary folder), then moves the files into `folder`, the weights last.
+
+    What else lies in the folder stays. Raises InputError if it cannot be written.
+    """
+    temporary = os.path.join(folder, ".writing")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        for writer in writers:
+            writer(temporary)
+        for name in sorted(os.listdir(temporary), key=lambda name: name.endswith(".safetensors")):
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+        os.rmdir(temporary)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); choose another path or make room") from None
+
+
+def check_writable(folder):
+    """InputError at the start, not after an epoch, if the model folder or the files beside it cannot be written."""
+    try:
+        os.makedirs(os.path.join(folder, ".writing"), exist_ok=True)
+        os.rmdir(os.path.join(folder, ".writing"))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); choose another path") from None
+    with new_file(f"{folder.rstrip('/')}.probe"):
+        pass
+    os.remove(f"{folder.rstrip('/')}.probe")
+
+
+def read_args(folder):
+    """What a checkpoint's args.json says, or {} where it has none."""
+    path = os.path.join(str(folder), "args.json")
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); mend it, or delete it to do without") from None
+
+
+# ---------------------------------------------------------------------------------------------------- logs
+
+class RunLog:
+    """Lines on the console, rows in a JSONL file and, if asked for, TensorBoard; silent on all but the main process."""
+
+    def __init__(self, path, is_main, keep_rows=0, tensorboard=None):
+        """Keeps the first `keep_rows` rows of the file, those that a resumed run has already written."""
+        self.path, self.is_main, self.rows, self.board = path, is_main, [], None
+        if not is_main:
+            return
+        if keep_rows and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                self.rows = file.read().split("\n")[:keep_rows]
+        with new_file(path) as file:
+            file.writelines(row + "\n" for row in self.rows)
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+            self.board = SummaryWriter(tensorboard)
+
+    def say(self, text):
+        if self.is_main:
+            print(text, flush=True)
+
+    def row(self, row, step):
+        """Appends a JSON row; its numbers go to TensorBoard at `step`."""
+        if not self.is_main:
+            return
+        self.rows.append(json.dumps(row))
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(self.rows[-1] + "\n")
+        for name, value in row.items():
+            if self.board and isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
