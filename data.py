@@ -68,7 +68,7 @@ def read_records(path, keep_contexts=None):
     for record in records:
         if "score" in first:
             record["ctxs"].sort(key=lambda c: float("-inf") if c.get("score") is None else float(c["score"]), reverse=True)
-        del record["ctxs"][keep_contexts:]
+        record["ctxs"] = record["ctxs"][:keep_contexts]
     return records
 
 

@@ -168,6 +168,12 @@ def check_writable(folder):
     os.remove(f"{folder.rstrip('/')}.probe")
 
 
+def write_json(path, content):
+    """`content` as indented JSON, whole or not at all."""
+    with new_file(path) as file:
+        json.dump(content, file, indent=2)
+
+
 def read_args(folder):
     """What a checkpoint's args.json says, or {} where it has none."""
     path = os.path.join(str(folder), "args.json")

@@ -1,0 +1,332 @@
+"""Trains a Fusion-in-Decoder reader (arXiv 2007.01282) epoch by epoch and keeps the checkpoint with the best dev EM.
+
+    python train_epoch.py OUT train.json dev.json --t5_name t5-base --num_contexts 100 --gpus 0
+    torchrun --standalone --nproc_per_node=8 train_epoch.py OUT train.json dev.json --data_test test.json \
+        --num_contexts 100 --batch_size 2 --grad_accumulation 4 --use_checkpoint --lr 1e-4 --gpus 0,1,2,3,4,5,6,7
+
+Written: OUT (the best reader, a T5 folder), OUT.jsonl (one row per evaluation) and OUT.state (everything that --resume
+needs to end with the weights of a run that was never stopped).
+"""
+import argparse
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import Collator, TrainSet, check_targets, plan_epoch, read_records, train_loader
+from model import FiDT5, load_tokenizer, load_torch_file
+from test import predict, summarize
+from utils import (InputError, RunLog, check_writable, gather_lists, new_file, random_states, restore_random_states, run_script,
+                   save_folder, set_seed, start_processes, sum_over_processes, write_json)
+
+# flags that may differ between a run and its resumption: they do not change the weights
+FREE_FLAGS = {"resume", "num_workers", "save_every", "gpus", "data_test", "batch_size_val", "tensorboard", "tqdm"}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder to write the best reader to; OUT.jsonl and OUT.state lie beside it")
+    parser.add_argument("data_train", help="training records: .json or .jsonl, may end in .gz")
+    parser.add_argument("data_val", help="dev records that choose the best checkpoint")
+
+    def group(title, **flags):
+        """Flags of one group as name=(default, help); the default's type is the flag's."""
+        section = parser.add_argument_group(title)
+        for name, (default, text, *options) in flags.items():
+            kind = {"action": "store_true"} if default is False else {"type": options[0] if options else type(default), "default": default}
+            if isinstance(kind.get("type"), list):
+                kind["choices"] = kind.pop("type")
+            shown = "" if default in (False, None, "") else f" (default: {default})"
+            section.add_argument(f"--{name}", help=text.replace("%", "%%") + shown, **kind)
+
+    group("data", data_test=(None, "records to evaluate the best checkpoint on at the end", str),
+          num_contexts=(5, "contexts per question"),
+          max_length=(250, "tokens per question and passage, cut at the right"),
+          answer_maxlength=(-1, "refuse targets of more tokens; -1 allows any length"),
+          num_workers=(0, "processes that tokenise"),
+          no_shuffle=(False, "keep the file's order and each record's first answer"))
+    group("model", t5_name=("t5-base", "checkpoint to start from: hub name or folder"),
+          dropout=(0.1, "dropout rate"),
+          use_checkpoint=(False, "recompute the encoder's activations in the backward pass to save memory"),
+          bf16=(False, "bfloat16 autocast; weights and optimizer stay float32"))
+    group("optimisation", batch_size=(1, "questions per process and micro-batch"),
+          batch_size_val=(2, "questions per process in evaluation"),
+          grad_accumulation=(1, "micro-batches per update"),
+          accumulate=("mean", "mean: an update's gradient is that of one large batch; sum: each micro-batch's mean gradient is "
+                      "added up, the scale of FiD and minFiD", ["mean", "sum"]),
+          epochs=(20, "passes over the training records"),
+          lr=(1e-5, "highest learning rate of the linear schedule"),
+          num_warmup_steps=(1000, "updates of linear warm-up"),
+          weight_decay=(0.01, "AdamW's weight decay, on all weights"),
+          clip=(1.0, "largest gradient norm"))
+    group("run", seed=(42, "seed of the order, the answers and (plus the rank) dropout"),
+          eval_every=(0, "also evaluate every that many updates; 0: at the end of epochs only"),
+          save_every=(0, "also save OUT.state every that many updates; 0: after evaluations only"),
+          resume=(False, "go on from OUT.state; without such a file, start"),
+          tensorboard=(False, "write to OUT.tensorboard as well (needs the package)"),
+          tqdm=(False, "show progress bars even if the output is not a terminal"),
+          gpus=("", "CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU"))
+    return parser.parse_args()
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything in it is in the resume state."""
+    epoch: int = 0
+    update: int = 0            # updates done in this epoch
+    total_updates: int = 0
+    best_em: float = -1.0
+    best_at: str = ""
+    rows: int = 0              # rows of the log written
+    loss: float = 0.0          # of this epoch: summed loss and what it is divided by
+    weight: float = 0.0
+    questions: float = 0.0
+    seconds: float = 0.0
+    curve: list = field(default_factory=list)  # loss of each update of this epoch
+
+
+@dataclass
+class Run:
+    """What the functions below share."""
+    args: argparse.Namespace
+    world: object
+    model: torch.nn.Module     # FiDT5, inside DistributedDataParallel if there are several processes
+    tokenizer: object
+    train_set: TrainSet
+    dev: list
+    collator: Collator
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    log: RunLog
+    progress: Progress
+
+    @property
+    def reader(self):
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+
+def check_args(args):
+    """InputError for flags that cannot work."""
+    for name, least in (("num_contexts", 1), ("max_length", 1), ("batch_size", 1), ("batch_size_val", 1), ("grad_accumulation", 1),
+                        ("epochs", 1), ("num_workers", 0), ("num_warmup_steps", 0), ("eval_every", 0), ("save_every", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} must be {least} or more, it is {getattr(args, name)}")
+    if not 0 <= args.dropout < 1 or args.lr <= 0 or args.clip <= 0:
+        raise InputError("--dropout must be in [0, 1), --lr and --clip above 0")
+
+
+def train_update(run, batches, count):
+    """One optimizer step over `count` micro-batches; returns (summed loss, its weight, questions) over all processes.
+
+    mean: the loss is summed over all target tokens of the update, on all processes, and divided by their number. sum: each
+    micro-batch's mean loss counts whole, as in FiD and minFiD (processes are averaged by DDP in both).
+    Raises InputError naming the records if the loss or the gradient is not finite; the weights are untouched then.
+    """
+    args, device, world = run.args, run.world.device, run.world
+    by_token = args.accumulate == "mean"
+    losses, weight, questions, places = [], 0, 0, []
+    for i in range(count):
+        batch = next(batches)
+        counted = batch["labels"] is not None
+        labels = batch["labels"] if counted else torch.full((len(batch["places"]), 1), -100)
+        last = i == count - 1  # gradients are exchanged once per update
+        with nullcontext() if last or world.size == 1 else run.model.no_sync():
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                loss, _ = run.model(batch["input_ids"].to(device), batch["attention_mask"].to(device), labels.to(device),
+                                    reduction="sum" if by_token else "mean")
+            loss.backward()
+        losses.append(loss.detach())
+        weight += int(labels.ne(-100).sum()) if by_token else int(counted)
+        questions += len(batch["places"]) if counted else 0
+        places.append(batch["places"])
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    losses = torch.stack(losses).tolist()
+    total, weight, questions = sum_over_processes([sum(losses), weight, questions], world)
+    if by_token:
+        torch._foreach_mul_([p.grad for p in parameters], world.size / weight)  # DDP has divided by the number of processes
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        own = [place for loss, batch in zip(losses, places) if math.isfinite(total) or not math.isfinite(loss) for place in batch]
+        ids = [run.train_set.records[place]["id"] for place in sorted(gather_lists(own, world))]
+        raise InputError(f"the {'gradient' if math.isfinite(total) else 'loss'} is not finite in update {run.progress.update + 1} of "
+                         f"epoch {run.progress.epoch}, records {', '.join(map(repr, ids))} of {args.data_train}; look at them, or "
+                         f"lower --lr; the best checkpoint so far is left in {args.model}")
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad()
+    return total, weight, questions
+
+
+def train_epoch(run):
+    """The rest of the current epoch, with the evaluations and saves that fall into it."""
+    args, world, progress = run.args, run.world, run.progress
+    plan = plan_epoch(len(run.train_set.records), progress.epoch, args.seed, not args.no_shuffle, args.batch_size,
+                      args.grad_accumulation, world.rank, world.size)
+    run.train_set.epoch = progress.epoch
+    batches = iter(train_loader(run.train_set, plan[progress.update:], run.collator, args.num_workers))
+    hidden = not world.is_main or (None if not args.tqdm else False)
+    bar = tqdm(plan, desc=f"epoch {progress.epoch}", initial=progress.update, leave=False, disable=hidden)
+    for update in plan[progress.update:]:
+        start = time.time()
+        total, weight, questions = train_update(run, batches, len(update))
+        progress.loss += total
+        progress.weight += weight
+        progress.questions += questions
+        progress.seconds += time.time() - start
+        progress.curve.append(round(total / weight, 5))
+        progress.update += 1
+        progress.total_updates += 1
+        bar.update()
+        bar.set_postfix(loss=f"{progress.curve[-1]:.3f}")
+        ends = progress.update == len(plan)
+        if ends or args.eval_every and progress.total_updates % args.eval_every == 0:
+            evaluate(run, ends)
+        elif args.save_every and progress.total_updates % args.save_every == 0:
+            save_state(run)
+    bar.close()
+
+
+def evaluate(run, end_of_epoch):
+    """Dev EM; a line and a log row; the best checkpoint if this is it; then the resume state."""
+    args, progress, start = run.args, run.progress, time.time()
+    rows = predict(run.reader, run.dev, run.tokenizer, run.world, num_contexts=args.num_contexts, max_length=args.max_length,
+                   batch_size=args.batch_size_val, num_workers=args.num_workers, bf16=args.bf16)
+    run.model.train()
+    em, f1, correct, count = summarize(rows)
+    is_best = em > progress.best_em
+    row = {"epoch": progress.epoch, "update": progress.total_updates, "loss": progress.loss / progress.weight, "dev_em": em,
+           "dev_f1": f1, "correct": correct, "count": count, "lr": run.scheduler.get_last_lr()[0],
+           "questions_per_second": progress.questions / progress.seconds, "seconds": progress.seconds,
+           "eval_seconds": time.time() - start, "best": is_best, "loss_curve": progress.curve}
+    run.log.say(f"epoch {progress.epoch:3d} | update {progress.total_updates:6d} | loss {row['loss']:.4f} | dev EM {em:6.2f} "
+                f"({correct}/{count}) | lr {row['lr']:.2e} | {row['questions_per_second']:.1f} questions/s | "
+                f"{progress.seconds:.0f} s + {row['eval_seconds']:.0f} s" + (" | best" if is_best else ""))
+    run.log.row(row, progress.total_updates)
+    progress.rows += 1
+    if is_best:
+        progress.best_em, progress.best_at = em, f"epoch {progress.epoch}, update {progress.total_updates}"
+        if run.world.is_main:
+            save_best(run)
+    if end_of_epoch:
+        run.progress = Progress(progress.epoch + 1, 0, progress.total_updates, progress.best_em, progress.best_at, progress.rows)
+    save_state(run)
+
+
+def save_best(run):
+    """The reader as a T5 folder with its tokenizer and args.json."""
+    args, progress = run.args, run.progress
+    info = {"dev_em": progress.best_em, "epoch": progress.epoch, "update": progress.total_updates,
+            "num_contexts": args.num_contexts, "max_length": args.max_length, "answer_maxlength": args.answer_maxlength,
+            "args": vars(args), "versions": versions()}
+    save_folder(args.model, run.reader.save_pretrained, run.tokenizer.save_pretrained,
+                lambda folder: write_json(os.path.join(folder, "args.json"), info))
+
+
+def save_state(run):
+    """OUT.state: weights, optimizer, schedule, every process's random states, the place in the epoch."""
+    states = gather_lists([random_states(run.world.device)], run.world)
+    if run.world.is_main:
+        with new_file(run.args.model.rstrip("/") + ".state", "wb") as file:
+            torch.save({"model": run.reader.state_dict(), "optimizer": run.optimizer.state_dict(),
+                        "scheduler": run.scheduler.state_dict(), "random": states, "progress": asdict(run.progress),
+                        "args": vars(run.args), "world_size": run.world.size}, file)
+
+
+def load_state(args, world):
+    """The resume state of this command, or None; InputError if it is of a run with other flags."""
+    path = args.model.rstrip("/") + ".state"
+    if not args.resume or not os.path.exists(path):
+        return None
+    state = load_torch_file(path)
+    now = vars(args) | {"number of processes": world.size}
+    then = state["args"] | {"number of processes": state["world_size"]}
+    other = [f"--{name} {then.get(name)} (now {now[name]})" for name in now if name not in FREE_FLAGS and then.get(name) != now[name]]
+    if other:
+        raise InputError(f"{path} is of a run with {', '.join(other)}; give the same flags, or leave out --resume to start anew")
+    return state
+
+
+def versions():
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def describe(run, updates_per_epoch):
+    """The lines that a run starts with."""
+    args, world = run.args, run.world
+    say, found = run.log.say, ", ".join(f"{name} {version}" for name, version in versions().items())
+    idle = torch.cuda.device_count() if args.gpus == "" and os.path.exists("/dev/nvidia0") else 0
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    say(f"{world.size} process(es) on {name}; {found}" + ("; a GPU is here but unused: --gpus 0" if idle else ""))
+    say(f"{len(run.train_set.records)} training and {len(run.dev)} dev questions, {args.num_contexts} contexts of at most "
+        f"{args.max_length} tokens; {sum(p.numel() for p in run.reader.parameters()):,} parameters")
+    say(f"effective batch {args.batch_size * args.grad_accumulation * world.size} = {args.batch_size} questions x "
+        f"{args.grad_accumulation} micro-batches x {world.size} processes ({args.accumulate}); {updates_per_epoch} updates per epoch, "
+        f"{updates_per_epoch * args.epochs} in all, {args.num_warmup_steps} of warm-up")
+    if args.num_warmup_steps >= updates_per_epoch * args.epochs:
+        say(f"warning: --num_warmup_steps {args.num_warmup_steps} is not reached, the learning rate never gets to {args.lr:g}")
+
+
+def set_up(args, world):
+    """Everything read and built, from the start or from OUT.state: (Run, updates per epoch)."""
+    train, dev = read_records(args.data_train, args.num_contexts), read_records(args.data_val, args.num_contexts)
+    if not any(record["answers"] for record in dev):
+        raise InputError(f"{args.data_val}: no record has 'answers', so no checkpoint can be chosen by it")
+    if world.is_main:
+        check_writable(args.model)
+    state = load_state(args, world)
+    tokenizer = load_tokenizer(args.t5_name, args.t5_name)
+    check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
+    reader = FiDT5.from_pretrained(args.t5_name, dropout=args.dropout).to(world.device)
+    reader.config.passage_stride = args.max_length
+    reader.set_checkpoint(args.use_checkpoint)
+    reader.train()
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    updates_per_epoch = math.ceil(len(train) / (args.batch_size * args.grad_accumulation * world.size))
+    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, args.num_warmup_steps, updates_per_epoch * args.epochs)
+    progress = Progress()
+    if state:
+        reader.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        progress = Progress(**state["progress"])
+    model = reader
+    if world.size > 1:
+        model = DistributedDataParallel(reader, [world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
+    base = args.model.rstrip("/")
+    log = RunLog(base + ".jsonl", world.is_main, progress.rows, base + ".tensorboard" if args.tensorboard else None)
+    run = Run(args, world, model, tokenizer, TrainSet(train, args.seed, not args.no_shuffle), dev,
+              Collator(tokenizer, args.num_contexts, args.max_length), optimizer, scheduler, log, progress)
+    if state:
+        restore_random_states(state["random"][world.rank], world.device)
+    return run, updates_per_epoch
+
+
+def main(args):
+    check_args(args)
+    world = start_processes(args.gpus)
+    set_seed(args.seed, world.rank)
+    run, updates_per_epoch = set_up(args, world)
+    describe(run, updates_per_epoch)
+    if run.progress.total_updates:
+        run.log.say(f"resuming after {run.progress.total_updates} updates, in epoch {run.progress.epoch}")
+    start = time.time()
+    while run.progress.epoch < args.epochs:
+        train_epoch(run)
+    run.log.say(f"done in {time.time() - start:.0f} s; best dev EM {run.progress.best_em:.2f} ({run.progress.best_at}) in {args.model}")
+    if args.data_test:
+        reader, records = FiDT5.from_pretrained(args.model).to(world.device), read_records(args.data_test, args.num_contexts)
+        rows = predict(reader, records, run.tokenizer, world, num_contexts=args.num_contexts, max_length=args.max_length,
+                       batch_size=args.batch_size_val, num_workers=args.num_workers, bf16=args.bf16)
+        em, f1, correct, count = summarize(rows)
+        run.log.say(f"test EM {em:.2f} ({correct}/{count}), F1 {f1:.2f} with the best checkpoint on {args.data_test}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
