@@ -29,7 +29,7 @@ def read_json(path):
     try:
         with open_text(path) as file:
             if name.endswith(".jsonl"):
-                return [(parse_json(line, path, number), f"{path}:{number}")
+                return [(parse_json(line.rstrip("\n"), path, number), f"{path}:{number}")
                         for number, line in enumerate(file, 1) if line.strip()]
             text = file.read()
     except FileNotFoundError:
