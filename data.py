@@ -5,6 +5,7 @@ A record is a JSON object per question: `question` (or `query`), `answers` (or `
 """
 import gzip
 import json
+import os
 import random
 import zlib
 
@@ -207,15 +208,21 @@ def plan_epoch(num_records, epoch, seed, shuffle, batch_size, accumulation, rank
     return updates
 
 
+def make_loader(samples, batches, collator, num_workers):
+    """Batches of the listed places, in order; it draws nothing from the global random state."""
+    if num_workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+    return torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=collator, num_workers=num_workers,
+                                       generator=torch.Generator())
+
+
 def train_loader(dataset, updates, collator, num_workers):
-    """Batches of the planned updates, in order; it draws nothing from the global random state."""
-    return torch.utils.data.DataLoader(dataset, batch_sampler=[batch for update in updates for batch in update],
-                                       collate_fn=collator, num_workers=num_workers, generator=torch.Generator())
+    """The batches of planned updates, one after another."""
+    return make_loader(dataset, [batch for update in updates for batch in update], collator, num_workers)
 
 
 def eval_loader(records, batch_size, collator, num_workers, rank=0, world_size=1):
     """Batches of consecutive records, strided over the processes: each record once, in the same batch for any number of them."""
     batches = [list(range(i, min(i + batch_size, len(records)))) for i in range(0, len(records), batch_size)]
     samples = [(place, record, None) for place, record in enumerate(records)]
-    return torch.utils.data.DataLoader(samples, batch_sampler=batches[rank::world_size], collate_fn=collator,
-                                       num_workers=num_workers, generator=torch.Generator())
+    return make_loader(samples, batches[rank::world_size], collator, num_workers)

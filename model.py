@@ -26,7 +26,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from utils import InputError, read_args
 
-CHUNK_TOKENS = 4096  # the encoder's activations of one chunk stay in a CPU's cache
+CHUNK_TOKENS = {"cpu": 4096, "cuda": 65536}  # encoded at a time: little padding, a CPU's cache or a GPU well used
 CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 CLASSES = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}  # v1.1, Flan and ByT5 are "t5" or "mt5"
@@ -97,11 +97,9 @@ class EncoderWrapper(nn.Module):
         """(passage numbers, length) of each chunk: passages by length, at most CHUNK_TOKENS tokens, empty ones left out."""
         lengths = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
         lengths, order = lengths.sort(descending=True, stable=True)
-        lengths, start = lengths.tolist(), 0
-        while start < len(lengths) and lengths[start] > 0:
-            end = start + max(1, CHUNK_TOKENS // lengths[start])
-            while lengths[min(end, len(lengths)) - 1] == 0:
-                end = min(end, len(lengths)) - 1
+        lengths, start = [n for n in lengths.tolist() if n > 0], 0
+        while start < len(lengths):
+            end = min(len(lengths), start + max(1, CHUNK_TOKENS[mask.device.type] // lengths[start]))
             yield order[start:end], lengths[start]
             start = end
 
@@ -226,7 +224,8 @@ class FiDT5(nn.Module):
         if weights is None:
             weights = read_weights(folder)
         if weights is None:
-            print(f"{path_or_name}: no weights there, starting from random initialisation", flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{path_or_name}: no weights there, starting from random initialisation", flush=True)
             t5 = CLASSES[config.model_type](config)
             if separate_head:
                 t5.lm_head.weight = nn.Parameter(torch.randn_like(t5.lm_head.weight) * config.d_model ** -0.5)

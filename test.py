@@ -18,30 +18,30 @@ from tqdm import tqdm
 from data import Collator, eval_loader, read_records
 from metrics import exact_match, f1
 from model import FiDT5, load_tokenizer, read_training_args
-from utils import InputError, gather_lists, new_file, run_script, start_processes
+from utils import HelpFormatter, InputError, gather_lists, new_file, run_script, start_processes
 
 UNKNOWN = {"num_contexts": 5, "max_length": 200}  # minFiD's defaults, for checkpoints that do not say
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("model", help="checkpoint folder, minFiD file or hub name")
     parser.add_argument("data", help="records to answer: .json or .jsonl, may end in .gz")
     parser.add_argument("--num_contexts", type=int, nargs="+", metavar="N",
-                        help="contexts per question, one table row each; 0 asks without any (default: as trained, else 5)")
-    parser.add_argument("--max_length", type=int, help="tokens per question and passage (default: as trained, else 200)")
-    parser.add_argument("--answer_maxlength", type=int, default=50, help="most tokens to generate (default: %(default)s)")
-    parser.add_argument("--num_beams", type=int, default=1, help="beams; 1 is greedy (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16, help="questions per batch and process (default: %(default)s)")
+                        help="contexts per question, one table row each; 0 asks without any; not given: as trained, else 5")
+    parser.add_argument("--max_length", type=int, help="tokens per question and passage; not given: as trained, else 200")
+    parser.add_argument("--answer_maxlength", type=int, default=50, help="most tokens to generate")
+    parser.add_argument("--num_beams", type=int, default=1, help="beams; 1 is greedy")
+    parser.add_argument("--batch_size", type=int, default=16, help="questions per batch and process")
     parser.add_argument("--pred", metavar="FILE", help="write predictions: tab-separated index, prediction, golds, score as "
                         "minFiD does, or JSONL if FILE ends in .jsonl; with several --num_contexts one file each")
     parser.add_argument("--scores", metavar="FILE", help="write the records back with each context's cross-attention score "
                         "as 'score' (the given one is kept as 'retrieval_score'); .json or .jsonl")
     parser.add_argument("--t5_name", default="t5-base",
-                        help="whose tokenizer to use if the checkpoint carries none (default: %(default)s)")
+                        help="whose tokenizer to use if the checkpoint carries none")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that tokenise (default: %(default)s)")
-    parser.add_argument("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU (default: empty)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that tokenise")
+    parser.add_argument("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU")
     return parser.parse_args()
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import Collator, TrainSet, check_targets, plan_epoch, read_records, train_loader
 from model import FiDT5, load_tokenizer, load_torch_file
 from test import predict, summarize
-from utils import (InputError, RunLog, check_writable, gather_lists, new_file, random_states, restore_random_states, run_script,
+from utils import (HelpFormatter, InputError, RunLog, check_writable, gather_lists, new_file, random_states, restore_random_states, run_script,
                    save_folder, set_seed, start_processes, sum_over_processes, write_json)
 
 # flags that may differ between a run and its resumption: they do not change the weights
@@ -31,48 +31,42 @@ FREE_FLAGS = {"resume", "num_workers", "save_every", "gpus", "data_test", "batch
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder to write the best reader to; OUT.jsonl and OUT.state lie beside it")
-    parser.add_argument("data_train", help="training records: .json or .jsonl, may end in .gz")
-    parser.add_argument("data_val", help="dev records that choose the best checkpoint")
-
-    def group(title, **flags):
-        """Flags of one group as name=(default, help); the default's type is the flag's."""
-        section = parser.add_argument_group(title)
-        for name, (default, text, *options) in flags.items():
-            kind = {"action": "store_true"} if default is False else {"type": options[0] if options else type(default), "default": default}
-            if isinstance(kind.get("type"), list):
-                kind["choices"] = kind.pop("type")
-            shown = "" if default in (False, None, "") else f" (default: {default})"
-            section.add_argument(f"--{name}", help=text.replace("%", "%%") + shown, **kind)
-
-    group("data", data_test=(None, "records to evaluate the best checkpoint on at the end", str),
-          num_contexts=(5, "contexts per question"),
-          max_length=(250, "tokens per question and passage, cut at the right"),
-          answer_maxlength=(-1, "refuse targets of more tokens; -1 allows any length"),
-          num_workers=(0, "processes that tokenise"),
-          no_shuffle=(False, "keep the file's order and each record's first answer"))
-    group("model", t5_name=("t5-base", "checkpoint to start from: hub name or folder"),
-          dropout=(0.1, "dropout rate"),
-          use_checkpoint=(False, "recompute the encoder's activations in the backward pass to save memory"),
-          bf16=(False, "bfloat16 autocast; weights and optimizer stay float32"))
-    group("optimisation", batch_size=(1, "questions per process and micro-batch"),
-          batch_size_val=(2, "questions per process in evaluation"),
-          grad_accumulation=(1, "micro-batches per update"),
-          accumulate=("mean", "mean: an update's gradient is that of one large batch; sum: each micro-batch's mean gradient is "
-                      "added up, the scale of FiD and minFiD", ["mean", "sum"]),
-          epochs=(20, "passes over the training records"),
-          lr=(1e-5, "highest learning rate of the linear schedule"),
-          num_warmup_steps=(1000, "updates of linear warm-up"),
-          weight_decay=(0.01, "AdamW's weight decay, on all weights"),
-          clip=(1.0, "largest gradient norm"))
-    group("run", seed=(42, "seed of the order, the answers and (plus the rank) dropout"),
-          eval_every=(0, "also evaluate every that many updates; 0: at the end of epochs only"),
-          save_every=(0, "also save OUT.state every that many updates; 0: after evaluations only"),
-          resume=(False, "go on from OUT.state; without such a file, start"),
-          tensorboard=(False, "write to OUT.tensorboard as well (needs the package)"),
-          tqdm=(False, "show progress bars even if the output is not a terminal"),
-          gpus=("", "CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("model", help="folder to write the best reader to; OUT.jsonl and OUT.state lie beside it")
+    add("data_train", help="training records: .json or .jsonl, may end in .gz")
+    add("data_val", help="dev records, which choose the best checkpoint")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_test", help="records to evaluate the best checkpoint on at the end")
+    add("--num_contexts", type=int, default=5, help="contexts per question")
+    add("--max_length", type=int, default=250, help="tokens per question and passage, cut at the right")
+    add("--answer_maxlength", type=int, default=-1, help="refuse targets of more tokens; -1 allows any length")
+    add("--num_workers", type=int, default=0, help="processes that tokenise")
+    add("--no_shuffle", action="store_true", help="keep the file's order and each record's first answer")
+    add = parser.add_argument_group("model").add_argument
+    add("--t5_name", default="t5-base", help="checkpoint to start from: hub name or folder")
+    add("--dropout", type=float, default=0.1, help="dropout rate")
+    add("--use_checkpoint", action="store_true", help="recompute the encoder's activations in the backward pass to save memory")
+    add("--bf16", action="store_true", help="bfloat16 autocast; weights and optimizer stay float32")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size", type=int, default=1, help="questions per process and micro-batch")
+    add("--batch_size_val", type=int, default=2, help="questions per process in evaluation")
+    add("--grad_accumulation", type=int, default=1, help="micro-batches per update")
+    add("--accumulate", choices=["mean", "sum"], default="mean", help="mean: an update's gradient is that of one large batch; sum: "
+        "the micro-batches' mean gradients are added up, the scale of FiD and minFiD")
+    add("--epochs", type=int, default=20, help="passes over the training records")
+    add("--lr", type=float, default=1e-5, help="highest learning rate of the linear schedule")
+    add("--num_warmup_steps", type=int, default=1000, help="updates of linear warm-up")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay, on all weights")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=int, default=42, help="seed of the order, the answers and (plus the rank) dropout")
+    add("--eval_every", type=int, default=0, help="also evaluate every that many updates; 0: at the end of epochs only")
+    add("--save_every", type=int, default=0, help="also save OUT.state every that many updates; 0: after evaluations only")
+    add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
+    add("--tensorboard", action="store_true", help="write to OUT.tensorboard as well (needs the package)")
+    add("--tqdm", action="store_true", help="show progress bars even if the output is not a terminal")
+    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
     return parser.parse_args()
 
 
@@ -261,7 +255,7 @@ def describe(run, updates_per_epoch):
     """The lines that a run starts with."""
     args, world = run.args, run.world
     say, found = run.log.say, ", ".join(f"{name} {version}" for name, version in versions().items())
-    idle = torch.cuda.device_count() if args.gpus == "" and os.path.exists("/dev/nvidia0") else 0
+    idle = args.gpus == "" and os.path.exists("/dev/nvidia0")
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     say(f"{world.size} process(es) on {name}; {found}" + ("; a GPU is here but unused: --gpus 0" if idle else ""))
     say(f"{len(run.train_set.records)} training and {len(run.dev)} dev questions, {args.num_contexts} contexts of at most "
@@ -269,6 +263,8 @@ def describe(run, updates_per_epoch):
     say(f"effective batch {args.batch_size * args.grad_accumulation * world.size} = {args.batch_size} questions x "
         f"{args.grad_accumulation} micro-batches x {world.size} processes ({args.accumulate}); {updates_per_epoch} updates per epoch, "
         f"{updates_per_epoch * args.epochs} in all, {args.num_warmup_steps} of warm-up")
+    if os.path.exists(args.model.rstrip("/") + ".state") and not args.resume:
+        say(f"note: {args.model} is of an earlier run; this one replaces it (--resume would go on with it)")
     if args.num_warmup_steps >= updates_per_epoch * args.epochs:
         say(f"warning: --num_warmup_steps {args.num_warmup_steps} is not reached, the learning rate never gets to {args.lr:g}")
 
@@ -292,7 +288,11 @@ def set_up(args, world):
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, args.num_warmup_steps, updates_per_epoch * args.epochs)
     progress = Progress()
     if state:
-        reader.load_state_dict(state["model"])
+        try:
+            reader.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise InputError(f"{args.model}.state holds the weights of another model than --t5_name {args.t5_name} "
+                             f"({str(error).splitlines()[1].strip()}); leave out --resume to start anew") from None
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         progress = Progress(**state["progress"])

@@ -1,4 +1,5 @@
 """Processes, random states, files that are never half-written, and logs: what all scripts share."""
+import argparse
 import json
 import os
 import random
@@ -15,6 +16,10 @@ import torch.distributed as dist
 
 class InputError(Exception):
     """Bad input, told in one line that names the place and the remedy."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with every flag's default, under a description whose lines stay as written."""
 
 
 # ---------------------------------------------------------------------------------------------------- processes
