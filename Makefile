@@ -8,7 +8,7 @@ DEMO = out/demo
 demo: .venv/ready
 	$(BIN)/python toy/world.py --out toy/data
 	$(BIN)/python train_epoch.py $(DEMO) toy/data/train.json toy/data/dev.json --t5_name toy/t5-tiny --num_contexts 10 \
-		--max_length 100 --batch_size 16 --batch_size_val 64 --epochs 3 --lr 5e-4 --num_warmup_steps 20 --dropout 0
+		--max_length 100 --batch_size 8 --batch_size_val 64 --epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0
 	$(BIN)/python test.py $(DEMO) toy/data/test.json --num_contexts 0 1 2 5 10 --batch_size 64
 
 test: .venv/ready-dev

@@ -1,6 +1,7 @@
 """Pre-trains the tiny T5 that the demo starts from, as a real user starts from t5-base.
 
-    python toy/pretrain.py --steps 9000 --bf16     # half an hour on 2 cores; its log is toy/t5-tiny/pretrain.jsonl
+    python toy/pretrain.py --steps 9000 --bf16      # half an hour on 2 cores; the log is toy/t5-tiny/pretrain.jsonl
+    python toy/pretrain.py --steps 1500 --bf16 --init toy/t5-tiny --shared 0.25 --lr 5e-4 --seed 8
 
 Two tasks on freshly generated worlds: span corruption (T5 section 3.1.4: 15 % of the tokens in spans of 3 on average) and
 reading ONE passage, which one time in two is a look-alike that does not hold the answer (target "no answer"). Passages are
@@ -103,8 +104,14 @@ class Pretexts:
             sentences = [s for s in sentences if s in kept]
         return f"title: {passage['title']} context: {' '.join(text for _, text in sentences)}"
 
-    def read(self, crop=False):
-        """(input, target): a question and one passage, which one time in two does not answer it."""
+    def read(self, crop=False, shared=0.0):
+        """(input, target): a question and one passage, which one time in two does not answer it.
+
+        A share of the questions asks what two people have in common; one passage can then but narrow the answer to a
+        guess, and fusing two such passages is left to the fine-tuning.
+        """
+        if shared and self.rng.random() < shared:
+            return self.read_half(crop)
         entity, relation = self.rng.choice(self.facts)
         question, answers = world.ask(self.rng, entity, relation)
         target = self.rng.choice(answers)
@@ -113,11 +120,23 @@ class Pretexts:
             passage, target = self.lookalike(entity["name"], relation), NO_ANSWER
         return f"question: {question} {self.show(passage, relation, crop)}", target
 
+    def read_half(self, crop):
+        """(input, target) of a two-passage question with the passage of one of the two people, or of neither."""
+        question, _, pair = world.ask_shared(self.rng, self.entities)
+        person = self.rng.choice(pair)
+        passage = next(p for p in self.about[person["name"]] if "hobby" in p["relations"])
+        target = self.rng.choice(person["facts"]["hobby"])
+        if self.rng.random() < 0.4:
+            passage, target = self.lookalike(person["name"], "hobby"), NO_ANSWER
+            if passage["title"] in question and "hobby" in passage["relations"]:  # the other one's
+                return self.read_half(crop)
+        return f"question: {question} {self.show(passage, 'hobby', crop)}", target
+
     def plain(self):
         return self.show(self.rng.choice(self.passages), None, False)
 
 
-def make_batch(texts, rng, tokenizer, batch_size, span, crop):
+def make_batch(texts, rng, tokenizer, batch_size, span, crop, shared):
     """Padded input_ids, attention_mask, labels of one task drawn for the whole batch."""
     if rng.random() < span:
         sentinels = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(NUM_SENTINELS)]
@@ -125,7 +144,7 @@ def make_batch(texts, rng, tokenizer, batch_size, span, crop):
         pairs = [corrupt_spans(rng, ids, sentinels, tokenizer.eos_token_id) for ids in plain]
         sources, targets = [a for a, _ in pairs], [b for _, b in pairs]
     else:
-        pairs = [texts.read(rng.random() < crop) for _ in range(batch_size)]
+        pairs = [texts.read(rng.random() < crop, shared) for _ in range(batch_size)]
         sources = tokenizer([a for a, _ in pairs], add_special_tokens=False)["input_ids"]
         targets = tokenizer([b for _, b in pairs])["input_ids"]
     pad = torch.nn.utils.rnn.pad_sequence
@@ -168,24 +187,29 @@ def reading_accuracy(model, tokenizer, seed, count=400):
 def main(args):
     out, rng = Path(args.out), random.Random(args.seed)
     torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer(rng)
+    tokenizer = T5Tokenizer.from_pretrained(args.init) if args.init else make_tokenizer(rng)
     config = T5Config(vocab_size=len(tokenizer), d_model=128, d_kv=32, num_heads=4, d_ff=512, num_layers=4,
                       num_decoder_layers=3, dropout_rate=0.0, decoder_start_token_id=0)
     config._attn_implementation = "eager"  # faster than SDPA at these sizes: no mask is expanded
-    model = T5ForConditionalGeneration(config)
-    start_matching(model)
+    if args.init:
+        model = T5ForConditionalGeneration.from_pretrained(args.init, attn_implementation="eager")
+    else:
+        model = T5ForConditionalGeneration(config)
+        start_matching(model)
     tokenizer.save_pretrained(out)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
     decay_from = int(args.steps * 0.7)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
         1, (s + 1) / 300, max(args.steps - s, 1) / (args.steps - decay_from)))
-    log, start, losses = open(out / "pretrain.jsonl", "w"), time.time(), []
+    log, start, losses = open(out / "pretrain.jsonl", "a" if args.init else "w"), time.time(), []
+    print(json.dumps({"args": vars(args)}), file=log, flush=True)
     for step in tqdm(range(1, args.steps + 1), disable=None):
         if step % 25 == 1:
             texts = Pretexts(rng)
         ids, mask, labels = make_batch(texts, rng, tokenizer, args.batch_size, args.span,
-                                       crop=max(0.15, 1 - 2.5 * step / args.steps))
+                                       crop=0.15 if args.init else max(0.15, 1 - 2.5 * step / args.steps),
+                                       shared=args.shared)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
@@ -211,6 +235,8 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=64, help="examples per update (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--span", type=float, default=0.05, help="share of span-corruption batches (default: %(default)s)")
+    parser.add_argument("--shared", type=float, default=0.0, help="share of two-passage questions (default: %(default)s)")
+    parser.add_argument("--init", help="go on from this folder's weights, with a warm-up and whole passages")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--log_every", type=int, default=250, help="updates per log row (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="seed of worlds and weights (default: %(default)s)")
