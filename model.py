@@ -280,7 +280,8 @@ def read_config(folder):
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no usable config.json ({str(error).strip().splitlines()[0]}); give a T5 model folder") from None
+        raise InputError(f"{folder}: no usable config.json ({str(error).strip().splitlines()[0]}); "
+                         "give a T5 model folder") from None
     if config.model_type not in CLASSES:
         raise InputError(f"{folder}: is a {config.model_type} model; the reader needs T5, T5 v1.1, Flan-T5, mT5 or ByT5")
     return config

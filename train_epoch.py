@@ -23,8 +23,8 @@ from tqdm import tqdm
 from data import Collator, TrainSet, check_targets, plan_epoch, read_records, train_loader
 from model import FiDT5, load_tokenizer, load_torch_file
 from test import predict, summarize
-from utils import (HelpFormatter, InputError, RunLog, check_writable, gather_lists, new_file, random_states, restore_random_states, run_script,
-                   save_folder, set_seed, start_processes, sum_over_processes, write_json)
+from utils import (HelpFormatter, InputError, RunLog, check_writable, gather_lists, new_file, random_states,
+                   restore_random_states, run_script, save_folder, set_seed, start_processes, sum_over_processes, write_json)
 
 # flags that may differ between a run and its resumption: they do not change the weights
 FREE_FLAGS = {"resume", "num_workers", "save_every", "gpus", "data_test", "batch_size_val", "tensorboard", "tqdm"}
@@ -149,9 +149,10 @@ def train_update(run, batches, count):
     if not (math.isfinite(total) and math.isfinite(norm)):
         own = [place for loss, batch in zip(losses, places) if math.isfinite(total) or not math.isfinite(loss) for place in batch]
         ids = [run.train_set.records[place]["id"] for place in sorted(gather_lists(own, world))]
-        raise InputError(f"the {'gradient' if math.isfinite(total) else 'loss'} is not finite in update {run.progress.update + 1} of "
-                         f"epoch {run.progress.epoch}, records {', '.join(map(repr, ids))} of {args.data_train}; look at them, or "
-                         f"lower --lr; the best checkpoint so far is left in {args.model}")
+        what = "gradient" if math.isfinite(total) else "loss"
+        raise InputError(f"the {what} is not finite in update {run.progress.update + 1} of epoch {run.progress.epoch}, records "
+                         f"{', '.join(map(repr, ids))} of {args.data_train}; look at them, or lower --lr; "
+                         f"the best checkpoint so far is left in {args.model}")
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad()
@@ -209,7 +210,8 @@ def evaluate(run, end_of_epoch):
         if run.world.is_main:
             save_best(run)
     if end_of_epoch:
-        run.progress = Progress(progress.epoch + 1, 0, progress.total_updates, progress.best_em, progress.best_at, progress.rows)
+        run.progress = Progress(progress.epoch + 1, total_updates=progress.total_updates, best_em=progress.best_em,
+                                best_at=progress.best_at, rows=progress.rows)
     save_state(run)
 
 
@@ -241,7 +243,8 @@ def load_state(args, world):
     state = load_torch_file(path)
     now = vars(args) | {"number of processes": world.size}
     then = state["args"] | {"number of processes": state["world_size"]}
-    other = [f"--{name} {then.get(name)} (now {now[name]})" for name in now if name not in FREE_FLAGS and then.get(name) != now[name]]
+    other = [f"--{name} {then.get(name)} (now {now[name]})" for name in now
+             if name not in FREE_FLAGS and then.get(name) != now[name]]
     if other:
         raise InputError(f"{path} is of a run with {', '.join(other)}; give the same flags, or leave out --resume to start anew")
     return state
@@ -261,8 +264,8 @@ def describe(run, updates_per_epoch):
     say(f"{len(run.train_set.records)} training and {len(run.dev)} dev questions, {args.num_contexts} contexts of at most "
         f"{args.max_length} tokens; {sum(p.numel() for p in run.reader.parameters()):,} parameters")
     say(f"effective batch {args.batch_size * args.grad_accumulation * world.size} = {args.batch_size} questions x "
-        f"{args.grad_accumulation} micro-batches x {world.size} processes ({args.accumulate}); {updates_per_epoch} updates per epoch, "
-        f"{updates_per_epoch * args.epochs} in all, {args.num_warmup_steps} of warm-up")
+        f"{args.grad_accumulation} micro-batches x {world.size} processes ({args.accumulate}); "
+        f"{updates_per_epoch} updates per epoch, {updates_per_epoch * args.epochs} in all, {args.num_warmup_steps} of warm-up")
     if os.path.exists(args.model.rstrip("/") + ".state") and not args.resume:
         say(f"note: {args.model} is of an earlier run; this one replaces it (--resume would go on with it)")
     if args.num_warmup_steps >= updates_per_epoch * args.epochs:
@@ -298,7 +301,8 @@ def set_up(args, world):
         progress = Progress(**state["progress"])
     model = reader
     if world.size > 1:
-        model = DistributedDataParallel(reader, [world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
+        devices = [world.device] if world.device.type == "cuda" else None
+        model = DistributedDataParallel(reader, devices, gradient_as_bucket_view=True)
     base = args.model.rstrip("/")
     log = RunLog(base + ".jsonl", world.is_main, progress.rows, base + ".tensorboard" if args.tensorboard else None)
     run = Run(args, world, model, tokenizer, TrainSet(train, args.seed, not args.no_shuffle), dev,
@@ -313,17 +317,19 @@ def main(args):
     world = start_processes(args.gpus)
     set_seed(args.seed, world.rank)
     run, updates_per_epoch = set_up(args, world)
+    test_records = read_records(args.data_test, args.num_contexts) if args.data_test else None  # now, not after the training
     describe(run, updates_per_epoch)
     if run.progress.total_updates:
         run.log.say(f"resuming after {run.progress.total_updates} updates, in epoch {run.progress.epoch}")
     start = time.time()
     while run.progress.epoch < args.epochs:
         train_epoch(run)
-    run.log.say(f"done in {time.time() - start:.0f} s; best dev EM {run.progress.best_em:.2f} ({run.progress.best_at}) in {args.model}")
-    if args.data_test:
-        reader, records = FiDT5.from_pretrained(args.model).to(world.device), read_records(args.data_test, args.num_contexts)
-        rows = predict(reader, records, run.tokenizer, world, num_contexts=args.num_contexts, max_length=args.max_length,
-                       batch_size=args.batch_size_val, num_workers=args.num_workers, bf16=args.bf16)
+    best = f"best dev EM {run.progress.best_em:.2f} ({run.progress.best_at})"
+    run.log.say(f"done in {time.time() - start:.0f} s; {best} in {args.model}")
+    if test_records:
+        rows = predict(FiDT5.from_pretrained(args.model).to(world.device), test_records, run.tokenizer, world,
+                       num_contexts=args.num_contexts, max_length=args.max_length, batch_size=args.batch_size_val,
+                       num_workers=args.num_workers, bf16=args.bf16)
         em, f1, correct, count = summarize(rows)
         run.log.say(f"test EM {em:.2f} ({correct}/{count}), F1 {f1:.2f} with the best checkpoint on {args.data_test}")
 

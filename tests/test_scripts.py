@@ -84,7 +84,7 @@ def test_the_split_of_a_batch_does_not_matter(tiny, records_file, tmp_path, accu
 
 def test_sum_is_the_originals_gradient_scale(tiny, records_file, tmp_path):
     """Without clipping in reach, k accumulated micro-batches have k times the gradient of their mean (FiD, minFiD)."""
-    from data import Collator, TrainSet, plan_epoch, read_records, train_loader
+    from data import plan_epoch, train_loader
     import train_epoch as script
     norms = {}
     for accumulate in ("mean", "sum"):
@@ -198,6 +198,7 @@ def test_bad_input_is_one_line_and_exit_code_1(tiny, records_file, tmp_path):
     assert "none.json: no such file" in train(data=tmp_path / "none.json")
     assert "no such folder or file" in train(t5="google/no-such-t5")
     assert "--num_contexts must be 1 or more, it is 0" in train("--num_contexts", 0)
+    assert "later.json: no such file" in train("--data_test", tmp_path / "later.json")
     assert "--answer_maxlength allows 2" in train("--answer_maxlength", 2)
     (tmp_path / "file").write_text("")
     assert "cannot be written" in train(out=tmp_path / "file" / "m")
