@@ -150,6 +150,12 @@ class FiDT5(nn.Module):
         for block in self.t5.encoder.encoder.block:
             block.use_checkpoint = use_checkpoint
 
+    def check_tokenizer(self, tokenizer):
+        """InputError if the tokenizer has ids that the model has no embedding for."""
+        if len(tokenizer) > self.t5.shared.num_embeddings:
+            raise InputError(f"the tokenizer has {len(tokenizer)} ids, the model embeds {self.t5.shared.num_embeddings}; name the "
+                             "model that the tokenizer belongs to with --t5_name")
+
     def encode(self, input_ids, attention_mask):
         """Memory of the (B, N, L) passages; makes the decoder ready for it."""
         memory = self.t5.encoder(input_ids, attention_mask, getattr(self.config, "passage_stride", None))

@@ -122,6 +122,7 @@ def main(args):
     records = read_records(args.data)
     tokenizer = load_tokenizer(args.model, args.t5_name)
     model = FiDT5.from_pretrained(args.model).to(world.device)
+    model.check_tokenizer(tokenizer)
     model.config.passage_stride = args.max_length  # the originals padded to it; only a released reader's bias sees it
     unscored = sum(not record["answers"] for record in records)
     say(f"{len(records)} questions" + (f", {unscored} of them without answers: predicted, not scored" if unscored else "")

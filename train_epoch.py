@@ -283,6 +283,7 @@ def set_up(args, world):
     tokenizer = load_tokenizer(args.t5_name, args.t5_name)
     check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
     reader = FiDT5.from_pretrained(args.t5_name, dropout=args.dropout).to(world.device)
+    reader.check_tokenizer(tokenizer)
     reader.config.passage_stride = args.max_length
     reader.set_checkpoint(args.use_checkpoint)
     reader.train()

@@ -206,6 +206,10 @@ def test_bad_input_is_one_line_and_exit_code_1(tiny, records_file, tmp_path):
     assert not (tmp_path / "m").exists() or not os.listdir(tmp_path / "m")
     assert "no such folder or file" in refuse("test.py", tmp_path / "nowhere", records_file)
     assert "--num_contexts must be 0 or more" in refuse("test.py", tiny, records_file, "--num_contexts", -1)
+    config = json.load(open(f"{tiny}/config.json"))
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 384}))
+    assert "the model embeds 384" in refuse("test.py", tmp_path / "small", records_file, "--t5_name", tiny)
     assert "cannot be written" in refuse("test.py", tiny, records_file, "--pred", tmp_path / "file" / "p.tsv")
 
 
