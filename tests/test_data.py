@@ -19,11 +19,6 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(TOKENIZER)
 
 
-def write(path, text):
-    (gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")).write(text)
-    return str(path)
-
-
 @pytest.mark.parametrize("name", ["r.json", "r.jsonl", "r.json.gz", "r.jsonl.gz"])
 def test_reads_all_forms(tmp_path, name):
     records = [{"question": "q0", "answers": ["a"], "ctxs": [CONTEXT], "extra": 7}, {"query": "q1", "query_id": "x"}]
