@@ -24,9 +24,11 @@ from transformers import AutoConfig, AutoTokenizer, MT5ForConditionalGeneration,
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from layers import decode, encode, group_passages
 from utils import InputError, read_args
 
-CHUNK_TOKENS = {"cpu": 4096, "cuda": 65536}  # encoded at a time: little padding, a CPU's cache or a GPU well used
+CHUNK_TOKENS = {"cpu": 4096, "cuda": 65536}  # encoded at a time
+LOWEST = torch.finfo(torch.float32).min      # masks finitely: a question without a token attends to all of its padding
 CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 CLASSES = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}  # v1.1, Flan and ByT5 are "t5" or "mt5"
@@ -40,7 +42,8 @@ class Memory(NamedTuple):
 
 
 class CheckpointWrapper(nn.Module):
-    """One encoder block that, with use_checkpoint, keeps its input only and is computed again in the backward pass.
+    """The encoder's blocks on one chunk of passages; with use_checkpoint only the result is kept, for the backward pass the
+    chunk is computed again.
 
     The random state of the first pass is replayed, so dropout drops the same units (arXiv 1604.06174).
     """
@@ -50,58 +53,58 @@ class CheckpointWrapper(nn.Module):
         self.module = module
         self.use_checkpoint = False
 
-    def forward(self, *args, **kwargs):
+    def forward(self, ids, groups):
         if self.use_checkpoint and self.training:
-            return checkpoint(self.module, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
-        return self.module(*args, **kwargs)
+            return checkpoint(encode, self.module, ids, groups, use_reentrant=False, preserve_rng_state=True)
+        return encode(self.module, ids, groups)
 
 
 class EncoderWrapper(nn.Module):
     """Encodes (B, N, L) passages independently and concatenates their real tokens for the decoder (FiD section 3).
 
-    Passages go through the T5 encoder in chunks of similar length, each cut to its longest: no time is spent on absent
-    passages and little on padding. The result equals that of the padded batch, attention being masked there.
+    Passages are sorted by length and encoded in chunks of about CHUNK_TOKENS real tokens, side by side and without padding.
+    The result equals that of the padded batch, attention being masked there.
     """
     main_input_name = "input_ids"  # Hugging Face's generate() asks for it
 
     def __init__(self, encoder):
         super().__init__()
-        encoder.block = nn.ModuleList([CheckpointWrapper(block) for block in encoder.block])
-        self.encoder = encoder
+        self.encoder = CheckpointWrapper(encoder)
 
     def forward(self, input_ids, attention_mask, stride=None):
         B, N, L = input_ids.shape
-        stride = max(stride or 0, L)
-        mask = attention_mask.bool()
-        per_question = mask.view(B, N * L)
-        widest = max(1, int(per_question.sum(1).max()))                                      # M
-        column = (per_question.cumsum(1) - 1).view(B * N, L)                                 # target place in the memory
-        row = torch.arange(B, device=mask.device).repeat_interleave(N)[:, None].expand(-1, L)
-        place = (torch.arange(N, device=mask.device)[:, None] * stride + torch.arange(L, device=mask.device)).repeat(B, 1)
-        input_ids, mask = input_ids.reshape(B * N, L), mask.view(B * N, L)                   # (B, N, L) -> (B*N, L)
-        found = []                                                                           # (states, row, column, place)
-        for chunk, length in self.chunks(mask):
-            real = mask[chunk, :length]
-            states = self.encoder(input_ids=input_ids[chunk, :length], attention_mask=real).last_hidden_state
-            found.append((states[real], row[chunk, :length][real], column[chunk, :length][real], place[chunk, :length][real]))
-        if not found:  # no question of the batch has a token: one blank place each, masked
-            blank = torch.zeros(B, 1, self.encoder.config.d_model, device=mask.device)
-            return Memory(blank, blank[..., 0].bool(), blank[..., 0].long())
-        states, row, column, place = (torch.cat(parts) for parts in zip(*found))             # (all real tokens, ...)
-        memory = states.new_zeros(B, widest, states.shape[-1]).index_put((row, column), states)
-        places = place.new_zeros(B, widest).index_put((row, column), place)
-        return Memory(memory, torch.zeros_like(places, dtype=torch.bool).index_put((row, column), real.new_ones(())), places)
+        device, mask = input_ids.device, attention_mask.bool()
+        if not (mask[..., 1:] <= mask[..., :-1]).all():
+            raise ValueError("attention_mask must have each passage's real tokens first and its padding after them")
+        sizes = mask.sum(2)                                                                  # (B, N) tokens per passage
+        widest = max(1, int(sizes.sum(1).max()))                                             # M
+        begins = sizes.cumsum(1) - sizes + widest * torch.arange(B, device=device)[:, None]  # in the memory laid flat
+        passage_sizes, order = sizes.flatten().sort(descending=True, stable=True)
+        within = torch.arange(int(passage_sizes.sum()), device=device)                       # place of a token in its passage
+        within -= (passage_sizes.cumsum(0) - passage_sizes).repeat_interleave(passage_sizes)
+        packed = order.repeat_interleave(passage_sizes)                                      # (S) passage of each token
+        ids, target = input_ids.reshape(B * N, L)[packed, within], begins.flatten()[packed] + within
+        states, start = [], 0
+        for chunk in chunks([size for size in passage_sizes.tolist() if size], CHUNK_TOKENS[device.type]):
+            states.append(self.encoder(ids[start:start + sum(chunk)], group_passages(chunk, device)))
+            start += sum(chunk)
+        states = torch.cat(states) if states else torch.zeros(0, self.encoder.module.config.d_model, device=device)
+        places = within.new_zeros(B * widest).index_copy(0, target, packed % N * max(stride or 0, L) + within)
+        real = torch.zeros_like(places, dtype=torch.bool).index_fill(0, target, True)
+        memory = states.new_zeros(B * widest, states.shape[1]).index_copy(0, target, states)
+        return Memory(memory.view(B, widest, -1), real.view(B, widest), places.view(B, widest))
 
-    @staticmethod
-    def chunks(mask):
-        """(passage numbers, length) of each chunk: passages by length, at most CHUNK_TOKENS tokens, empty ones left out."""
-        lengths = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
-        lengths, order = lengths.sort(descending=True, stable=True)
-        lengths, start = [n for n in lengths.tolist() if n > 0], 0
-        while start < len(lengths):
-            end = min(len(lengths), start + max(1, CHUNK_TOKENS[mask.device.type] // lengths[start]))
-            yield order[start:end], lengths[start]
-            start = end
+
+def chunks(sizes, most):
+    """Splits falling sizes into runs that sum to at most `most` (or hold one)."""
+    runs, total = [], most
+    for size in sizes:
+        if total + size > most:
+            runs.append([])
+            total = 0
+        runs[-1].append(size)
+        total += size
+    return runs
 
 
 class BiasedCrossAttention(T5Attention):
@@ -146,9 +149,8 @@ class FiDT5(nn.Module):
         return attention if isinstance(attention, BiasedCrossAttention) else None
 
     def set_checkpoint(self, use_checkpoint):
-        """Turns activation recomputation of the encoder on or off."""
-        for block in self.t5.encoder.encoder.block:
-            block.use_checkpoint = use_checkpoint
+        """Turns activation recomputation of the encoder and of the cross-attention on or off."""
+        self.t5.encoder.encoder.use_checkpoint = use_checkpoint
 
     def check_tokenizer(self, tokenizer):
         """InputError if the tokenizer has ids that the model has no embedding for."""
@@ -166,10 +168,20 @@ class FiDT5(nn.Module):
     def forward(self, input_ids, attention_mask, labels, reduction="mean"):
         """(loss, logits (B, T, V)): cross-entropy over the labels (B, T) that are not -100, their mean or their sum."""
         memory = self.encode(input_ids, attention_mask)
-        logits = self.t5(encoder_outputs=BaseModelOutput(memory.states), attention_mask=memory.mask,
-                         decoder_input_ids=self.t5._shift_right(labels), use_cache=False).logits
+        logits = self.decode(self.t5._shift_right(labels), memory)
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         return loss / labels.ne(-100).sum().clamp(min=1) if reduction == "mean" else loss, logits
+
+    def decode(self, ids, memory, cache=None, raw=None):
+        """Logits (B, T, V) after the target ids (B, T); see layers.decode for `cache` and `raw`."""
+        bias = torch.zeros(memory.mask.shape, device=ids.device).masked_fill(~memory.mask, LOWEST)[:, None, None]
+        if self.cross_bias is not None:
+            bias = bias + self.cross_bias.place_bias(len(ids), ids.shape[1], cache[0][0].shape[2] if cache else 0)
+        states = decode(self.t5.decoder, ids, memory.states, bias, cache, raw,
+                        self.training and self.t5.encoder.encoder.use_checkpoint)
+        if self.config.model_type == "t5" and self.config.scale_decoder_outputs:
+            states = states * self.config.d_model ** -0.5
+        return self.t5.lm_head(states)
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_length=50, num_beams=1, return_scores=False):
@@ -179,11 +191,38 @@ class FiDT5(nn.Module):
         """
         memory = self.encode(input_ids, attention_mask)
         scores = self.crossattention_scores(memory, attention_mask) if return_scores else None
-        start = self.config.decoder_start_token_id
-        ids = self.t5.generate(encoder_outputs=BaseModelOutput(memory.states), attention_mask=memory.mask,
-                               max_length=max_length, num_beams=num_beams, do_sample=False,
-                               decoder_start_token_id=self.config.pad_token_id if start is None else start)
+        if num_beams == 1:
+            ids = self.greedy(memory, max_length)
+        else:
+            ids = self.t5.generate(encoder_outputs=BaseModelOutput(memory.states), attention_mask=memory.mask,
+                                   max_length=max_length, num_beams=num_beams, do_sample=False,
+                                   decoder_start_token_id=self.start_token)
         return (ids, scores) if return_scores else ids
+
+    @property
+    def start_token(self):
+        start = self.config.decoder_start_token_id
+        return self.config.pad_token_id if start is None else start
+
+    def greedy(self, memory, max_length):
+        """The likeliest token at each step, (B, <= max_length); questions that have ended leave the batch."""
+        B, device, pad = len(memory.mask), memory.mask.device, self.config.pad_token_id
+        ids = torch.full((B, max_length), pad, device=device)
+        ids[:, 0] = self.start_token
+        active, cache = torch.arange(B, device=device), []
+        for step in range(1, max_length):
+            token = self.decode(ids[active, step - 1:step], memory, cache)[:, -1].argmax(-1)
+            ids[active, step] = token
+            alive = token != self.config.eos_token_id
+            remaining = int(alive.sum())  # the one value per step that the host waits for
+            if remaining == 0:
+                return ids[:, :step + 1]
+            if remaining < len(active):
+                active, memory = active[alive], Memory(*(x[alive] for x in memory))
+                cache = [(k[alive], v[alive]) for k, v in cache]
+                if self.cross_bias is not None:
+                    self.cross_bias.memory_places = memory.places
+        return ids
 
     def crossattention_scores(self, memory, attention_mask):
         """(B, N) scores before the softmax of the FIRST decoded token, averaged over layers, heads and a passage's tokens.
@@ -192,22 +231,11 @@ class FiDT5(nn.Module):
         section 3.2, and FiD's get_crossattention_scores.
         """
         B, N, L = attention_mask.shape
-        blocks, total = self.t5.decoder.block, torch.zeros(memory.mask.shape, device=memory.mask.device)
-
-        def add_scores(attention, args, kwargs):
-            query, key = attention.q(args[0]), attention.k(memory.states)  # (B, 1, inner), (B, M, inner)
-            total.add_((key @ query.transpose(1, 2)).squeeze(2).float())   # the heads' dot products add up
-
-        hooks = [block.layer[1].EncDecAttention.register_forward_pre_hook(add_scores, with_kwargs=True) for block in blocks]
-        start = self.t5._shift_right(torch.full((B, 1), -100, device=total.device))
-        try:
-            self.t5.decoder(input_ids=start, encoder_hidden_states=memory.states, encoder_attention_mask=memory.mask)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        layers = []                                                                           # of (B, H, 1, M)
+        self.decode(torch.full((B, 1), self.start_token, device=memory.mask.device), memory, raw=layers)
+        total = torch.stack(layers).mean((0, 2, 3))                                           # (B, M)
         if self.cross_bias is not None:
-            total += len(blocks) * self.cross_bias.place_bias(B, 1, 0).sum(1).squeeze(1)
-        total /= len(blocks) * self.config.num_heads
+            total += self.cross_bias.place_bias(B, 1, 0).mean((1, 2))
         owner = memory.places // max(getattr(self.config, "passage_stride", None) or 0, L)    # (B, M) passage of each token
         sums = total.new_zeros(B, N).scatter_add(1, owner, total.masked_fill(~memory.mask, 0))
         counts = attention_mask.sum(2)

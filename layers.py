@@ -1,0 +1,347 @@
+"""T5's layers (arXiv 1910.10683) as functions over the weights of transformers' modules, written for Fusion-in-Decoder's shapes.
+
+Encoder: all real tokens of a chunk of passages lie in one (S, D) matrix; only attention sees passages, a group at a time.
+Decoder: a short target against a memory of tens of thousands of tokens, whose keys and values are never projected.
+Each autograd Function keeps for the backward pass only what it cannot cheaply compute again. Weights stay float32; with
+autocast to bfloat16 the matrix products run in it, norms, softmax and the residual stream in float32.
+"""
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+GROUP_TOKENS = {"cpu": 1024, "cuda": 65536}  # attended at a time: on a CPU what its cache holds
+
+
+class Group(NamedTuple):
+    """Neighbouring passages of similar length whose attention is computed as one padded batch."""
+    start: int     # rows start .. end of the packed tokens
+    end: int
+    count: int     # passages
+    length: int    # of the longest
+    rows: object   # (end - start) places of the real tokens among count * length, or None if nothing is padded
+    padding: object  # (count, 1, 1, length) float, -inf at padded keys, or None
+
+
+def group_passages(sizes, device):
+    """Groups of at most GROUP_TOKENS tokens of passages whose sizes come in falling order."""
+    groups, first, start = [], 0, 0
+    while first < len(sizes):
+        length = sizes[first]
+        own = sizes[first:first + max(1, GROUP_TOKENS[device.type] // length)]
+        rows = padding = None
+        if own[-1] < length:
+            real = torch.arange(length, device=device) < torch.tensor(own, device=device)[:, None]  # (count, length)
+            rows = real.flatten().nonzero().squeeze(1)
+            padding = torch.zeros(real.shape, device=device).masked_fill_(~real, float("-inf"))[:, None, None]
+        groups.append(Group(start, start + sum(own), len(own), length, rows, padding))
+        first, start = first + len(own), start + sum(own)
+    return groups
+
+
+def compute_dtype(device):
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------- dropout
+
+def random_bits(shape):
+    """int16 tensor of uniform random bits, by a generator that torch's CPU generator seeds.
+
+    numpy's SFC64 makes four of them per 64-bit draw, some ten times as fast as torch's bernoulli_ on a CPU.
+    """
+    count = math.prod(shape)
+    seed = int(torch.randint(2 ** 62, ()))
+    bits = np.random.SFC64(seed).random_raw((count + 3) // 4)
+    return torch.from_numpy(bits.view(np.int16))[:count].view(shape)
+
+
+def threshold(p):
+    """The int16 below which a fraction p of random_bits lies, p rounded to a multiple of 2 ** -16."""
+    return round(p * 65536) - 32768
+
+
+def keep_mask(shape, p, device):
+    """Bool tensor, True with probability 1 - p."""
+    if device.type == "cpu":
+        return random_bits(shape) >= threshold(p)
+    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p)
+
+
+class AddDropped(torch.autograd.Function):
+    """x + scale * dropout(y), keeping only the mask; x may be None. y is overwritten."""
+
+    @staticmethod
+    def forward(ctx, x, y, p, scale):
+        keep = keep_mask(y.shape, p, y.device) if p else None
+        ctx.save_for_backward(keep)
+        ctx.alpha, ctx.dtype = scale / (1 - p), y.dtype
+        if keep is not None:
+            y = y.mul_(keep) if x is not None else y * keep
+        return torch.add(x, y.float(), alpha=ctx.alpha) if x is not None else y.float() * ctx.alpha
+
+    @staticmethod
+    def backward(ctx, grad):
+        keep, = ctx.saved_tensors
+        dy = grad * ctx.alpha
+        return grad if ctx.needs_input_grad[0] else None, (dy if keep is None else dy.mul_(keep)).to(ctx.dtype), None, None
+
+
+class ActDropped(torch.autograd.Function):
+    """ReLU and dropout of u, in place and without dropout's scale: its zeros are all that the backward pass needs."""
+
+    @staticmethod
+    def forward(ctx, u, p):
+        u.relu_()
+        if p:
+            u.mul_(keep_mask(u.shape, p, u.device))
+        ctx.mark_dirty(u)
+        ctx.save_for_backward(u)
+        return u
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0), None
+
+
+class GatedDropped(torch.autograd.Function):
+    """act(u0) * u1 of u = (u0, u1) and dropout without its scale; the activation is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, u, act, p):
+        u0, u1 = u.chunk(2, dim=-1)
+        keep = keep_mask(u1.shape, p, u.device) if p else None
+        ctx.save_for_backward(u, keep)
+        ctx.act = act
+        h = act(u0) * u1
+        return h if keep is None else h.mul_(keep)
+
+    @staticmethod
+    def backward(ctx, grad):
+        u, keep = ctx.saved_tensors
+        u0, u1 = u.chunk(2, dim=-1)
+        if keep is not None:
+            grad = grad * keep
+        with torch.enable_grad():
+            u0 = u0.detach().requires_grad_()
+            a = ctx.act(u0)
+        du0, = torch.autograd.grad(a, u0, grad * u1)
+        return torch.cat([du0, a.detach() * grad], -1), None, None
+
+
+# ---------------------------------------------------------------------------------------------------- norm and projections
+
+class NormLinear(torch.autograd.Function):
+    """T5LayerNorm, then one product with all the weights side by side; only x and its root mean square are kept.
+
+    x (..., D) float32, weights (K_i, D): (..., sum K_i) in `dtype`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, eps, dtype, *weights):
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, rms, scale, *weights)
+        ctx.dtype = dtype
+        normed = (x * rms).mul_(scale).to(dtype)
+        return F.linear(normed, side_by_side(weights, dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, rms, scale, *weights = ctx.saved_tensors
+        unit = x * rms                                                                     # (..., D)
+        dnormed = (grad @ side_by_side(weights, ctx.dtype)).float()
+        normed = (unit * scale).to(ctx.dtype)
+        dweights = (grad.flatten(0, -2).t() @ normed.flatten(0, -2)).float().split([len(w) for w in weights])
+        aligned = dnormed * unit
+        dx = dnormed.mul_(scale).addcmul_(unit, (aligned @ scale).unsqueeze(-1), value=-1 / x.shape[-1]).mul_(rms)
+        dscale = aligned.flatten(0, -2).sum(0)
+        return dx, dscale, None, None, *dweights
+
+
+def side_by_side(weights, dtype):
+    return (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)
+
+
+def norm_linear(x, norm, linears, dtype):
+    return NormLinear.apply(x, norm.weight, norm.variance_epsilon, dtype, *(linear.weight for linear in linears))
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+class PackedAttention(torch.autograd.Function):
+    """Self-attention of packed passages, a group at a time: ctx = dropout(softmax(q k' + bias)) v.
+
+    qkv (S, 3 * H * d), bias (H, L, L) float32: (S, H * d). One tensor is kept besides qkv and the result: the
+    probabilities, negative where dropped.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, bias, groups, p):
+        heads, out = bias.shape[0], qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        kept = []
+        for group in groups:
+            q, k, v = unpack(qkv, group, 3, heads)
+            probs = (q @ k.transpose(-1, -2)).float().add_(bias[:, :group.length, :group.length])
+            if group.padding is not None:
+                probs += group.padding
+            torch.softmax(probs, -1, out=probs)
+            if p:
+                probs.copysign_(torch.add(random_bits(probs.shape), 0.5 - threshold(p)))
+            probs = probs.to(qkv.dtype)
+            kept.append(probs)
+            result = (probs.relu() if p else probs) @ v.mul_(1 / (1 - p))
+            out[group.start:group.end] = pack(result[None], group)
+        ctx.save_for_backward(qkv, out, bias, *kept)
+        ctx.groups, ctx.p = groups, p
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        qkv, out, bias, *kept = ctx.saved_tensors
+        dqkv, dbias, heads = torch.empty_like(qkv), torch.zeros_like(bias), len(bias)
+        for group, probs in zip(ctx.groups, kept):
+            q, k, v = unpack(qkv, group, 3, heads)
+            do, = unpack(grad, group, 1, heads)
+            o, = unpack(out, group, 1, heads)
+            delta = (do * o).float().sum(-1, keepdim=True)                           # sum over keys of p * dp
+            do.mul_(1 / (1 - ctx.p))
+            dv = (probs.relu() if ctx.p else probs).transpose(-1, -2) @ do
+            ds = (do @ v.transpose(-1, -2)).float()                                        # dp, then the scores' gradient
+            positive = probs.float()
+            if ctx.p:
+                torch.ops.aten.threshold_backward.grad_input(ds, positive, 0, grad_input=ds)
+                positive = positive.abs_() if positive is not probs else positive.abs()
+            ds.sub_(delta).mul_(positive)
+            dbias[:, :group.length, :group.length] += ds.sum(0)
+            ds = ds.to(qkv.dtype)
+            dqkv[group.start:group.end] = pack(torch.stack([ds @ k, ds.transpose(-1, -2) @ q, dv]), group)
+        return dqkv, dbias, None, None
+
+
+def unpack(packed, group, parts, heads):
+    """(parts, count, H, length, d) of a group's rows (start .. end, parts * H * d); zeros at the padding."""
+    rows = packed[group.start:group.end]
+    if group.rows is not None:
+        rows = rows.new_zeros(group.count * group.length, rows.shape[1]).index_copy_(0, group.rows, rows)
+    return rows.view(group.count, group.length, parts, heads, -1).permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
+
+
+def pack(parts, group):
+    """The inverse of unpack: (parts, count, H, length, d) to the group's real rows."""
+    rows = parts.permute(1, 3, 0, 2, 4).reshape(group.count * group.length, -1)
+    return rows if group.rows is None else rows[group.rows]
+
+
+def sdpa_attention(qkv, bias, groups, p):
+    """The same by torch's scaled_dot_product_attention, whose kernels win on GPUs."""
+    out = []
+    for group in groups:
+        q, k, v = unpack(qkv, group, 3, len(bias))
+        mask = bias[None, :, :group.length, :group.length]
+        mask = (mask if group.padding is None else mask + group.padding).to(qkv.dtype).expand(group.count, -1, -1, -1)
+        out.append(pack(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=1.0)[None], group))
+    return torch.cat(out)
+
+
+ATTENTION = {"cpu": PackedAttention.apply, "cuda": sdpa_attention}
+
+
+def cross_attention(module, x, memory, bias, p, dtype, raw=None):
+    """What the targets x (B, T, D) read in memory (B, M, D): (B, T, H * d), not yet through the output projection.
+
+    With q = x Wq, the scores q (m Wk)' equal (q Wk') m', and P (m Wv) equals (P m) Wv: while T is small it costs less to
+    fold the projections into the targets' side than to project M memory tokens. bias is (B, 1 or H, 1 or T, M).
+    `raw`, a list, receives the scores without the bias.
+    """
+    (B, T, D), M, H, d = x.shape, memory.shape[1], module.n_heads, module.key_value_proj_dim
+    q = x.unflatten(-1, (H, d))                                                            # (B, T, H, d)
+    wk, wv = (w.weight.to(dtype).view(H, d, -1) for w in (module.k, module.v))             # (H, d, D)
+    D = wk.shape[-1]
+    fold = H * T * (M + d) * D <= H * d * M * D + H * T * M * d                           # multiplications per product
+    if fold:
+        folded = torch.einsum("bthd,hdm->bhtm", q, wk).flatten(1, 2)                      # (B, H * T, D)
+        scores = (folded @ memory.transpose(1, 2)).unflatten(1, (H, T))
+    else:
+        scores = q.transpose(1, 2) @ torch.einsum("bmc,hdc->bhdm", memory, wk)
+    scores = scores.float()                                                               # (B, H, T, M)
+    if raw is not None:
+        raw.append(scores)
+    probs = F.dropout(torch.softmax(scores + bias, -1), p, p > 0).to(dtype)
+    if fold:
+        read = (probs.flatten(1, 2) @ memory).unflatten(1, (H, T))                         # (B, H, T, D)
+        return torch.einsum("bhtm,hdm->bthd", read, wv).flatten(2)
+    return (probs @ torch.einsum("bmc,hdc->bhmd", memory, wv)).transpose(1, 2).flatten(2)
+
+
+# ---------------------------------------------------------------------------------------------------- encoder and decoder
+
+def add_linear(x, y, linear, p, scale=1.0):
+    """x + scale * dropout(linear(y)), the end of every layer."""
+    return AddDropped.apply(x, F.linear(y, linear.weight.to(y.dtype)), p, scale)
+
+
+def feed_forward(x, layer, p, dtype):
+    """x + the feed-forward layer of x, whether T5's (ReLU) or v1.1's (gated)."""
+    dense = layer.DenseReluDense
+    gated = hasattr(dense, "wi_0")
+    u = norm_linear(x, layer.layer_norm, (dense.wi_0, dense.wi_1) if gated else (dense.wi,), dtype)
+    if gated:
+        h = GatedDropped.apply(u, dense.act, p)
+    elif isinstance(dense.act, nn.ReLU):
+        h = ActDropped.apply(u, p)
+    else:
+        h = F.dropout(dense.act(u), p, p > 0) * (1 - p)
+    return add_linear(x, h, dense.wo, p, 1 / (1 - p))
+
+
+def encode(stack, ids, groups):
+    """Last hidden states (S, D) of the packed tokens ids (S) of some passages."""
+    p, dtype = stack.dropout.p if stack.training else 0.0, compute_dtype(ids.device)
+    with torch.autocast(ids.device.type, enabled=False):
+        longest = max(group.length for group in groups)
+        bias = stack.block[0].layer[0].SelfAttention.compute_bias(longest, longest)[0]     # (H, L, L)
+        x = AddDropped.apply(None, stack.embed_tokens(ids), p, 1.0)
+        for block in stack.block:
+            attention = block.layer[0].SelfAttention
+            qkv = norm_linear(x, block.layer[0].layer_norm, (attention.q, attention.k, attention.v), dtype)
+            x = add_linear(x, ATTENTION[ids.device.type](qkv, bias, groups, p), attention.o, p)
+            x = feed_forward(x, block.layer[1], p, dtype)
+        return AddDropped.apply(None, stack.final_layer_norm(x), p, 1.0)
+
+
+def decode(stack, ids, memory, bias, cache=None, raw=None, use_checkpoint=False):
+    """Last hidden states (B, T, D) of the target ids (B, T) that attend to memory (B, M, D) under bias (B, 1 or H, 1 or T, M).
+
+    `cache` is a list, empty at first, of each block's past keys and values; the ids follow on what it holds.
+    """
+    p, dtype = stack.dropout.p if stack.training else 0.0, compute_dtype(ids.device)
+    past, T = cache[0][0].shape[2] if cache else 0, ids.shape[1]
+    with torch.autocast(ids.device.type, enabled=False):
+        memory = memory.to(dtype)
+        first = stack.block[0].layer[0].SelfAttention
+        own_bias = first.compute_bias(T, past + T, past_seen_tokens=past)
+        own_bias = own_bias + torch.full((T, past + T), float("-inf"), device=ids.device).triu(past + 1)
+        x = AddDropped.apply(None, stack.embed_tokens(ids), p, 1.0)
+        for i, block in enumerate(stack.block):
+            attention, crossing = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
+            qkv = norm_linear(x, block.layer[0].layer_norm, (attention.q, attention.k, attention.v), dtype)
+            q, k, v = qkv.unflatten(-1, (3, attention.n_heads, -1)).permute(2, 0, 3, 1, 4)
+            if cache is not None:
+                if past:
+                    k, v = (torch.cat([old, new], 2) for old, new in zip(cache[i], (k, v)))
+                cache[i:i + 1] = [(k, v)]
+            probs = torch.softmax((q @ k.transpose(-1, -2)).float() + own_bias, -1)
+            y = (F.dropout(probs, p, p > 0).to(dtype) @ v).transpose(1, 2).flatten(2)
+            x = add_linear(x, y, attention.o, p)
+            q = norm_linear(x, block.layer[1].layer_norm, (crossing.q,), dtype)
+            if use_checkpoint:
+                y = checkpoint(cross_attention, crossing, q, memory, bias, p, dtype, use_reentrant=False)
+            else:
+                y = cross_attention(crossing, q, memory, bias, p, dtype, raw)
+            x = add_linear(x, y, crossing.o, p)
+            x = feed_forward(x, block.layer[2], p, dtype)
+        return AddDropped.apply(None, stack.final_layer_norm(x), p, 1.0)
