@@ -181,7 +181,8 @@ class FiDT5(nn.Module):
                         self.training and self.t5.encoder.encoder.use_checkpoint)
         if self.config.model_type == "t5" and self.config.scale_decoder_outputs:
             states = states * self.config.d_model ** -0.5
-        return self.t5.lm_head(states)
+        with torch.autocast(ids.device.type, enabled=False):  # a cast of all the vocabulary would cost more than the product
+            return self.t5.lm_head(states)
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_length=50, num_beams=1, return_scores=False):

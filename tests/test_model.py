@@ -185,7 +185,7 @@ def test_checkpointing_replays_dropout(tiny):
         reader(ids, mask, labels)[0].backward()
         grads.append([p.grad for p in reader.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
-    assert reader.t5.encoder.encoder.block[0].module.layer[0].dropout.p == 0.3
+    assert reader.t5.encoder.encoder.module.block[0].layer[0].dropout.p == 0.3
 
 
 def test_checkpointing_keeps_less(tiny):
