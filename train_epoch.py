@@ -108,6 +108,7 @@ class Run:
 
 def check_args(args):
     """InputError for flags that cannot work."""
+    args.model = args.model.rstrip("/")
     for name, least in (("num_contexts", 1), ("max_length", 1), ("batch_size", 1), ("batch_size_val", 1), ("grad_accumulation", 1),
                         ("epochs", 1), ("num_workers", 0), ("num_warmup_steps", 0), ("eval_every", 0), ("save_every", 0)):
         if getattr(args, name) < least:
@@ -229,7 +230,7 @@ def save_state(run):
     """OUT.state: weights, optimizer, schedule, every process's random states, the place in the epoch."""
     states = gather_lists([random_states(run.world.device)], run.world)
     if run.world.is_main:
-        with new_file(run.args.model.rstrip("/") + ".state", "wb") as file:
+        with new_file(run.args.model + ".state", "wb") as file:
             torch.save({"model": run.reader.state_dict(), "optimizer": run.optimizer.state_dict(),
                         "scheduler": run.scheduler.state_dict(), "random": states, "progress": asdict(run.progress),
                         "args": vars(run.args), "world_size": run.world.size}, file)
@@ -237,7 +238,7 @@ def save_state(run):
 
 def load_state(args, world):
     """The resume state of this command, or None; InputError if it is of a run with other flags."""
-    path = args.model.rstrip("/") + ".state"
+    path = args.model + ".state"
     if not args.resume or not os.path.exists(path):
         return None
     state = load_torch_file(path)
@@ -266,7 +267,7 @@ def describe(run, updates_per_epoch):
     say(f"effective batch {args.batch_size * args.grad_accumulation * world.size} = {args.batch_size} questions x "
         f"{args.grad_accumulation} micro-batches x {world.size} processes ({args.accumulate}); "
         f"{updates_per_epoch} updates per epoch, {updates_per_epoch * args.epochs} in all, {args.num_warmup_steps} of warm-up")
-    if os.path.exists(args.model.rstrip("/") + ".state") and not args.resume:
+    if os.path.exists(args.model + ".state") and not args.resume:
         say(f"note: {args.model} is of an earlier run; this one replaces it (--resume would go on with it)")
     if args.num_warmup_steps >= updates_per_epoch * args.epochs:
         say(f"warning: --num_warmup_steps {args.num_warmup_steps} is not reached, the learning rate never gets to {args.lr:g}")
@@ -304,8 +305,7 @@ def set_up(args, world):
     if world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
         model = DistributedDataParallel(reader, devices, gradient_as_bucket_view=True)
-    base = args.model.rstrip("/")
-    log = RunLog(base + ".jsonl", world.is_main, progress.rows, base + ".tensorboard" if args.tensorboard else None)
+    log = RunLog(args.model + ".jsonl", world.is_main, progress.rows, args.model + ".tensorboard" if args.tensorboard else None)
     run = Run(args, world, model, tokenizer, TrainSet(train, args.seed, not args.no_shuffle), dev,
               Collator(tokenizer, args.num_contexts, args.max_length), optimizer, scheduler, log, progress)
     if state:
