@@ -91,7 +91,7 @@ class EncoderWrapper(nn.Module):
         states = torch.cat(states) if states else torch.zeros(0, self.encoder.module.config.d_model, device=device)
         places = within.new_zeros(B * widest).index_copy(0, target, packed % N * max(stride or 0, L) + within)
         real = torch.zeros_like(places, dtype=torch.bool).index_fill(0, target, True)
-        memory = states.new_zeros(B * widest, states.shape[1]).index_copy(0, target, states)
+        memory = states.new_zeros(B * widest, states.shape[1]).index_put((target,), states)    # keeps no second copy of states
         return Memory(memory.view(B, widest, -1), real.view(B, widest), places.view(B, widest))
 
 
