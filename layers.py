@@ -153,10 +153,12 @@ class NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, eps, dtype, *weights):
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        weight = side_by_side(weights)
         ctx.save_for_backward(x, rms, scale, *weights)
         ctx.dtype = dtype
-        return F.linear((x * rms).to(dtype), (weight * scale).to(dtype))                    # the norm's scale is the weight's
+        if rms.numel() < sum(map(len, weights)):  # few rows: leave the weights as they lie
+            normed = (x * rms * scale).to(dtype)
+            return torch.cat([F.linear(normed, weight.to(dtype)) for weight in weights], -1)
+        return F.linear((x * rms).to(dtype), (side_by_side(weights) * scale).to(dtype))
 
     @staticmethod
     def backward(ctx, grad):
@@ -259,31 +261,30 @@ def sdpa_attention(qkv, bias, groups, p):
 ATTENTION = {"cpu": PackedAttention.apply, "cuda": sdpa_attention}
 
 
-def cross_attention(module, x, memory, bias, p, dtype, raw=None):
-    """What the targets x (B, T, D) read in memory (B, M, D): (B, T, H * d), not yet through the output projection.
+def cross_attention(module, q, memory, bias, p, raw=None):
+    """What the queries q (B, T, H * d) read in memory (B, M, D): (B, T, H * d), not yet through the output projection.
 
     With q = x Wq, the scores q (m Wk)' equal (q Wk') m', and P (m Wv) equals (P m) Wv: while T is small it costs less to
     fold the projections into the targets' side than to project M memory tokens. bias is (B, 1 or H, 1 or T, M).
     `raw`, a list, receives the scores without the bias.
     """
-    (B, T, D), M, H, d = x.shape, memory.shape[1], module.n_heads, module.key_value_proj_dim
-    q = x.unflatten(-1, (H, d))                                                            # (B, T, H, d)
-    wk, wv = (w.weight.to(dtype).view(H, d, -1) for w in (module.k, module.v))             # (H, d, D)
-    D = wk.shape[-1]
-    fold = H * T * (M + d) * D <= H * d * M * D + H * T * M * d                           # multiplications per product
+    (B, T, _), (M, D), H, d = q.shape, memory.shape[1:], module.n_heads, module.key_value_proj_dim
+    q = q.unflatten(-1, (H, d))                                                            # (B, T, H, d)
+    fold = H * T * (M + d) * D <= H * d * M * D + H * T * M * d                            # multiplications per product
+    wk, wv = (linear.weight.to(q.dtype if fold else memory.dtype).view(H, d, D) for linear in (module.k, module.v))
     if fold:
-        folded = torch.einsum("bthd,hdm->bhtm", q, wk).flatten(1, 2)                      # (B, H * T, D)
+        folded = torch.einsum("bthd,hdm->bhtm", q, wk).flatten(1, 2).to(memory.dtype)      # (B, H * T, D)
         scores = (memory @ folded.transpose(1, 2)).transpose(1, 2).unflatten(1, (H, T))
     else:
-        scores = q.transpose(1, 2) @ torch.einsum("bmc,hdc->bhdm", memory, wk)
-    scores = scores.float().contiguous()                                                  # (B, H, T, M)
+        scores = q.transpose(1, 2).to(memory.dtype) @ torch.einsum("bmc,hdc->bhdm", memory, wk)
+    scores = scores.float().contiguous()                                                   # (B, H, T, M)
     if raw is not None:
         raw.append(scores)
-    probs = F.dropout(torch.softmax(scores + bias, -1), p, p > 0).to(dtype)
+    probs = F.dropout(torch.softmax(scores + bias, -1), p, p > 0).to(memory.dtype)
     if fold:
-        read = (probs.flatten(1, 2) @ memory).unflatten(1, (H, T))                         # (B, H, T, D)
+        read = (probs.flatten(1, 2) @ memory).unflatten(1, (H, T)).to(q.dtype)             # (B, H, T, D)
         return torch.einsum("bhtm,hdm->bthd", read, wv).flatten(2)
-    return (probs @ torch.einsum("bmc,hdc->bhmd", memory, wv)).transpose(1, 2).flatten(2)
+    return (probs @ torch.einsum("bmc,hdc->bhmd", memory, wv)).transpose(1, 2).flatten(2).to(q.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- encoder and decoder
@@ -331,6 +332,7 @@ def decode(stack, ids, memory, bias, cache=None, raw=None, use_checkpoint=False)
     past, T = cache[0][0].shape[2] if cache else 0, ids.shape[1]
     with torch.autocast(ids.device.type, enabled=False):
         memory = memory.to(dtype)
+        dtype = dtype if ids.numel() >= 256 else torch.float32  # for few targets a product costs less than a cast of its weights
         first = stack.block[0].layer[0].SelfAttention
         own_bias = first.compute_bias(T, past + T, past_seen_tokens=past)
         own_bias = own_bias + torch.full((T, past + T), float("-inf"), device=ids.device).triu(past + 1)
@@ -348,9 +350,9 @@ def decode(stack, ids, memory, bias, cache=None, raw=None, use_checkpoint=False)
             x = add_linear(x, y, attention.o, p)
             q = norm_linear(x, block.layer[1].layer_norm, (crossing.q,), dtype)
             if use_checkpoint:
-                y = checkpoint(cross_attention, crossing, q, memory, bias, p, dtype, use_reentrant=False)
+                y = checkpoint(cross_attention, crossing, q, memory, bias, p, use_reentrant=False)
             else:
-                y = cross_attention(crossing, q, memory, bias, p, dtype, raw)
+                y = cross_attention(crossing, q, memory, bias, p, raw)
             x = add_linear(x, y, crossing.o, p)
             x = feed_forward(x, block.layer[2], p, dtype)
         return AddDropped.apply(None, stack.final_layer_norm(x), p, 1.0)
