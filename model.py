@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, MT5ForConditionalGeneration,
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from layers import decode, encode, group_passages
+from layers import compute_dtype, decode, encode, group_passages
 from utils import InputError, read_args
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 65536}  # encoded at a time
@@ -211,6 +211,7 @@ class FiDT5(nn.Module):
         ids = torch.full((B, max_length), pad, device=device)
         ids[:, 0] = self.start_token
         active, cache = torch.arange(B, device=device), []
+        memory = memory._replace(states=memory.states.to(compute_dtype(device)))  # once, not at each step
         for step in range(1, max_length):
             token = self.decode(ids[active, step - 1:step], memory, cache)[:, -1].argmax(-1)
             ids[active, step] = token
