@@ -27,7 +27,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from layers import compute_dtype, decode, encode, group_passages
 from utils import InputError, read_args
 
-CHUNK_TOKENS = {"cpu": 4096, "cuda": 65536}  # encoded at a time
+CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}  # encoded at a time
 LOWEST = torch.finfo(torch.float32).min      # masks finitely: a question without a token attends to all of its padding
 CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
