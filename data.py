@@ -22,7 +22,7 @@ def open_text(path):
 
 
 def read_json(path):
-    """[(object, place)] of a `.json` list or of a `.jsonl` file, place being 'FILE:LINE' or 'FILE, record N'.
+    """[(object, place)] of a list of objects or of one object per line (.jsonl, or .json), place being 'FILE:LINE' or 'FILE, record N'.
 
     Raises InputError for a missing, unreadable, empty or malformed file.
     """
@@ -30,8 +30,7 @@ def read_json(path):
     try:
         with open_text(path) as file:
             if name.endswith(".jsonl"):
-                return [(parse_json(line.rstrip("\n"), path, number), f"{path}:{number}")
-                        for number, line in enumerate(file, 1) if line.strip()]
+                return parse_lines(file, path)
             text = file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
@@ -39,11 +38,17 @@ def read_json(path):
         raise InputError(f"{path}: cannot be read ({error}); is it a whole .json or .jsonl file, or one gzipped?") from None
     if not text.strip():
         raise InputError(f"{path}: the file is empty; it must hold a list of records")
+    if text.lstrip().startswith("{"):  # LLM-Embedder's .json files
+        return parse_lines(text.splitlines(), path)
     objects = parse_json(text, path, 1)
     if not isinstance(objects, list):
-        raise InputError(f"{path}: holds one {type(objects).__name__}, not a list of records; name it .jsonl if it has one "
-                        "record per line")
+        raise InputError(f"{path}: holds one {type(objects).__name__}, not a list of records or one record per line")
     return [(item, f"{path}, record {number}") for number, item in enumerate(objects)]
+
+
+def parse_lines(lines, path):
+    """[(object, 'FILE:LINE')] of JSON lines; empty ones are skipped."""
+    return [(parse_json(line.rstrip("\n"), path, number), f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def parse_json(text, path, first_line):

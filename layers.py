@@ -185,17 +185,18 @@ def norm_linear(x, norm, linears, dtype):
 class PackedAttention(torch.autograd.Function):
     """Self-attention of packed passages, a group at a time: ctx = dropout(softmax(q k' + bias)) v.
 
-    qkv (S, 3 * H * d), bias (H, L, L) float32: (S, H * d). One tensor is kept besides qkv and the result: the
+    qkv (S, 3 * H * d), bias (H, L, L) float32 or None: (S, H * d). One tensor is kept besides qkv and the result: the
     probabilities, negative where dropped.
     """
 
     @staticmethod
-    def forward(ctx, qkv, bias, groups, p):
-        heads, out = bias.shape[0], qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        kept = []
+    def forward(ctx, qkv, bias, heads, groups, p):
+        out, kept = qkv.new_empty(len(qkv), qkv.shape[1] // 3), []
         for group in groups:
             q, k, v = unpack(qkv, group, 3, heads)
-            probs = (q @ k.transpose(-1, -2)).float().add_(bias[:, :group.length, :group.length])
+            probs = (q @ k.transpose(-1, -2)).float()
+            if bias is not None:
+                probs += bias[:, :group.length, :group.length]
             if group.padding is not None:
                 probs += group.padding
             torch.softmax(probs, -1, out=probs)
@@ -206,13 +207,13 @@ class PackedAttention(torch.autograd.Function):
             result = (probs.relu() if p else probs) @ v.mul_(1 / (1 - p))
             out[group.start:group.end] = pack(result[None], group)
         ctx.save_for_backward(qkv, out, bias, *kept)
-        ctx.groups, ctx.p = groups, p
+        ctx.heads, ctx.groups, ctx.p = heads, groups, p
         return out
 
     @staticmethod
     def backward(ctx, grad):
         qkv, out, bias, *kept = ctx.saved_tensors
-        dqkv, dbias, heads = torch.empty_like(qkv), torch.zeros_like(bias), len(bias)
+        dqkv, dbias, heads = torch.empty_like(qkv), None if bias is None else torch.zeros_like(bias), ctx.heads
         for group, probs in zip(ctx.groups, kept):
             q, k, v = unpack(qkv, group, 3, heads)
             do, = unpack(grad, group, 1, heads)
@@ -228,10 +229,11 @@ class PackedAttention(torch.autograd.Function):
                 torch.ops.aten.threshold_backward.grad_input(ds, positive, 0, grad_input=ds)
                 positive = positive.abs_() if positive is not probs else positive.abs()
             ds.sub_(delta).mul_(positive)
-            dbias[:, :group.length, :group.length] += ds.sum(0)
+            if bias is not None:
+                dbias[:, :group.length, :group.length] += ds.sum(0)
             ds = ds.to(qkv.dtype)
             dqkv[group.start:group.end] = pack(torch.stack([ds @ k, ds.transpose(-1, -2) @ q, dv]), group)
-        return dqkv, dbias, None, None
+        return dqkv, dbias, None, None, None
 
 
 def unpack(packed, group, parts, heads):
@@ -248,13 +250,15 @@ def pack(parts, group):
     return rows if group.spread is None else rows.index_select(0, group.real)
 
 
-def sdpa_attention(qkv, bias, groups, p):
+def sdpa_attention(qkv, bias, heads, groups, p):
     """The same by torch's scaled_dot_product_attention, for GPUs; PackedAttention is what its test compares it with."""
     out = []
     for group in groups:
-        q, k, v = unpack(qkv, group, 3, len(bias))
-        mask = bias[None, :, :group.length, :group.length]
-        mask = (mask if group.padding is None else mask + group.padding).to(qkv.dtype).expand(group.count, -1, -1, -1)
+        q, k, v = unpack(qkv, group, 3, heads)
+        mask = group.padding if bias is None else bias[None, :, :group.length, :group.length]
+        if bias is not None and group.padding is not None:
+            mask = mask + group.padding
+        mask = None if mask is None else mask.to(qkv.dtype).expand(group.count, heads, group.length, -1)
         out.append(pack(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=1.0)[None], group))
     return torch.cat(out)
 
@@ -319,7 +323,7 @@ def encode(stack, ids, groups):
         for block in stack.block:
             attention = block.layer[0].SelfAttention
             qkv = norm_linear(x, block.layer[0].layer_norm, (attention.q, attention.k, attention.v), dtype)
-            x = add_linear(x, ATTENTION[ids.device.type](qkv, bias, groups, p), attention.o, p)
+            x = add_linear(x, ATTENTION[ids.device.type](qkv, bias, attention.n_heads, groups, p), attention.o, p)
             x = feed_forward(x, block.layer[1], p, dtype)
         return AddDropped.apply(None, stack.final_layer_norm(x), p, 1.0)
 

@@ -1,9 +1,11 @@
-"""Measures of open-domain question answering, as DPR and FiD define them."""
+"""Measures of open-domain question answering, as DPR and FiD define them, and of ranked lists, as trec_eval does."""
+import math
 import re
 import string
 import unicodedata
 from collections import Counter
 
+import numpy as np
 import regex
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -61,3 +63,57 @@ def _regex_found(pattern, text):
     except regex.error:
         return False
     return compiled.search(unicodedata.normalize("NFD", text)) is not None
+
+
+# ---------------------------------------------------------------------------------------------------- ranked lists
+
+def rank_documents(scores):
+    """The documents of {id: score} by falling score; equal float32 scores by falling id, as trec_eval ranks them."""
+    return sorted(scores, key=lambda document: (np.float32(scores[document]), str(document)), reverse=True)
+
+
+def precision_sum(ranking, relevant, k):
+    """Sum of the precisions at the ranks, up to k, of relevant documents; over their number it is the average precision."""
+    hits, total = 0, 0.0
+    for rank, document in enumerate(ranking[:k], 1):
+        if document in relevant:
+            hits += 1
+            total += hits / rank
+    return total
+
+
+def dcg(gains, k):
+    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:k], 1))
+
+
+def ranking_metrics(ranking, labels, names, cutoffs):
+    """{name@k: value} of one query's ranked documents; labels {document: relevance}, relevant from 1 on as in trec_eval.
+
+    names: recall, mrr, ndcg (gain = label, discount log2(rank + 1)), map, success. ValueError for another one.
+    """
+    relevant = {document for document, label in labels.items() if label >= 1}
+    first = next((rank for rank, document in enumerate(ranking, 1) if document in relevant), math.inf)
+    ideal = sorted((label for label in labels.values() if label > 0), reverse=True)
+    gains = [max(0, labels.get(document, 0)) for document in ranking]
+    result = {}
+    for name in names:
+        for k in cutoffs:
+            if name == "recall":
+                value = len(relevant.intersection(ranking[:k])) / max(1, len(relevant))
+            elif name == "mrr":
+                value = 1 / first if first <= k else 0.0
+            elif name == "ndcg":
+                value = dcg(gains, k) / dcg(ideal, k) if ideal else 0.0
+            elif name == "map":
+                value = precision_sum(ranking, relevant, k) / max(1, len(relevant))
+            elif name == "success":
+                value = float(first <= k)
+            else:
+                raise ValueError(f"unknown metric {name}")
+            result[f"{name}@{k}"] = value
+    return result
+
+
+def topk_accuracy(hits, cutoffs):
+    """{nq@k: 1.0 if one of the first k passages holds an answer} of one question's has_answer values in rank order (DPR)."""
+    return {f"nq@{k}": float(any(hits[:k])) for k in cutoffs}

@@ -6,7 +6,6 @@ The encoder reads every passage by itself, the decoder attends to all of them at
 
 B questions, N passages each, L tokens at most; M is the number of real tokens of the longest question.
 """
-import argparse
 import json
 import os
 import re
@@ -14,18 +13,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, MT5ForConditionalGeneration, T5ForConditionalGeneration
+from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from checkpoints import check_shapes, find_model, read_config, read_weights
 from layers import compute_dtype, decode, encode, group_passages
-from utils import InputError, read_args
+from utils import InputError
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}  # encoded at a time
 LOWEST = torch.finfo(torch.float32).min      # masks finitely: a question without a token attends to all of its padding
@@ -254,6 +251,8 @@ class FiDT5(nn.Module):
         """
         folder, weights = find_model(path_or_name)
         config = read_config(folder)
+        if config.model_type not in CLASSES:
+            raise InputError(f"{folder}: is a {config.model_type} model; the reader needs T5, T5 v1.1, Flan-T5, mT5 or ByT5")
         if dropout is not None:
             config.dropout_rate = dropout
         separate_head = json.load(open(os.path.join(folder, "config.json"))).get("tie_word_embeddings") is False
@@ -288,71 +287,6 @@ def plain_key(key):
     return re.sub(r"\.(module|t5block)\.", ".", key)
 
 
-def find_model(path_or_name):
-    """(folder with the configuration, weights or None): opens minFiD's file, fetches a name from the hub."""
-    path = str(path_or_name)
-    if os.path.isdir(path):
-        return path, None
-    if os.path.isfile(path):
-        saved = load_torch_file(path)
-        if not isinstance(saved, dict) or not {"sd", "args"} <= saved.keys():
-            raise InputError(f"{path}: neither a model folder nor minFiD's file of 'sd' and 'args'")
-        name = saved["args"].t5_name
-        beside = os.path.join(os.path.dirname(path), name)
-        return (beside if os.path.isdir(beside) else find_model(name)[0]), saved["sd"]
-    try:
-        folder = snapshot_download(path, allow_patterns=["*.json", "*.model", "*.safetensors"])
-        if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
-            folder = snapshot_download(path, allow_patterns=["*.json", "*.model", "pytorch_model*"])
-        return folder, None
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path}: no such folder or file, and no such model could be fetched from the hub ({reason}); check "
-                         "the path, or fetch the model where there is a network and give its folder") from None
-
-
-def read_config(folder):
-    """The T5 configuration of a folder; InputError where there is none or it is another architecture's."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no usable config.json ({str(error).strip().splitlines()[0]}); "
-                         "give a T5 model folder") from None
-    if config.model_type not in CLASSES:
-        raise InputError(f"{folder}: is a {config.model_type} model; the reader needs T5, T5 v1.1, Flan-T5, mT5 or ByT5")
-    return config
-
-
-def load_torch_file(path):
-    """torch.load without unpickling code; argparse.Namespace (minFiD's args) is the one class let through."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is cut off, is no checkpoint or holds code
-        raise InputError(f"{path}: not a checkpoint that can be loaded safely ({str(error).splitlines()[0]})") from None
-
-
-def read_weights(folder):
-    """All weights of a folder (.safetensors or .bin, whole or in shards), or None if it holds none."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            shards = [path]
-        elif os.path.exists(path + ".index.json"):
-            names = sorted(set(json.load(open(path + ".index.json"))["weight_map"].values()))
-            shards = [os.path.join(folder, shard) for shard in names]
-        else:
-            continue
-        weights = {}
-        for shard in shards:
-            try:
-                weights |= load_file(shard) if shard.endswith(".safetensors") else load_torch_file(shard)
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{shard}: cannot be read ({error}); the file may be cut off, fetch it again") from None
-        return weights
-    return None
-
-
 def build_t5(config, weights, source):
     """The T5 of a configuration with these weights (any wrapping) in float32; InputError where names or shapes differ."""
     weights = {plain_key(key): value.float() for key, value in weights.items()}
@@ -362,12 +296,7 @@ def build_t5(config, weights, source):
     weights |= dict.fromkeys(EMBEDDINGS, shared) | ({"lm_head.weight": shared} if tied else {})
     with torch.device("meta"):  # no time goes into random weights
         t5 = CLASSES[config.model_type](config)
-    wanted = {key: tuple(value.shape) for key, value in t5.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in weights.items() if value.numel()}
-    for key in sorted(wanted.keys() | given.keys()):
-        if wanted.get(key) != given.get(key):
-            raise InputError(f"{source}: weights do not match config.json: {key} is {given.get(key, 'missing')} in the file, "
-                             f"{wanted.get(key, 'unknown')} by the configuration; give the folder that the weights came with")
+    check_shapes(t5, weights, source)
     t5.load_state_dict(weights, assign=True)
     t5.encoder.embed_tokens.weight = t5.decoder.embed_tokens.weight = t5.shared.weight
     if tied:
@@ -377,20 +306,3 @@ def build_t5(config, weights, source):
         attention.__class__ = BiasedCrossAttention
         attention.relative_attention_bias = nn.Embedding.from_pretrained(cross_bias, freeze=False)
     return t5
-
-
-def read_training_args(path):
-    """What a checkpoint says of its training (num_contexts, max_length, ...): our args.json or minFiD's args; {} if nothing."""
-    return vars(load_torch_file(path)["args"]) if os.path.isfile(path) else read_args(path)
-
-
-def load_tokenizer(path_or_name, fallback):
-    """The tokenizer that a model folder carries, else that of `fallback` (the released FiD readers and minFiD have none)."""
-    folder = str(path_or_name)
-    if not (os.path.isdir(folder) and any("token" in name or name == "spiece.model" for name in os.listdir(folder))):
-        folder = find_model(fallback)[0]
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no usable tokenizer ({str(error).strip().splitlines()[0]}); name a model that carries one "
-                         "with --t5_name") from None

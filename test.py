@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from data import Collator, eval_loader, read_records
 from metrics import exact_match, f1
-from model import FiDT5, load_tokenizer, read_training_args
+from checkpoints import load_tokenizer, read_training_args
+from model import FiDT5
 from utils import HelpFormatter, InputError, gather_lists, new_file, run_script, start_processes
 
 UNKNOWN = {"num_contexts": 5, "max_length": 200}  # minFiD's defaults, for checkpoints that do not say

@@ -20,11 +20,12 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from checkpoints import load_state, load_tokenizer, restore_state, save_state
 from data import Collator, TrainSet, check_targets, plan_epoch, read_records, train_loader
-from model import FiDT5, load_tokenizer, load_torch_file
+from model import FiDT5
 from test import predict, summarize
-from utils import (HelpFormatter, InputError, RunLog, check_writable, gather_lists, new_file, random_states,
-                   restore_random_states, run_script, save_folder, set_seed, start_processes, sum_over_processes, write_json)
+from utils import (HelpFormatter, InputError, RunLog, check_writable, gather_lists, run_script, save_folder, set_seed,
+                   start_processes, sum_over_processes, write_json)
 
 # flags that may differ between a run and its resumption: they do not change the weights
 FREE_FLAGS = {"resume", "num_workers", "save_every", "gpus", "data_test", "batch_size_val", "tensorboard", "tqdm"}
@@ -185,7 +186,7 @@ def train_epoch(run):
         if ends or args.eval_every and progress.total_updates % args.eval_every == 0:
             evaluate(run, ends)
         elif args.save_every and progress.total_updates % args.save_every == 0:
-            save_state(run)
+            save_run(run)
     bar.close()
 
 
@@ -213,7 +214,7 @@ def evaluate(run, end_of_epoch):
     if end_of_epoch:
         run.progress = Progress(progress.epoch + 1, total_updates=progress.total_updates, best_em=progress.best_em,
                                 best_at=progress.best_at, rows=progress.rows)
-    save_state(run)
+    save_run(run)
 
 
 def save_best(run):
@@ -226,29 +227,8 @@ def save_best(run):
                 lambda folder: write_json(os.path.join(folder, "args.json"), info))
 
 
-def save_state(run):
-    """OUT.state: weights, optimizer, schedule, every process's random states, the place in the epoch."""
-    states = gather_lists([random_states(run.world.device)], run.world)
-    if run.world.is_main:
-        with new_file(run.args.model + ".state", "wb") as file:
-            torch.save({"model": run.reader.state_dict(), "optimizer": run.optimizer.state_dict(),
-                        "scheduler": run.scheduler.state_dict(), "random": states, "progress": asdict(run.progress),
-                        "args": vars(run.args), "world_size": run.world.size}, file)
-
-
-def load_state(args, world):
-    """The resume state of this command, or None; InputError if it is of a run with other flags."""
-    path = args.model + ".state"
-    if not args.resume or not os.path.exists(path):
-        return None
-    state = load_torch_file(path)
-    now = vars(args) | {"number of processes": world.size}
-    then = state["args"] | {"number of processes": state["world_size"]}
-    other = [f"--{name} {then.get(name)} (now {now[name]})" for name in now
-             if name not in FREE_FLAGS and then.get(name) != now[name]]
-    if other:
-        raise InputError(f"{path} is of a run with {', '.join(other)}; give the same flags, or leave out --resume to start anew")
-    return state
+def save_run(run):
+    save_state(run.args.model + ".state", run.world, run.reader, run.optimizer, run.scheduler, asdict(run.progress), run.args)
 
 
 def versions():
@@ -280,7 +260,7 @@ def set_up(args, world):
         raise InputError(f"{args.data_val}: no record has 'answers', so no checkpoint can be chosen by it")
     if world.is_main:
         check_writable(args.model)
-    state = load_state(args, world)
+    state = load_state(args.model + ".state", args, world, FREE_FLAGS)
     tokenizer = load_tokenizer(args.t5_name, args.t5_name)
     check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
     reader = FiDT5.from_pretrained(args.t5_name, dropout=args.dropout).to(world.device)
@@ -293,13 +273,6 @@ def set_up(args, world):
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, args.num_warmup_steps, updates_per_epoch * args.epochs)
     progress = Progress()
     if state:
-        try:
-            reader.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise InputError(f"{args.model}.state holds the weights of another model than --t5_name {args.t5_name} "
-                             f"({str(error).splitlines()[1].strip()}); leave out --resume to start anew") from None
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
         progress = Progress(**state["progress"])
     model = reader
     if world.size > 1:
@@ -309,7 +282,7 @@ def set_up(args, world):
     run = Run(args, world, model, tokenizer, TrainSet(train, args.seed, not args.no_shuffle), dev,
               Collator(tokenizer, args.num_contexts, args.max_length), optimizer, scheduler, log, progress)
     if state:
-        restore_random_states(state["random"][world.rank], world.device)
+        restore_state(state, args.model + ".state", world, reader, optimizer, scheduler)
     return run, updates_per_epoch
 
 

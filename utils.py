@@ -171,9 +171,11 @@ def save_folder(folder, *writers):
         os.makedirs(temporary)
         for writer in writers:
             writer(temporary)
-        for name in sorted(os.listdir(temporary), key=lambda name: name.endswith(".safetensors")):
-            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
-        os.rmdir(temporary)
+        paths = [os.path.relpath(os.path.join(place, name), temporary) for place, _, names in os.walk(temporary) for name in names]
+        for path in sorted(paths, key=lambda path: path.endswith(".safetensors")):
+            os.makedirs(os.path.dirname(os.path.join(folder, path)), exist_ok=True)
+            os.replace(os.path.join(temporary, path), os.path.join(folder, path))
+        shutil.rmtree(temporary)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror or error}); choose another path or make room") from None
 

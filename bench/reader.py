@@ -25,9 +25,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from checkpoints import load_tokenizer  # noqa: E402
 from data import Collator  # noqa: E402
 from layers import drop_, keep_mask  # noqa: E402
-from model import FiDT5, load_tokenizer  # noqa: E402
+from model import FiDT5  # noqa: E402
 from utils import HelpFormatter, InputError, run_script, start_processes  # noqa: E402
 
 SHAPES = {"small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},

@@ -124,7 +124,7 @@ def test_attention_with_replayed_masks(sizes, replay):
             out.append((probs @ v).transpose(0, 1).flatten(1))
         return torch.cat(out)
 
-    same_with_gradients(lambda qkv, bias: PackedAttention.apply(qkv, bias, groups, P), plain,
+    same_with_gradients(lambda qkv, bias: PackedAttention.apply(qkv, bias, len(bias), groups, P), plain,
                         [torch.randn(S, 3 * H * d), torch.randn(H, n, n)])
 
 

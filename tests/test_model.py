@@ -11,7 +11,8 @@ from transformers import (ByT5Tokenizer, MT5Config, MT5ForConditionalGeneration,
 
 import model as model_file
 from conftest import ROOT, make_t5
-from model import CROSS_BIAS, FiDT5, load_tokenizer, plain_key, read_training_args
+from checkpoints import load_tokenizer, read_training_args
+from model import CROSS_BIAS, FiDT5, plain_key
 from utils import InputError
 
 CONFIG = {"model_type": "t5", "architectures": ["FiDT5"], "d_ff": 128, "d_kv": 16, "d_model": 64, "num_heads": 4, "num_layers": 3,

@@ -1,0 +1,124 @@
+"""Text encoders without padding: a transformer's states of packed tokens, pooled to one vector per text.
+
+BERT-shaped models (BERT, DPR, BGE, E5, Contriever, MiniLM, the FiD-KD retriever) run on layers.py's packed attention and
+cheap dropout; every other architecture runs in transformers, on texts sorted by length and padded within a chunk.
+"""
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from layers import ATTENTION, AddDropped, compute_dtype, group_passages
+
+CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time
+
+
+def encode_bert(bert, ids, types, places, groups):
+    """Last hidden states (S, D), float32, of packed token ids, token types and places in their text, all (S).
+
+    Source: arXiv 1810.04805, as transformers' BertModel computes it; the attention's scale is folded into the query weights.
+    """
+    p, dtype = bert.config.hidden_dropout_prob if bert.training else 0.0, compute_dtype(ids.device)
+    p_attention = bert.config.attention_probs_dropout_prob if bert.training else 0.0
+    heads, embed = bert.config.num_attention_heads, bert.embeddings
+    scale = (bert.config.hidden_size / heads) ** -0.5
+    with torch.autocast(ids.device.type, enabled=False):
+        x = embed.word_embeddings(ids) + embed.token_type_embeddings(types) + embed.position_embeddings(places)
+        x = AddDropped.apply(None, embed.LayerNorm(x), p, 1.0)
+        for layer in bert.encoder.layer:
+            own = layer.attention.self
+            weight = torch.cat([own.query.weight * scale, own.key.weight, own.value.weight])
+            offset = torch.cat([own.query.bias * scale, own.key.bias, own.value.bias])
+            qkv = F.linear(x.to(dtype), weight.to(dtype), offset.to(dtype))
+            y = linear(ATTENTION[ids.device.type](qkv, None, heads, groups, p_attention), layer.attention.output.dense)
+            x = layer.attention.output.LayerNorm(AddDropped.apply(x, y, p, 1.0))
+            h = layer.intermediate.intermediate_act_fn(linear(x.to(dtype), layer.intermediate.dense))
+            x = layer.output.LayerNorm(AddDropped.apply(x, linear(h, layer.output.dense), p, 1.0))
+        return x
+
+
+def linear(x, module):
+    return F.linear(x, module.weight.to(x.dtype), module.bias.to(x.dtype))
+
+
+def is_packable(model):
+    """True if encode_bert computes this model: BERT with absolute positions and plain linear layers (no adapters)."""
+    config = model.config
+    return (config.model_type == "bert" and getattr(config, "position_embedding_type", "absolute") == "absolute"
+            and not config.is_decoder and type(model.encoder.layer[0].attention.self.query) is nn.Linear)
+
+
+def encode_packed(model, ids, types, sizes):
+    """States (S, D) of the packed tokens of texts whose sizes come in falling order; see encode_bert."""
+    device, starts = ids.device, torch.tensor(sizes, device=ids.device).cumsum(0)
+    if is_packable(model):
+        size = torch.tensor(sizes, device=device)
+        places = torch.arange(len(ids), device=device) - (starts - size).repeat_interleave(size)
+        return encode_bert(model, ids, types, places, group_passages(sizes, device))
+    mask = torch.arange(sizes[0], device=device) < torch.tensor(sizes, device=device)[:, None]        # (n, L)
+    padded = torch.full(mask.shape, model.config.pad_token_id or 0, device=device).masked_scatter(mask, ids)
+    return model(input_ids=padded, attention_mask=mask.long()).last_hidden_state[mask]
+
+
+def pool(states, sizes, pooling):
+    """One vector per text, (n, D) float32, of packed states (S, D): the first token's, the last one's or their mean."""
+    size = torch.tensor(sizes, device=states.device)
+    ends = size.cumsum(0)
+    if pooling == "cls":
+        return states[ends - size].float()
+    if pooling == "last":
+        return states[ends - 1].float()
+    owner = torch.arange(len(sizes), device=states.device).repeat_interleave(size)
+    total = torch.zeros(len(sizes), states.shape[1], device=states.device).index_add(0, owner, states.float())
+    return total / size[:, None]
+
+
+def split_chunks(sizes, most_tokens, most_texts):
+    """Splits falling sizes into runs of at most so many tokens (counted padded, but at least one text) and texts."""
+    runs = []
+    for size in sizes:
+        if not runs or len(runs[-1]) == most_texts or (len(runs[-1]) + 1) * runs[-1][0] > most_tokens:
+            runs.append([])
+        runs[-1].append(size)
+    return runs
+
+
+class TextEncoder(nn.Module):
+    """A transformer, how its token states become one vector, and what follows: linear and norm layers, if the checkpoint has any.
+
+    `pad_to`, {query, key}, is what the FiD-KD retriever without masks has: every text is filled to that length with padding
+    that counts like its tokens.
+    """
+
+    def __init__(self, model, pooling="cls", head=None):
+        super().__init__()
+        self.model, self.pooling, self.head, self.pad_to = model, pooling, head or nn.Sequential(), {}
+        pooler = getattr(model, "pooler", None)
+        if pooler is not None:
+            pooler.requires_grad_(False)  # no vector passes through it; DDP waits for no gradient of it
+
+    def forward(self, texts, role="query", chunk_size=0):
+        """Vectors (n, D) float32 of n texts given as lists of token ids.
+
+        With a chunk_size only the vectors of that many texts are kept for the backward pass, which encodes them again under the
+        replayed random state. This is GradCache (arXiv 2101.06983): its gradient cache is autograd's at the vectors.
+        """
+        device = next(self.parameters()).device
+        texts = [text + [self.model.config.pad_token_id] * (self.pad_to.get(role, 0) - len(text)) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        vectors, start = [], 0
+        for sizes in split_chunks([len(texts[i]) for i in order], CHUNK_TOKENS[device.type], chunk_size or len(texts)):
+            ids = torch.tensor(list(chain.from_iterable(texts[i] for i in order[start:start + len(sizes)])), device=device)
+            start += len(sizes)
+            if chunk_size and torch.is_grad_enabled():
+                vectors.append(checkpoint(self.encode_chunk, ids, sizes, use_reentrant=False, preserve_rng_state=True))
+            else:
+                vectors.append(self.encode_chunk(ids, sizes))
+        place = torch.empty(len(texts), dtype=torch.long)
+        place[order] = torch.arange(len(texts))
+        return torch.cat(vectors)[place.to(device)]
+
+    def encode_chunk(self, ids, sizes):
+        return self.head(pool(encode_packed(self.model, ids, torch.zeros_like(ids), sizes), sizes, self.pooling))

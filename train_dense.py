@@ -1,0 +1,497 @@
+"""Trains a dense retriever (or a ranker) from LLM-Embedder's, DPR's or qrels files, and measures it on the way.
+
+    python train_dense.py --output_dir OUT --train_data train.json --query_encoder BAAI/bge-base-en --max_steps 2000
+    torchrun --standalone --nproc_per_node=8 train_dense.py --output_dir OUT --corpus corpus.jsonl --queries queries.jsonl \
+        --positives qrels=train.tsv,min_score=1 --negatives qrels=mined.tsv --group_size 8 --eval_qrels qrels=dev.tsv --eval_steps 1000
+
+Losses: InfoNCE over the keys of all processes (DPR, arXiv 2004.04906), distillation from teacher scores (LLM-Embedder, arXiv
+2310.07554), graded labels. Written: OUT (a sentence-transformers folder), OUT.jsonl (a row per report), OUT.state (for --resume).
+"""
+import argparse
+import glob
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import losses
+from checkpoints import load_state, load_tokenizer, restore_state, save_state
+from corpus import Corpus, merge_qrels, read_queries
+from data import train_loader
+from dense_data import (INSTRUCTIONS, TRAIN_CONFIG, GroupCollator, GroupSet, filter_examples, plan_batches, qrels_examples,
+                        read_examples)
+from dense_eval import METRICS, DevSet, annotated_set, evaluate, read_dev_set
+from retriever import BiEncoder, CrossEncoder, gather_rows
+from utils import (HelpFormatter, InputError, RunLog, check_writable, gather_lists, run_script, save_folder, set_seed,
+                   start_processes, write_json)
+
+FREE_FLAGS = {"resume", "num_workers", "gpus", "tqdm", "logging_steps", "early_exit_steps", "stop_at"}  # may change between a run and its resumption
+GROUP_FLAGS = ("select_positive", "select_negative", "stable_distill", "teacher_scores_margin", "teacher_scores_min", "max_sample_num")
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    switch = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data", nargs="+", default=[], metavar="FILE", help="records of LLM-Embedder or DPR; a file named twice counts twice")
+    add("--corpus", nargs="+", metavar="FILE", help="documents: .tsv, BEIR's .jsonl or JSON lines, may end in .gz")
+    add("--queries", nargs="+", default=[], metavar="FILE", help="queries that the qrels name: BEIR's .jsonl, or id and text in a .tsv")
+    add("--positives", action="append", default=[], metavar="qrels=FILE,min_score=1", help="positive documents, with Trove's "
+        "filters min_score, max_score (exclusive), top_k, bottom_k, first_k, random_k, score=NUMBER|floor|ceil, query_subset; repeatable")
+    add("--negatives", action="append", default=[], metavar="qrels=FILE,max_score=1", help="negative documents, likewise")
+    add("--graded", action="append", default=[], metavar="qrels=FILE", help="documents with graded labels, likewise; trained by KL")
+    add("--eval_data", metavar="FILE", help="records to measure on: DPR's by average rank, LLM-Embedder's by retrieval from --corpus")
+    add("--eval_qrels", action="append", default=[], metavar="qrels=FILE", help="qrels to measure on; repeatable")
+    add("--eval_method", choices=["annotated", "retrieval"], default="annotated", help="how --eval_qrels measures: ranking each "
+        "query's annotated documents, or searching the whole corpus")
+    add("--eval_group_size", type=int, default=100, help="annotated documents per query, the most relevant ones")
+    add("--metrics", nargs="+", default=["mrr", "recall", "ndcg"], metavar="NAME", help=f"of {', '.join(METRICS)}")
+    add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K", help="ranks that the metrics look at")
+    add("--best_metric", metavar="NAME@K", help="what the kept checkpoint is the best of; not given: the first metric at the first "
+        "cutoff from 10 on, or the average rank")
+    add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
+    add("--max_sample_num", type=int, help="examples of a dataset that are used at most")
+    add("--inbatch_same_dataset", choices=["epoch", "random"], help="one dataset per batch: epoch uses every example once, random "
+        "draws datasets by size")
+    add("--num_workers", type=int, default=0, help="processes that tokenise")
+    add("--no_shuffle", action="store_true", help="keep the order of the examples")
+    add = parser.add_argument_group("texts").add_argument
+    add("--query_template", default="{query}", help="the text of a query")
+    add("--key_template", default="{title} {text}", help="the text of a document; DPR's pair is '{title} [SEP] {text}'")
+    add("--query_max_length", type=int, default=256, help="tokens per query, cut at the right")
+    add("--key_max_length", type=int, default=256, help="tokens per key, cut at the right")
+    add("--add_instruction", default=True, help="put --version's instruction before the texts of records with a task", **switch)
+    add("--version", choices=INSTRUCTIONS, default="bge", help="whose instructions")
+    add = parser.add_argument_group("model").add_argument
+    add("--query_encoder", default="BAAI/bge-base-en", help="checkpoint to start from: hub name, folder, minDPR's or DPR's file")
+    add("--key_encoder", help="checkpoint of a second encoder for the keys, with --tie_encoders false; not given: as --query_encoder")
+    add("--tie_encoders", default=True, help="one encoder for queries and keys", **switch)
+    add("--pooling_method", choices=["cls", "mean", "last"], help="not given: the checkpoint's, else cls")
+    add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
+    add("--cos_temperature", type=float, default=0.01, help="what cosines are divided by in training")
+    add("--dropout", type=float, help="dropout rate; not given: the checkpoint's")
+    add("--lora", type=int, metavar="R", help="train LoRA adapters of rank R, merged when saved (needs the package peft)")
+    add("--ranker", action="store_true", help="train a cross-encoder that reads query and key together")
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=["infonce", "kl", "fid-kd"], help="one loss alone; not given: the weighted sum of what the records allow")
+    add("--contrastive_weight", type=float, default=0.2, help="weight of InfoNCE beside distillation")
+    add("--distill_weight", type=float, default=1.0, help="weight of distillation beside InfoNCE")
+    add("--teacher_temperature", type=float, default=1.0, help="what teacher scores or labels are divided by")
+    add("--student_temperature", type=float, default=1.0, help="what own scores are divided by in distillation")
+    add("--stable_distill", default=False, help="LLM-Embedder's stabilized distillation", **switch)
+    add("--mask_duplicates", action="store_true", help="leave copies of a query's positive out of its negatives")
+    add("--train_group_size", "--group_size", type=int, default=8, help="keys per query: a positive and its negatives")
+    add("--select_positive", choices=["first", "random", "teacher", "teacher-pos"], default="first", help="which positive")
+    add("--select_negative", choices=["first", "random", "teacher+", "teacher-"], default="random", help="which negatives")
+    add("--teacher_scores_margin", type=float, help="drop records whose teacher scores lie closer")
+    add("--teacher_scores_min", type=float, help="drop records whose highest teacher score is lower")
+    add("--use_train_config", default=False, help="LLM-Embedder's own settings for each task", **switch)
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size", "--per_device_train_batch_size", type=int, default=16, help="queries per process and micro-batch")
+    add("--grad_accumulation", "--gradient_accumulation_steps", type=int, default=1, help="micro-batches per update; they share no negatives")
+    add("--chunk_size", type=int, default=0, help="GradCache: texts encoded at a time, so that a batch of any size fits; 0: all")
+    add("--gradient_checkpointing", default=False, help="the same as --chunk_size 32", **switch)
+    add("--epochs", "--num_train_epochs", type=int, default=3, help="passes over the examples")
+    add("--max_steps", type=int, default=0, help="updates in all, whatever the epochs; 0: as many as the epochs have")
+    add("--early_exit_steps", type=int, default=0, help="stop after so many updates of the schedule; 0: do not")
+    add("--lr", "--learning_rate", type=float, default=5e-6, help="highest learning rate of the linear schedule")
+    add("--warmup_ratio", type=float, default=0.1, help="share of the updates that is warm-up")
+    add("--num_warmup_steps", type=int, help="updates of warm-up, in place of the share")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay, on all weights")
+    add("--adam_eps", type=float, default=1e-8, help="AdamW's epsilon")
+    add("--clip", "--max_grad_norm", type=float, default=1.0, help="largest gradient norm")
+    add("--bf16", default=False, help="bfloat16 autocast; weights and optimizer stay float32", **switch)
+    add("--deepspeed", metavar="FILE", help="accepted for LLM-Embedder's commands, not used: its stage 0 is what DDP does")
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", required=True, help="folder to write the best retriever to; OUT.jsonl and OUT.state lie beside it")
+    add("--save_steps", type=int, default=2000, help="save OUT.state, and OUT if nothing is measured, every that many updates")
+    add("--eval_steps", type=int, default=0, help="measure every that many updates; 0: as --save_steps")
+    add("--logging_steps", type=int, default=100, help="print the loss every that many updates")
+    add("--seed", type=int, default=42, help="seed of the order, the groups and (plus the rank) dropout")
+    add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
+    add("--tqdm", action="store_true", help="show progress bars even if the output is not a terminal")
+    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
+    return parser.parse_args()
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything in it is in the resume state."""
+    epoch: int = 0
+    update: int = 0            # updates done in this epoch
+    total_updates: int = 0
+    best: float = -math.inf    # of the chosen measure, negated where lower is better
+    best_at: str = ""
+    rows: int = 0              # rows of the log written
+    losses: list = field(default_factory=list)  # of the updates since the last report
+    queries: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Run:
+    """What the functions below share."""
+    args: argparse.Namespace
+    world: object
+    model: torch.nn.Module     # BiEncoder or CrossEncoder, inside DistributedDataParallel if there are several processes
+    tokenizer: object
+    train_set: GroupSet
+    sizes: list                # examples per dataset
+    settings: dict             # of each task: the loss flags that hold for it
+    dev: DevSet
+    corpus: Corpus
+    collator: GroupCollator
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    log: RunLog
+    progress: Progress
+
+    @property
+    def retriever(self):
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+
+def check_args(args):
+    """InputError for flags that cannot work; paths and meanings settled."""
+    args.output_dir = args.output_dir.rstrip("/")
+    args.stop_at = args.early_exit_steps or math.inf
+    for name, least in (("train_group_size", 1), ("batch_size", 1), ("grad_accumulation", 1), ("epochs", 1), ("save_steps", 1),
+                        ("logging_steps", 1), ("query_max_length", 3), ("key_max_length", 3), ("eval_group_size", 1), ("chunk_size", 0),
+                        ("max_steps", 0), ("eval_steps", 0), ("early_exit_steps", 0), ("num_workers", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} must be {least} or more, it is {getattr(args, name)}")
+    if args.lr <= 0 or args.clip <= 0 or args.cos_temperature <= 0 or min(args.teacher_temperature, args.student_temperature) <= 0:
+        raise InputError("--lr, --clip and the temperatures must be above 0")
+    unknown = sorted(set(args.metrics) - set(METRICS))
+    if unknown or min(args.cutoffs) < 1:
+        raise InputError(f"--metrics {unknown[0]}: unknown, choose of {', '.join(METRICS)}" if unknown else "--cutoffs must be 1 or more")
+    if not (args.train_data or args.positives or args.graded):
+        raise InputError("nothing to train on: give --train_data, or --corpus, --queries and --positives or --graded")
+    if (args.positives or args.graded or args.eval_qrels) and not (args.corpus and args.queries):
+        raise InputError("qrels need --corpus and --queries, the files that hold the texts")
+    if args.graded and (args.positives or args.train_data or args.loss == "infonce"):
+        raise InputError("--graded trains by KL on labels of its own; leave out --positives, --train_data and --loss infonce")
+    if args.ranker and (args.eval_data or args.eval_method == "retrieval"):
+        raise InputError("a ranker is measured on annotated documents: --eval_qrels without --eval_method retrieval")
+    if args.gradient_checkpointing and not args.chunk_size:
+        args.chunk_size = 32
+    root = "llm-embedder:"
+    args.train_data = [file for path in args.train_data for file in find_files(path, args.data_root)]
+    if args.corpus:
+        args.corpus = [file for path in args.corpus for file in find_files(path, args.data_root)]
+    if args.eval_data and args.eval_data.startswith(root):
+        args.eval_data = os.path.join(args.data_root, args.eval_data.removeprefix(root))
+
+
+def find_files(path, root):
+    """The files that a path with * names, llm-embedder: being the root; a path without * is itself."""
+    path = os.path.join(root, path.removeprefix("llm-embedder:")) if path.startswith("llm-embedder:") else path
+    return sorted(glob.glob(path)) or [path] if "*" in path else [path]
+
+
+# ---------------------------------------------------------------------------------------------------- one update
+
+def compute_loss(run, batch):
+    """(loss of the queries of all processes, their number); every process computes it of all rows, see GatherRows.
+
+    InfoNCE sees all keys, distillation each query's own group and only the queries that have teacher scores. As in LLM-Embedder
+    a loss that stands alone is not weighted.
+    """
+    args, retriever, size = run.settings[batch["task"]], run.retriever, len(batch["places"]) if batch["counted"] else 0
+    teacher = gather_rows(batch["teacher"][:size].to(run.world.device))
+    count, group = teacher.shape
+    columns = torch.arange(count * group, device=teacher.device).view(count, group)
+    if args.ranker:
+        own = gather_rows(run.model(batch["pairs"], args.chunk_size).view(-1, group)[:size])
+        scores, positives, nothing = own, torch.zeros_like(columns[:, 0]), own.sum() * 0
+        columns = torch.arange(group, device=teacher.device).expand(count, -1)
+    else:
+        queries, keys = run.model(batch["queries"], batch["keys"], args.chunk_size)
+        nothing = (queries.sum() + keys.sum()) * 0  # a process whose queries do not count takes part in the exchange
+        scores = retriever.score(gather_rows(queries[:size]), gather_rows(keys[:size * group]))
+        positives, own = columns[:, 0], scores.gather(1, columns)
+    taught = ~teacher.isnan().any(1) if args.distill_weight or args.loss in ("kl", "fid-kd") else torch.zeros(count, dtype=torch.bool)
+    parts = []
+    if args.loss == "infonce" or not args.loss and args.contrastive_weight:
+        masked = None
+        if args.mask_duplicates and not args.ranker:
+            masked = losses.duplicates(gather_rows(batch["identities"][:size * group].to(teacher.device)), positives)
+        parts.append((args.contrastive_weight, losses.contrastive(scores, positives, masked)))
+    if args.loss != "infonce" and taught.any():
+        if args.loss == "fid-kd":
+            loss = losses.fid_kd(own[taught], teacher[taught])
+        elif args.stable_distill:
+            loss = losses.stable_distillation(scores[taught], columns[taught], teacher[taught], args.teacher_temperature)
+        else:
+            loss = losses.distillation(own[taught], teacher[taught], args.teacher_temperature, args.student_temperature)
+        parts.append((args.distill_weight, loss))
+    loss = sum(weight * part for weight, part in parts) if len(parts) > 1 else parts[0][1] if parts else 0.0
+    return loss + nothing, count
+
+
+def train_update(run, batches, count):
+    """One optimizer step over `count` micro-batches: (mean loss, queries). Raises InputError if loss or gradient is not finite."""
+    args, world = run.args, run.world
+    values, queries, places = [], 0, []
+    for i in range(count):
+        batch = next(batches)
+        with nullcontext() if i == count - 1 or world.size == 1 else run.model.no_sync():
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=args.bf16):
+                loss, seen = compute_loss(run, batch)
+            (loss / count).backward()
+        values.append(loss.detach())
+        queries += seen
+        places += batch["places"]
+    value = torch.stack(values).mean().item()
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+    if not (math.isfinite(value) and math.isfinite(norm)):
+        named = [run.train_set.examples[place].place for place in gather_lists(places, world)]
+        raise InputError(f"the {'gradient' if math.isfinite(value) else 'loss'} is not finite in update "
+                         f"{run.progress.total_updates + 1}, of {', '.join(named[:4])}{' ...' if len(named) > 4 else ''}; look at them, or "
+                         f"lower --lr; the best checkpoint so far is left in {args.output_dir}")
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad()
+    return value, queries
+
+
+def train_epoch(run, last_update):
+    """The rest of the current epoch, with the reports, evaluations and saves that fall into it."""
+    args, world, progress = run.args, run.world, run.progress
+    plan = plan_epoch(run, progress.epoch)
+    run.train_set.epoch = progress.epoch
+    batches = iter(train_loader(run.train_set, plan[progress.update:], run.collator, args.num_workers))
+    hidden = not world.is_main or (None if not args.tqdm else False)
+    bar = tqdm(plan, desc=f"epoch {progress.epoch}", initial=progress.update, leave=False, disable=hidden)
+    for update in plan[progress.update:]:
+        start = time.time()
+        value, queries = train_update(run, batches, len(update))
+        progress.seconds += time.time() - start
+        progress.losses.append(value)
+        progress.queries += queries
+        progress.update += 1
+        progress.total_updates += 1
+        bar.update()
+        bar.set_postfix(loss=f"{value:.3f}")
+        done, ends = progress.total_updates, progress.total_updates >= last_update
+        if progress.update == len(plan):
+            progress.epoch, progress.update = progress.epoch + 1, 0
+        measures = run.dev is not None and (ends or done % (args.eval_steps or args.save_steps) == 0)
+        if measures or done % args.logging_steps == 0 or ends:
+            report(run, measures)
+        if measures or done % args.save_steps == 0 or ends:
+            if run.dev is None and world.is_main:
+                save_best(run)
+            save_state(args.output_dir + ".state", world, run.retriever, run.optimizer, run.scheduler, asdict(progress), args)
+        if ends or progress.update == 0:
+            break
+    bar.close()
+
+
+def plan_epoch(run, epoch):
+    return plan_batches(run.sizes, epoch, run.args.seed, not run.args.no_shuffle, run.args.batch_size, run.args.grad_accumulation,
+                        run.args.inbatch_same_dataset, run.world.rank, run.world.size)
+
+
+def report(run, measures):
+    """A line and a log row of the updates since the last one; with a dev set its measures, and the checkpoint if it is the best."""
+    args, progress, start = run.args, run.progress, time.time()
+    loss = sum(progress.losses) / max(1, len(progress.losses))
+    row = {"update": progress.total_updates, "epoch": progress.epoch, "loss": loss, "lr": run.scheduler.get_last_lr()[0],
+           "queries_per_second": progress.queries / max(progress.seconds, 1e-9), "loss_curve": [round(v, 5) for v in progress.losses]}
+    line = (f"update {progress.total_updates:6d} | loss {loss:.4f} | lr {row['lr']:.2e} | {row['queries_per_second']:.1f} queries/s")
+    best = False
+    if measures:
+        values = evaluate(run.retriever, run.dev, run.collator, run.corpus, args.metrics, args.cutoffs, run.world)
+        run.model.train()
+        name = best_metric(args, run.dev)
+        value = -values[name] if name == "rank" else values[name]
+        best = value > progress.best
+        line += " | " + " ".join(f"{key} {values[key]:.4f}" for key in values) + f" | {time.time() - start:.0f} s" + " | best" * best
+        row |= values
+        if best:
+            progress.best, progress.best_at = value, f"{name} {values[name]:.4f} at update {progress.total_updates}"
+    run.log.say(line)
+    run.log.row(row, progress.total_updates)
+    progress.rows, progress.losses, progress.queries, progress.seconds = progress.rows + 1, [], 0.0, 0.0
+    if best and run.world.is_main:
+        save_best(run)
+
+
+def best_metric(args, dev):
+    """The measure that chooses the checkpoint; InputError if it is not measured."""
+    names = ["rank"] if dev.method == "rank" else [f"{name}@{k}" for name in args.metrics for k in args.cutoffs]
+    default = names[0] if dev.method == "rank" else f"{args.metrics[0]}@{next((k for k in args.cutoffs if k >= 10), args.cutoffs[-1])}"
+    if (args.best_metric or default) not in names:
+        raise InputError(f"--best_metric {args.best_metric} is not measured; one of {', '.join(names)} is")
+    return args.best_metric or default
+
+
+def save_best(run):
+    """The retriever as a sentence-transformers folder with its tokenizer and args.json."""
+    args, model = run.args, run.retriever
+    lengths = {"query_max_length": args.query_max_length, "key_max_length": args.key_max_length}
+    info = {"best": run.progress.best_at, "update": run.progress.total_updates, **lengths,
+            "retriever": {"metric": getattr(model, "metric", None), "temperature": getattr(model, "temperature", None)},
+            "instructions": run.collator.instructions, "args": {**vars(args), "stop_at": None}, "versions": versions()}
+    folders = [os.path.join(role) for role in getattr(model, "encoders", {"": None})]
+    save_folder(args.output_dir, lambda folder: merged(model, args).save_pretrained(folder, max(lengths.values())),
+                *(lambda folder, role=role: run.tokenizer.save_pretrained(os.path.join(folder, role)) for role in folders),
+                lambda folder: write_json(os.path.join(folder, "args.json"), info))
+
+
+def merged(model, args):
+    """The model to save: with LoRA a copy whose adapters are merged into the weights."""
+    if args.lora:
+        from copy import deepcopy
+        model = deepcopy(model)
+        for encoder in [model] if args.ranker else model.encoders.values():
+            encoder.model = encoder.model.merge_and_unload()
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- setting up
+
+def open_model(args, device):
+    """The retriever or ranker of the flags, with LoRA adapters if they are asked for."""
+    if args.ranker:
+        model = CrossEncoder.open(args.query_encoder, args.dropout)
+    else:
+        key_name = None if args.tie_encoders else args.key_encoder or args.query_encoder
+        model = BiEncoder.open(args.query_encoder, key_name, pooling=args.pooling_method, metric=args.dense_metric, dropout=args.dropout)
+        if model.metric == "cos":
+            model.temperature = args.cos_temperature
+        args.pooling_method, args.dense_metric = model.query_encoder.pooling, model.metric
+    if args.lora:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise InputError("--lora needs the package peft: pip install peft") from None
+        for encoder in [model] if args.ranker else model.encoders.values():
+            encoder.model = get_peft_model(encoder.model, LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear"))
+    return model.to(device).train()
+
+
+def read_training(args, corpus, queries, say):
+    """(examples, group settings per example, examples per dataset, loss settings per task), with what was dropped said."""
+    if args.train_data:
+        datasets = [read_examples(path) for path in args.train_data]
+    else:
+        datasets = [qrels_examples(corpus, queries, merge_qrels(args.positives, args.seed), merge_qrels(args.negatives, args.seed),
+                                   merge_qrels(args.graded, args.seed), args.train_group_size)]
+    examples, settings, sizes, by_task = [], [], [], {}
+    for number, own in enumerate(datasets):
+        task = own[0].task if own else ""
+        if args.inbatch_same_dataset is None and args.use_train_config and len({d[0].task for d in datasets}) > 1:
+            raise InputError("--use_train_config with several tasks needs --inbatch_same_dataset epoch")
+        by_task[task] = task_settings(args, task)
+        group = by_task[task]
+        if not args.graded:
+            own, dropped = filter_examples(own, args.train_group_size, group.select_positive, group.teacher_scores_margin,
+                                           group.teacher_scores_min, in_batch_only=not args.train_data and not args.negatives)
+            for reason, (count, place) in dropped.items():
+                say(f"{count} records dropped: {reason}, first {place}")
+        own = own[:group.max_sample_num]
+        if not own:
+            raise InputError(f"{args.train_data[number] if args.train_data else 'the qrels'}: no example is left to train on")
+        if not any(example.scores for example in own) and (args.loss in ("kl", "fid-kd") or not group.contrastive_weight and not args.loss):
+            raise InputError(f"{own[0].place}: without teacher_scores only InfoNCE can be trained; give --loss infonce")
+        only = not args.train_data and not args.negatives and not args.graded
+        settings += [{"group_size": 1 if only else args.train_group_size, "select_positive": "graded" if args.graded
+                      else group.select_positive, "select_negative": group.select_negative, "stable": group.stable_distill}] * len(own)
+        examples += own
+        sizes.append(len(own))
+        by_task |= {example.task: group for example in own}
+    return examples, settings, sizes, by_task
+
+
+def task_settings(args, task):
+    """The flags of a task: with --use_train_config LLM-Embedder's, its defaults for the selection, else those given."""
+    own = dict(vars(args), loss="kl" if args.graded and not args.loss else args.loss)
+    if args.use_train_config:
+        own |= dict(zip(GROUP_FLAGS, ("first", "random", False, None, None, None))) | TRAIN_CONFIG.get(task, {})
+    return argparse.Namespace(**own)
+
+
+def read_dev(args, corpus, queries):
+    """The DevSet of the flags, or None."""
+    if args.eval_qrels:
+        dev = annotated_set(merge_qrels(args.eval_qrels, args.seed), corpus, queries, args.eval_group_size
+                            if args.eval_method == "annotated" else None)._replace(method=args.eval_method)
+        if "nq" in args.metrics:
+            raise InputError("--metrics nq needs --eval_data with answers; qrels have none")
+    else:
+        dev = read_dev_set(args.eval_data, corpus, args.metrics, args.key_template) if args.eval_data else None
+    if dev:
+        best_metric(args, dev)
+    return dev
+
+
+def versions():
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def set_up(args, world):
+    """Everything read and built, from the start or from OUT.state: (Run, number of updates)."""
+    say = (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)
+    if world.is_main:
+        check_writable(args.output_dir)
+    corpus = Corpus(args.corpus, args.key_template) if args.corpus else None
+    queries = read_queries(args.queries)
+    examples, settings, sizes, by_task = read_training(args, corpus, queries, say)
+    dev = read_dev(args, corpus, queries)
+    tokenizer = load_tokenizer(args.query_encoder, args.query_encoder)
+    model = open_model(args, world.device)
+    state = load_state(args.output_dir + ".state", args, world, FREE_FLAGS)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, eps=args.adam_eps, fused=True)
+    progress = Progress(**state["progress"]) if state else Progress()
+    log = RunLog(args.output_dir + ".jsonl", world.is_main, progress.rows)
+    collator = GroupCollator(tokenizer, args, corpus, INSTRUCTIONS[args.version] if args.add_instruction else {})
+    run = Run(args, world, model, tokenizer, GroupSet(examples, settings, args.seed), sizes, by_task, dev, corpus, collator, optimizer,
+              None, log, progress)
+    updates = args.max_steps or len(plan_epoch(run, 0)) * args.epochs
+    warmup = math.ceil(updates * args.warmup_ratio) if args.num_warmup_steps is None else args.num_warmup_steps
+    run.scheduler = transformers.get_linear_schedule_with_warmup(optimizer, warmup, updates)
+    say(f"{world.size} process(es) on {world.device}; {', '.join(f'{k} {v}' for k, v in versions().items())}")
+    say(f"{len(examples)} training examples of {len(sizes)} dataset(s), groups of {settings[0]['group_size']}; {'ranker' if args.ranker else 'retriever'}"
+        f" of {sum(p.numel() for p in trained):,} trained parameters; " + (f"metric {args.dense_metric}, pooling {args.pooling_method}; "
+        if not args.ranker else "") + f"batch {args.batch_size * world.size} x {args.grad_accumulation}; {updates} updates, {warmup} of warm-up")
+    if world.size > 1:
+        run.model = DistributedDataParallel(model, [world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
+    if state:
+        restore_state(state, args.output_dir + ".state", world, model, optimizer, run.scheduler)
+    return run, updates
+
+
+def main(args):
+    check_args(args)
+    world = start_processes(args.gpus)
+    set_seed(args.seed, world.rank)
+    transformers.utils.logging.disable_progress_bar()
+    run, updates = set_up(args, world)
+    if run.progress.total_updates:
+        run.log.say(f"resuming after {run.progress.total_updates} updates")
+    start, last = time.time(), min(updates, args.stop_at)
+    while run.progress.total_updates < last:
+        train_epoch(run, last)
+    best = f"; best {run.progress.best_at}" if run.progress.best_at else ""
+    run.log.say(f"done in {time.time() - start:.0f} s{best}; in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
