@@ -1,15 +1,25 @@
-# make demo: set up, train and evaluate a reader on the embedded world.   make test: set up, run all tests.
+# make demo: set up, train and evaluate a reader on the embedded world. make demo-dense: the same with a retriever.
+# make test: set up, run all tests.
 PYTHON ?= python3
 BIN = .venv/bin
 DEMO = out/demo
 
-.PHONY: demo test clean
+.PHONY: demo demo-dense test clean
 
 demo: .venv/ready
 	$(BIN)/python toy/world.py --out toy/data
 	$(BIN)/python train_epoch.py $(DEMO) toy/data/train.json toy/data/dev.json --t5_name toy/t5-tiny --num_contexts 10 \
 		--max_length 100 --batch_size 8 --batch_size_val 64 --epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0
 	$(BIN)/python test.py $(DEMO) toy/data/test.json --num_contexts 0 1 2 5 10 --batch_size 64
+
+demo-dense: .venv/ready
+	$(BIN)/python toy/world.py --out toy/data
+	$(BIN)/python train_dense.py --output_dir $(DEMO)-dense --corpus toy/data/corpus.tsv \
+		--queries toy/data/queries.train.jsonl toy/data/queries.dev.jsonl --positives qrels=toy/data/qrels.train.tsv \
+		--negatives qrels=toy/data/mined.train.tsv --group_size 6 --eval_qrels qrels=toy/data/qrels.dev.tsv --eval_method retrieval \
+		--metrics recall --cutoffs 1 5 20 --best_metric recall@5 --eval_steps 100 --query_encoder toy/bert-tiny --pooling_method mean \
+		--cos_temperature 0.05 --batch_size 64 --epochs 10 --lr 2e-3 --key_max_length 100
+	$(BIN)/python toy/recall.py $(DEMO)-dense
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -q tests

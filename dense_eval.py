@@ -151,7 +151,7 @@ def search(model, dev, collator, corpus, k, world):
 
 def merge_best(scores, numbers, k):
     """The k highest scores (n, K) and their numbers, in order; equal scores keep the order of their columns."""
-    scores, order = scores.sort(1, descending=True, stable=True)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
     return scores[:, :k], numbers.gather(1, order[:, :k])
 
 

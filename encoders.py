@@ -59,7 +59,8 @@ def encode_packed(model, ids, types, sizes):
         return encode_bert(model, ids, types, places, group_passages(sizes, device))
     mask = torch.arange(sizes[0], device=device) < torch.tensor(sizes, device=device)[:, None]        # (n, L)
     padded = torch.full(mask.shape, model.config.pad_token_id or 0, device=device).masked_scatter(mask, ids)
-    return model(input_ids=padded, attention_mask=mask.long()).last_hidden_state[mask]
+    more = {"token_type_ids": torch.zeros_like(padded).masked_scatter(mask, types)} if types.any() else {}
+    return model(input_ids=padded, attention_mask=mask.long(), **more).last_hidden_state[mask]
 
 
 def pool(states, sizes, pooling):
@@ -88,13 +89,15 @@ def split_chunks(sizes, most_tokens, most_texts):
 class TextEncoder(nn.Module):
     """A transformer, how its token states become one vector, and what follows: linear and norm layers, if the checkpoint has any.
 
-    `pad_to`, {query, key}, is what the FiD-KD retriever without masks has: every text is filled to that length with padding
-    that counts like its tokens.
+    `head_first`: the head is applied to each token, before pooling. `pad_to`, {query, key}, is what the FiD-KD retriever without masks has: every text is filled to that length with padding
+    that counts like its tokens. `separator`, a token id, gives what follows a text's first one the token type 1, as minDPR and
+    transformers do with pairs of title and text (DPR's own code does not).
     """
 
     def __init__(self, model, pooling="cls", head=None):
         super().__init__()
         self.model, self.pooling, self.head, self.pad_to = model, pooling, head or nn.Sequential(), {}
+        self.separator, self.head_first = None, False
         pooler = getattr(model, "pooler", None)
         if pooler is not None:
             pooler.requires_grad_(False)  # no vector passes through it; DDP waits for no gradient of it
@@ -121,4 +124,12 @@ class TextEncoder(nn.Module):
         return torch.cat(vectors)[place.to(device)]
 
     def encode_chunk(self, ids, sizes):
-        return self.head(pool(encode_packed(self.model, ids, torch.zeros_like(ids), sizes), sizes, self.pooling))
+        types = torch.zeros_like(ids)
+        if self.separator is not None:
+            size, ends = torch.tensor(sizes, device=ids.device), (ids == self.separator).cumsum(0)
+            before = (ends - (ids == self.separator).long())                           # separators before each token, of all texts
+            types = (before > before[size.cumsum(0) - size].repeat_interleave(size)).long()
+        states = encode_packed(self.model, ids, types, sizes)
+        if self.head_first:
+            return pool(self.head(states), sizes, self.pooling)
+        return self.head(pool(states, sizes, self.pooling))

@@ -111,9 +111,11 @@ class BiEncoder(nn.Module):
         else:
             query, found = open_encoder(find_model(name)[0], wanted)
             key = open_encoder(find_model(key_name)[0], wanted)[0] if key_name else None
-        found |= {key: value for key, value in read_args(name).get("retriever", {}).items() if key in ("metric", "temperature")}
-        found |= {key: wanted[key] for key in ("metric", "temperature") if key in wanted}
-        return cls(query, key, found.get("metric", "cos"), found.get("temperature", 1.0))
+        found |= read_args(name).get("retriever", {}) | {key: wanted[key] for key in ("metric", "temperature") if key in wanted}
+        model = cls(query, key, found.get("metric", "cos"), found.get("temperature", 1.0))
+        for encoder in model.encoders.values():
+            encoder.separator = found.get("separator")
+        return model
 
 
 class CrossEncoder(nn.Module):
@@ -145,7 +147,7 @@ class CrossEncoder(nn.Module):
         more = {"token_type_ids": types} if getattr(self.model.config, "type_vocab_size", 1) > 1 else {}
         return self.model(input_ids=ids, attention_mask=mask.long(), **more).logits[:, 0].float()
 
-    def save_pretrained(self, folder, *_):
+    def save_pretrained(self, folder, *_):  # the same call as BiEncoder's
         self.model.save_pretrained(folder)
 
     @classmethod
@@ -264,7 +266,7 @@ def open_dpr_file(path, dropout=None):
 
 
 def open_fid_retriever(folder, config, dropout=None):
-    """FiD's distilled retriever (arXiv 2012.04584): BERT, mean over all places or those its flags say, projection, norm.
+    """FiD's distilled retriever (arXiv 2012.04584): BERT, projection and norm of each token, mean over all places or the real ones.
 
     One score is dot / sqrt(d). Both flags must agree here: the texts share one encoder.
     """
@@ -273,6 +275,7 @@ def open_fid_retriever(folder, config, dropout=None):
         raise InputError(f"{folder}: an FiD retriever needs weights, and the same apply_question_mask as apply_passage_mask")
     own = {key.removeprefix("model."): value for key, value in weights.items() if key.startswith("model.")}
     encoder = TextEncoder(build_bert(folder, own, folder, dropout), "cls" if config["extract_cls"] else "mean")
+    encoder.head_first = True
     if config["projection"]:
         encoder.head = nn.Sequential(nn.Linear(config["hidden_size"], config["indexing_dimension"]),
                                      nn.LayerNorm(config["indexing_dimension"]))
@@ -284,7 +287,9 @@ def open_fid_retriever(folder, config, dropout=None):
 
 
 def save_encoder(folder, encoder, metric, max_length, prompts):
-    """One encoder as a sentence-transformers folder."""
+    """One encoder as a sentence-transformers folder; FiD's retriever, which they cannot express, in FiD's own form."""
+    if encoder.head_first:
+        return save_fid_retriever(folder, encoder)
     encoder.model.save_pretrained(folder)
     modules = [("Transformer", "", {}), ("Pooling", "1_Pooling", {
         "word_embedding_dimension": encoder.model.config.hidden_size, "pooling_mode_cls_token": encoder.pooling == "cls",
@@ -309,6 +314,17 @@ def save_encoder(folder, encoder, metric, max_length, prompts):
                                    for i, (kind, place, _) in enumerate(modules)])
     write(folder, "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
     write(folder, "config_sentence_transformers.json", {"similarity_fn_name": SIMILARITY[metric], "prompts": prompts})
+
+
+def save_fid_retriever(folder, encoder):
+    """The form that open_fid_retriever and FiD's Retriever.from_pretrained open."""
+    names = {"0": "proj", "1": "norm"}
+    weights = {"model." + key: value for key, value in encoder.model.state_dict().items()}
+    weights |= {f"{names[key[0]]}{key[1:]}": value for key, value in encoder.head.state_dict().items()}
+    config = encoder.model.config.to_dict() | {"architectures": ["Retriever"], "projection": len(encoder.head) > 0}
+    os.makedirs(folder, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in weights.items()}, os.path.join(folder, "model.safetensors"))
+    write(folder, "config.json", config)
 
 
 def write(folder, name, content):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer, T5Config, T5ForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +25,23 @@ def make_t5(folder, **changes):
     T5ForConditionalGeneration(T5Config(**settings | changes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+WORDS = """who wrote it the a of to in and cradle baker stood town letter names river born where is was hobby did keep which animal
+lives with this one other two three""".split()
+
+
+def make_bert(folder, **changes):
+    """A BERT folder with random weights, large ones, so that texts differ, and a small WordPiece vocabulary of words and letters."""
+    letters = [chr(i) for i in range(97, 123)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *(x for x in letters if x not in WORDS), *("##" + x for x in letters)]
+    tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=64)
+    settings = dict(vocab_size=len(pieces), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                    max_position_embeddings=64, initializer_range=0.2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    torch.manual_seed(0)
+    BertModel(BertConfig(**settings | changes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def make_records(count, contexts=3, seed=0):

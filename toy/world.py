@@ -1,6 +1,6 @@
 """The embedded world: a small generated encyclopedia, its questions and their ranked contexts.
 
-    python toy/world.py --out toy/data     # corpus.tsv, train.json, dev.json, test.json; two seconds, no network
+    python toy/world.py --out toy/data     # corpus.tsv; of train, dev and test: .json, queries, qrels; two seconds
 
 People and towns have names of two parts drawn from shared lists, so that every entity has look-alikes. A quarter of
 all names (`is_held_out`) occurs only in dev and test questions and their passages: no answer can be memorised. Questions
@@ -181,7 +181,7 @@ def make_records(rng, split, entities, ranker, count, top_k=20, shared=0.15):
         ctxs = ranker.rank(rng, question, top_k)
         for c in ctxs:
             c["has_answer"] = c["id"] in gold
-        records.append({"id": f"{split}-{i}", "question": question, "answers": answers, "ctxs": ctxs})
+        records.append({"id": f"{split}-{i}", "question": question, "answers": answers, "gold": sorted(gold), "ctxs": ctxs})
     return records
 
 
@@ -202,6 +202,16 @@ def make_demo(seed=1):
                       "test": make_records(rng, "test", unseen[90:], test_ranker, 600)}
 
 
+def write_qrels(out, split, records):
+    """The same questions as BEIR has them: queries, qrels and, mined by word overlap, passages that do not answer (score 0)."""
+    queries = [json.dumps({"_id": r["id"], "text": r["question"]}) for r in records]
+    (out / f"queries.{split}.jsonl").write_text("\n".join(queries) + "\n")
+    gold = [f"{r['id']}\t{id}\t1" for r in records for id in r["gold"]]
+    mined = [f"{r['id']}\t{c['id']}\t0" for r in records for c in r["ctxs"] if not c["has_answer"]]
+    for name, rows in (("qrels", gold), ("mined", mined)):
+        (out / f"{name}.{split}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore"] + rows) + "\n")
+
+
 def main(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -211,6 +221,7 @@ def main(args):
     for split, records in splits.items():
         (out / f"{split}.json").write_text(json.dumps(records, indent=1))
         recall = [sum(any(c["has_answer"] for c in r["ctxs"][:k]) for r in records) / len(records) for k in (1, 2, 5, 10)]
+        write_qrels(out, split, records)
         print(f"{split:5s} {len(records)} questions, gold passage among the first 1, 2, 5, 10: "
               + ", ".join(f"{100 * x:.0f} %" for x in recall))
     print(f"corpus {len(passages)} passages, for example: {passages[0]['title']}: {passages[0]['text']}")

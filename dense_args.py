@@ -1,0 +1,139 @@
+"""The flags of train_dense.py, named as in LLM-Embedder's, Trove's and minDPR's commands, and what of them cannot work."""
+import argparse
+import glob
+import math
+import os
+
+from dense_data import INSTRUCTIONS
+from dense_eval import METRICS
+from utils import HelpFormatter, InputError
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def parse_args(description):
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    switch = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data", nargs="+", default=[], metavar="FILE", help="records of LLM-Embedder or DPR; a file named twice counts twice")
+    add("--corpus", nargs="+", metavar="FILE", help="documents: .tsv, BEIR's .jsonl or JSON lines, may end in .gz")
+    add("--queries", nargs="+", default=[], metavar="FILE", help="queries that the qrels name: BEIR's .jsonl, or id and text in a .tsv")
+    add("--positives", action="append", default=[], metavar="qrels=FILE,min_score=1", help="positive documents, with Trove's "
+        "filters min_score, max_score (exclusive), top_k, bottom_k, first_k, random_k, score=NUMBER|floor|ceil, query_subset; repeatable")
+    add("--negatives", action="append", default=[], metavar="qrels=FILE,max_score=1", help="negative documents, likewise")
+    add("--graded", action="append", default=[], metavar="qrels=FILE", help="documents with graded labels, likewise; trained by KL")
+    add("--eval_data", metavar="FILE", help="records to measure on: DPR's by average rank, LLM-Embedder's by retrieval from --corpus")
+    add("--eval_qrels", action="append", default=[], metavar="qrels=FILE", help="qrels to measure on; repeatable")
+    add("--eval_method", choices=["annotated", "retrieval"], default="annotated", help="how --eval_qrels measures: ranking each "
+        "query's annotated documents, or searching the whole corpus")
+    add("--eval_group_size", type=int, default=100, help="annotated documents per query, the most relevant ones")
+    add("--metrics", nargs="+", default=["mrr", "recall", "ndcg"], metavar="NAME", help=f"of {', '.join(METRICS)}")
+    add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K", help="ranks that the metrics look at")
+    add("--best_metric", metavar="NAME@K", help="what the kept checkpoint is the best of; not given: the first metric at the first "
+        "cutoff from 10 on, or the average rank")
+    add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
+    add("--max_sample_num", type=int, help="examples of a dataset that are used at most")
+    add("--inbatch_same_dataset", choices=["epoch", "random"], help="one dataset per batch: epoch uses every example once, random "
+        "draws datasets by size")
+    add("--num_workers", type=int, default=0, help="processes that tokenise")
+    add("--no_shuffle", action="store_true", help="keep the order of the examples")
+    add = parser.add_argument_group("texts").add_argument
+    add("--query_template", default="{query}", help="the text of a query")
+    add("--key_template", default="{title} {text}", help="the text of a document; DPR's pair is '{title} [SEP] {text}'")
+    add("--pair_types", action="store_true", help="token type 1 after a text's first [SEP], as minDPR and transformers have for pairs")
+    add("--query_max_length", type=int, default=256, help="tokens per query, cut at the right")
+    add("--key_max_length", type=int, default=256, help="tokens per key, cut at the right")
+    add("--add_instruction", default=True, help="put --version's instruction before the texts of records with a task", **switch)
+    add("--version", choices=INSTRUCTIONS, default="bge", help="whose instructions")
+    add = parser.add_argument_group("model").add_argument
+    add("--query_encoder", default="BAAI/bge-base-en", help="checkpoint to start from: hub name, folder, minDPR's or DPR's file")
+    add("--key_encoder", help="checkpoint of a second encoder for the keys, with --tie_encoders false; not given: as --query_encoder")
+    add("--tie_encoders", default=True, help="one encoder for queries and keys", **switch)
+    add("--pooling_method", choices=["cls", "mean", "last"], help="not given: the checkpoint's, else cls")
+    add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
+    add("--cos_temperature", type=float, default=0.01, help="what cosines are divided by in training")
+    add("--dropout", type=float, help="dropout rate; not given: the checkpoint's")
+    add("--lora", type=int, metavar="R", help="train LoRA adapters of rank R, merged when saved (needs the package peft)")
+    add("--ranker", action="store_true", help="train a cross-encoder that reads query and key together")
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=["infonce", "kl", "fid-kd"], help="one loss alone; not given: the weighted sum of what the records allow")
+    add("--contrastive_weight", type=float, default=0.2, help="weight of InfoNCE beside distillation")
+    add("--distill_weight", type=float, default=1.0, help="weight of distillation beside InfoNCE")
+    add("--teacher_temperature", type=float, default=1.0, help="what teacher scores or labels are divided by")
+    add("--student_temperature", type=float, default=1.0, help="what own scores are divided by in distillation")
+    add("--stable_distill", default=False, help="LLM-Embedder's stabilized distillation", **switch)
+    add("--mask_duplicates", action="store_true", help="leave copies of a query's positive out of its negatives")
+    add("--train_group_size", "--group_size", type=int, default=8, help="keys per query: a positive and its negatives")
+    add("--select_positive", choices=["first", "random", "teacher", "teacher-pos"], default="first", help="which positive")
+    add("--select_negative", choices=["first", "random", "teacher+", "teacher-"], default="random", help="which negatives")
+    add("--teacher_scores_margin", type=float, help="drop records whose teacher scores lie closer")
+    add("--teacher_scores_min", type=float, help="drop records whose highest teacher score is lower")
+    add("--use_train_config", default=False, help="LLM-Embedder's own settings for each task", **switch)
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size", "--per_device_train_batch_size", type=int, default=16, help="queries per process and micro-batch")
+    add("--grad_accumulation", "--gradient_accumulation_steps", type=int, default=1, help="micro-batches per update; they share no negatives")
+    add("--chunk_size", type=int, default=0, help="GradCache: texts encoded at a time, so that a batch of any size fits; 0: all")
+    add("--gradient_checkpointing", default=False, help="the same as --chunk_size 32", **switch)
+    add("--epochs", "--num_train_epochs", type=int, default=3, help="passes over the examples")
+    add("--max_steps", type=int, default=0, help="updates in all, whatever the epochs; 0: as many as the epochs have")
+    add("--early_exit_steps", type=int, default=0, help="stop after so many updates of the schedule; 0: do not")
+    add("--lr", "--learning_rate", type=float, default=5e-6, help="highest learning rate of the linear schedule")
+    add("--warmup_ratio", type=float, default=0.1, help="share of the updates that is warm-up")
+    add("--num_warmup_steps", type=int, help="updates of warm-up, in place of the share")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay, on all weights")
+    add("--adam_eps", type=float, default=1e-8, help="AdamW's epsilon")
+    add("--clip", "--max_grad_norm", type=float, default=1.0, help="largest gradient norm")
+    add("--bf16", default=False, help="bfloat16 autocast; weights and optimizer stay float32", **switch)
+    add("--deepspeed", metavar="FILE", help="accepted for LLM-Embedder's commands, not used: its stage 0 is what DDP does")
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", required=True, help="folder to write the best retriever to; OUT.jsonl and OUT.state lie beside it")
+    add("--save_steps", type=int, default=2000, help="save OUT.state, and OUT if nothing is measured, every that many updates")
+    add("--eval_steps", type=int, default=0, help="measure every that many updates; 0: as --save_steps")
+    add("--logging_steps", type=int, default=100, help="print the loss every that many updates")
+    add("--seed", type=int, default=42, help="seed of the order, the groups and (plus the rank) dropout")
+    add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
+    add("--tqdm", action="store_true", help="show progress bars even if the output is not a terminal")
+    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
+    return parser.parse_args()
+
+
+def check_args(args):
+    """InputError for flags that cannot work; paths and meanings settled."""
+    args.output_dir = args.output_dir.rstrip("/")
+    args.stop_at = args.early_exit_steps or math.inf
+    for name, least in (("train_group_size", 1), ("batch_size", 1), ("grad_accumulation", 1), ("epochs", 1), ("save_steps", 1),
+                        ("logging_steps", 1), ("query_max_length", 3), ("key_max_length", 3), ("eval_group_size", 1), ("chunk_size", 0),
+                        ("max_steps", 0), ("eval_steps", 0), ("early_exit_steps", 0), ("num_workers", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} must be {least} or more, it is {getattr(args, name)}")
+    if args.lr <= 0 or args.clip <= 0 or args.cos_temperature <= 0 or min(args.teacher_temperature, args.student_temperature) <= 0:
+        raise InputError("--lr, --clip and the temperatures must be above 0")
+    unknown = sorted(set(args.metrics) - set(METRICS))
+    if unknown or min(args.cutoffs) < 1:
+        raise InputError(f"--metrics {unknown[0]}: unknown, choose of {', '.join(METRICS)}" if unknown else "--cutoffs must be 1 or more")
+    if not (args.train_data or args.positives or args.graded):
+        raise InputError("nothing to train on: give --train_data, or --corpus, --queries and --positives or --graded")
+    if (args.positives or args.graded or args.eval_qrels) and not (args.corpus and args.queries):
+        raise InputError("qrels need --corpus and --queries, the files that hold the texts")
+    if args.graded and (args.positives or args.train_data or args.loss == "infonce"):
+        raise InputError("--graded trains by KL on labels of its own; leave out --positives, --train_data and --loss infonce")
+    if args.ranker and (args.eval_data or args.eval_method == "retrieval"):
+        raise InputError("a ranker is measured on annotated documents: --eval_qrels without --eval_method retrieval")
+    if args.gradient_checkpointing and not args.chunk_size:
+        args.chunk_size = 32
+    root = "llm-embedder:"
+    args.train_data = [file for path in args.train_data for file in find_files(path, args.data_root)]
+    if args.corpus:
+        args.corpus = [file for path in args.corpus for file in find_files(path, args.data_root)]
+    if args.eval_data and args.eval_data.startswith(root):
+        args.eval_data = os.path.join(args.data_root, args.eval_data.removeprefix(root))
+
+
+def find_files(path, root):
+    """The files that a path with * names, llm-embedder: being the root; a path without * is itself."""
+    path = os.path.join(root, path.removeprefix("llm-embedder:")) if path.startswith("llm-embedder:") else path
+    return sorted(glob.glob(path)) or [path] if "*" in path else [path]
