@@ -42,7 +42,7 @@ def test_reads_all_forms(tmp_path, name):
     ("r.json", "", "the file is empty"),
     ("r.json", "[]", "holds no records"),
     ("r.jsonl", "\n", "holds no records"),
-    ("r.json", '{"question": "q"}', "not a list of records"),
+    ("r.json", '"q"', "not a list of records"),
     ("r.json", '["q"]', "must be a JSON object"),
     ("r.json", '[{"question": "q", "answers": "a"}]', "'answers' must be a list of strings"),
     ("r.json", '[{"question": "q", "ctxs": [{"title": "t"}]}]', "'text' string"),
