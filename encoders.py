@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from layers import ATTENTION, AddDropped, compute_dtype, group_passages
+from layers import ATTENTION, AddDropped, compute_dtype, group_passages, sdpa_attention
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time
 
@@ -24,19 +24,27 @@ def encode_bert(bert, ids, types, places, groups):
     p_attention = bert.config.attention_probs_dropout_prob if bert.training else 0.0
     heads, embed = bert.config.num_attention_heads, bert.embeddings
     scale = (bert.config.hidden_size / heads) ** -0.5
+    learns = torch.is_grad_enabled()
+    attend = ATTENTION[ids.device.type] if learns else sdpa_attention
     with torch.autocast(ids.device.type, enabled=False):
         x = embed.word_embeddings(ids) + embed.token_type_embeddings(types) + embed.position_embeddings(places)
         x = AddDropped.apply(None, embed.LayerNorm(x), p, 1.0)
+        x = x if learns else x.to(dtype)  # training keeps the residual stream in float32
         for layer in bert.encoder.layer:
             own = layer.attention.self
             weight = torch.cat([own.query.weight * scale, own.key.weight, own.value.weight])
             offset = torch.cat([own.query.bias * scale, own.key.bias, own.value.bias])
-            qkv = F.linear(x.to(dtype), weight.to(dtype), offset.to(dtype))
-            y = linear(ATTENTION[ids.device.type](qkv, None, heads, groups, p_attention), layer.attention.output.dense)
-            x = layer.attention.output.LayerNorm(AddDropped.apply(x, y, p, 1.0))
+            y = attend(F.linear(x.to(dtype), weight.to(dtype), offset.to(dtype)), None, heads, groups, p_attention)
+            x = add_norm(x, linear(y, layer.attention.output.dense), layer.attention.output.LayerNorm, p)
             h = layer.intermediate.intermediate_act_fn(linear(x.to(dtype), layer.intermediate.dense))
-            x = layer.output.LayerNorm(AddDropped.apply(x, linear(h, layer.output.dense), p, 1.0))
+            x = add_norm(x, linear(h, layer.output.dense), layer.output.LayerNorm, p)
         return x
+
+
+def add_norm(x, y, norm, p):
+    """LayerNorm(x + dropout(y)) in the type of x."""
+    x = AddDropped.apply(x, y, p, 1.0) if x.dtype == torch.float32 else x + y
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 def linear(x, module):

@@ -237,11 +237,15 @@ class PackedAttention(torch.autograd.Function):
 
 
 def unpack(packed, group, parts, heads):
-    """(parts, count, H, length, d) of a group's rows (start .. end, parts * H * d); finite at the padding."""
+    """(parts, count, H, length, d), a copy, of a group's rows (start .. end, parts * H * d); finite at the padding."""
+    return spread(packed, group, parts, heads).clone(memory_format=torch.contiguous_format)
+
+
+def spread(packed, group, parts, heads):
+    """The same as a view of the rows, or of their copy where there is padding."""
     rows = packed[group.start:group.end]
     rows = rows if group.spread is None else rows.index_select(0, group.spread)
-    rows = rows.view(group.count, group.length, parts, heads, -1)
-    return rows.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
+    return rows.view(group.count, group.length, parts, heads, -1).permute(2, 0, 3, 1, 4)
 
 
 def pack(parts, group):
@@ -254,7 +258,7 @@ def sdpa_attention(qkv, bias, heads, groups, p):
     """The same by torch's scaled_dot_product_attention, for GPUs; PackedAttention is what its test compares it with."""
     out = []
     for group in groups:
-        q, k, v = unpack(qkv, group, 3, heads)
+        q, k, v = spread(qkv, group, 3, heads)
         mask = group.padding if bias is None else bias[None, :, :group.length, :group.length]
         if bias is not None and group.padding is not None:
             mask = mask + group.padding
