@@ -23,9 +23,11 @@ def find_model(path_or_name):
         if isinstance(saved, dict) and {"sd", "args"} <= saved.keys():
             name, weights = getattr(saved["args"], "t5_name", "bert-base-uncased"), saved["sd"]
         elif isinstance(saved, dict) and "model_dict" in saved:
-            name, weights = (saved.get("encoder_params") or {}).get("pretrained_model_cfg", "bert-base-uncased"), saved["model_dict"]
+            weights = saved["model_dict"]
+            name = (saved.get("encoder_params") or {}).get("pretrained_model_cfg", "bert-base-uncased")
         else:
-            raise InputError(f"{path}: neither a model folder, nor minFiD's or minDPR's file of 'sd' and 'args', nor DPR's of 'model_dict'")
+            raise InputError(f"{path}: neither a model folder, nor minFiD's or minDPR's file ('sd', 'args'), nor DPR's "
+                             "('model_dict')")
         beside = os.path.join(os.path.dirname(path), name)
         return (beside if os.path.isdir(beside) else find_model(name)[0]), weights
     try:

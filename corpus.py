@@ -67,7 +67,8 @@ class Corpus:
         try:
             return format_key(row, self.template)
         except KeyError as error:
-            raise InputError(f"{place}: no column {error} for --key_template '{self.template}'; its columns are {sorted(row)}") from None
+            raise InputError(f"{place}: no column {error} for --key_template '{self.template}'; its columns are "
+                             f"{sorted(row)}") from None
 
     def row(self, number):
         """(columns, place) of a document."""
@@ -149,7 +150,7 @@ def read_qrels(path):
             qrels[str(query)][str(document)] = float(score)
         except (TypeError, ValueError):
             if text and number > 1 or text.startswith("{"):
-                raise InputError(f"{path}:{number}: not a qrel; query, 0, document, score or query, document, score is wanted") from None
+                raise InputError(f"{path}:{number}: not a qrel; query, 0, document, score is wanted, or without the 0") from None
     if not qrels:
         raise InputError(f"{path}: holds no qrels")
     return dict(qrels)

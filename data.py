@@ -22,7 +22,9 @@ def open_text(path):
 
 
 def read_json(path):
-    """[(object, place)] of a list of objects or of one object per line (.jsonl, or .json), place being 'FILE:LINE' or 'FILE, record N'.
+    """[(object, place)] of a list of objects or of one object per line (.jsonl, or .json).
+
+    A place is 'FILE:LINE' or 'FILE, record N'.
 
     Raises InputError for a missing, unreadable, empty or malformed file.
     """
@@ -48,7 +50,8 @@ def read_json(path):
 
 def parse_lines(lines, path):
     """[(object, 'FILE:LINE')] of JSON lines; empty ones are skipped."""
-    return [(parse_json(line.rstrip("\n"), path, number), f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [(parse_json(line.rstrip("\n"), path, number), f"{path}:{number}")
+            for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def parse_json(text, path, first_line):

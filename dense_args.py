@@ -19,14 +19,17 @@ def parse_args(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     switch = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
     add = parser.add_argument_group("data").add_argument
-    add("--train_data", nargs="+", default=[], metavar="FILE", help="records of LLM-Embedder or DPR; a file named twice counts twice")
+    add("--train_data", nargs="+", default=[], metavar="FILE",
+        help="records of LLM-Embedder or DPR; named twice, a file counts twice")
     add("--corpus", nargs="+", metavar="FILE", help="documents: .tsv, BEIR's .jsonl or JSON lines, may end in .gz")
-    add("--queries", nargs="+", default=[], metavar="FILE", help="queries that the qrels name: BEIR's .jsonl, or id and text in a .tsv")
+    add("--queries", nargs="+", default=[], metavar="FILE",
+        help="queries that the qrels name: BEIR's .jsonl, or .tsv of id and text")
     add("--positives", action="append", default=[], metavar="qrels=FILE,min_score=1", help="positive documents, with Trove's "
-        "filters min_score, max_score (exclusive), top_k, bottom_k, first_k, random_k, score=NUMBER|floor|ceil, query_subset; repeatable")
+        "filters min_score, max_score (exclusive), first_k, random_k, top_k, bottom_k, score=NUMBER|floor|ceil, query_subset; "
+        "repeatable")
     add("--negatives", action="append", default=[], metavar="qrels=FILE,max_score=1", help="negative documents, likewise")
     add("--graded", action="append", default=[], metavar="qrels=FILE", help="documents with graded labels, likewise; trained by KL")
-    add("--eval_data", metavar="FILE", help="records to measure on: DPR's by average rank, LLM-Embedder's by retrieval from --corpus")
+    add("--eval_data", metavar="FILE", help="records to measure on: DPR's by average rank, others by retrieval from --corpus")
     add("--eval_qrels", action="append", default=[], metavar="qrels=FILE", help="qrels to measure on; repeatable")
     add("--eval_method", choices=["annotated", "retrieval"], default="annotated", help="how --eval_qrels measures: ranking each "
         "query's annotated documents, or searching the whole corpus")
@@ -44,14 +47,14 @@ def parse_args(description):
     add = parser.add_argument_group("texts").add_argument
     add("--query_template", default="{query}", help="the text of a query")
     add("--key_template", default="{title} {text}", help="the text of a document; DPR's pair is '{title} [SEP] {text}'")
-    add("--pair_types", action="store_true", help="token type 1 after a text's first [SEP], as minDPR and transformers have for pairs")
+    add("--pair_types", action="store_true", help="token type 1 after a text's first [SEP], as minDPR has for pairs")
     add("--query_max_length", type=int, default=256, help="tokens per query, cut at the right")
     add("--key_max_length", type=int, default=256, help="tokens per key, cut at the right")
     add("--add_instruction", default=True, help="put --version's instruction before the texts of records with a task", **switch)
     add("--version", choices=INSTRUCTIONS, default="bge", help="whose instructions")
     add = parser.add_argument_group("model").add_argument
     add("--query_encoder", default="BAAI/bge-base-en", help="checkpoint to start from: hub name, folder, minDPR's or DPR's file")
-    add("--key_encoder", help="checkpoint of a second encoder for the keys, with --tie_encoders false; not given: as --query_encoder")
+    add("--key_encoder", help="checkpoint of the second encoder of --tie_encoders false; not given: as --query_encoder")
     add("--tie_encoders", default=True, help="one encoder for queries and keys", **switch)
     add("--pooling_method", choices=["cls", "mean", "last"], help="not given: the checkpoint's, else cls")
     add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
@@ -75,7 +78,8 @@ def parse_args(description):
     add("--use_train_config", default=False, help="LLM-Embedder's own settings for each task", **switch)
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", "--per_device_train_batch_size", type=int, default=16, help="queries per process and micro-batch")
-    add("--grad_accumulation", "--gradient_accumulation_steps", type=int, default=1, help="micro-batches per update; they share no negatives")
+    add("--grad_accumulation", "--gradient_accumulation_steps", type=int, default=1, metavar="N",
+        help="micro-batches per update; they share no negatives")
     add("--chunk_size", type=int, default=0, help="GradCache: texts encoded at a time, so that a batch of any size fits; 0: all")
     add("--gradient_checkpointing", default=False, help="the same as --chunk_size 32", **switch)
     add("--epochs", "--num_train_epochs", type=int, default=3, help="passes over the examples")
@@ -106,15 +110,17 @@ def check_args(args):
     args.output_dir = args.output_dir.rstrip("/")
     args.stop_at = args.early_exit_steps or math.inf
     for name, least in (("train_group_size", 1), ("batch_size", 1), ("grad_accumulation", 1), ("epochs", 1), ("save_steps", 1),
-                        ("logging_steps", 1), ("query_max_length", 3), ("key_max_length", 3), ("eval_group_size", 1), ("chunk_size", 0),
-                        ("max_steps", 0), ("eval_steps", 0), ("early_exit_steps", 0), ("num_workers", 0)):
+                        ("logging_steps", 1), ("query_max_length", 3), ("key_max_length", 3), ("eval_group_size", 1),
+                        ("chunk_size", 0), ("max_steps", 0), ("eval_steps", 0), ("early_exit_steps", 0), ("num_workers", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be {least} or more, it is {getattr(args, name)}")
     if args.lr <= 0 or args.clip <= 0 or args.cos_temperature <= 0 or min(args.teacher_temperature, args.student_temperature) <= 0:
         raise InputError("--lr, --clip and the temperatures must be above 0")
     unknown = sorted(set(args.metrics) - set(METRICS))
-    if unknown or min(args.cutoffs) < 1:
-        raise InputError(f"--metrics {unknown[0]}: unknown, choose of {', '.join(METRICS)}" if unknown else "--cutoffs must be 1 or more")
+    if unknown:
+        raise InputError(f"--metrics {unknown[0]}: unknown, choose of {', '.join(METRICS)}")
+    if min(args.cutoffs) < 1:
+        raise InputError("--cutoffs must be 1 or more")
     if not (args.train_data or args.positives or args.graded):
         raise InputError("nothing to train on: give --train_data, or --corpus, --queries and --positives or --graded")
     if (args.positives or args.graded or args.eval_qrels) and not (args.corpus and args.queries):

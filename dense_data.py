@@ -4,6 +4,7 @@ LLM-Embedder's records (query, pos, neg, history, teacher_scores, task), DPR's (
 negative_ctxs), or a corpus, queries and TREC or BEIR qrels with Trove's filters. A key is a text, a dictionary for the key
 template, or the number of a document whose text stays in its file.
 """
+import argparse
 import hashlib
 import math
 import random
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from corpus import format_key
+from corpus import format_key, merge_qrels
 from data import read_json
 from utils import InputError
 
@@ -27,7 +28,8 @@ INSTRUCTIONS = {
         "chat": ("Embed this dialogue to find useful historical dialogues: ", "Embed this historical dialogue for retrieval: "),
         "lrlm": ("Embed this text chunk for finding useful historical chunks: ",
                  "Embed this historical text chunk for retrieval: "),
-        "icl": ("Convert this example into vector to look for useful examples: ", "Convert this example into vector for retrieval: "),
+        "icl": ("Convert this example into vector to look for useful examples: ",
+                "Convert this example into vector for retrieval: "),
         "tool": ("Transform this user request for fetching helpful tool descriptions: ",
                  "Transform this tool description for retrieval: ")}}
 
@@ -39,6 +41,8 @@ TRAIN_CONFIG = {
     "chat": {"select_positive": "teacher", "contrastive_weight": 0, "teacher_temperature": 0.1},
     "lrlm": {"select_positive": "teacher", "contrastive_weight": 0, "teacher_temperature": 0.1, "teacher_scores_margin": 0.1,
              "max_sample_num": 10000}}
+GROUP_FLAGS = {"select_positive": "first", "select_negative": "random", "stable_distill": False, "teacher_scores_margin": None,
+               "teacher_scores_min": None, "max_sample_num": None}
 
 
 class Example(NamedTuple):
@@ -60,8 +64,8 @@ def document_numbers(qrels, corpus, queries):
             raise InputError(f"the qrels name query {query!r}, which is in none of the query files; give its file with --queries")
         for document in own:
             if document not in corpus.number:
-                raise InputError(f"the qrels name document {document!r} (query {query!r}), which the corpus does not have; give its "
-                                 "file with --corpus, or mend the qrels")
+                raise InputError(f"the qrels name document {document!r} (query {query!r}), which the corpus does not have; "
+                                 "give its file with --corpus, or mend the qrels")
     return {query: {corpus.number[document]: score for document, score in own.items()} for query, own in qrels.items()}
 
 
@@ -71,8 +75,8 @@ def qrels_examples(corpus, queries, positives, negatives, graded, group_size):
         graded, examples = document_numbers(graded, corpus, queries), []
         for query, own in graded.items():
             if len(own) < group_size:
-                raise InputError(f"query {query!r} has {len(own)} labelled documents, --group_size wants {group_size}; lower it, or "
-                                 "leave such queries out with query_subset")
+                raise InputError(f"query {query!r} has {len(own)} labelled documents, --group_size wants {group_size}; lower "
+                                 "it, or leave such queries out with query_subset")
             examples.append(Example(queries[query], [], list(own), list(own.values()), "", f"query {query}"))
         return examples
     positives, negatives = (document_numbers(qrels, corpus, queries) for qrels in (positives, negatives))
@@ -100,8 +104,8 @@ def read_examples(path):
         if not all(isinstance(key, str) or isinstance(key, dict) and isinstance(key.get("text"), str) for key in pos + neg):
             raise InputError(f"{place}: every positive and negative must be a text or an object with a 'text'")
         if scores is not None and len(scores) != len(pos) + len(neg):
-            raise InputError(f"{place}: {len(scores)} teacher_scores for {len(pos)} positives and {len(neg)} negatives (or history); "
-                             "one per key is wanted, positives first")
+            raise InputError(f"{place}: {len(scores)} teacher_scores for {len(pos)} positives and {len(neg)} negatives (or "
+                             "history); one per key is wanted, positives first")
         examples.append(Example(query, pos, neg, scores, record.get("task", ""), place))
     if not examples:
         raise InputError(f"{path}: holds no records")
@@ -113,14 +117,15 @@ def filter_examples(examples, group_size, select_positive, margin=None, least=No
     kept, dropped = [], {}
     for example in examples:
         reason = None
-        if example.scores is not None and least is not None and max(example.scores, default=-math.inf) < least:
-            reason = "highest teacher score below --teacher_scores_min"
-        elif example.scores is not None and margin is not None and max(example.scores) - min(example.scores) < margin:
-            reason = "teacher scores closer than --teacher_scores_margin"
-        elif not example.pos and not (select_positive == "teacher" and example.scores and example.neg):
+        from_negatives = select_positive == "teacher" and bool(example.scores)  # the positive may be one of them
+        if not example.pos and not (from_negatives and example.neg):
             reason = "no positive"
-        elif group_size > 1 and len(example.neg) <= (not example.pos) and not in_batch_only:
+        elif group_size > 1 and not in_batch_only and len(example.neg) < (1 if example.pos else 2):
             reason = "no negative"
+        elif example.scores and least is not None and max(example.scores) < least:
+            reason = "highest teacher score below --teacher_scores_min"
+        elif example.scores and margin is not None and max(example.scores) - min(example.scores) < margin:
+            reason = "teacher scores closer than --teacher_scores_margin"
         if reason:
             dropped[reason] = (dropped.get(reason, (0,))[0] + 1, dropped.get(reason, (0, example.place))[1])
         else:
@@ -159,6 +164,49 @@ def choose_group(example, group_size, select_positive, select_negative, stable, 
     if stable:
         neg.sort(key=lambda i: negative_scores[i], reverse=True)
     return [positive] + [example.neg[i] for i in neg], [scores[first]] + [negative_scores[i] for i in neg]
+
+
+def read_training(args, corpus, queries, say):
+    """(examples, group settings per example, examples per dataset, loss settings per task), with what was dropped said."""
+    if args.train_data:
+        datasets = [read_examples(path) for path in args.train_data]
+    else:
+        datasets = [qrels_examples(corpus, queries, merge_qrels(args.positives, args.seed), merge_qrels(args.negatives, args.seed),
+                                   merge_qrels(args.graded, args.seed), args.train_group_size)]
+    examples, settings, sizes, by_task = [], [], [], {}
+    only = not args.train_data and not args.negatives and not args.graded  # in-batch negatives alone
+    for number, own in enumerate(datasets):
+        task = own[0].task if own else ""
+        if args.inbatch_same_dataset is None and args.use_train_config and len({d[0].task for d in datasets}) > 1:
+            raise InputError("--use_train_config with several tasks needs --inbatch_same_dataset epoch")
+        by_task[task] = task_settings(args, task)
+        group = by_task[task]
+        if not args.graded:
+            own, dropped = filter_examples(own, args.train_group_size, group.select_positive, group.teacher_scores_margin,
+                                           group.teacher_scores_min, in_batch_only=only)
+            for reason, (count, place) in dropped.items():
+                say(f"{count} records dropped: {reason}, first {place}")
+        own = own[:group.max_sample_num]
+        if not own:
+            raise InputError(f"{args.train_data[number] if args.train_data else 'the qrels'}: no example is left to train on")
+        needs_teacher = args.loss in ("kl", "fid-kd") or not group.contrastive_weight and not args.loss
+        if needs_teacher and not any(example.scores for example in own):
+            raise InputError(f"{own[0].place}: without teacher_scores only InfoNCE can be trained; give --loss infonce")
+        settings += [{"group_size": 1 if only else args.train_group_size, "select_negative": group.select_negative,
+                      "select_positive": "graded" if args.graded else group.select_positive,
+                      "stable": group.stable_distill}] * len(own)
+        examples += own
+        sizes.append(len(own))
+        by_task |= {example.task: group for example in own}
+    return examples, settings, sizes, by_task
+
+
+def task_settings(args, task):
+    """The flags of a task: with --use_train_config LLM-Embedder's, its defaults for the selection, else those given."""
+    own = dict(vars(args), loss="kl" if args.graded and not args.loss else args.loss)
+    if args.use_train_config:
+        own |= GROUP_FLAGS | TRAIN_CONFIG.get(task, {})
+    return argparse.Namespace(**own)
 
 
 # ---------------------------------------------------------------------------------------------------- batches

@@ -52,7 +52,7 @@ def read_dev_set(path, corpus, metrics, template):
         if found is None and set(metrics) != {"nq"} or "nq" in metrics and not record.get("answers"):
             raise InputError(f"{place}: metrics {' '.join(metrics)} need " + ("'answers'" if found is not None else "'pos_index'"))
         if any(not 0 <= number < len(corpus) for number in found or []):
-            raise InputError(f"{place}: pos_index {found} lies outside the corpus of {len(corpus)} documents; is it another corpus?")
+            raise InputError(f"{place}: pos_index {found} lies outside the corpus of {len(corpus)} documents; is it another one's?")
         dev.queries.append(query)
         dev.tasks.append(record.get("task", ""))
         dev.labels.append({number: 1 for number in found or []})

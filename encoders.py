@@ -15,30 +15,42 @@ from layers import ATTENTION, AddDropped, compute_dtype, group_passages, sdpa_at
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time
 
 
-def encode_bert(bert, ids, types, places, groups):
-    """Last hidden states (S, D), float32, of packed token ids, token types and places in their text, all (S).
+def encode_bert(bert, ids, types, places, groups, weights=None):
+    """Last hidden states (S, D) of packed token ids, token types and places in their text, all (S).
 
-    Source: arXiv 1810.04805, as transformers' BertModel computes it; the attention's scale is folded into the query weights.
+    Source: arXiv 1810.04805, as transformers' BertModel computes it. weights: bert_weights, made once for many chunks. Without
+    autograd under bfloat16 the residual stream is bfloat16 too, else float32.
     """
-    p, dtype = bert.config.hidden_dropout_prob if bert.training else 0.0, compute_dtype(ids.device)
+    dtype, learns = compute_dtype(ids.device), torch.is_grad_enabled()
+    p = bert.config.hidden_dropout_prob if bert.training else 0.0
     p_attention = bert.config.attention_probs_dropout_prob if bert.training else 0.0
     heads, embed = bert.config.num_attention_heads, bert.embeddings
-    scale = (bert.config.hidden_size / heads) ** -0.5
-    learns = torch.is_grad_enabled()
     attend = ATTENTION[ids.device.type] if learns else sdpa_attention
     with torch.autocast(ids.device.type, enabled=False):
         x = embed.word_embeddings(ids) + embed.token_type_embeddings(types) + embed.position_embeddings(places)
         x = AddDropped.apply(None, embed.LayerNorm(x), p, 1.0)
-        x = x if learns else x.to(dtype)  # training keeps the residual stream in float32
-        for layer in bert.encoder.layer:
-            own = layer.attention.self
-            weight = torch.cat([own.query.weight * scale, own.key.weight, own.value.weight])
-            offset = torch.cat([own.query.bias * scale, own.key.bias, own.value.bias])
-            y = attend(F.linear(x.to(dtype), weight.to(dtype), offset.to(dtype)), None, heads, groups, p_attention)
-            x = add_norm(x, linear(y, layer.attention.output.dense), layer.attention.output.LayerNorm, p)
-            h = layer.intermediate.intermediate_act_fn(linear(x.to(dtype), layer.intermediate.dense))
-            x = add_norm(x, linear(h, layer.output.dense), layer.output.LayerNorm, p)
+        x = x if learns else x.to(dtype)
+        for layer, (qkv, out, up, down) in zip(bert.encoder.layer, weights or bert_weights(bert, dtype)):
+            y = attend(F.linear(x.to(dtype), *qkv), None, heads, groups, p_attention)
+            x = add_norm(x, F.linear(y, *out), layer.attention.output.LayerNorm, p)
+            h = layer.intermediate.intermediate_act_fn(F.linear(x.to(dtype), *up))
+            x = add_norm(x, F.linear(h, *down), layer.output.LayerNorm, p)
         return x
+
+
+def bert_weights(bert, dtype):
+    """Per layer (weight, bias) of: queries, keys and values side by side, attention output, feed-forward up and down.
+
+    The attention's scale is folded into the queries' part.
+    """
+    layers, scale = [], (bert.config.hidden_size / bert.config.num_attention_heads) ** -0.5
+    for layer in bert.encoder.layer:
+        own = layer.attention.self
+        qkv = [torch.cat([getattr(own.query, name) * scale, getattr(own.key, name), getattr(own.value, name)])
+               for name in ("weight", "bias")]
+        others = [(m.weight, m.bias) for m in (layer.attention.output.dense, layer.intermediate.dense, layer.output.dense)]
+        layers.append([[tensor.to(dtype) for tensor in pair] for pair in (qkv, *others)])
+    return layers
 
 
 def add_norm(x, y, norm, p):
@@ -58,13 +70,13 @@ def is_packable(model):
             and not config.is_decoder and type(model.encoder.layer[0].attention.self.query) is nn.Linear)
 
 
-def encode_packed(model, ids, types, sizes):
+def encode_packed(model, ids, types, sizes, weights=None):
     """States (S, D) of the packed tokens of texts whose sizes come in falling order; see encode_bert."""
     device, starts = ids.device, torch.tensor(sizes, device=ids.device).cumsum(0)
     if is_packable(model):
         size = torch.tensor(sizes, device=device)
         places = torch.arange(len(ids), device=device) - (starts - size).repeat_interleave(size)
-        return encode_bert(model, ids, types, places, group_passages(sizes, device))
+        return encode_bert(model, ids, types, places, group_passages(sizes, device), weights)
     mask = torch.arange(sizes[0], device=device) < torch.tensor(sizes, device=device)[:, None]        # (n, L)
     padded = torch.full(mask.shape, model.config.pad_token_id or 0, device=device).masked_scatter(mask, ids)
     more = {"token_type_ids": torch.zeros_like(padded).masked_scatter(mask, types)} if types.any() else {}
@@ -97,9 +109,9 @@ def split_chunks(sizes, most_tokens, most_texts):
 class TextEncoder(nn.Module):
     """A transformer, how its token states become one vector, and what follows: linear and norm layers, if the checkpoint has any.
 
-    `head_first`: the head is applied to each token, before pooling. `pad_to`, {query, key}, is what the FiD-KD retriever without masks has: every text is filled to that length with padding
-    that counts like its tokens. `separator`, a token id, gives what follows a text's first one the token type 1, as minDPR and
-    transformers do with pairs of title and text (DPR's own code does not).
+    `head_first`: the head is applied to each token, before pooling. `pad_to`, {query, key}, is what the FiD-KD retriever without
+    masks has: every text is filled to that length with padding that counts like its tokens. `separator`, a token id, gives what
+    follows a text's first one the token type 1, as minDPR and transformers do with pairs of title and text (DPR's code does not).
     """
 
     def __init__(self, model, pooling="cls", head=None):
@@ -119,25 +131,27 @@ class TextEncoder(nn.Module):
         device = next(self.parameters()).device
         texts = [text + [self.model.config.pad_token_id] * (self.pad_to.get(role, 0) - len(text)) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        vectors, start = [], 0
+        vectors, start, weights = [], 0, None
+        if not torch.is_grad_enabled() and is_packable(self.model):
+            weights = bert_weights(self.model, compute_dtype(device))  # once, not for each chunk
         for sizes in split_chunks([len(texts[i]) for i in order], CHUNK_TOKENS[device.type], chunk_size or len(texts)):
             ids = torch.tensor(list(chain.from_iterable(texts[i] for i in order[start:start + len(sizes)])), device=device)
             start += len(sizes)
             if chunk_size and torch.is_grad_enabled():
                 vectors.append(checkpoint(self.encode_chunk, ids, sizes, use_reentrant=False, preserve_rng_state=True))
             else:
-                vectors.append(self.encode_chunk(ids, sizes))
+                vectors.append(self.encode_chunk(ids, sizes, weights))
         place = torch.empty(len(texts), dtype=torch.long)
         place[order] = torch.arange(len(texts))
         return torch.cat(vectors)[place.to(device)]
 
-    def encode_chunk(self, ids, sizes):
+    def encode_chunk(self, ids, sizes, weights=None):
         types = torch.zeros_like(ids)
         if self.separator is not None:
             size, ends = torch.tensor(sizes, device=ids.device), (ids == self.separator).cumsum(0)
             before = (ends - (ids == self.separator).long())                           # separators before each token, of all texts
             types = (before > before[size.cumsum(0) - size].repeat_interleave(size)).long()
-        states = encode_packed(self.model, ids, types, sizes)
+        states = encode_packed(self.model, ids, types, sizes, weights)
         if self.head_first:
             return pool(self.head(states), sizes, self.pooling)
         return self.head(pool(states, sizes, self.pooling))

@@ -84,11 +84,12 @@ class BiEncoder(nn.Module):
         return self.encode(queries, "query", chunk_size), self.encode(keys, "key", chunk_size)
 
     def score(self, queries, keys):
-        """Scores (Q, K) of vectors (Q, D) and (K, D)."""
-        scores = queries @ keys.t()
-        if self.metric == "l2":
-            scores = 2 * scores - queries.square().sum(1, keepdim=True) - keys.square().sum(1)
-        return scores / self.temperature
+        """Scores (Q, K) of vectors (Q, D) and (K, D), in float32 under autocast too: a temperature of 0.01 magnifies rounding."""
+        with torch.autocast(queries.device.type, enabled=False):
+            scores = queries.float() @ keys.float().t()
+            if self.metric == "l2":
+                scores = 2 * scores - queries.square().sum(1, keepdim=True) - keys.square().sum(1)
+            return scores / self.temperature
 
     def save_pretrained(self, folder, max_length, prompts=None):
         """Writes the folder; max_length and the prompts (query, document) are what sentence-transformers will use."""
@@ -97,7 +98,7 @@ class BiEncoder(nn.Module):
 
     @classmethod
     def open(cls, name, key_name=None, **settings):
-        """A retriever from a folder or hub name of ours, sentence-transformers or transformers, FiD's retriever, minDPR's or DPR's file.
+        """A retriever from a folder or hub name (ours, sentence-transformers', transformers', FiD's), minDPR's or DPR's file.
 
         settings: metric, pooling, temperature (None: what the checkpoint says, else cos, cls, 1) and dropout; key_name opens
         a second encoder for the keys. Raises InputError.
@@ -163,7 +164,8 @@ class CrossEncoder(nn.Module):
         try:
             return cls(AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32))
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"{folder}: cannot be opened as a ranker with one score ({str(error).strip().splitlines()[0]})") from None
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{folder}: cannot be opened as a ranker with one score ({reason})") from None
 
 
 # ---------------------------------------------------------------------------------------------------- opening and saving
@@ -185,8 +187,8 @@ def open_encoder(folder, wanted):
         elif kind in ("Dense", "LayerNorm"):
             head.append(open_head(kind, place))
         elif kind != "Transformer":
-            raise InputError(f"{path}: has a {kind} module, which is not supported; use a retriever of Transformer, Pooling, Dense, "
-                             "LayerNorm and Normalize")
+            raise InputError(f"{path}: has a {kind} module, which is not supported; use a retriever of Transformer, Pooling, "
+                             "Dense, LayerNorm and Normalize")
     path = os.path.join(folder, "config_sentence_transformers.json")
     name = json.load(open(path)).get("similarity_fn_name") if os.path.exists(path) else None
     found |= {"metric": key for key, value in SIMILARITY.items() if value == name}

@@ -2,7 +2,7 @@
 
     python train_dense.py --output_dir OUT --train_data train.json --query_encoder BAAI/bge-base-en --max_steps 2000
     torchrun --standalone --nproc_per_node=8 train_dense.py --output_dir OUT --corpus corpus.jsonl --queries queries.jsonl \
-        --positives qrels=train.tsv,min_score=1 --negatives qrels=mined.tsv --group_size 8 --eval_qrels qrels=dev.tsv --eval_steps 1000
+        --positives qrels=train.tsv,min_score=1 --negatives qrels=mined.tsv --group_size 8 --eval_qrels qrels=dev.tsv
 
 Losses: InfoNCE over the keys of all processes (DPR, arXiv 2004.04906), distillation from teacher scores (LLM-Embedder, arXiv
 2310.07554), graded labels. Written: OUT (a sentence-transformers folder), OUT.jsonl (a row per report), OUT.state (for --resume).
@@ -25,15 +25,14 @@ from checkpoints import load_state, load_tokenizer, restore_state, save_state
 from corpus import Corpus, merge_qrels, read_queries
 from data import train_loader
 from dense_args import check_args, parse_args
-from dense_data import (INSTRUCTIONS, TRAIN_CONFIG, GroupCollator, GroupSet, filter_examples, plan_batches, qrels_examples,
-                        read_examples)
+from dense_data import INSTRUCTIONS, GroupCollator, GroupSet, plan_batches, read_training
 from dense_eval import DevSet, annotated_set, evaluate, read_dev_set
 from retriever import BiEncoder, CrossEncoder, gather_rows
 from utils import (InputError, RunLog, check_writable, gather_lists, run_script, save_folder, set_seed,
                    start_processes, write_json)
 
-FREE_FLAGS = {"resume", "num_workers", "gpus", "tqdm", "logging_steps", "early_exit_steps", "stop_at"}  # may change between a run and its resumption
-GROUP_FLAGS = ("select_positive", "select_negative", "stable_distill", "teacher_scores_margin", "teacher_scores_min", "max_sample_num")
+# flags that may differ between a run and its resumption: they do not change the weights
+FREE_FLAGS = {"resume", "num_workers", "gpus", "tqdm", "logging_steps", "early_exit_steps", "stop_at"}
 
 
 @dataclass
@@ -94,7 +93,7 @@ def compute_loss(run, batch):
         nothing = (queries.sum() + keys.sum()) * 0  # a process whose queries do not count takes part in the exchange
         scores = retriever.score(gather_rows(queries[:size]), gather_rows(keys[:size * group]))
         positives, own = columns[:, 0], scores.gather(1, columns)
-    taught = ~teacher.isnan().any(1) if args.distill_weight or args.loss in ("kl", "fid-kd") else torch.zeros(count, dtype=torch.bool)
+    taught = ~teacher.isnan().any(1) & bool(args.distill_weight or args.loss)
     parts = []
     if args.loss == "infonce" or not args.loss and args.contrastive_weight:
         masked = None
@@ -132,8 +131,8 @@ def train_update(run, batches, count):
     if not (math.isfinite(value) and math.isfinite(norm)):
         named = [run.train_set.examples[place].place for place in gather_lists(places, world)]
         raise InputError(f"the {'gradient' if math.isfinite(value) else 'loss'} is not finite in update "
-                         f"{run.progress.total_updates + 1}, of {', '.join(named[:4])}{' ...' if len(named) > 4 else ''}; look at them, or "
-                         f"lower --lr; the best checkpoint so far is left in {args.output_dir}")
+                         f"{run.progress.total_updates + 1}, of {', '.join(named[:4])}{' ...' if len(named) > 4 else ''}; look at "
+                         f"them, or lower --lr; the best checkpoint so far is left in {args.output_dir}")
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad()
@@ -183,8 +182,9 @@ def report(run, measures):
     args, progress, start = run.args, run.progress, time.time()
     loss = sum(progress.losses) / max(1, len(progress.losses))
     row = {"update": progress.total_updates, "epoch": progress.epoch, "loss": loss, "lr": run.scheduler.get_last_lr()[0],
-           "queries_per_second": progress.queries / max(progress.seconds, 1e-9), "loss_curve": [round(v, 5) for v in progress.losses]}
-    line = (f"update {progress.total_updates:6d} | loss {loss:.4f} | lr {row['lr']:.2e} | {row['queries_per_second']:.1f} queries/s")
+           "queries_per_second": progress.queries / max(progress.seconds, 1e-9),
+           "loss_curve": [round(value, 5) for value in progress.losses]}
+    line = f"update {row['update']:6d} | loss {loss:.4f} | lr {row['lr']:.2e} | {row['queries_per_second']:.1f} queries/s"
     best = False
     if measures:
         values = evaluate(run.retriever, run.dev, run.collator, run.corpus, args.metrics, args.cutoffs, run.world)
@@ -192,7 +192,8 @@ def report(run, measures):
         name = best_metric(args, run.dev)
         value = -values[name] if name == "rank" else values[name]
         best = value > progress.best
-        line += " | " + " ".join(f"{key} {values[key]:.4f}" for key in values) + f" | {time.time() - start:.0f} s" + " | best" * best
+        line += " | " + " ".join(f"{key} {values[key]:.4f}" for key in values) + f" | {time.time() - start:.0f} s"
+        line += " | best" * best
         row |= values
         if best:
             progress.best, progress.best_at = value, f"{name} {values[name]:.4f} at update {progress.total_updates}"
@@ -206,10 +207,11 @@ def report(run, measures):
 def best_metric(args, dev):
     """The measure that chooses the checkpoint; InputError if it is not measured."""
     names = ["rank"] if dev.method == "rank" else [f"{name}@{k}" for name in args.metrics for k in args.cutoffs]
-    default = names[0] if dev.method == "rank" else f"{args.metrics[0]}@{next((k for k in args.cutoffs if k >= 10), args.cutoffs[-1])}"
-    if (args.best_metric or default) not in names:
-        raise InputError(f"--best_metric {args.best_metric} is not measured; one of {', '.join(names)} is")
-    return args.best_metric or default
+    cutoff = next((k for k in args.cutoffs if k >= 10), args.cutoffs[-1])
+    name = args.best_metric or (names[0] if dev.method == "rank" else f"{args.metrics[0]}@{cutoff}")
+    if name not in names:
+        raise InputError(f"--best_metric {name} is not measured; one of {', '.join(names)} is")
+    return name
 
 
 def save_best(run):
@@ -246,7 +248,8 @@ def open_model(args, tokenizer, device):
         model = CrossEncoder.open(args.query_encoder, args.dropout)
     else:
         key_name = None if args.tie_encoders else args.key_encoder or args.query_encoder
-        model = BiEncoder.open(args.query_encoder, key_name, pooling=args.pooling_method, metric=args.dense_metric, dropout=args.dropout)
+        model = BiEncoder.open(args.query_encoder, key_name, pooling=args.pooling_method, metric=args.dense_metric,
+                               dropout=args.dropout)
         if model.metric == "cos":
             model.temperature = args.cos_temperature
         for encoder in model.encoders.values():
@@ -258,49 +261,9 @@ def open_model(args, tokenizer, device):
         except ImportError:
             raise InputError("--lora needs the package peft: pip install peft") from None
         for encoder in [model] if args.ranker else model.encoders.values():
-            encoder.model = get_peft_model(encoder.model, LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear"))
+            adapters = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
+            encoder.model = get_peft_model(encoder.model, adapters)
     return model.to(device).train()
-
-
-def read_training(args, corpus, queries, say):
-    """(examples, group settings per example, examples per dataset, loss settings per task), with what was dropped said."""
-    if args.train_data:
-        datasets = [read_examples(path) for path in args.train_data]
-    else:
-        datasets = [qrels_examples(corpus, queries, merge_qrels(args.positives, args.seed), merge_qrels(args.negatives, args.seed),
-                                   merge_qrels(args.graded, args.seed), args.train_group_size)]
-    examples, settings, sizes, by_task = [], [], [], {}
-    for number, own in enumerate(datasets):
-        task = own[0].task if own else ""
-        if args.inbatch_same_dataset is None and args.use_train_config and len({d[0].task for d in datasets}) > 1:
-            raise InputError("--use_train_config with several tasks needs --inbatch_same_dataset epoch")
-        by_task[task] = task_settings(args, task)
-        group = by_task[task]
-        if not args.graded:
-            own, dropped = filter_examples(own, args.train_group_size, group.select_positive, group.teacher_scores_margin,
-                                           group.teacher_scores_min, in_batch_only=not args.train_data and not args.negatives)
-            for reason, (count, place) in dropped.items():
-                say(f"{count} records dropped: {reason}, first {place}")
-        own = own[:group.max_sample_num]
-        if not own:
-            raise InputError(f"{args.train_data[number] if args.train_data else 'the qrels'}: no example is left to train on")
-        if not any(example.scores for example in own) and (args.loss in ("kl", "fid-kd") or not group.contrastive_weight and not args.loss):
-            raise InputError(f"{own[0].place}: without teacher_scores only InfoNCE can be trained; give --loss infonce")
-        only = not args.train_data and not args.negatives and not args.graded
-        settings += [{"group_size": 1 if only else args.train_group_size, "select_positive": "graded" if args.graded
-                      else group.select_positive, "select_negative": group.select_negative, "stable": group.stable_distill}] * len(own)
-        examples += own
-        sizes.append(len(own))
-        by_task |= {example.task: group for example in own}
-    return examples, settings, sizes, by_task
-
-
-def task_settings(args, task):
-    """The flags of a task: with --use_train_config LLM-Embedder's, its defaults for the selection, else those given."""
-    own = dict(vars(args), loss="kl" if args.graded and not args.loss else args.loss)
-    if args.use_train_config:
-        own |= dict(zip(GROUP_FLAGS, ("first", "random", False, None, None, None))) | TRAIN_CONFIG.get(task, {})
-    return argparse.Namespace(**own)
 
 
 def read_dev(args, corpus, queries):
@@ -338,17 +301,19 @@ def set_up(args, world):
     progress = Progress(**state["progress"]) if state else Progress()
     log = RunLog(args.output_dir + ".jsonl", world.is_main, progress.rows)
     collator = GroupCollator(tokenizer, args, corpus, INSTRUCTIONS[args.version] if args.add_instruction else {})
-    run = Run(args, world, model, tokenizer, GroupSet(examples, settings, args.seed), sizes, by_task, dev, corpus, collator, optimizer,
-              None, log, progress)
+    run = Run(args, world, model, tokenizer, GroupSet(examples, settings, args.seed), sizes, by_task, dev, corpus, collator,
+              optimizer, None, log, progress)
     updates = args.max_steps or len(plan_epoch(run, 0)) * args.epochs
     warmup = math.ceil(updates * args.warmup_ratio) if args.num_warmup_steps is None else args.num_warmup_steps
     run.scheduler = transformers.get_linear_schedule_with_warmup(optimizer, warmup, updates)
     say(f"{world.size} process(es) on {world.device}; {', '.join(f'{k} {v}' for k, v in versions().items())}")
-    say(f"{len(examples)} training examples of {len(sizes)} dataset(s), groups of {settings[0]['group_size']}; {'ranker' if args.ranker else 'retriever'}"
-        f" of {sum(p.numel() for p in trained):,} trained parameters; " + (f"metric {args.dense_metric}, pooling {args.pooling_method}; "
-        if not args.ranker else "") + f"batch {args.batch_size * world.size} x {args.grad_accumulation}; {updates} updates, {warmup} of warm-up")
+    kind = "ranker" if args.ranker else f"retriever, metric {args.dense_metric}, pooling {args.pooling_method}"
+    say(f"{len(examples)} training examples of {len(sizes)} dataset(s), groups of {settings[0]['group_size']}; "
+        f"{sum(p.numel() for p in trained):,} trained parameters; {kind}; batch {args.batch_size * world.size} x "
+        f"{args.grad_accumulation}; {updates} updates, {warmup} of warm-up")
     if world.size > 1:
-        run.model = DistributedDataParallel(model, [world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
+        devices = [world.device] if world.device.type == "cuda" else None
+        run.model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     if state:
         restore_state(state, args.output_dir + ".state", world, model, optimizer, run.scheduler)
     return run, updates

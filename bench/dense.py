@@ -86,9 +86,10 @@ class Ours:
 class Theirs:
     def __init__(self, path, _, device, bf16):
         self.bf16, self.device = bf16, device
-        self.model = SentenceTransformer(path, device=str(device), model_kwargs={"dtype": torch.bfloat16 if bf16 else torch.float32})
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self.model = SentenceTransformer(path, device=str(device), model_kwargs={"dtype": dtype})
         self.model.max_seq_length = LENGTH
-        self.trained = SentenceTransformer(path, device=str(device))  # trained in float32 with autocast, as their Trainer's bf16 does
+        self.trained = SentenceTransformer(path, device=str(device))  # float32 with autocast, as their Trainer's bf16 does
         self.trained.max_seq_length = LENGTH
         self.loss = MultipleNegativesRankingLoss(self.trained, scale=20)
         self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=1e-6, fused=True)

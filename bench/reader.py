@@ -8,6 +8,8 @@ A question has N passages of 170 tokens on average (100 to 240, max_length 250) 
 forward and backward pass of a micro-batch; evaluation encodes and decodes 8 greedy tokens. Both readers run the same batches.
 """
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -187,6 +189,8 @@ def peak_memory(args, name, shape, num_contexts, mode, precision, device):
     flags = ["--shapes", shape, "--contexts", num_contexts, "--modes", mode, "--precisions", precision, "--peak_of", name,
              "--batch_size", args.batch_size, "--dropout", args.dropout] + ["--use_checkpoint"] * args.use_checkpoint
     flags += ["--passage_tokens", args.passage_tokens] if args.passage_tokens else []
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what this process has freed is needed there
     done = subprocess.run([sys.executable, __file__, *map(str, flags)], capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"measuring the memory of {name} failed (killed for want of memory?): {done.stderr.strip()[-200:]}")

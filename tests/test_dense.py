@@ -259,6 +259,9 @@ def test_metrics_and_search(metric, tmp_path):
         want = {"ip": queries @ keys.t(), "cos": F.cosine_similarity(queries[:, None], keys[None], dim=-1),
                 "l2": -torch.cdist(queries, keys).square()}[metric] / 0.5
         torch.testing.assert_close(model.score(queries, keys), want, atol=1e-3, rtol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model.score(queries, keys), model.score(queries.float(), keys.float()))
+            assert model.score(queries, keys).dtype == torch.float32
 
         class Corpus(list):
             text = list.__getitem__
