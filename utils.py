@@ -81,6 +81,12 @@ def sum_over_processes(values, world):
     return totals.tolist()
 
 
+def wait_for_all(world):
+    """Returns when all processes have come here."""
+    if world.size > 1:
+        dist.barrier()
+
+
 def gather_lists(items, world):
     """The concatenation, on every process, of each process's list of picklable items."""
     if world.size == 1:

@@ -1,0 +1,210 @@
+"""What a retrieval is written as: reader records, TREC runs, LLM-Embedder's collated files, measures."""
+import ast
+import csv
+import json
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from corpus import read_lines
+from data import read_json
+from metrics import has_answer, ranking_metrics, topk_accuracy
+from utils import InputError, new_file
+
+MEASURES = ("mrr", "recall", "ndcg", "map", "success", "nq")
+COLLATED = ("collate_neg", "collate_key", "collate_score")
+
+
+class Query(NamedTuple):
+    """A question: its record as it was read, identifier, text, task, gold answers."""
+    record: dict
+    id: str
+    text: str
+    task: str
+    answers: list
+
+
+def read_questions(path):
+    """Queries of records (.json, .jsonl), DPR's nq-test.csv (question <tab> list of answers), or id <tab> text. Raises InputError."""
+    name = str(path).removesuffix(".gz")
+    if not name.endswith((".csv", ".tsv")):
+        return [make_query(record, number, place) for number, (record, place) in enumerate(read_json(path))]
+    queries = []
+    for number, line in enumerate(read_lines(path), 1):
+        cells = next(csv.reader([line.decode("utf-8", "replace").rstrip("\r\n")], delimiter="\t"), [])
+        if not cells:
+            continue
+        if len(cells) != 2:
+            raise InputError(f"{path}:{number}: {len(cells)} columns, two are wanted: question and answers, or id and text")
+        if cells[1].startswith("["):
+            try:
+                answers = [str(answer) for answer in ast.literal_eval(cells[1])]
+            except (SyntaxError, ValueError):
+                raise InputError(f"{path}:{number}: {cells[1][:60]!r} is not a list of answers") from None
+            record = {"id": str(len(queries)), "question": cells[0], "answers": answers}
+        else:
+            record = {"id": cells[0], "question": cells[1]}
+        queries.append(make_query(record, len(queries), f"{path}:{number}"))
+    return queries
+
+
+def make_query(record, number, place):
+    text = record.get("question", record.get("query", record.get("text"))) if isinstance(record, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{place}: a query without text; 'question' or 'query' is wanted")
+    id = next((record[key] for key in ("id", "_id", "query_id", "qid") if key in record), number)
+    return Query(record, str(id), text, record.get("task", ""), record.get("answers") or [])
+
+
+class Results(NamedTuple):
+    """Found documents by rank: their numbers (n, k), -1 where there are fewer, and scores (n, k)."""
+    numbers: np.ndarray
+    scores: np.ndarray
+
+    def row(self, i):
+        """([numbers], [scores]) of one query, without the padding."""
+        keep = self.numbers[i] >= 0
+        return self.numbers[i][keep].tolist(), self.scores[i][keep].tolist()
+
+
+def passage(corpus, number):
+    """{id, title, text} of a document."""
+    row, _ = corpus.row(number)
+    return {"id": corpus.ids[number], "title": row.get("title", ""), "text": row.get("text", row.get("content", ""))}
+
+
+def write_contexts(path, queries, results, corpus):
+    """Reader records: each record with ctxs in rank order, {id, title, text, score, has_answer}; .json a list, else JSON lines."""
+    as_list = str(path).endswith(".json")
+    with new_file(path) as file:
+        for i, query in enumerate(queries):
+            ctxs = []
+            for number, score in zip(*results.row(i)):
+                ctxs.append(passage(corpus, number) | {"score": round(score, 6)})
+                if query.answers:
+                    ctxs[-1]["has_answer"] = has_answer(ctxs[-1]["text"], query.answers)
+            record = {"id": query.id, "question": query.text, **query.record, "ctxs": ctxs}
+            file.write(("[\n" if i == 0 else ",\n") * as_list + json.dumps(record, ensure_ascii=False) + "\n" * (not as_list))
+        file.write("\n]\n" * as_list)
+
+
+def write_run(path, queries, results, ids, name):
+    """A TREC run: query, Q0, document, rank, score, name."""
+    with new_file(path) as file:
+        for i, query in enumerate(queries):
+            for rank, (number, score) in enumerate(zip(*results.row(i)), 1):
+                file.write(f"{query.id} Q0 {ids[number]} {rank} {score:.6f} {name}\n")
+
+
+def read_run(path, queries, corpus, hits):
+    """Results of a TREC run or of a file of records with ctxs, for these queries. Raises InputError."""
+    found = {query.id: {} for query in queries}
+    if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
+        rows = ((make_query(record, n, place).id, context.get("id"), context.get("score", 0), place)
+                for n, (record, place) in enumerate(read_json(path)) for context in record.get("ctxs") or [])
+    else:
+        rows = (split_run_line(line, f"{path}:{number}") for number, line in enumerate(read_lines(path), 1) if line.strip())
+    for query, document, score, place in rows:
+        if str(document) not in corpus.number:
+            raise InputError(f"{place}: document {document!r} is not in the corpus; is it a result of another one?")
+        if query in found:
+            found[query][corpus.number[str(document)]] = float(score)
+    return from_dictionaries([found[query.id] for query in queries], hits)
+
+
+def split_run_line(line, place):
+    cells = line.decode("utf-8", "replace").split()
+    try:
+        return cells[0], cells[2], float(cells[4]), place
+    except (IndexError, ValueError):
+        raise InputError(f"{place}: not a line of a TREC run (query Q0 document rank score name)") from None
+
+
+def from_dictionaries(rows, hits):
+    """Results of one {number: score} per query, by falling score, equal ones by number."""
+    width = max(1, min(hits, max(map(len, rows), default=1)))
+    numbers, scores = np.full((len(rows), width), -1), np.zeros((len(rows), width), np.float32)
+    for i, row in enumerate(rows):
+        best = sorted(row, key=lambda number: (-row[number], number))[:width]
+        numbers[i, :len(best)], scores[i, :len(best)] = best, [row[number] for number in best]
+    return Results(numbers, scores)
+
+
+def fuse(results, how, weights, hits, constant=60):
+    """One result of several: rrf (sum of weight / (60 + rank), SIGIR 2009) or weighted (sum of weight * score scaled to 0 .. 1)."""
+    rows = []
+    for i in range(len(results[0].numbers)):
+        total = {}
+        for weight, result in zip(weights, results):
+            numbers, scores = result.row(i)
+            least, spread = min(scores, default=0), max(scores, default=1) - min(scores, default=0) or 1
+            for rank, (number, score) in enumerate(zip(numbers, scores), 1):
+                value = 1 / (constant + rank) if how == "rrf" else (score - least) / spread
+                total[number] = total.get(number, 0) + weight * value
+        rows.append(total)
+    return from_dictionaries(rows, hits)
+
+
+def collate(kind, path, queries, results, texts, max_neg_num=100, filter_answers=False):
+    """Writes LLM-Embedder's files: negatives mined from the hits, hits as keys, or scores as teacher_scores.
+
+    collate_neg leaves out texts equal to a positive and, with filter_answers, those that hold an answer (a substring, lower case); it
+    drops old teacher_scores and queries without hits. texts(i, number) is a key's text.
+    """
+    with new_file(path) as file:
+        for i, query in enumerate(queries):
+            record, (numbers, scores) = dict(query.record), results.row(i)
+            if kind == "collate_score":
+                by_number = dict(zip(numbers, scores))
+                keys = candidate_numbers(record)
+                record["teacher_scores"] = [by_number[number] for number in keys]
+            else:
+                keys = [(number, texts(i, number)) for number in numbers]
+                if kind == "collate_neg":
+                    if not numbers:
+                        continue
+                    held = [answer.lower() for answer in query.answers] if filter_answers else []
+                    pos = set(record.get("pos") or [])
+                    keys = [(n, text) for n, text in keys if text not in pos and not any(a in text.lower() for a in held)]
+                    keys = keys[:max_neg_num]
+                    record.pop("teacher_scores", None)
+                field = "neg" if kind == "collate_neg" else "key"
+                record |= {field: [text for _, text in keys], field + "_index": [number for number, _ in keys]}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def candidate_numbers(record):
+    """The numbers of a record's candidates: key_index, pos_index and neg_index, or their positions."""
+    if "key" in record:
+        return record.get("key_index") or list(range(len(record["key"])))
+    keys = list(record.get("pos") or []) + list(record.get("neg") or [])
+    given = list(record.get("pos_index") or []) + list(record.get("neg_index") or [])
+    return given if len(given) == len(keys) else list(range(len(keys)))
+
+
+def collated_path(path, field, name):
+    """LLM-Embedder's name of a collated file: records.json becomes records.FIELD.NAME.json."""
+    stem, ending = os.path.splitext(str(path).removesuffix(".gz"))
+    return ".".join([stem, field, *([name] if name else [])]) + ending
+
+
+def measure(queries, results, corpus, qrels, names, cutoffs):
+    """{metric@k: mean over the queries that have a label (nq: an answer)}; labels are qrels or the records' pos_index."""
+    rows = []
+    for i, query in enumerate(queries):
+        numbers, row = results.row(i)[0], {}
+        labels = {number: 1 for number in query.record.get("pos_index") or []} if qrels is None else {
+            corpus.number[document]: label for document, label in qrels.get(query.id, {}).items() if document in corpus.number}
+        if labels:
+            row |= ranking_metrics(numbers, labels, [name for name in names if name != "nq"], cutoffs)
+        if "nq" in names and query.answers:
+            row |= topk_accuracy([has_answer(passage(corpus, n)["text"], query.answers) for n in numbers[:max(cutoffs)]], cutoffs)
+        rows.append(row)
+    wanted = [f"{name}@{k}" for name in names for k in cutoffs]
+    counts = {name: sum(name in row for row in rows) for name in wanted}
+    if not all(counts.values()):
+        lacking = next(name for name in wanted if not counts[name])
+        wanted = "'answers'" if lacking.startswith("nq") else "qrels or 'pos_index'"
+        raise InputError(f"{lacking} cannot be measured: no query has {wanted}")
+    return {name: sum(row.get(name, 0) for row in rows) / counts[name] for name in wanted}

@@ -1,0 +1,384 @@
+"""Retrieval: from a corpus and questions to ranked contexts, measures and mined negatives.
+
+    python retrieve.py --retrieval_method bm25 --corpus psgs_w100.tsv --eval_data nq-dev.json --output dev.json --metrics nq
+    torchrun --standalone --nproc_per_node=8 retrieve.py --corpus psgs_w100.tsv --index wiki.index --query_encoder runs/dpr \
+        --eval_data nq-test.csv --hits 100 --output test.json --metrics nq --gpus 0,1,2,3,4,5,6,7
+
+Dense retrieval encodes the corpus into --index, resuming after a kill, and searches it with faiss: exactly (Flat), a block of the
+memory-mapped vectors at a time, or with the index that --faiss_index_factory names. Equal scores are ranked by place in the corpus.
+"""
+import argparse
+import os
+import time
+
+import bm25s
+import faiss
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+from checkpoints import load_tokenizer
+from corpus import Corpus, merge_qrels, read_queries
+from dense_args import boolean
+from dense_data import INSTRUCTIONS, GroupCollator
+from embed import check_fingerprint, encode_corpus, fingerprint
+from results import (COLLATED, MEASURES, Query, Results, candidate_numbers, collate, collated_path, fuse, measure, read_questions,
+                     read_run, write_contexts, write_run)
+from retriever import BiEncoder, CrossEncoder, gather_tensors
+from utils import HelpFormatter, InputError, gather_lists, read_args, run_script, start_processes, wait_for_all, write_json
+
+SEARCH_BLOCK = 65536  # vectors that exact search holds in memory
+METHODS = ("dense", "bm25", "rank", "random", "fuse")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    switch = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+    add = parser.add_argument_group("data").add_argument
+    add("--eval_data", metavar="FILE", help="questions: records, DPR's .csv of questions and answers, or id and text")
+    add("--queries", nargs="+", default=[], metavar="FILE", help="queries in BEIR's form, in place of --eval_data")
+    add("--qrels", action="append", default=[], metavar="qrels=FILE", help="labels to measure with, with train_dense.py's filters")
+    add("--corpus", nargs="+", metavar="FILE", help="documents: psgs_w100.tsv, BEIR's .jsonl or JSON lines, may end in .gz")
+    add("--key_template", help="the text of a document; not given: the checkpoint's, else '{title} {text}'")
+    add("--query_max_length", type=int, help="tokens per query; not given: the checkpoint's, else 256")
+    add("--key_max_length", type=int, help="tokens per document; not given: the checkpoint's, else 256")
+    add("--add_instruction", help="--version's instruction before texts whose query has a task; not given: as in training", **switch)
+    add("--version", choices=INSTRUCTIONS, help="whose instructions; not given: the checkpoint's, else bge")
+    add("--pair_types", action="store_true", help="token type 1 after a text's first [SEP], for minDPR's file; our folders know")
+    add = parser.add_argument_group("method").add_argument
+    add("--retrieval_method", choices=METHODS, default="dense", help="rank orders given candidates: the records' key, or pos and neg, or "
+        "an earlier result; fuse merges earlier results")
+    add("--results", nargs="+", default=[], metavar="FILE", help="earlier results to rank or fuse: TREC runs or records with ctxs")
+    add("--hits", type=int, default=200, help="documents per query")
+    add("--query_encoder", default="BAAI/bge-base-en", help="retriever (dense, rank) or, with --ranker, cross-encoder")
+    add("--key_encoder", help="encoder of the documents, if it is a checkpoint of its own")
+    add("--ranker", action="store_true", help="rank with a cross-encoder")
+    add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
+    add("--pooling_method", choices=["cls", "mean", "last"], help="not given: the checkpoint's, else cls")
+    add("--index", metavar="DIR", help="folder of the corpus's vectors and index, made or reused; not given: beside the corpus")
+    add("--dtype", choices=["float16", "float32"], default="float16", help="numbers of the stored vectors")
+    add("--faiss_index_factory", default="Flat", help="Flat (exact) or a faiss factory string: IVF4096,PQ64, HNSW32, OPQ16,PQ16 ...")
+    add("--train_sample", type=int, default=200000, help="vectors that an index is trained on at most")
+    add("--nprobe", type=int, help="lists that an IVF index searches")
+    add("--efSearch", type=int, help="breadth of an HNSW search")
+    add("--k1", type=float, default=0.9, help="BM25's k1")
+    add("--b", type=float, default=0.4, help="BM25's b")
+    add("--stopwords", default="en", help="words that BM25 leaves out: a language of bm25s, or none")
+    add("--stemmer", help="language whose PyStemmer stemmer BM25 uses (needs the package PyStemmer)")
+    add("--fusion", choices=["rrf", "weighted"], default="rrf", help="reciprocal rank, or sum of scores scaled to 0 .. 1")
+    add("--fusion_weights", type=float, nargs="+", help="one per result; not given: equal")
+    add = parser.add_argument_group("outputs").add_argument
+    add("--output", metavar="FILE", help="reader records with ctxs, .json or .jsonl")
+    add("--trec", metavar="FILE", help="TREC run")
+    add("--metrics", nargs="+", default=[], metavar="NAME",
+        help=f"{', '.join(MEASURES)}; {', '.join(COLLATED)} write LLM-Embedder's files")
+    add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K", help="ranks that the metrics look at")
+    add("--save_name", help="name in the collated files: train.json becomes train.neg.NAME.json")
+    add("--max_neg_num", type=int, default=100, help="negatives per query that collate_neg keeps")
+    add("--filter_answers", default=False, help="collate_neg leaves out passages that hold an answer", **switch)
+    add("--measures", metavar="FILE", help="write the measures as JSON")
+    add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
+    add = parser.add_argument_group("run").add_argument
+    add("--num_workers", type=int, default=0, help="processes that read and tokenise")
+    add("--bf16", default=False, help="encode in bfloat16", **switch)
+    add("--seed", type=int, default=42, help="seed of random retrieval and of the training sample")
+    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------------------------------------------- searching
+
+def best_by_place(scores, k):
+    """(numbers (n, k), scores) of the k highest scores (n, N), equal ones by number."""
+    k, rows = min(k, scores.shape[1]), []
+    for row in scores:
+        least = np.partition(row, -k)[-k]
+        numbers = np.flatnonzero(row >= least)  # ties at the edge included, so that the lowest numbers can win
+        rows.append(numbers[np.argsort(-row[numbers], kind="stable")][:k])
+    numbers = np.stack(rows)
+    return numbers, np.take_along_axis(scores, numbers, 1)
+
+
+def merge(parts, k):
+    """The k best of several (numbers, scores), each (n, k_i); equal scores by number, -1 last."""
+    numbers, scores = (np.concatenate(arrays, 1) for arrays in zip(*parts))
+    scores = np.where(numbers < 0, -np.inf, scores)
+    order = np.lexsort((numbers, -scores), axis=1)[:, :k]
+    return np.take_along_axis(numbers, order, 1), np.take_along_axis(scores, order, 1)
+
+
+def search_bm25(args, corpus, queries, world):
+    """BM25 by bm25s; each process scores a strided share of the queries."""
+    settings = {"k1": args.k1, "b": args.b, "stopwords": args.stopwords, "stemmer": args.stemmer, "template": corpus.template}
+    wanted = fingerprint(corpus, "bm25", settings)
+    if world.is_main and not check_fingerprint(args.index, wanted):
+        texts = tqdm((corpus.text(i) for i in range(len(corpus))), total=len(corpus), desc="reading", leave=False, disable=None)
+        index = bm25s.BM25(k1=args.k1, b=args.b)
+        index.index(bm25_tokens(list(texts), args), show_progress=False)
+        index.save(args.index)
+        write_json(os.path.join(args.index, "index.json"), wanted)
+    wait_for_all(world)
+    index, own = bm25s.BM25.load(args.index), range(world.rank, len(queries), world.size)
+    rows = []
+    for i in tqdm(own, desc="searching", leave=False, disable=None if world.is_main else True):
+        tokens = bm25_tokens([queries[i].text], args, ids=False)[0]
+        (numbers,), (scores,) = best_by_place(index.get_scores(tokens)[None], args.hits)
+        rows.append((i, numbers[scores > 0], scores[scores > 0]))  # a document without a word of the query is no hit
+    return stack(gather_lists(rows, world), args.hits)
+
+
+def bm25_tokens(texts, args, ids=True):
+    stemmer = None
+    if args.stemmer:
+        try:
+            import Stemmer
+        except ImportError:
+            raise InputError("--stemmer needs the package PyStemmer: pip install PyStemmer") from None
+        stemmer = Stemmer.Stemmer(args.stemmer)
+    stopwords = None if args.stopwords == "none" else args.stopwords
+    return bm25s.tokenize(texts, stopwords=stopwords, stemmer=stemmer, return_ids=ids, show_progress=False)
+
+
+def stack(rows, hits):
+    """Results of [(query's place, numbers, scores)] of unequal lengths."""
+    width = max(1, min(hits, max(len(numbers) for _, numbers, _ in rows)))
+    result = Results(np.full((len(rows), width), -1), np.zeros((len(rows), width), np.float32))
+    for i, numbers, scores in rows:
+        result.numbers[i, :len(numbers)], result.scores[i, :len(numbers)] = numbers, scores
+    return result
+
+
+def search_dense(args, corpus, queries, world):
+    """Dense retrieval: the corpus's vectors, each process searching its part for all queries; the best are merged."""
+    model, collator = open_retriever(args, corpus, world)
+    task = queries[0].task
+    wanted = fingerprint(corpus, args.key_encoder or args.query_encoder, {
+        "template": corpus.template, "max_length": args.key_max_length, "metric": model.metric, "dtype": args.dtype,
+        "pooling": args.pooling_method, "instruction": collator.instruction(task)[1]})
+    vectors = encode_corpus(model, corpus, lambda texts: collator.keys(texts, [task] * len(texts)), args.index, args.dtype, world,
+                            wanted, args.num_workers, args.bf16)
+    with torch.no_grad():
+        asked = torch.cat([model.encode(collator.queries([q.text for q in part], [q.task for q in part]), "query")
+                           for part in (queries[i:i + 2048] for i in range(0, len(queries), 2048))]).cpu().numpy()
+    blocks = -(-len(vectors) // SEARCH_BLOCK)  # whole ones, so that scores do not depend on the number of processes
+    first, last = (min(len(vectors), SEARCH_BLOCK * (blocks * part // world.size)) for part in (world.rank, world.rank + 1))
+    metric = faiss.METRIC_L2 if model.metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    find = search_exactly if args.faiss_index_factory == "Flat" else search_index
+    numbers, scores = find(args, vectors, asked, first, last, metric, world)
+    if world.size > 1:
+        fill = [(0, 0), (0, args.hits - numbers.shape[1])]  # a part may have fewer documents
+        numbers, scores = np.pad(numbers, fill, constant_values=-1), np.pad(scores, fill)
+        parts = [gather_tensors(torch.from_numpy(array).to(world.device)[None]) for array in (numbers, scores)]
+        numbers, scores = merge([[part[0].cpu().numpy() for part in pair] for pair in zip(*parts)], args.hits)
+    return Results(numbers, scores)
+
+
+def search_exactly(args, vectors, asked, first, last, metric, world):
+    """The best of the rows first .. last, a block at a time; one more than is wanted tells whether there is a tie at the edge."""
+    sign, best = 1 if metric == faiss.METRIC_INNER_PRODUCT else -1, None
+    for start in tqdm(range(first, last, SEARCH_BLOCK), desc="searching", leave=False, disable=None if world.is_main else True):
+        block = np.ascontiguousarray(vectors[start:min(start + SEARCH_BLOCK, last)], np.float32)
+        k = min(args.hits, len(block))
+        scores, numbers = faiss.knn(asked, block, min(k + 1, len(block)), metric)
+        scores, tied = sign * scores, ()
+        if scores.shape[1] > k:
+            tied = np.flatnonzero(scores[:, k] == scores[:, k - 1])
+        for i in tied:
+            every = block @ asked[i] if sign > 0 else -np.square(block - asked[i]).sum(1)
+            (numbers[i, :k],), (scores[i, :k],) = best_by_place(every[None], k)
+        best = merge(([best] if best else []) + [(numbers[:, :k] + start, scores[:, :k])], args.hits)
+    return best or (np.zeros((len(asked), 0), np.int64), np.zeros((len(asked), 0), np.float32))
+
+
+def search_index(args, vectors, asked, first, last, metric, world):
+    """The best of the rows first .. last by an index of --faiss_index_factory, made from the stored vectors or opened."""
+    path = os.path.join(args.index, f"{args.faiss_index_factory.replace(',', '_')}.{first}-{last}.faiss")
+    if os.path.exists(path):
+        index = faiss.read_index(path)
+    else:
+        index = build_index(args, vectors, first, last, metric, world)
+        faiss.write_index(index, path + ".writing")
+        os.replace(path + ".writing", path)
+    space, settings = faiss.ParameterSpace(), [(name, getattr(args, name)) for name in ("nprobe", "efSearch")]
+    for name, value in settings:
+        if value is not None:
+            try:
+                space.set_index_parameter(index, name, value)
+            except RuntimeError:
+                raise InputError(f"--{name} is no setting of a {args.faiss_index_factory} index") from None
+    scores, numbers = index.search(asked, args.hits)
+    scores = scores if metric == faiss.METRIC_INNER_PRODUCT else -scores
+    return merge([(np.where(numbers < 0, -1, numbers + first), scores)], args.hits)
+
+
+def build_index(args, vectors, first, last, metric, world):
+    """The trained and filled index of the rows first .. last."""
+    try:
+        index = faiss.index_factory(vectors.shape[1], args.faiss_index_factory, metric)
+    except RuntimeError as error:
+        raise InputError(f"--faiss_index_factory {args.faiss_index_factory}: faiss makes no such index of {vectors.shape[1]} "
+                         f"numbers ({str(error).splitlines()[-1][-120:]})") from None
+    if not index.is_trained:
+        rows = np.random.default_rng(args.seed).permutation(last - first)[:args.train_sample]
+        try:
+            index.train(np.ascontiguousarray(vectors[first + np.sort(rows)], np.float32))
+        except RuntimeError as error:
+            raise InputError(f"--faiss_index_factory {args.faiss_index_factory}: {last - first:,} vectors are too few to train "
+                             f"it ({str(error).splitlines()[-1][-120:]}); use Flat, or fewer lists") from None
+    for start in tqdm(range(first, last, SEARCH_BLOCK), desc="indexing", leave=False, disable=None if world.is_main else True):
+        index.add(np.ascontiguousarray(vectors[start:min(start + SEARCH_BLOCK, last)], np.float32))
+    return index
+
+
+def open_retriever(args, corpus, world):
+    """(BiEncoder or CrossEncoder, collator) of the flags."""
+    if args.ranker:
+        model = CrossEncoder.open(args.query_encoder)
+    else:
+        model = BiEncoder.open(args.query_encoder, args.key_encoder, pooling=args.pooling_method, metric=args.dense_metric)
+        args.pooling_method = model.query_encoder.pooling
+    fallback = "bert-base-uncased" if os.path.isfile(args.query_encoder) else args.query_encoder  # minDPR's and DPR's files
+    tokenizer = load_tokenizer(args.query_encoder, fallback)
+    for encoder in model.encoders.values() if args.pair_types and not args.ranker else ():
+        encoder.separator = tokenizer.sep_token_id
+    instructions = INSTRUCTIONS[args.version] if args.add_instruction else {}
+    return model.to(world.device).eval(), GroupCollator(tokenizer, args, corpus, instructions)
+
+
+def search_candidates(args, corpus, queries, world):
+    """Candidates in the model's order: an earlier result's documents, or the records' key, or pos and neg."""
+    model, collator = open_retriever(args, corpus, world)
+    earlier = read_run(args.results[0], queries, corpus, 10 ** 9) if args.results else None
+    rows = []
+    for i in tqdm(range(world.rank, len(queries), world.size), desc="ranking", leave=False, disable=None if world.is_main else True):
+        query = queries[i]
+        if earlier:
+            numbers = earlier.row(i)[0]
+            texts = [corpus.text(number) for number in numbers]
+        else:
+            numbers, texts = candidate_numbers(query.record), candidate_texts(query, corpus)
+        if not numbers:
+            rows.append((i, np.zeros(0, int), np.zeros(0)))
+            continue
+        with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=args.bf16):
+            if args.ranker:
+                scores = model(collator.pairs([query.text] * len(texts), texts))
+            else:
+                asked = model.encode(collator.queries([query.text], [query.task]), "query")
+                scores = model.score(asked, model.encode(collator.keys(texts, [query.task] * len(texts)), "key"))[0]
+        scores = scores.float().cpu().numpy()
+        order = np.lexsort((numbers, -scores))[:args.hits]
+        rows.append((i, np.array(numbers)[order], scores[order]))
+    return stack(gather_lists(rows, world), args.hits)
+
+
+def candidate_texts(query, corpus):
+    """The texts of candidate_numbers' candidates."""
+    record = query.record
+    keys = record["key"] if "key" in record else list(record.get("pos") or []) + list(record.get("neg") or [])
+    return [key if isinstance(key, str) else corpus.template.format_map({"title": "", **key}) for key in keys]
+
+
+def search_random(args, corpus, queries, world):
+    """Documents drawn at random, by seed and query, the same for any number of processes: the baseline of every measure."""
+    count = min(args.hits, len(corpus))
+    rows = [np.random.default_rng([args.seed, i]).choice(len(corpus), count, replace=False) for i in range(len(queries))]
+    return Results(np.stack(rows), np.tile(-np.arange(count, dtype=np.float32), (len(queries), 1)))
+
+
+def search_fused(args, corpus, queries, world):
+    """Earlier results merged into one."""
+    weights = args.fusion_weights or [1.0] * len(args.results)
+    if len(args.results) < 2 or len(weights) != len(args.results):
+        raise InputError("--retrieval_method fuse needs two or more --results, and one of --fusion_weights for each")
+    return fuse([read_run(path, queries, corpus, 10 ** 9) for path in args.results], args.fusion, weights, args.hits)
+
+
+SEARCHES = dict(zip(METHODS, (search_dense, search_bm25, search_candidates, search_random, search_fused)))
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+def check_args(args):
+    """InputError for flags that cannot work; what no flag says is what the checkpoint was trained with; paths settled."""
+    kept = read_args(args.query_encoder).get("args", {}) if args.retrieval_method in ("dense", "rank") else {}
+    for name, default in (("query_max_length", 256), ("key_max_length", 256), ("query_template", "{query}"),
+                          ("key_template", "{title} {text}"), ("add_instruction", True), ("version", "bge")):
+        if getattr(args, name, None) is None:
+            setattr(args, name, kept.get(name, default))
+    def resolve(path):
+        return os.path.join(args.data_root, path.removeprefix("llm-embedder:")) if path.startswith("llm-embedder:") else path
+    args.eval_data = resolve(args.eval_data) if args.eval_data else None
+    args.corpus = [resolve(path) for path in args.corpus or []]
+    unknown = sorted(set(args.metrics) - set(MEASURES) - set(COLLATED))
+    if unknown:
+        raise InputError(f"--metrics {unknown[0]}: unknown, choose of {', '.join(MEASURES + COLLATED)}")
+    if not args.eval_data and not args.queries:
+        raise InputError("no questions: give --eval_data, or --queries")
+    if not args.corpus and (args.retrieval_method != "rank" or args.results):
+        raise InputError(f"--retrieval_method {args.retrieval_method} needs --corpus")
+    if min(args.hits, *args.cutoffs, args.max_neg_num) < 1:
+        raise InputError("--hits, --cutoffs and --max_neg_num must be 1 or more")
+    if set(args.metrics) & set(COLLATED) and not args.eval_data:
+        raise InputError("collated files are written beside --eval_data, which is missing")
+    if not (args.output or args.trec or args.metrics):
+        raise InputError("nothing to do with the result: give --output, --trec or --metrics")
+    if args.index is None and args.corpus:
+        args.index = f"{args.corpus[0]}.{args.retrieval_method}-index"
+    for path in (args.output, args.trec, args.measures):
+        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise InputError(f"{path}: its folder does not exist; make it first")
+
+
+def write_outputs(args, queries, results, corpus):
+    """Everything that the flags ask for, from one result."""
+    def texts(i, number):
+        if corpus:
+            return corpus.text(number)
+        return dict(zip(candidate_numbers(queries[i].record), candidate_texts(queries[i], corpus)))[number]
+    if args.output:
+        write_contexts(args.output, queries, results, corpus)
+    if args.trec:
+        write_run(args.trec, queries, results, corpus.ids if corpus else {}, args.retrieval_method)
+    for kind, field in zip(COLLATED, ("neg", "key", "scored")):
+        if kind in args.metrics:
+            path = collated_path(args.eval_data, field, args.save_name or args.retrieval_method)
+            collate(kind, path, queries, results, texts, args.max_neg_num, args.filter_answers)
+            print(f"{kind}: {path}")
+    names = [name for name in args.metrics if name in MEASURES]
+    if names:
+        values = measure(queries, results, corpus, merge_qrels(args.qrels) if args.qrels else None, names, args.cutoffs)
+        print(" " * 10 + "".join(f"{'@' + str(k):>10}" for k in args.cutoffs))
+        for name in names:
+            print(f"{name:10}" + "".join(f"{100 * values[f'{name}@{k}']:10.2f}" for k in args.cutoffs))
+        if args.measures:
+            write_json(args.measures, {"method": args.retrieval_method, "queries": len(queries), **values})
+
+
+def main(args):
+    check_args(args)
+    world = start_processes(args.gpus)
+    transformers.utils.logging.disable_progress_bar()
+    corpus = Corpus(args.corpus, args.key_template) if args.corpus else None
+    if args.eval_data:
+        queries = read_questions(args.eval_data)
+    else:
+        queries = [Query({"id": id, "question": text}, id, text, "", []) for id, text in read_queries(args.queries).items()]
+    if not queries:
+        raise InputError(f"{args.eval_data or args.queries}: holds no queries")
+    if corpus and args.hits > len(corpus):
+        args.hits = len(corpus)
+        if world.is_main:
+            print(f"note: --hits is more than the corpus has; {args.hits} are taken")
+    start = time.time()
+    results = SEARCHES[args.retrieval_method](args, corpus, queries, world)
+    if world.is_main:
+        size = f"{len(corpus):,}" if corpus else "their own"
+        print(f"{len(queries)} queries, {size} documents, {args.retrieval_method}: {time.time() - start:.1f} s")
+        write_outputs(args, queries, results, corpus)
+    wait_for_all(world)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

@@ -1,0 +1,222 @@
+"""retrieve.py as a user runs it: methods, outputs, resuming, ties, several processes, bad input."""
+import json
+import random
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import WORDS, command, make_bert, run
+from corpus import Corpus
+from results import Results, collated_path, from_dictionaries, fuse, read_questions
+from retrieve import best_by_place, merge
+from utils import InputError
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return make_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def world_files(tmp_path_factory):
+    """A corpus with duplicates (ties), LLM-Embedder records, queries and qrels."""
+    folder, rng = tmp_path_factory.mktemp("retrieval"), random.Random(1)
+    documents = [" ".join(rng.choices(WORDS, k=rng.randint(5, 15))) for _ in range(60)]
+    documents[41] = documents[40] = documents[3]
+    rows = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(documents)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [{"query": " ".join(documents[i].split()[:5]), "query_id": i, "pos": [documents[i]], "pos_index": [i],
+                "neg": documents[20:23], "neg_index": [20, 21, 22], "answers": [documents[i].split()[0]], "teacher_scores": [1, 2, 3, 4],
+                "task": "qa"} for i in range(12)]
+    (folder / "records.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": str(r["query_id"]), "text": r["query"]}) + "\n" for r in records))
+    (folder / "qrels.tsv").write_text("q\td\ts\n" + "".join(f"{i}\td{i}\t1\n" for i in range(12)))
+    return folder
+
+
+def retrieve(files, *flags, **more):
+    return run("retrieve.py", "--corpus", files / "corpus.jsonl", "--eval_data", files / "records.json", *flags, **more)
+
+
+def ranks(path):
+    """{query: [documents]} and {query: [scores]} of a TREC run."""
+    documents, scores = {}, {}
+    for line in open(path):
+        query, _, document, _, score, _ = line.split()
+        documents.setdefault(query, []).append(document)
+        scores.setdefault(query, []).append(float(score))
+    return documents, scores
+
+
+def test_best_by_place_and_merge_break_ties_by_number():
+    numbers, scores = best_by_place(np.array([[1.0, 3, 2, 3, 2, 2]]), 3)
+    assert numbers.tolist() == [[1, 3, 2]] and scores.tolist() == [[3, 3, 2]]
+    one, two = (np.array([[7, 2]]), np.array([[5.0, 1.0]])), (np.array([[1, -1]]), np.array([[5.0, 9.0]]))
+    numbers, scores = merge([one, two], 3)
+    assert numbers.tolist() == [[1, 7, 2]] and scores.tolist() == [[5, 5, 1]]
+
+
+def test_bm25_equals_bm25s(world_files, tmp_path):
+    import bm25s
+    retrieve(world_files, "--retrieval_method", "bm25", "--hits", 5, "--trec", tmp_path / "run", "--index", tmp_path / "index", "--k1", 1.2)
+    corpus = Corpus(str(world_files / "corpus.jsonl"), "{title} {text}")
+    index = bm25s.BM25(k1=1.2, b=0.4)
+    index.index(bm25s.tokenize([corpus.text(i) for i in range(60)], stopwords="en", show_progress=False), show_progress=False)
+    queries = [query.text for query in read_questions(world_files / "records.json")]
+    _, scores = index.retrieve(bm25s.tokenize(queries, stopwords="en", show_progress=False), k=5, show_progress=False)
+    documents, ours = ranks(tmp_path / "run")
+    for i, want in enumerate(scores):
+        assert ours[str(i)] == pytest.approx(want.tolist(), abs=1e-5)
+    assert documents["3"][:3] == ["d3", "d40", "d41"]  # equal scores by place
+
+
+@pytest.mark.parametrize("method", ["dense", "bm25"])
+def test_three_processes_equal_one(method, bert, world_files, tmp_path):
+    flags = ["--retrieval_method", method, "--query_encoder", bert, "--hits", 7, "--pooling_method", "mean"]
+    retrieve(world_files, *flags, "--trec", tmp_path / "one", "--index", tmp_path / "i1")
+    retrieve(world_files, *flags, "--trec", tmp_path / "three", "--index", tmp_path / "i3", processes=3)
+    assert (tmp_path / "one").read_text() == (tmp_path / "three").read_text()
+
+
+@pytest.mark.parametrize("metric", ["ip", "cos", "l2"])
+def test_dense_equals_a_plain_search(metric, bert, world_files, tmp_path):
+    from checkpoints import load_tokenizer
+    from dense_data import tokenize
+    from retriever import BiEncoder
+    retrieve(world_files, "--query_encoder", bert, "--dense_metric", metric, "--pooling_method", "mean", "--hits", 8, "--dtype", "float32",
+             "--add_instruction", "false", "--trec", tmp_path / "run", "--index", tmp_path / "index")
+    model, tokenizer = BiEncoder.open(bert, metric=metric, pooling="mean").eval(), load_tokenizer(bert, "")
+    corpus = Corpus(str(world_files / "corpus.jsonl"), "{title} {text}")
+    with torch.no_grad():
+        keys = model.encode(tokenize(tokenizer, [corpus.text(i) for i in range(60)], 64), "key")
+        queries = model.encode(tokenize(tokenizer, [q.text for q in read_questions(world_files / "records.json")], 64), "query")
+        want = model.score(queries, keys).sort(dim=1, descending=True, stable=True)
+    documents, scores = ranks(tmp_path / "run")
+    for i in range(12):
+        assert scores[str(i)] == pytest.approx(want.values[i, :8].tolist(), abs=1e-3)
+        assert documents[str(i)] == [f"d{number}" for number in want.indices[i, :8].tolist()]
+
+
+@pytest.mark.parametrize("factory,flags", [("IVF2,Flat", ["--nprobe", 2]), ("HNSW8", ["--efSearch", 60])])
+def test_faiss_indices(factory, flags, bert, world_files, tmp_path):
+    common = ["--query_encoder", bert, "--hits", 5, "--index", tmp_path / "index", "--pooling_method", "mean"]
+    retrieve(world_files, *common, "--trec", tmp_path / "flat")
+    for name in ("made", "opened"):
+        retrieve(world_files, *common, "--faiss_index_factory", factory, *flags, "--trec", tmp_path / name)
+        assert ranks(tmp_path / name)[1]["5"] == pytest.approx(ranks(tmp_path / "flat")[1]["5"], abs=1e-3)
+    _, stderr = retrieve(world_files, *common, "--faiss_index_factory", "IVF200,Flat", "--trec", tmp_path / "x", code=1)
+    assert "too few to train" in stderr and "Traceback" not in stderr
+
+
+def test_outputs(world_files, tmp_path):
+    stdout, _ = retrieve(world_files, "--retrieval_method", "bm25", "--hits", 6, "--index", tmp_path / "index", "--output", tmp_path / "out.json",
+                         "--metrics", "mrr", "recall", "nq", "collate_neg", "--cutoffs", 1, 5, "--save_name", "bm25", "--max_neg_num", 4,
+                         "--filter_answers", "--measures", tmp_path / "m.json")
+    records = json.load(open(tmp_path / "out.json"))
+    assert len(records) == 12 and set(records[0]["ctxs"][0]) == {"id", "title", "text", "score", "has_answer"}
+    assert records[0]["query_id"] == 0
+    assert all(c["has_answer"] == (r["answers"][0] in c["text"].split()) for r in records for c in r["ctxs"])
+    values = json.load(open(tmp_path / "m.json"))
+    assert values["recall@5"] > 0.9 and values["nq@5"] > 0.5 and "recall" in stdout
+    mined = [json.loads(line) for line in open(world_files / "records.neg.bm25.json")]
+    corpus = Corpus(str(world_files / "corpus.jsonl"), "{title} {text}")
+    for record in mined:
+        assert len(record["neg"]) <= 4 and "teacher_scores" not in record and not set(record["pos"]) & set(record["neg"])
+        assert [corpus.text(number) for number in record["neg_index"]] == record["neg"]
+        assert not any(record["answers"][0] in text for text in record["neg"])
+
+
+def test_measures_from_qrels_equal_trec_eval(world_files, tmp_path):
+    import pytrec_eval
+    run("retrieve.py", "--corpus", world_files / "corpus.jsonl", "--queries", world_files / "queries.jsonl", "--qrels",
+        f"qrels={world_files}/qrels.tsv", "--retrieval_method", "bm25", "--hits", 10, "--index", tmp_path / "index", "--trec", tmp_path / "run",
+        "--metrics", "ndcg", "map", "--cutoffs", 10, "--measures", tmp_path / "m.json")
+    documents, scores = ranks(tmp_path / "run")
+    found = {q: {d: -rank for rank, d in enumerate(documents[q])} for q in documents}
+    qrels = {str(i): {f"d{i}": 1} for i in range(12)}
+    want = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "map_cut.10"}).evaluate(found)
+    got = json.load(open(tmp_path / "m.json"))
+    assert got["ndcg@10"] == pytest.approx(sum(w["ndcg_cut_10"] for w in want.values()) / 12, abs=1e-6)
+    assert got["map@10"] == pytest.approx(sum(w["map_cut_10"] for w in want.values()) / 12, abs=1e-6)
+
+
+def test_ranking_scoring_random_and_fusion(bert, world_files, tmp_path):
+    plain = ["--eval_data", world_files / "records.json", "--query_encoder", bert]
+    run("retrieve.py", *plain, "--retrieval_method", "rank", "--metrics", "collate_score", "--save_name", "x")  # no corpus: the records' keys
+    scored = [json.loads(line) for line in open(world_files / "records.scored.x.json")]
+    assert all(len(record["teacher_scores"]) == 4 and record["teacher_scores"] != [1, 2, 3, 4] for record in scored)
+    for name, flags in (("bm25", ["--retrieval_method", "bm25"]), ("random", ["--retrieval_method", "random"])):
+        retrieve(world_files, *flags, "--hits", 9, "--index", tmp_path / name, "--trec", tmp_path / f"{name}.run")
+    retrieve(world_files, "--retrieval_method", "rank", "--ranker", "--query_encoder", bert, "--results", tmp_path / "bm25.run", "--trec",
+             tmp_path / "ranked")
+    assert {q: set(d) for q, d in ranks(tmp_path / "ranked")[0].items()} == {q: set(d) for q, d in ranks(tmp_path / "bm25.run")[0].items()}
+    retrieve(world_files, "--retrieval_method", "fuse", "--results", tmp_path / "bm25.run", tmp_path / "random.run", "--trec", tmp_path / "fused",
+             "--fusion_weights", 1, 0)
+    first = {q: d[:9] for q, d in ranks(tmp_path / "fused")[0].items()}
+    assert first == ranks(tmp_path / "bm25.run")[0]
+
+
+def test_fusion_by_hand():
+    a, b = from_dictionaries([{1: 9.0, 2: 5.0, 3: 1.0}], 5), from_dictionaries([{3: 0.2, 4: 0.1}], 5)
+    numbers, scores = fuse([a, b], "rrf", [1, 1], 5).row(0)
+    assert numbers == [3, 1, 2, 4] and scores[0] == pytest.approx(1 / 63 + 1 / 61)
+    numbers, scores = fuse([a, b], "weighted", [1, 2], 5).row(0)
+    assert numbers == [3, 1, 2, 4] and scores == pytest.approx([2, 1, 0.5, 0])
+    assert collated_path("a/b.json", "neg", "x") == "a/b.neg.x.json" and isinstance(a, Results)
+
+
+def test_killed_encoding_goes_on(bert, world_files, tmp_path, monkeypatch):
+    many = tmp_path / "many.jsonl"
+    rng = random.Random(0)
+    many.write_text("".join(json.dumps({"_id": str(i), "text": " ".join(rng.choices(WORDS, k=12))}) + "\n" for i in range(12000)))
+    flags = ["--corpus", many, "--eval_data", world_files / "records.json", "--query_encoder", bert, "--hits", 3, "--trec"]
+    run("retrieve.py", *flags, tmp_path / "whole", "--index", tmp_path / "i1")
+    process = subprocess.Popen(command("retrieve.py", *flags, tmp_path / "cut", "--index", tmp_path / "i2"), stdout=subprocess.DEVNULL)
+    done = tmp_path / "i2" / "done.npy"
+    while not done.exists() or not np.load(done).any():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    vectors, marks = (np.load(tmp_path / "i2" / name, mmap_mode="r+") for name in ("vectors.npy", "done.npy"))
+    assert 0 < marks.sum() <= len(marks) and not (tmp_path / "cut").exists()
+    first = int(np.flatnonzero(marks)[0]) * 4096
+    vectors[first] = 0  # a mark in what is done: it must not be encoded again
+    vectors.flush()
+    run("retrieve.py", *flags, tmp_path / "cut", "--index", tmp_path / "i2")
+    whole, cut = (np.load(tmp_path / name / "vectors.npy") for name in ("i1", "i2"))
+    assert not cut[first].any()
+    cut[first] = whole[first]
+    assert np.array_equal(whole, cut)
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--metrics", "f1"], "--metrics f1: unknown"), ([], "nothing to do with the result"),
+    (["--metrics", "ndcg", "--retrieval_method", "fuse"], "needs two or more --results"),
+    (["--trec", "nowhere/run"], "its folder does not exist"), (["--faiss_index_factory", "Nonsense", "--metrics", "mrr"], "makes no such index"),
+    (["--metrics", "mrr", "--corpus", "absent.jsonl"], "absent.jsonl: cannot be read")])
+def test_bad_input_is_one_line(flags, message, bert, world_files, tmp_path):
+    _, stderr = retrieve(world_files, "--query_encoder", bert, "--index", tmp_path / "index", *flags, code=1)
+    assert message in stderr and "Traceback" not in stderr and len(stderr.strip().splitlines()) == 1
+
+
+def test_an_index_of_something_else_is_refused(bert, world_files, tmp_path):
+    flags = ["--query_encoder", bert, "--index", tmp_path / "index", "--metrics", "mrr"]
+    retrieve(world_files, *flags)
+    for more in (["--dense_metric", "ip"], ["--key_template", "{text}."], ["--retrieval_method", "bm25"]):
+        _, stderr = retrieve(world_files, *flags, *more, code=1)
+        assert "holds an index of another" in stderr and "delete this one" in stderr
+
+
+def test_questions_of_every_form(tmp_path):
+    (tmp_path / "nq.csv").write_text("who was it\t['a', \"b's\"]\nwhere\t['c']\n")
+    questions = read_questions(tmp_path / "nq.csv")
+    assert [(q.id, q.text, q.answers) for q in questions] == [("0", "who was it", ["a", "b's"]), ("1", "where", ["c"])]
+    (tmp_path / "q.tsv").write_text("7\twhat\n")
+    assert read_questions(tmp_path / "q.tsv")[0][1:3] == ("7", "what")
+    (tmp_path / "bad.csv").write_text("who\t['a'\n")
+    with pytest.raises(InputError, match="bad.csv:1: .* is not a list of answers"):
+        read_questions(tmp_path / "bad.csv")
