@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEMO = out/demo
 
-.PHONY: demo demo-dense test clean
+.PHONY: demo demo-dense demo-loop test clean
 
 demo: .venv/ready
 	$(BIN)/python toy/world.py --out toy/data
@@ -20,6 +20,13 @@ demo-dense: .venv/ready
 		--metrics recall --cutoffs 1 5 20 --best_metric recall@5 --eval_steps 100 --query_encoder toy/bert-tiny --pooling_method mean \
 		--cos_temperature 0.05 --batch_size 64 --epochs 10 --lr 2e-3 --key_max_length 100
 	$(BIN)/python toy/recall.py $(DEMO)-dense
+
+demo-loop: demo-dense
+	for split in train dev test; do $(BIN)/python retrieve.py --query_encoder $(DEMO)-dense --corpus toy/data/corpus.tsv --index out/toy-index \
+		--eval_data toy/data/$$split.json --hits 10 --output out/loop.$$split.json --metrics recall --qrels qrels=toy/data/qrels.$$split.tsv; done
+	$(BIN)/python train_epoch.py $(DEMO)-loop out/loop.train.json out/loop.dev.json --t5_name toy/t5-tiny --num_contexts 10 \
+		--max_length 100 --batch_size 8 --batch_size_val 64 --epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0
+	$(BIN)/python test.py $(DEMO)-loop out/loop.test.json --num_contexts 1 2 5 10 --batch_size 64
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -q tests

@@ -74,6 +74,8 @@ def read_weights(folder):
 def load_tokenizer(path_or_name, fallback):
     """The tokenizer that a model folder carries, else that of `fallback` (the released FiD readers and minFiD have none)."""
     folder = str(path_or_name)
+    if os.path.isdir(os.path.join(folder, "query")):  # a retriever of two encoders
+        folder = os.path.join(folder, "query")
     if not (os.path.isdir(folder) and any("token" in name or name == "spiece.model" for name in os.listdir(folder))):
         folder = find_model(fallback)[0]
     try:

@@ -286,4 +286,4 @@ def test_bad_checkpoints_are_one_clear_line(tiny, tmp_path, capsys):
     refuse(tmp_path / "evil", "not a checkpoint that can be loaded safely")
     assert "unpickled" not in capsys.readouterr().out
     torch.save([1], tmp_path / "list")
-    refuse(tmp_path / "list", "neither a model folder nor minFiD's file")
+    refuse(tmp_path / "list", "neither a model folder, nor minFiD's")
