@@ -1,5 +1,5 @@
 # make demo: set up, train and evaluate a reader on the embedded world. make demo-dense: the same with a retriever.
-# make test: set up, run all tests.
+# make demo-loop: that retriever's contexts for the reader. make test: set up, run all tests.
 PYTHON ?= python3
 BIN = .venv/bin
 DEMO = out/demo
@@ -19,11 +19,13 @@ demo-dense: .venv/ready
 		--negatives qrels=toy/data/mined.train.tsv --group_size 6 --eval_qrels qrels=toy/data/qrels.dev.tsv --eval_method retrieval \
 		--metrics recall --cutoffs 1 5 20 --best_metric recall@5 --eval_steps 100 --query_encoder toy/bert-tiny --pooling_method mean \
 		--cos_temperature 0.05 --batch_size 64 --epochs 10 --lr 2e-3 --key_max_length 100
-	$(BIN)/python toy/recall.py $(DEMO)-dense
+	for method in "bm25 --k1 1.5 --b 0.75" "dense --query_encoder $(DEMO)-dense"; do $(BIN)/python retrieve.py --retrieval_method $$method \
+		--corpus toy/data/corpus.tsv --index out/toy-index/$${method%% *} --eval_data toy/data/test.json --hits 20 \
+		--metrics recall --cutoffs 1 5 20 --qrels qrels=toy/data/qrels.test.tsv || exit 1; done
 
 demo-loop: demo-dense
-	for split in train dev test; do $(BIN)/python retrieve.py --query_encoder $(DEMO)-dense --corpus toy/data/corpus.tsv --index out/toy-index \
-		--eval_data toy/data/$$split.json --hits 10 --output out/loop.$$split.json --metrics recall --qrels qrels=toy/data/qrels.$$split.tsv; done
+	for split in train dev test; do $(BIN)/python retrieve.py --query_encoder $(DEMO)-dense --corpus toy/data/corpus.tsv --index out/toy-index/dense \
+		--eval_data toy/data/$$split.json --hits 10 --output out/loop.$$split.json --metrics recall --qrels qrels=toy/data/qrels.$$split.tsv || exit 1; done
 	$(BIN)/python train_epoch.py $(DEMO)-loop out/loop.train.json out/loop.dev.json --t5_name toy/t5-tiny --num_contexts 10 \
 		--max_length 100 --batch_size 8 --batch_size_val 64 --epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0
 	$(BIN)/python test.py $(DEMO)-loop out/loop.test.json --num_contexts 1 2 5 10 --batch_size 64
