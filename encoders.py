@@ -154,4 +154,4 @@ class TextEncoder(nn.Module):
         states = encode_packed(self.model, ids, types, sizes, weights)
         if self.head_first:
             return pool(self.head(states), sizes, self.pooling)
-        return self.head(pool(states, sizes, self.pooling))
+        return self.head(pool(states, sizes, self.pooling)).float()

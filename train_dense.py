@@ -10,6 +10,7 @@ Losses: InfoNCE over the keys of all processes (DPR, arXiv 2004.04906), distilla
 import argparse
 import math
 import os
+import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -228,6 +229,13 @@ def save_best(run):
                 *(lambda folder, role=role: run.tokenizer.save_pretrained(os.path.join(folder, role))
                   for role in getattr(model, "encoders", {"": None})),
                 lambda folder: write_json(os.path.join(folder, "args.json"), info))
+    one = "query" not in getattr(model, "encoders", ())
+    for name in ("query", "key") if one else ("config.json", "modules.json", "model.safetensors"):  # of an earlier run's other kind
+        path = os.path.join(args.output_dir, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        elif os.path.exists(path):
+            os.remove(path)
 
 
 def merged(model, args):

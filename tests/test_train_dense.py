@@ -134,6 +134,13 @@ def test_rankers_adapters_and_bf16(flags, bert, files, tmp_path):
     assert again[0] < curve[0]
 
 
+def test_a_folder_holds_the_last_run_only(bert, files, tmp_path):
+    for tied, there in (("false", {"query", "key"}), ("true", {"modules.json", "model.safetensors"}), ("false", {"query", "key"})):
+        train(tmp_path / "out", bert, "--train_data", files / "tool.json", "--max_steps", 1, "--tie_encoders", tied, "--train_group_size", 2)
+        found = {"query", "key", "modules.json", "model.safetensors"} & {path.name for path in (tmp_path / "out").iterdir()}
+        assert found == there
+
+
 def test_resume_after_kill_gives_the_same_weights(files, tmp_path):
     bert = make_bert(tmp_path / "dropout", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     flags = ["--query_encoder", bert, *BASE, "--train_data", files / "qa.json", "--max_steps", 60, "--save_steps", 5, "--batch_size", 3]
