@@ -3,6 +3,7 @@
 BERT-shaped models (BERT, DPR, BGE, E5, Contriever, MiniLM, the FiD-KD retriever) run on layers.py's packed attention and
 cheap dropout; every other architecture runs in transformers, on texts sorted by length and padded within a chunk.
 """
+from functools import partial
 from itertools import chain
 
 import torch
@@ -59,10 +60,6 @@ def add_norm(x, y, norm, p):
     return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
-def linear(x, module):
-    return F.linear(x, module.weight.to(x.dtype), module.bias.to(x.dtype))
-
-
 def is_packable(model):
     """True if encode_bert computes this model: BERT with absolute positions and plain linear layers (no adapters)."""
     config = model.config
@@ -72,12 +69,11 @@ def is_packable(model):
 
 def encode_packed(model, ids, types, sizes, weights=None):
     """States (S, D) of the packed tokens of texts whose sizes come in falling order; see encode_bert."""
-    device, starts = ids.device, torch.tensor(sizes, device=ids.device).cumsum(0)
+    device, size = ids.device, torch.tensor(sizes, device=ids.device)
     if is_packable(model):
-        size = torch.tensor(sizes, device=device)
-        places = torch.arange(len(ids), device=device) - (starts - size).repeat_interleave(size)
+        places = torch.arange(len(ids), device=device) - (size.cumsum(0) - size).repeat_interleave(size)
         return encode_bert(model, ids, types, places, group_passages(sizes, device), weights)
-    mask = torch.arange(sizes[0], device=device) < torch.tensor(sizes, device=device)[:, None]        # (n, L)
+    mask = torch.arange(sizes[0], device=device) < size[:, None]                                       # (n, L)
     padded = torch.full(mask.shape, model.config.pad_token_id or 0, device=device).masked_scatter(mask, ids)
     more = {"token_type_ids": torch.zeros_like(padded).masked_scatter(mask, types)} if types.any() else {}
     return model(input_ids=padded, attention_mask=mask.long(), **more).last_hidden_state[mask]
@@ -106,6 +102,25 @@ def split_chunks(sizes, most_tokens, most_texts):
     return runs
 
 
+def run_in_chunks(function, inputs, sizes, chunk_size, device):
+    """function(*inputs(places), sizes) of the texts at these places, a chunk of similar length at a time; one row per text, in order.
+
+    With a chunk_size only the results of that many texts are kept for the backward pass, which computes a chunk again under the
+    replayed random state. For vectors this is GradCache (arXiv 2101.06983): its gradient cache is autograd's at the vectors.
+    """
+    order, results, start = sorted(range(len(sizes)), key=lambda i: -sizes[i]), [], 0
+    for own in split_chunks([sizes[i] for i in order], CHUNK_TOKENS[device.type], chunk_size or len(sizes)):
+        tensors = inputs(order[start:start + len(own)])
+        start += len(own)
+        if chunk_size and torch.is_grad_enabled():
+            results.append(checkpoint(function, *tensors, own, use_reentrant=False, preserve_rng_state=True))
+        else:
+            results.append(function(*tensors, own))
+    place = torch.empty(len(order), dtype=torch.long)
+    place[order] = torch.arange(len(order))
+    return torch.cat(results)[place.to(device)]
+
+
 class TextEncoder(nn.Module):
     """A transformer, how its token states become one vector, and what follows: linear and norm layers, if the checkpoint has any.
 
@@ -123,29 +138,18 @@ class TextEncoder(nn.Module):
             pooler.requires_grad_(False)  # no vector passes through it; DDP waits for no gradient of it
 
     def forward(self, texts, role="query", chunk_size=0):
-        """Vectors (n, D) float32 of n texts given as lists of token ids.
-
-        With a chunk_size only the vectors of that many texts are kept for the backward pass, which encodes them again under the
-        replayed random state. This is GradCache (arXiv 2101.06983): its gradient cache is autograd's at the vectors.
-        """
-        device = next(self.parameters()).device
+        """Vectors (n, D) float32 of n texts given as lists of token ids; see run_in_chunks for chunk_size."""
+        device, weights = next(self.parameters()).device, None
         texts = [text + [self.model.config.pad_token_id] * (self.pad_to.get(role, 0) - len(text)) for text in texts]
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        vectors, start, weights = [], 0, None
         if not torch.is_grad_enabled() and is_packable(self.model):
             weights = bert_weights(self.model, compute_dtype(device))  # once, not for each chunk
-        for sizes in split_chunks([len(texts[i]) for i in order], CHUNK_TOKENS[device.type], chunk_size or len(texts)):
-            ids = torch.tensor(list(chain.from_iterable(texts[i] for i in order[start:start + len(sizes)])), device=device)
-            start += len(sizes)
-            if chunk_size and torch.is_grad_enabled():
-                vectors.append(checkpoint(self.encode_chunk, ids, sizes, use_reentrant=False, preserve_rng_state=True))
-            else:
-                vectors.append(self.encode_chunk(ids, sizes, weights))
-        place = torch.empty(len(texts), dtype=torch.long)
-        place[order] = torch.arange(len(texts))
-        return torch.cat(vectors)[place.to(device)]
+
+        def inputs(places):
+            return [torch.tensor(list(chain.from_iterable(texts[i] for i in places)), device=device)]
+        return run_in_chunks(partial(self.encode_chunk, weights=weights), inputs, list(map(len, texts)), chunk_size, device)
 
     def encode_chunk(self, ids, sizes, weights=None):
+        """Vectors (n, D) of the packed tokens ids (S) of texts of these sizes."""
         types = torch.zeros_like(ids)
         if self.separator is not None:
             size, ends = torch.tensor(sizes, device=ids.device), (ids == self.separator).cumsum(0)

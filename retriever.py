@@ -11,12 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForSequenceClassification, T5EncoderModel
 
 from checkpoints import check_shapes, find_model, read_config, read_weights
-from encoders import CHUNK_TOKENS, TextEncoder, split_chunks
-from utils import InputError, read_args
+from encoders import TextEncoder, run_in_chunks
+from utils import InputError, read_args, write_json
 
 POOLING = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # our names to sentence-transformers'
 SIMILARITY = {"ip": "dot", "cos": "cosine", "l2": "euclidean"}
@@ -127,24 +126,17 @@ class CrossEncoder(nn.Module):
         self.model = model
 
     def forward(self, pairs, chunk_size=0):
-        """Scores (n) of (token ids, token types) of n pairs; see TextEncoder.forward for chunk_size."""
-        device = next(self.parameters()).device
-        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))
-        scores, start = [], 0
-        for sizes in split_chunks([len(pairs[i][0]) for i in order], CHUNK_TOKENS[device.type], chunk_size or len(pairs)):
-            tensors = [nn.utils.rnn.pad_sequence([torch.tensor(pairs[i][k]) for i in order[start:start + len(sizes)]], True,
-                                                 self.model.config.pad_token_id * (k == 0)).to(device) for k in (0, 1)]
-            start += len(sizes)
-            mask = torch.arange(sizes[0], device=device) < torch.tensor(sizes, device=device)[:, None]
-            if chunk_size and torch.is_grad_enabled():
-                scores.append(checkpoint(self.score_chunk, *tensors, mask, use_reentrant=False))
-            else:
-                scores.append(self.score_chunk(*tensors, mask))
-        place = torch.empty(len(pairs), dtype=torch.long)
-        place[order] = torch.arange(len(pairs))
-        return torch.cat(scores)[place.to(device)]
+        """Scores (n) of (token ids, token types) of n pairs; see run_in_chunks for chunk_size."""
+        device, pad = next(self.parameters()).device, self.model.config.pad_token_id
 
-    def score_chunk(self, ids, types, mask):
+        def inputs(places):
+            return [nn.utils.rnn.pad_sequence([torch.tensor(pairs[i][k]) for i in places], True, filling).to(device)
+                    for k, filling in enumerate((pad, 0))]
+        return run_in_chunks(self.score_chunk, inputs, [len(ids) for ids, _ in pairs], chunk_size, device)
+
+    def score_chunk(self, ids, types, sizes):
+        """Scores (n) of the padded ids and types (n, L) of pairs of these sizes."""
+        mask = torch.arange(sizes[0], device=ids.device) < torch.tensor(sizes, device=ids.device)[:, None]
         more = {"token_type_ids": types} if getattr(self.model.config, "type_vocab_size", 1) > 1 else {}
         return self.model(input_ids=ids, attention_mask=mask.long(), **more).logits[:, 0].float()
 
@@ -311,11 +303,13 @@ def save_encoder(folder, encoder, metric, max_length, prompts):
     if metric == "cos":
         modules.append(("Normalize", f"{len(modules)}_Normalize", {}))
     for _, place, config in modules[1:]:
-        write(folder, os.path.join(place, "config.json"), config)
-    write(folder, "modules.json", [{"idx": i, "name": str(i), "path": place, "type": f"sentence_transformers.models.{kind}"}
-                                   for i, (kind, place, _) in enumerate(modules)])
-    write(folder, "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-    write(folder, "config_sentence_transformers.json", {"similarity_fn_name": SIMILARITY[metric], "prompts": prompts})
+        write_json(os.path.join(folder, place, "config.json"), config)
+    listed = [{"idx": i, "name": str(i), "path": place, "type": f"sentence_transformers.models.{kind}"}
+              for i, (kind, place, _) in enumerate(modules)]
+    write_json(os.path.join(folder, "modules.json"), listed)
+    write_json(os.path.join(folder, "sentence_bert_config.json"), {"max_seq_length": max_length, "do_lower_case": False})
+    write_json(os.path.join(folder, "config_sentence_transformers.json"),
+               {"similarity_fn_name": SIMILARITY[metric], "prompts": prompts})
 
 
 def save_fid_retriever(folder, encoder):
@@ -326,10 +320,4 @@ def save_fid_retriever(folder, encoder):
     config = encoder.model.config.to_dict() | {"architectures": ["Retriever"], "projection": len(encoder.head) > 0}
     os.makedirs(folder, exist_ok=True)
     save_file({key: value.contiguous() for key, value in weights.items()}, os.path.join(folder, "model.safetensors"))
-    write(folder, "config.json", config)
-
-
-def write(folder, name, content):
-    os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
+    write_json(os.path.join(folder, "config.json"), config)

@@ -12,7 +12,6 @@ from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, Robert
 
 import encoders
 import losses
-import retriever as retriever_file
 from conftest import ROOT, make_bert
 from dense_data import tokenize
 from dense_eval import DevSet, average_rank, search
@@ -205,7 +204,7 @@ def test_gradcache_equals_the_plain_batch_with_dropout(kind, tmp_path, monkeypat
         torch.manual_seed(3)
         with monkeypatch.context() as patch:
             if plain:  # the same chunks, all activations kept
-                patch.setattr(encoders if kind == "bi" else retriever_file, "checkpoint", lambda f, *args, **_: f(*args))
+                patch.setattr(encoders, "checkpoint", lambda f, *args, **_: f(*args))
             if kind == "bi":
                 scores = model.score(*model(texts[:4], texts, chunk_size=3))
             else:
