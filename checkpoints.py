@@ -2,8 +2,10 @@
 import argparse
 import json
 import os
+import sys
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
@@ -107,6 +109,11 @@ def check_shapes(model, weights, source):
         if wanted.get(key) != given.get(key):
             raise InputError(f"{source}: weights do not match config.json: {key} is {given.get(key, 'missing')} in the file, "
                              f"{wanted.get(key, 'unknown')} by the configuration; give the folder that the weights came with")
+
+
+def versions():
+    """What a checkpoint was made with."""
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 # ---------------------------------------------------------------------------------------------------- resuming

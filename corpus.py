@@ -88,9 +88,9 @@ class Corpus:
         return self.format(*self.row(number))
 
     def passage(self, number):
-        """The text column alone, in which answers are searched."""
+        """{id, title, text} of a document; answers are searched in the text alone."""
         row, _ = self.row(number)
-        return row.get("text", row.get("content", ""))
+        return {"id": self.ids[number], "title": row.get("title", ""), "text": row.get("text", row.get("content", ""))}
 
 
 def read_lines(path):

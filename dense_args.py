@@ -5,7 +5,7 @@ import math
 import os
 
 from dense_data import INSTRUCTIONS
-from dense_eval import METRICS
+from metrics import METRICS
 from utils import HelpFormatter, InputError
 
 
@@ -131,15 +131,18 @@ def check_args(args):
         raise InputError("a ranker is measured on annotated documents: --eval_qrels without --eval_method retrieval")
     if args.gradient_checkpointing and not args.chunk_size:
         args.chunk_size = 32
-    root = "llm-embedder:"
     args.train_data = [file for path in args.train_data for file in find_files(path, args.data_root)]
     if args.corpus:
         args.corpus = [file for path in args.corpus for file in find_files(path, args.data_root)]
-    if args.eval_data and args.eval_data.startswith(root):
-        args.eval_data = os.path.join(args.data_root, args.eval_data.removeprefix(root))
+    args.eval_data = resolve_path(args.eval_data, args.data_root)
+
+
+def resolve_path(path, root):
+    """The path, with LLM-Embedder's prefix llm-embedder: replaced by the root; None stays."""
+    return os.path.join(root, path.removeprefix("llm-embedder:")) if path and path.startswith("llm-embedder:") else path
 
 
 def find_files(path, root):
-    """The files that a path with * names, llm-embedder: being the root; a path without * is itself."""
-    path = os.path.join(root, path.removeprefix("llm-embedder:")) if path.startswith("llm-embedder:") else path
+    """The files that a path with * names; a path without * is itself."""
+    path = resolve_path(path, root)
     return sorted(glob.glob(path)) or [path] if "*" in path else [path]

@@ -14,7 +14,6 @@ from metrics import has_answer, rank_documents, ranking_metrics, topk_accuracy
 from retriever import gather_tensors
 from utils import InputError, sum_over_processes
 
-METRICS = ("mrr", "recall", "ndcg", "map", "success", "nq")
 BLOCK = 2048  # texts tokenised and encoded at a time
 
 
@@ -162,6 +161,6 @@ def retrieval_metrics(model, dev, collator, corpus, metrics, cutoffs, own, world
     for q in own:
         row = ranking_metrics(found[q], dev.labels[q], [name for name in metrics if name != "nq"], cutoffs)
         if "nq" in metrics:
-            row |= topk_accuracy([has_answer(corpus.passage(d), dev.answers[q]) for d in found[q]], cutoffs)
+            row |= topk_accuracy([has_answer(corpus.passage(d)["text"], dev.answers[q]) for d in found[q]], cutoffs)
         rows.append(row)
     return rows

@@ -9,6 +9,7 @@ import numpy as np
 import regex
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+METRICS = ("mrr", "recall", "ndcg", "map", "success", "nq")  # of ranked lists: ranking_metrics' names, and topk_accuracy's
 DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", flags=regex.IGNORECASE | regex.MULTILINE)
 
 

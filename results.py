@@ -12,7 +12,6 @@ from data import read_json
 from metrics import has_answer, ranking_metrics, topk_accuracy
 from utils import InputError, new_file
 
-MEASURES = ("mrr", "recall", "ndcg", "map", "success", "nq")
 COLLATED = ("collate_neg", "collate_key", "collate_score")
 
 
@@ -68,12 +67,6 @@ class Results(NamedTuple):
         return self.numbers[i][keep].tolist(), self.scores[i][keep].tolist()
 
 
-def passage(corpus, number):
-    """{id, title, text} of a document."""
-    row, _ = corpus.row(number)
-    return {"id": corpus.ids[number], "title": row.get("title", ""), "text": row.get("text", row.get("content", ""))}
-
-
 def write_contexts(path, queries, results, corpus):
     """Reader records: each record with ctxs in rank order, {id, title, text, score, has_answer}; .json a list, else JSON lines."""
     as_list = str(path).endswith(".json")
@@ -81,7 +74,7 @@ def write_contexts(path, queries, results, corpus):
         for i, query in enumerate(queries):
             ctxs = []
             for number, score in zip(*results.row(i)):
-                ctxs.append(passage(corpus, number) | {"score": round(score, 6)})
+                ctxs.append(corpus.passage(number) | {"score": round(score, 6)})
                 if query.answers:
                     ctxs[-1]["has_answer"] = has_answer(ctxs[-1]["text"], query.answers)
             record = {"id": query.id, "question": query.text, **query.record, "ctxs": ctxs}
@@ -123,12 +116,17 @@ def split_run_line(line, place):
 
 def from_dictionaries(rows, hits):
     """Results of one {number: score} per query, by falling score, equal ones by number."""
-    width = max(1, min(hits, max(map(len, rows), default=1)))
-    numbers, scores = np.full((len(rows), width), -1), np.zeros((len(rows), width), np.float32)
-    for i, row in enumerate(rows):
-        best = sorted(row, key=lambda number: (-row[number], number))[:width]
-        numbers[i, :len(best)], scores[i, :len(best)] = best, [row[number] for number in best]
-    return Results(numbers, scores)
+    best = [sorted(row, key=lambda number: (-row[number], number))[:hits] for row in rows]
+    return stack([(i, own, [rows[i][number] for number in own]) for i, own in enumerate(best)])
+
+
+def stack(rows):
+    """Results of [(query's place, numbers, scores)] of unequal lengths."""
+    width = max(1, max(len(numbers) for _, numbers, _ in rows))
+    result = Results(np.full((len(rows), width), -1), np.zeros((len(rows), width), np.float32))
+    for i, numbers, scores in rows:
+        result.numbers[i, :len(numbers)], result.scores[i, :len(numbers)] = numbers, scores
+    return result
 
 
 def fuse(results, how, weights, hits, constant=60):
@@ -150,17 +148,16 @@ def collate(kind, path, queries, results, texts, max_neg_num=100, filter_answers
     """Writes LLM-Embedder's files: negatives mined from the hits, hits as keys, or scores as teacher_scores.
 
     collate_neg leaves out texts equal to a positive and, with filter_answers, those that hold an answer (a substring, lower case); it
-    drops old teacher_scores and queries without hits. texts(i, number) is a key's text.
+    drops old teacher_scores and queries without hits. texts(i, numbers) are the keys' texts.
     """
     with new_file(path) as file:
         for i, query in enumerate(queries):
             record, (numbers, scores) = dict(query.record), results.row(i)
             if kind == "collate_score":
                 by_number = dict(zip(numbers, scores))
-                keys = candidate_numbers(record)
-                record["teacher_scores"] = [by_number[number] for number in keys]
+                record["teacher_scores"] = [by_number[number] for number in candidates(record)[0]]
             else:
-                keys = [(number, texts(i, number)) for number in numbers]
+                keys = list(zip(numbers, texts(i, numbers)))
                 if kind == "collate_neg":
                     if not numbers:
                         continue
@@ -174,13 +171,13 @@ def collate(kind, path, queries, results, texts, max_neg_num=100, filter_answers
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def candidate_numbers(record):
-    """The numbers of a record's candidates: key_index, pos_index and neg_index, or their positions."""
+def candidates(record):
+    """(numbers, keys) of a record's candidates, its key or its pos and neg; numbers are given with them or are their positions."""
     if "key" in record:
-        return record.get("key_index") or list(range(len(record["key"])))
+        return record.get("key_index") or list(range(len(record["key"]))), record["key"]
     keys = list(record.get("pos") or []) + list(record.get("neg") or [])
     given = list(record.get("pos_index") or []) + list(record.get("neg_index") or [])
-    return given if len(given) == len(keys) else list(range(len(keys)))
+    return given if len(given) == len(keys) else list(range(len(keys))), keys
 
 
 def collated_path(path, field, name):
@@ -199,7 +196,7 @@ def measure(queries, results, corpus, qrels, names, cutoffs):
         if labels:
             row |= ranking_metrics(numbers, labels, [name for name in names if name != "nq"], cutoffs)
         if "nq" in names and query.answers:
-            row |= topk_accuracy([has_answer(passage(corpus, n)["text"], query.answers) for n in numbers[:max(cutoffs)]], cutoffs)
+            row |= topk_accuracy([has_answer(corpus.passage(n)["text"], query.answers) for n in numbers[:max(cutoffs)]], cutoffs)
         rows.append(row)
     wanted = [f"{name}@{k}" for name in names for k in cutoffs]
     counts = {name: sum(name in row for row in rows) for name in wanted}

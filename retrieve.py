@@ -19,12 +19,13 @@ import transformers
 from tqdm import tqdm
 
 from checkpoints import load_tokenizer
-from corpus import Corpus, merge_qrels, read_queries
-from dense_args import boolean
+from corpus import Corpus, format_key, merge_qrels, read_queries
+from dense_args import boolean, resolve_path
 from dense_data import INSTRUCTIONS, GroupCollator
 from embed import check_fingerprint, encode_corpus, fingerprint
-from results import (COLLATED, MEASURES, Query, Results, candidate_numbers, collate, collated_path, fuse, measure, read_questions,
-                     read_run, write_contexts, write_run)
+from metrics import METRICS
+from results import (COLLATED, Query, Results, candidates, collate, collated_path, fuse, measure, read_questions, read_run, stack,
+                     write_contexts, write_run)
 from retriever import BiEncoder, CrossEncoder, gather_tensors
 from utils import HelpFormatter, InputError, gather_lists, read_args, run_script, start_processes, wait_for_all, write_json
 
@@ -72,7 +73,7 @@ def parse_args():
     add("--output", metavar="FILE", help="reader records with ctxs, .json or .jsonl")
     add("--trec", metavar="FILE", help="TREC run")
     add("--metrics", nargs="+", default=[], metavar="NAME",
-        help=f"{', '.join(MEASURES)}; {', '.join(COLLATED)} write LLM-Embedder's files")
+        help=f"{', '.join(METRICS)}; {', '.join(COLLATED)} write LLM-Embedder's files")
     add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K", help="ranks that the metrics look at")
     add("--save_name", help="name in the collated files: train.json becomes train.neg.NAME.json")
     add("--max_neg_num", type=int, default=100, help="negatives per query that collate_neg keeps")
@@ -125,7 +126,7 @@ def search_bm25(args, corpus, queries, world):
         tokens = bm25_tokens([queries[i].text], args, ids=False)[0]
         (numbers,), (scores,) = best_by_place(index.get_scores(tokens)[None], args.hits)
         rows.append((i, numbers[scores > 0], scores[scores > 0]))  # a document without a word of the query is no hit
-    return stack(gather_lists(rows, world), args.hits)
+    return stack(gather_lists(rows, world))
 
 
 def bm25_tokens(texts, args, ids=True):
@@ -138,15 +139,6 @@ def bm25_tokens(texts, args, ids=True):
         stemmer = Stemmer.Stemmer(args.stemmer)
     stopwords = None if args.stopwords == "none" else args.stopwords
     return bm25s.tokenize(texts, stopwords=stopwords, stemmer=stemmer, return_ids=ids, show_progress=False)
-
-
-def stack(rows, hits):
-    """Results of [(query's place, numbers, scores)] of unequal lengths."""
-    width = max(1, min(hits, max(len(numbers) for _, numbers, _ in rows)))
-    result = Results(np.full((len(rows), width), -1), np.zeros((len(rows), width), np.float32))
-    for i, numbers, scores in rows:
-        result.numbers[i, :len(numbers)], result.scores[i, :len(numbers)] = numbers, scores
-    return result
 
 
 def search_dense(args, corpus, queries, world):
@@ -257,7 +249,8 @@ def search_candidates(args, corpus, queries, world):
             numbers = earlier.row(i)[0]
             texts = [corpus.text(number) for number in numbers]
         else:
-            numbers, texts = candidate_numbers(query.record), candidate_texts(query, corpus)
+            numbers, keys = candidates(query.record)
+            texts = [collator.key_text(key) for key in keys]
         if not numbers:
             rows.append((i, np.zeros(0, int), np.zeros(0)))
             continue
@@ -270,14 +263,7 @@ def search_candidates(args, corpus, queries, world):
         scores = scores.float().cpu().numpy()
         order = np.lexsort((numbers, -scores))[:args.hits]
         rows.append((i, np.array(numbers)[order], scores[order]))
-    return stack(gather_lists(rows, world), args.hits)
-
-
-def candidate_texts(query, corpus):
-    """The texts of candidate_numbers' candidates."""
-    record = query.record
-    keys = record["key"] if "key" in record else list(record.get("pos") or []) + list(record.get("neg") or [])
-    return [key if isinstance(key, str) else corpus.template.format_map({"title": "", **key}) for key in keys]
+    return stack(gather_lists(rows, world))
 
 
 def search_random(args, corpus, queries, world):
@@ -307,13 +293,11 @@ def check_args(args):
                           ("key_template", "{title} {text}"), ("add_instruction", True), ("version", "bge")):
         if getattr(args, name, None) is None:
             setattr(args, name, kept.get(name, default))
-    def resolve(path):
-        return os.path.join(args.data_root, path.removeprefix("llm-embedder:")) if path.startswith("llm-embedder:") else path
-    args.eval_data = resolve(args.eval_data) if args.eval_data else None
-    args.corpus = [resolve(path) for path in args.corpus or []]
-    unknown = sorted(set(args.metrics) - set(MEASURES) - set(COLLATED))
+    args.eval_data = resolve_path(args.eval_data, args.data_root)
+    args.corpus = [resolve_path(path, args.data_root) for path in args.corpus or []]
+    unknown = sorted(set(args.metrics) - set(METRICS) - set(COLLATED))
     if unknown:
-        raise InputError(f"--metrics {unknown[0]}: unknown, choose of {', '.join(MEASURES + COLLATED)}")
+        raise InputError(f"--metrics {unknown[0]}: unknown, choose of {', '.join(METRICS + COLLATED)}")
     if not args.eval_data and not args.queries:
         raise InputError("no questions: give --eval_data, or --queries")
     if not args.corpus and (args.retrieval_method != "rank" or args.results):
@@ -333,10 +317,11 @@ def check_args(args):
 
 def write_outputs(args, queries, results, corpus):
     """Everything that the flags ask for, from one result."""
-    def texts(i, number):
+    def texts(i, numbers):
         if corpus:
-            return corpus.text(number)
-        return dict(zip(candidate_numbers(queries[i].record), candidate_texts(queries[i], corpus)))[number]
+            return [corpus.text(number) for number in numbers]
+        keys = dict(zip(*candidates(queries[i].record)))
+        return [format_key(keys[number], args.key_template) for number in numbers]
     if args.output:
         write_contexts(args.output, queries, results, corpus)
     if args.trec:
@@ -346,7 +331,7 @@ def write_outputs(args, queries, results, corpus):
             path = collated_path(args.eval_data, field, args.save_name or args.retrieval_method)
             collate(kind, path, queries, results, texts, args.max_neg_num, args.filter_answers)
             print(f"{kind}: {path}")
-    names = [name for name in args.metrics if name in MEASURES]
+    names = [name for name in args.metrics if name in METRICS]
     if names:
         values = measure(queries, results, corpus, merge_qrels(args.qrels) if args.qrels else None, names, args.cutoffs)
         print(" " * 10 + "".join(f"{'@' + str(k):>10}" for k in args.cutoffs))

@@ -11,7 +11,6 @@ import argparse
 import math
 import os
 import shutil
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import losses
-from checkpoints import load_state, load_tokenizer, restore_state, save_state
+from checkpoints import load_state, load_tokenizer, restore_state, save_state, versions
 from corpus import Corpus, merge_qrels, read_queries
 from data import train_loader
 from dense_args import check_args, parse_args
@@ -286,10 +285,6 @@ def read_dev(args, corpus, queries):
     if dev:
         best_metric(args, dev)
     return dev
-
-
-def versions():
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def set_up(args, world):

@@ -10,7 +10,6 @@ needs to end with the weights of a run that was never stopped).
 import argparse
 import math
 import os
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoints import load_state, load_tokenizer, restore_state, save_state
+from checkpoints import load_state, load_tokenizer, restore_state, save_state, versions
 from data import Collator, TrainSet, check_targets, plan_epoch, read_records, train_loader
 from model import FiDT5
 from test import predict, summarize
@@ -229,10 +228,6 @@ def save_best(run):
 
 def save_run(run):
     save_state(run.args.model + ".state", run.world, run.reader, run.optimizer, run.scheduler, asdict(run.progress), run.args)
-
-
-def versions():
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def describe(run, updates_per_epoch):

@@ -125,7 +125,7 @@ def test_examples_from_merged_qrels(qrels_file, corpus_file):
 
 def test_corpora(tmp_path, corpus_file):
     corpus = Corpus(corpus_file, "{title}: {text}")
-    assert corpus.text(2) == "C: text c" and corpus.number["c"] == 2 and corpus.passage(2) == "text c"
+    assert corpus.text(2) == "C: text c" and corpus.number["c"] == 2 and corpus.passage(2)["text"] == "text c"
     packed = tmp_path / "corpus.jsonl.gz"
     packed.write_bytes(gzip.compress(open(corpus_file, "rb").read()))
     table = lines(tmp_path / "psgs.tsv", ["id\ttext\ttitle", '10\t"a ""quoted"" one"\tT', "11\tplain\tU"])
