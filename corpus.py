@@ -1,69 +1,126 @@
 """Corpora, queries and relevance judgments, of all the field's formats, gzipped or not."""
 import csv
+import gzip
 import json
 import math
+import mmap
 import os
 import random
+import zlib
+from array import array
 from collections import defaultdict
+from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from data import open_text, parse_json, read_json
-from utils import InputError
+from data import parse_json, read_json
+from utils import InputError, new_file, wait_for_all, write_json
+
+
+ID_COLUMNS = ("_id", "id", "docid", "doc_id", "passage_id")
+TABLE = ("starts", "ids", "order")
+KEEP_TABLE = 2 ** 26  # bytes of a file from which on its table of lines is kept beside it
+
+
+class Part(NamedTuple):
+    """A corpus's file: its name, its bytes, its columns' names if it is a table, and, as arrays, where each document starts (N + 1),
+    the ids (N) as bytes and their order; no ids where no column holds them, first is the number of its first document."""
+    path: str
+    content: mmap.mmap
+    header: list
+    starts: np.ndarray
+    ids: np.ndarray
+    order: np.ndarray
+    first: int
 
 
 class Corpus:
-    """Documents by number or id; only ids and line offsets are held in memory, except for gzipped files and lists.
+    """Documents by number or id, read from disk when they are asked for; in memory are 12 bytes and the id per document.
 
     Files: psgs_w100.tsv (id, text, title, with a header), BEIR's corpus.jsonl (_id, title, text), or JSON lines with any
-    columns, whose ids are their numbers if no column is named id, _id, docid, doc_id or passage_id.
+    columns, whose ids are their numbers if no column is named id, _id, docid, doc_id or passage_id. A gzipped file or a JSON list
+    is written out once as FILE.lines; a large file's table of lines is kept in FILE.table, so that it opens at once. Raises InputError.
     """
 
     def __init__(self, paths, template):
-        self.template, self.ids, self.parts = template, [], []  # parts: (path, header or None, offsets, first number)
+        self.template, self.parts, self.size = template, [], 0
         for path in [paths] if isinstance(paths, str) else paths:
-            self.add_file(path)
-        self.number = {id: i for i, id in enumerate(self.ids)}
-        if len(self.number) < len(self.ids):
-            twice = next(id for i, id in enumerate(self.ids) if self.number[id] != i)
-            raise InputError(f"{', '.join(p[0] for p in self.parts)}: the id {twice!r} occurs twice in the corpus; make ids unique")
-        self.files = {}
+            self.open_part(path)
+        self.has_ids = len(self.parts[0].ids) > 0
+        if any(bool(len(part.ids)) != self.has_ids for part in self.parts):
+            raise InputError(f"{', '.join(paths)}: some files name ids, others do not; give all of them an id column")
+        if len(self.parts) > 1 and self.has_ids:
+            check_unique(np.sort(np.concatenate([part.ids[part.order] for part in self.parts]), kind="stable"), ", ".join(paths))
 
     def __len__(self):
-        return len(self.ids)
+        return self.size
 
-    def add_file(self, path):
-        first, offsets, start, header = len(self.ids), [], 0, None
-        lines = read_lines(path)
-        for number, line in enumerate(lines, 1):
-            text = line.decode("utf-8", "replace").rstrip("\r\n")
-            if text.strip() and number == 1 and not text.startswith("{"):
-                header = text.split("\t")
-                if "id" not in header or "text" not in header:
-                    raise InputError(f"{path}:1: neither JSON lines nor a table whose header names id and text")
-            elif text.strip():
-                row = self.parse(text, header, f"{path}:{number}")
-                found = next((row[key] for key in ("_id", "id", "docid", "doc_id", "passage_id") if key in row), None)
-                self.ids.append(str(len(self.ids) if found is None else found))
-                offsets.append(line if isinstance(lines, list) else start)
-                if number <= 2:
-                    self.format(row, f"{path}:{number}")
-            start += len(line)
-        if not offsets:
+    def open_part(self, path):
+        plain, kept = plain_lines(path), f"{path}.table"
+        with open(plain, "rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(plain) else b""
+        first = content[:content.find(b"\n") + 1 or None]
+        header = None if first[:1] == b"{" else first.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+        if header and not {"id", "text"} <= set(header):
+            raise InputError(f"{path}:1: neither JSON lines nor a table whose header names id and text" if content else
+                             f"{path}: holds no documents")
+        stamp = {"size": len(content), "changed": os.stat(plain).st_mtime_ns}
+        if read_stamp(kept) == stamp:
+            arrays = [np.load(os.path.join(kept, f"{name}.npy"), mmap_mode="r") for name in TABLE]
+        else:
+            arrays = self.scan(path, content, header)
+            if len(content) >= KEEP_TABLE:
+                keep_table(kept, stamp, **dict(zip(TABLE, arrays)))
+        self.parts.append(Part(path, content, header, *arrays, self.size))
+        self.size += len(arrays[0]) - 1
+
+    def scan(self, path, content, header):
+        """(starts, ids, order) of a file, each line of which is checked."""
+        starts, chunks, ids, place, column = array("q"), [], [], 0, None
+        bar = tqdm(total=len(content), unit="B", unit_scale=True, desc=f"reading {os.path.basename(path)}", leave=False,
+                   disable=None if len(content) >= KEEP_TABLE else True)
+        for number, line in enumerate(iter(content.readline, b"") if content else (), 1):
+            start, place = place, place + len(line)
+            if line.isspace() or header and number == 1:
+                continue
+            row = self.parse(line, header, path, number)
+            if not starts:
+                self.format(row, f"{path}:{number}")
+                column = next((key for key in ID_COLUMNS if key in row), None)
+            if column and row.get(column) in (None, ""):
+                raise InputError(f"{path}:{number}: no '{column}', which other documents have; add it")
+            starts.append(start)
+            if column:
+                ids.append(str(row[column]).encode())
+            if len(starts) % 65536 == 0:
+                chunks, ids = chunks + [np.array(ids, "S")] * bool(ids), []
+                bar.update(place - bar.n)
+        bar.close()
+        if not starts:
             raise InputError(f"{path}: holds no documents")
-        self.parts.append((path, header, offsets if isinstance(lines, list) else np.array(offsets), first))
+        starts.append(place)
+        names = np.concatenate(chunks + [np.array(ids, "S")])
+        order = np.argsort(names, kind="stable").astype(np.int32)
+        check_unique(names[order], path)
+        return np.frombuffer(starts, np.int64), names, order
 
     @staticmethod
-    def parse(text, header, place):
+    def parse(line, header, path, number):
+        """The columns {name: value} of a line of bytes."""
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
         if header is None:
-            path, number = place.rsplit(":", 1)
-            return parse_json(text, path, int(number))
+            row = parse_json(text, path, number)
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: a document must be a JSON object, this is a {type(row).__name__}")
+            return row
         cells = next(csv.reader([text], delimiter="\t"))
         if len(cells) != len(header):
-            raise InputError(f"{place}: {len(cells)} columns, the header names {len(header)}; the line may be cut off")
+            raise InputError(f"{path}:{number}: {len(cells)} columns, the header names {len(header)}; the line may be cut off")
         return dict(zip(header, cells))
 
     def format(self, row, place):
+        """The text of a row by the template, or InputError naming the place."""
         try:
             return format_key(row, self.template)
         except KeyError as error:
@@ -72,16 +129,10 @@ class Corpus:
 
     def row(self, number):
         """(columns, place) of a document."""
-        path, header, offsets, first = next(part for part in reversed(self.parts) if part[3] <= number)
-        line = offsets[number - first]
-        if isinstance(offsets, np.ndarray):
-            key = (os.getpid(), path)  # a worker process must not share a file position
-            if key not in self.files:
-                self.files[key] = open(path, "rb")
-            self.files[key].seek(int(line))
-            line = self.files[key].readline()
-        place = f"{path}:{number - first + 1 + bool(header)}"
-        return self.parse(line.decode("utf-8", "replace").rstrip("\r\n"), header, place), place
+        part = next(part for part in reversed(self.parts) if part.first <= number)
+        own = number - part.first
+        start, line = part.starts[own], own + 1 + bool(part.header)
+        return self.parse(part.content[start:part.starts[own + 1]].rstrip(), part.header, part.path, line), f"{part.path}:{line}"
 
     def text(self, number):
         """The key text of a document, by the template."""
@@ -90,21 +141,90 @@ class Corpus:
     def passage(self, number):
         """{id, title, text} of a document; answers are searched in the text alone."""
         row, _ = self.row(number)
-        return {"id": self.ids[number], "title": row.get("title", ""), "text": row.get("text", row.get("content", ""))}
+        return {"id": self.id(number), "title": row.get("title", ""), "text": row.get("text", row.get("content", ""))}
+
+    def id(self, number):
+        """The id of a document; its number where the corpus names none."""
+        part = next(part for part in reversed(self.parts) if part.first <= number)
+        return part.ids[number - part.first].decode() if self.has_ids else str(number)
+
+    def numbers(self, ids):
+        """The numbers of documents (a list) by their ids, -1 for those that are not there."""
+        if not self.has_ids:
+            return [int(id) if id.isdecimal() and int(id) < self.size and str(int(id)) == id else -1 for id in ids]
+        wanted, found = np.array([id.encode() for id in ids] or [b""]), np.full(max(1, len(ids)), -1)
+        for part in self.parts:
+            places = part.order[np.searchsorted(part.ids, wanted, sorter=part.order).clip(max=len(part.ids) - 1)]
+            found = np.where(part.ids[places] == wanted, places + part.first, found)
+        return found[:len(ids)].tolist()
+
+
+def check_unique(ids, place):
+    """InputError if two of the sorted ids are equal."""
+    twice = ids[1:][ids[1:] == ids[:-1]]
+    if len(twice):
+        raise InputError(f"{place}: the id {twice[0].decode()!r} occurs twice in the corpus; make ids unique")
 
 
 def read_lines(path):
-    """The lines of a file as bytes: the open file, or a list if it is gzipped or one JSON list. Raises InputError."""
+    """The lines of a file as bytes, one by one, gunzipped; a JSON list gives one line per item. Raises InputError."""
     try:
-        if str(path).endswith(".gz"):
-            with open_text(path) as file:
-                return [line.encode() for line in file]
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            if file.peek(1)[:1] == b"[":
+                yield from (json.dumps(row).encode() + b"\n" for row, _ in read_json(path))
+            else:
+                yield from file
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path, or fetch the file "
+                         "again") from None
+
+
+def plain_lines(path):
+    """The path of a file of plain lines: `path`, or, if it is gzipped or a JSON list, PATH.lines, written if it is not there yet."""
+    try:
         with open(path, "rb") as file:
-            if file.read(1) == b"[":
-                return [json.dumps(row).encode() for row, _ in read_json(path)]
-        return open(path, "rb")
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path") from None
+            plain = file.peek(1)[:1] != b"[" and not str(path).endswith(".gz")
+        source, unpacked = os.stat(path).st_mtime_ns, f"{path}.lines"
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if plain:
+        return path
+    if not os.path.exists(unpacked) or os.stat(unpacked).st_mtime_ns != source:  # of the same age: written from this very file
+        with new_file(unpacked, "wb") as file:
+            file.writelines(tqdm(read_lines(path), unit=" lines", desc=f"unpacking {os.path.basename(path)}", leave=False, disable=None))
+            file.flush()
+            os.utime(file.name, ns=(source, source))
+    return unpacked
+
+
+def read_stamp(folder):
+    """What keep_table stamped a table with, or None."""
+    try:
+        with open(os.path.join(folder, "stamp.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
+def keep_table(folder, stamp, **arrays):
+    """Saves a file's table of lines; the stamp, last, makes it valid. Where it cannot be written, it is made again next time."""
+    stamp_path = os.path.join(folder, "stamp.json")
+    try:
+        if os.path.exists(stamp_path):
+            os.remove(stamp_path)
+        for name, values in arrays.items():
+            with new_file(os.path.join(folder, f"{name}.npy"), "wb") as file:
+                np.save(file, values)
+        write_json(stamp_path, stamp)
+    except (InputError, OSError):
+        pass
+
+
+def open_corpus(paths, template, world):
+    """The Corpus on every process; the main one goes first, so that what is written beside a file is written once. None without paths."""
+    corpus = Corpus(paths, template) if paths and world.is_main else None
+    wait_for_all(world)
+    return corpus or (Corpus(paths, template) if paths else None)
 
 
 def format_key(key, template):

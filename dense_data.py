@@ -59,14 +59,15 @@ class Example(NamedTuple):
 
 def document_numbers(qrels, corpus, queries):
     """The qrels with documents as numbers; InputError for a query or document that is not there."""
-    for query, own in qrels.items():
+    pairs = [(query, document) for query, own in qrels.items() for document in own]
+    numbers = dict(zip(pairs, corpus.numbers([document for _, document in pairs])))
+    for (query, document), number in numbers.items():
         if query not in queries:
             raise InputError(f"the qrels name query {query!r}, which is in none of the query files; give its file with --queries")
-        for document in own:
-            if document not in corpus.number:
-                raise InputError(f"the qrels name document {document!r} (query {query!r}), which the corpus does not have; "
-                                 "give its file with --corpus, or mend the qrels")
-    return {query: {corpus.number[document]: score for document, score in own.items()} for query, own in qrels.items()}
+        if number < 0:
+            raise InputError(f"the qrels name document {document!r} (query {query!r}), which the corpus does not have; "
+                             "give its file with --corpus, or mend the qrels")
+    return {query: {numbers[query, document]: score for document, score in own.items()} for query, own in qrels.items()}
 
 
 def qrels_examples(corpus, queries, positives, negatives, graded, group_size):

@@ -53,7 +53,7 @@ def compute_dtype(device):
 def random_bits(shape, device):
     """int16 tensor of uniform random bits.
 
-    On a CPU numpy's SFC64, seeded by torch's generator, makes four of them per draw: ten times as fast as bernoulli_.
+    On a CPU numpy's SFC64, seeded by torch's generator, makes four of them per draw: several times as fast as bernoulli_.
     """
     if device.type != "cpu":
         return torch.randint(-2 ** 15, 2 ** 15, shape, dtype=torch.int16, device=device)

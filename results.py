@@ -6,6 +6,7 @@ import os
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from corpus import read_lines
 from data import read_json
@@ -67,27 +68,31 @@ class Results(NamedTuple):
         return self.numbers[i][keep].tolist(), self.scores[i][keep].tolist()
 
 
-def write_contexts(path, queries, results, corpus):
+def mark_answers(queries, results, corpus):
+    """[[does each found passage hold an answer]] by rank, None for a query without gold answers."""
+    return [[has_answer(corpus.passage(number)["text"], query.answers) for number in results.row(i)[0]] if query.answers else None
+            for i, query in enumerate(tqdm(queries, desc="looking for answers", leave=False, disable=None))]
+
+
+def write_contexts(path, queries, results, corpus, marks):
     """Reader records: each record with ctxs in rank order, {id, title, text, score, has_answer}; .json a list, else JSON lines."""
     as_list = str(path).endswith(".json")
     with new_file(path) as file:
         for i, query in enumerate(queries):
-            ctxs = []
-            for number, score in zip(*results.row(i)):
-                ctxs.append(corpus.passage(number) | {"score": round(score, 6)})
-                if query.answers:
-                    ctxs[-1]["has_answer"] = has_answer(ctxs[-1]["text"], query.answers)
+            ctxs = [corpus.passage(number) | {"score": round(score, 6)} for number, score in zip(*results.row(i))]
+            for context, mark in zip(ctxs, marks[i] or ()):
+                context["has_answer"] = mark
             record = {"id": query.id, "question": query.text, **query.record, "ctxs": ctxs}
             file.write(("[\n" if i == 0 else ",\n") * as_list + json.dumps(record, ensure_ascii=False) + "\n" * (not as_list))
         file.write("\n]\n" * as_list)
 
 
-def write_run(path, queries, results, ids, name):
+def write_run(path, queries, results, corpus, name):
     """A TREC run: query, Q0, document, rank, score, name."""
     with new_file(path) as file:
         for i, query in enumerate(queries):
             for rank, (number, score) in enumerate(zip(*results.row(i)), 1):
-                file.write(f"{query.id} Q0 {ids[number]} {rank} {score:.6f} {name}\n")
+                file.write(f"{query.id} Q0 {corpus.id(number)} {rank} {score:.6f} {name}\n")
 
 
 def read_run(path, queries, corpus, hits):
@@ -98,11 +103,12 @@ def read_run(path, queries, corpus, hits):
                 for n, (record, place) in enumerate(read_json(path)) for context in record.get("ctxs") or [])
     else:
         rows = (split_run_line(line, f"{path}:{number}") for number, line in enumerate(read_lines(path), 1) if line.strip())
-    for query, document, score, place in rows:
-        if str(document) not in corpus.number:
+    rows = list(rows)
+    for (query, document, score, place), number in zip(rows, corpus.numbers([str(row[1]) for row in rows])):
+        if number < 0:
             raise InputError(f"{place}: document {document!r} is not in the corpus; is it a result of another one?")
         if query in found:
-            found[query][corpus.number[str(document)]] = float(score)
+            found[query][number] = float(score)
     return from_dictionaries([found[query.id] for query in queries], hits)
 
 
@@ -186,17 +192,18 @@ def collated_path(path, field, name):
     return ".".join([stem, field, *([name] if name else [])]) + ending
 
 
-def measure(queries, results, corpus, qrels, names, cutoffs):
+def measure(queries, results, corpus, qrels, marks, names, cutoffs):
     """{metric@k: mean over the queries that have a label (nq: an answer)}; labels are qrels or the records' pos_index."""
     rows = []
     for i, query in enumerate(queries):
-        numbers, row = results.row(i)[0], {}
-        labels = {number: 1 for number in query.record.get("pos_index") or []} if qrels is None else {
-            corpus.number[document]: label for document, label in qrels.get(query.id, {}).items() if document in corpus.number}
+        labels, row = {number: 1 for number in query.record.get("pos_index") or []}, {}
+        if qrels is not None:
+            own = qrels.get(query.id, {})
+            labels = {number: label for number, label in zip(corpus.numbers(list(own)), own.values()) if number >= 0}
         if labels:
-            row |= ranking_metrics(numbers, labels, [name for name in names if name != "nq"], cutoffs)
+            row |= ranking_metrics(results.row(i)[0], labels, [name for name in names if name != "nq"], cutoffs)
         if "nq" in names and query.answers:
-            row |= topk_accuracy([has_answer(corpus.passage(n)["text"], query.answers) for n in numbers[:max(cutoffs)]], cutoffs)
+            row |= topk_accuracy(marks[i], cutoffs)
         rows.append(row)
     wanted = [f"{name}@{k}" for name in names for k in cutoffs]
     counts = {name: sum(name in row for row in rows) for name in wanted}

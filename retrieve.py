@@ -19,13 +19,13 @@ import transformers
 from tqdm import tqdm
 
 from checkpoints import load_tokenizer
-from corpus import Corpus, format_key, merge_qrels, read_queries
+from corpus import format_key, merge_qrels, open_corpus, read_queries
 from dense_args import boolean, resolve_path
 from dense_data import INSTRUCTIONS, GroupCollator
 from embed import check_fingerprint, encode_corpus, fingerprint
 from metrics import METRICS
-from results import (COLLATED, Query, Results, candidates, collate, collated_path, fuse, measure, read_questions, read_run, stack,
-                     write_contexts, write_run)
+from results import (COLLATED, Query, Results, candidates, collate, collated_path, fuse, mark_answers, measure, read_questions,
+                     read_run, stack, write_contexts, write_run)
 from retriever import BiEncoder, CrossEncoder, gather_tensors
 from utils import HelpFormatter, InputError, gather_lists, read_args, run_script, start_processes, wait_for_all, write_json
 
@@ -302,6 +302,8 @@ def check_args(args):
         raise InputError("no questions: give --eval_data, or --queries")
     if not args.corpus and (args.retrieval_method != "rank" or args.results):
         raise InputError(f"--retrieval_method {args.retrieval_method} needs --corpus")
+    if not args.corpus and (args.output or args.trec or args.qrels or "nq" in args.metrics):
+        raise InputError("--output, --trec, --qrels and the metric nq need the passages: give --corpus")
     if min(args.hits, *args.cutoffs, args.max_neg_num) < 1:
         raise InputError("--hits, --cutoffs and --max_neg_num must be 1 or more")
     if set(args.metrics) & set(COLLATED) and not args.eval_data:
@@ -322,10 +324,11 @@ def write_outputs(args, queries, results, corpus):
             return [corpus.text(number) for number in numbers]
         keys = dict(zip(*candidates(queries[i].record)))
         return [format_key(keys[number], args.key_template) for number in numbers]
+    marks = mark_answers(queries, results, corpus) if args.output or "nq" in args.metrics else None
     if args.output:
-        write_contexts(args.output, queries, results, corpus)
+        write_contexts(args.output, queries, results, corpus, marks)
     if args.trec:
-        write_run(args.trec, queries, results, corpus.ids if corpus else {}, args.retrieval_method)
+        write_run(args.trec, queries, results, corpus, args.retrieval_method)
     for kind, field in zip(COLLATED, ("neg", "key", "scored")):
         if kind in args.metrics:
             path = collated_path(args.eval_data, field, args.save_name or args.retrieval_method)
@@ -333,7 +336,8 @@ def write_outputs(args, queries, results, corpus):
             print(f"{kind}: {path}")
     names = [name for name in args.metrics if name in METRICS]
     if names:
-        values = measure(queries, results, corpus, merge_qrels(args.qrels) if args.qrels else None, names, args.cutoffs)
+        values = measure(queries, results, corpus, merge_qrels(args.qrels) if args.qrels else None, marks, names,
+                         args.cutoffs)
         print(" " * 10 + "".join(f"{'@' + str(k):>10}" for k in args.cutoffs))
         for name in names:
             print(f"{name:10}" + "".join(f"{100 * values[f'{name}@{k}']:10.2f}" for k in args.cutoffs))
@@ -345,7 +349,7 @@ def main(args):
     check_args(args)
     world = start_processes(args.gpus)
     transformers.utils.logging.disable_progress_bar()
-    corpus = Corpus(args.corpus, args.key_template) if args.corpus else None
+    corpus = open_corpus(args.corpus, args.key_template, world)
     if args.eval_data:
         queries = read_questions(args.eval_data)
     else:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import losses
 from checkpoints import load_state, load_tokenizer, restore_state, save_state, versions
-from corpus import Corpus, merge_qrels, read_queries
+from corpus import Corpus, merge_qrels, open_corpus, read_queries
 from data import train_loader
 from dense_args import check_args, parse_args
 from dense_data import INSTRUCTIONS, GroupCollator, GroupSet, plan_batches, read_training
@@ -292,7 +292,7 @@ def set_up(args, world):
     say = (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)
     if world.is_main:
         check_writable(args.output_dir)
-    corpus = Corpus(args.corpus, args.key_template) if args.corpus else None
+    corpus = open_corpus(args.corpus, args.key_template, world)
     queries = read_queries(args.queries)
     examples, settings, sizes, by_task = read_training(args, corpus, queries, say)
     dev = read_dev(args, corpus, queries)

@@ -125,22 +125,41 @@ def test_examples_from_merged_qrels(qrels_file, corpus_file):
 
 def test_corpora(tmp_path, corpus_file):
     corpus = Corpus(corpus_file, "{title}: {text}")
-    assert corpus.text(2) == "C: text c" and corpus.number["c"] == 2 and corpus.passage(2)["text"] == "text c"
+    assert corpus.text(2) == "C: text c" and corpus.numbers(["c", "x"]) == [2, -1] and corpus.passage(2)["text"] == "text c"
     packed = tmp_path / "corpus.jsonl.gz"
     packed.write_bytes(gzip.compress(open(corpus_file, "rb").read()))
     table = lines(tmp_path / "psgs.tsv", ["id\ttext\ttitle", '10\t"a ""quoted"" one"\tT', "11\tplain\tU"])
     both = Corpus([str(packed), table], "{title} {text}")
-    assert [both.text(i) for i in (3, 4, 5)] == ["D text d", 'T a "quoted" one', "U plain"] and both.ids[-1] == "11"
+    assert [both.text(i) for i in (3, 4, 5)] == ["D text d", 'T a "quoted" one', "U plain"] and both.id(5) == "11" and both.numbers(["11", "a"]) == [5, 0]
     numbered = Corpus(lines(tmp_path / "c.json", [{"content": "x"}, {"content": "y"}]), "{content}")
-    assert numbered.ids == ["0", "1"] and numbered.text(1) == "y"
+    assert numbered.id(1) == "1" and numbered.numbers(["1", "2", "x"]) == [1, -1, -1] and numbered.text(1) == "y"
     assert read_queries([lines(tmp_path / "q.tsv", ["7\twho"]), lines(tmp_path / "q.jsonl", [{"_id": "8", "text": "what"}])]) == {
         "7": "who", "8": "what"}
+
+
+def test_large_corpora_are_read_once(tmp_path, monkeypatch):
+    """The table of lines and the unpacked file are used again, and only for the file that they were made from."""
+    monkeypatch.setattr("corpus.KEEP_TABLE", 10)
+    path, scans, scan = tmp_path / "c.jsonl.gz", [], Corpus.scan
+    monkeypatch.setattr(Corpus, "scan", lambda self, *args: scans.append(1) or scan(self, *args))
+    for letters, count in (("abc", 1), ("abc", 1), ("bcd", 2)):
+        if count > len(scans):
+            with gzip.open(path, "wt") as file:
+                file.writelines(f'{{"id": "{letter * 3}", "text": "{letter}é"}}\n' for letter in letters)
+        corpus = Corpus(str(path), "{text}")
+        assert [corpus.text(i) for i in range(3)] == [letter + "é" for letter in letters] and len(scans) == count
+        assert corpus.numbers([letters[2] * 3, "zzz"]) == [2, -1] and corpus.id(1) == letters[1] * 3
+    with pytest.raises(InputError, match="'bbb' occurs twice"):
+        Corpus([str(path), lines(tmp_path / "more.jsonl", [{"id": "bbb", "text": "x"}])], "{text}")
+    with pytest.raises(InputError, match="some files name ids"):
+        Corpus([str(path), lines(tmp_path / "more.jsonl", [{"text": "x"}])], "{text}")
 
 
 @pytest.mark.parametrize("name,content,message", [
     ("c.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "'a' occurs twice"),
     ("c.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b", "te', "c.jsonl:2: not valid JSON"),
     ("c.jsonl", '{"_id": "a", "content": "x"}\n', "no column 'text' for --key_template"),
+    ("c.jsonl", '{"_id": "a", "text": "x"}\n\n{"text": "y"}\n', "c.jsonl:3: no '_id'"), ("c.jsonl", '{"_id": "a", "text": "x"}\n[1]\n', "a list"),
     ("c.tsv", "id\ttext\ttitle\n1\tx\n", "c.tsv:2: 2 columns, the header names 3"), ("c.tsv", "a\tb\n", "neither JSON lines nor a table"),
     ("c.tsv", "id\ttext\n", "holds no documents")])
 def test_bad_corpora(tmp_path, name, content, message):
