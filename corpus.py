@@ -214,7 +214,8 @@ def keep_table(folder, stamp, **arrays):
             os.remove(stamp_path)
         for name, values in arrays.items():
             with new_file(os.path.join(folder, f"{name}.npy"), "wb") as file:
-                np.save(file, values)
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+                file.write(values.tobytes())  # np.save does not notice a full disk
         write_json(stamp_path, stamp)
     except (InputError, OSError):
         pass

@@ -1,6 +1,7 @@
 """Vectors of a corpus in one memory-mapped array: written by all processes, resumed block by block, never held in memory."""
 import hashlib
 import json
+import math
 import os
 
 import numpy as np
@@ -58,42 +59,62 @@ def check_fingerprint(folder, wanted):
     return True
 
 
-def open_array(folder, count, width, dtype, world, wanted):
-    """(memory-mapped array (count, width), marks of the blocks that are done); made by the main process where there is none."""
-    paths = [os.path.join(folder, name) for name in ("vectors.npy", "done.npy")]
-    if world.is_main and not check_fingerprint(folder, wanted):
+def make_arrays(folder, count, width, dtype, wanted):
+    """The files of the vectors (count, width) and of the marks of blocks that are done, all zeros; InputError if they do not fit."""
+    try:
         os.makedirs(folder, exist_ok=True)
-        try:
-            np.lib.format.open_memmap(paths[0], "w+", dtype, (count, width)).flush()
-            with open(paths[0], "r+b") as file:  # room is taken now: a full disk must not kill a write to the mapped array
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(paths[0]))
-            np.lib.format.open_memmap(paths[1], "w+", np.uint8, (-(-count // BLOCK),)).flush()
-        except OSError as error:
-            raise InputError(f"{folder}: {count:,} vectors of {width} numbers do not fit ({error.strerror})") from None
-        write_json(os.path.join(folder, "index.json"), wanted)
-    wait_for_all(world)
-    check_fingerprint(folder, wanted)
-    return [np.lib.format.open_memmap(path, "r+") for path in paths]
+        for name, kind, shape in (("vectors", dtype, (count, width)), ("done", "uint8", (-(-count // BLOCK),))):
+            with open(os.path.join(folder, f"{name}.npy"), "wb") as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape})
+                file.flush()  # room is taken now, not after hours of encoding
+                os.posix_fallocate(file.fileno(), 0, file.tell() + np.dtype(kind).itemsize * math.prod(shape))
+    except OSError as error:
+        raise InputError(f"{folder}: {count:,} vectors of {width} numbers cannot be stored ({error.strerror}); make room, or give "
+                         "another --index folder") from None
+    write_json(os.path.join(folder, "index.json"), wanted)
+
+
+def open_array(folder, name):
+    """A memory-mapped array of the folder, as it is now on disk."""
+    return np.lib.format.open_memmap(os.path.join(folder, f"{name}.npy"), "c")
+
+
+def write_rows(array, first, rows):
+    """Puts rows into the file of a memory-mapped array and onto the disk.
+
+    A plain write, since a full disk kills a process that writes to mapped memory, and machines that share a disk write whole pages.
+    """
+    with open(array.filename, "r+b") as file:
+        file.seek(array.offset + first * array.strides[0])
+        file.write(rows.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @torch.no_grad()
 def encode_corpus(model, corpus, tokenize, folder, dtype, world, wanted, num_workers=0, bf16=False):
-    """The array of a corpus's vectors, (N, D), encoding what is not done yet; each process takes a contiguous part."""
+    """The array of a corpus's vectors, (N, D), encoding what is not done yet; each process takes a contiguous part of it."""
     model.eval()
-    width = model.encode(tokenize(["probe"]), "key").shape[1]
-    vectors, done = open_array(folder, len(corpus), width, dtype, world, wanted)
-    first, last = (len(done) * part // world.size for part in (world.rank, world.rank + 1))
-    mine = [block for block in range(first, last) if not done[block]]
+    if world.is_main and not check_fingerprint(folder, wanted):
+        make_arrays(folder, len(corpus), model.encode(tokenize(["probe"]), "key").shape[1], dtype, wanted)
+    wait_for_all(world)
+    check_fingerprint(folder, wanted)
+    vectors, done = open_array(folder, "vectors"), open_array(folder, "done")
+    if not (done.all() or os.access(os.path.join(folder, "done.npy"), os.W_OK)):
+        raise InputError(f"{folder}: not all documents are encoded yet, and it cannot be written; give another --index folder")
+    mine = np.array_split(np.flatnonzero(done == 0), world.size)[world.rank].tolist()
+    wait_for_all(world)  # all have read the marks before one of them makes a new one
     loader = make_loader(Blocks(corpus, tokenize), [[block] for block in mine], lambda items: items[0], num_workers)
     bar = tqdm(total=len(mine) * BLOCK, unit=" documents", desc="encoding", leave=False, disable=None if world.is_main else True)
     for block, ids in loader:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-            rows = model.encode(ids, "key").float().cpu().numpy()
-        vectors[block * BLOCK:block * BLOCK + len(rows)] = rows
-        vectors.flush()
-        done[block] = 1  # only what is on disk counts as done
-        done.flush()
-        bar.update(BLOCK)
+            rows = model.encode(ids, "key").float().cpu().numpy().astype(dtype)
+        if not np.isfinite(rows).all():
+            raise InputError(f"document {block * BLOCK + int(np.argmin(np.isfinite(rows).all(1)))} gets a vector that is not finite in "
+                             f"{dtype}; use --dtype float32 or leave out --bf16, and if that does not help the checkpoint is broken")
+        write_rows(vectors, block * BLOCK, rows)
+        write_rows(done, block, np.ones(1, np.uint8))  # only what is on disk counts as done
+        bar.update(len(rows))
     bar.close()
     wait_for_all(world)
-    return vectors
+    return open_array(folder, "vectors")

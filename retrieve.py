@@ -4,15 +4,18 @@
     torchrun --standalone --nproc_per_node=8 retrieve.py --corpus psgs_w100.tsv --index wiki.index --query_encoder runs/dpr \
         --eval_data nq-test.csv --hits 100 --output test.json --metrics nq --gpus 0,1,2,3,4,5,6,7
 
-Dense retrieval encodes the corpus into --index, resuming after a kill, and searches it with faiss: exactly (Flat), a block of the
-memory-mapped vectors at a time, or with the index that --faiss_index_factory names. Equal scores are ranked by place in the corpus.
+Dense retrieval encodes the corpus into --index, resuming after a kill, and searches it exactly (Flat), a tile of the memory-mapped
+vectors at a time, or with the faiss index that --faiss_index_factory names. Equal scores are ranked by place in the corpus. Without
+questions the index is made, no more.
 """
 import argparse
 import os
+import sys
 import time
+from array import array
+from datetime import timedelta
 
 import bm25s
-import faiss
 import numpy as np
 import torch
 import transformers
@@ -27,9 +30,9 @@ from metrics import METRICS
 from results import (COLLATED, Query, Results, candidates, collate, collated_path, fuse, mark_answers, measure, read_questions,
                      read_run, stack, write_contexts, write_run)
 from retriever import BiEncoder, CrossEncoder, gather_tensors
+from search import BLOCK, best_by_place, merge, open_index, search_exactly, search_index
 from utils import HelpFormatter, InputError, gather_lists, read_args, run_script, start_processes, wait_for_all, write_json
 
-SEARCH_BLOCK = 65536  # vectors that exact search holds in memory
 METHODS = ("dense", "bm25", "rank", "random", "fuse")
 
 
@@ -90,46 +93,32 @@ def parse_args():
 
 # ---------------------------------------------------------------------------------------------------- searching
 
-def best_by_place(scores, k):
-    """(numbers (n, k), scores) of the k highest scores (n, N), equal ones by number."""
-    k, rows = min(k, scores.shape[1]), []
-    for row in scores:
-        least = np.partition(row, -k)[-k]
-        numbers = np.flatnonzero(row >= least)  # ties at the edge included, so that the lowest numbers can win
-        rows.append(numbers[np.argsort(-row[numbers], kind="stable")][:k])
-    numbers = np.stack(rows)
-    return numbers, np.take_along_axis(scores, numbers, 1)
-
-
-def merge(parts, k):
-    """The k best of several (numbers, scores), each (n, k_i); equal scores by number, -1 last."""
-    numbers, scores = (np.concatenate(arrays, 1) for arrays in zip(*parts))
-    scores = np.where(numbers < 0, -np.inf, scores)
-    order = np.lexsort((numbers, -scores), axis=1)[:, :k]
-    return np.take_along_axis(numbers, order, 1), np.take_along_axis(scores, order, 1)
-
-
 def search_bm25(args, corpus, queries, world):
     """BM25 by bm25s; each process scores a strided share of the queries."""
     settings = {"k1": args.k1, "b": args.b, "stopwords": args.stopwords, "stemmer": args.stemmer, "template": corpus.template}
-    wanted = fingerprint(corpus, "bm25", settings)
+    wanted, words = fingerprint(corpus, "bm25", settings), word_settings(args)
     if world.is_main and not check_fingerprint(args.index, wanted):
-        texts = tqdm((corpus.text(i) for i in range(len(corpus))), total=len(corpus), desc="reading", leave=False, disable=None)
         index = bm25s.BM25(k1=args.k1, b=args.b)
-        index.index(bm25_tokens(list(texts), args), show_progress=False)
+        index.index(TokenLists(bm25s.tokenization.Tokenizer(**words), corpus), show_progress=sys.stderr.isatty())
         index.save(args.index)
+        try:
+            bm25s.BM25.load(args.index, mmap=True)  # np.save, which it uses, does not notice a full disk
+        except ValueError:
+            raise InputError(f"{args.index}: the index could not be written whole; make room") from None
         write_json(os.path.join(args.index, "index.json"), wanted)
     wait_for_all(world)
-    index, own = bm25s.BM25.load(args.index), range(world.rank, len(queries), world.size)
-    rows = []
-    for i in tqdm(own, desc="searching", leave=False, disable=None if world.is_main else True):
-        tokens = bm25_tokens([queries[i].text], args, ids=False)[0]
-        (numbers,), (scores,) = best_by_place(index.get_scores(tokens)[None], args.hits)
+    if not queries:
+        return None
+    index, own, rows = bm25s.BM25.load(args.index, mmap=True), range(world.rank, len(queries), world.size), []
+    tokens = bm25s.tokenize([queries[i].text for i in own], return_ids=False, show_progress=False, **words)
+    for i, query in zip(tqdm(own, desc="searching", leave=False, disable=None if world.is_main else True), tokens):
+        (numbers,), (scores,) = best_by_place(index.get_scores_from_ids(index.get_tokens_ids(query))[None], args.hits)
         rows.append((i, numbers[scores > 0], scores[scores > 0]))  # a document without a word of the query is no hit
     return stack(gather_lists(rows, world))
 
 
-def bm25_tokens(texts, args, ids=True):
+def word_settings(args):
+    """bm25s's stop words and stemmer by the flags."""
     stemmer = None
     if args.stemmer:
         try:
@@ -137,90 +126,56 @@ def bm25_tokens(texts, args, ids=True):
         except ImportError:
             raise InputError("--stemmer needs the package PyStemmer: pip install PyStemmer") from None
         stemmer = Stemmer.Stemmer(args.stemmer)
-    stopwords = None if args.stopwords == "none" else args.stopwords
-    return bm25s.tokenize(texts, stopwords=stopwords, stemmer=stemmer, return_ids=ids, show_progress=False)
+    return {"stopwords": None if args.stopwords == "none" else args.stopwords, "stemmer": stemmer}
+
+
+class TokenLists:
+    """A corpus for bm25s: the documents' token ids in one array, 4 bytes each, and the vocabulary."""
+
+    def __init__(self, tokenizer, corpus):
+        self.flat, self.ends = array("i"), array("q", [0])
+        texts = tqdm(map(corpus.text, range(len(corpus))), total=len(corpus), desc="tokenizing", leave=False, disable=None)
+        for ids in tokenizer.streaming_tokenize(texts, allow_empty=False):
+            self.flat.extend(ids)
+            self.ends.append(len(self.flat))
+        self.ids, self.vocab = self, tokenizer.get_vocab_dict()
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __iter__(self):
+        return (self.flat[start:end] for start, end in zip(self.ends, self.ends[1:]))
 
 
 def search_dense(args, corpus, queries, world):
     """Dense retrieval: the corpus's vectors, each process searching its part for all queries; the best are merged."""
     model, collator = open_retriever(args, corpus, world)
-    task = queries[0].task
+    task = queries[0].task if queries else ""
     wanted = fingerprint(corpus, args.key_encoder or args.query_encoder, {
         "template": corpus.template, "max_length": args.key_max_length, "metric": model.metric, "dtype": args.dtype,
         "pooling": args.pooling_method, "instruction": collator.instruction(task)[1]})
     vectors = encode_corpus(model, corpus, lambda texts: collator.keys(texts, [task] * len(texts)), args.index, args.dtype, world,
                             wanted, args.num_workers, args.bf16)
+    blocks, metric, quiet = -(-len(vectors) // BLOCK), "l2" if model.metric == "l2" else "ip", not world.is_main
+    first, last = (min(len(vectors), BLOCK * (blocks * part // world.size)) for part in (world.rank, world.rank + 1))
+    index = None
+    if args.faiss_index_factory != "Flat":
+        index = open_index(args.index, vectors, first, last, args.faiss_index_factory, metric, args.train_sample, args.seed, quiet)
+    if not queries:
+        return None
     with torch.no_grad():
-        asked = torch.cat([model.encode(collator.queries([q.text for q in part], [q.task for q in part]), "query")
-                           for part in (queries[i:i + 2048] for i in range(0, len(queries), 2048))]).cpu().numpy()
-    blocks = -(-len(vectors) // SEARCH_BLOCK)  # whole ones, so that scores do not depend on the number of processes
-    first, last = (min(len(vectors), SEARCH_BLOCK * (blocks * part // world.size)) for part in (world.rank, world.rank + 1))
-    metric = faiss.METRIC_L2 if model.metric == "l2" else faiss.METRIC_INNER_PRODUCT
-    find = search_exactly if args.faiss_index_factory == "Flat" else search_index
-    numbers, scores = find(args, vectors, asked, first, last, metric, world)
+        asked = torch.cat([model.encode(collator.queries([q.text for q in part], [q.task for q in part]), "query").float()
+                           for part in (queries[i:i + 2048] for i in range(0, len(queries), 2048))])
+    if index is None:
+        numbers, scores = search_exactly(vectors, asked, first, last, args.hits, metric, quiet)
+    else:
+        numbers, scores = search_index(index, asked, args.hits, first, metric, {"nprobe": args.nprobe, "efSearch": args.efSearch})
     if world.size > 1:
         fill = [(0, 0), (0, args.hits - numbers.shape[1])]  # a part may have fewer documents
         numbers, scores = np.pad(numbers, fill, constant_values=-1), np.pad(scores, fill)
         parts = [gather_tensors(torch.from_numpy(array).to(world.device)[None]) for array in (numbers, scores)]
         numbers, scores = merge([[part[0].cpu().numpy() for part in pair] for pair in zip(*parts)], args.hits)
     return Results(numbers, scores)
-
-
-def search_exactly(args, vectors, asked, first, last, metric, world):
-    """The best of the rows first .. last, a block at a time; one more than is wanted tells whether there is a tie at the edge."""
-    sign, best = 1 if metric == faiss.METRIC_INNER_PRODUCT else -1, None
-    for start in tqdm(range(first, last, SEARCH_BLOCK), desc="searching", leave=False, disable=None if world.is_main else True):
-        block = np.ascontiguousarray(vectors[start:min(start + SEARCH_BLOCK, last)], np.float32)
-        k = min(args.hits, len(block))
-        scores, numbers = faiss.knn(asked, block, min(k + 1, len(block)), metric)
-        scores, tied = sign * scores, ()
-        if scores.shape[1] > k:
-            tied = np.flatnonzero(scores[:, k] == scores[:, k - 1])
-        for i in tied:
-            every = block @ asked[i] if sign > 0 else -np.square(block - asked[i]).sum(1)
-            (numbers[i, :k],), (scores[i, :k],) = best_by_place(every[None], k)
-        best = merge(([best] if best else []) + [(numbers[:, :k] + start, scores[:, :k])], args.hits)
-    return best or (np.zeros((len(asked), 0), np.int64), np.zeros((len(asked), 0), np.float32))
-
-
-def search_index(args, vectors, asked, first, last, metric, world):
-    """The best of the rows first .. last by an index of --faiss_index_factory, made from the stored vectors or opened."""
-    path = os.path.join(args.index, f"{args.faiss_index_factory.replace(',', '_')}.{first}-{last}.faiss")
-    if os.path.exists(path):
-        index = faiss.read_index(path)
-    else:
-        index = build_index(args, vectors, first, last, metric, world)
-        faiss.write_index(index, path + ".writing")
-        os.replace(path + ".writing", path)
-    space, settings = faiss.ParameterSpace(), [(name, getattr(args, name)) for name in ("nprobe", "efSearch")]
-    for name, value in settings:
-        if value is not None:
-            try:
-                space.set_index_parameter(index, name, value)
-            except RuntimeError:
-                raise InputError(f"--{name} is no setting of a {args.faiss_index_factory} index") from None
-    scores, numbers = index.search(asked, args.hits)
-    scores = scores if metric == faiss.METRIC_INNER_PRODUCT else -scores
-    return merge([(np.where(numbers < 0, -1, numbers + first), scores)], args.hits)
-
-
-def build_index(args, vectors, first, last, metric, world):
-    """The trained and filled index of the rows first .. last."""
-    try:
-        index = faiss.index_factory(vectors.shape[1], args.faiss_index_factory, metric)
-    except RuntimeError as error:
-        raise InputError(f"--faiss_index_factory {args.faiss_index_factory}: faiss makes no such index of {vectors.shape[1]} "
-                         f"numbers ({str(error).splitlines()[-1][-120:]})") from None
-    if not index.is_trained:
-        rows = np.random.default_rng(args.seed).permutation(last - first)[:args.train_sample]
-        try:
-            index.train(np.ascontiguousarray(vectors[first + np.sort(rows)], np.float32))
-        except RuntimeError as error:
-            raise InputError(f"--faiss_index_factory {args.faiss_index_factory}: {last - first:,} vectors are too few to train "
-                             f"it ({str(error).splitlines()[-1][-120:]}); use Flat, or fewer lists") from None
-    for start in tqdm(range(first, last, SEARCH_BLOCK), desc="indexing", leave=False, disable=None if world.is_main else True):
-        index.add(np.ascontiguousarray(vectors[start:min(start + SEARCH_BLOCK, last)], np.float32))
-    return index
 
 
 def open_retriever(args, corpus, world):
@@ -298,7 +253,8 @@ def check_args(args):
     unknown = sorted(set(args.metrics) - set(METRICS) - set(COLLATED))
     if unknown:
         raise InputError(f"--metrics {unknown[0]}: unknown, choose of {', '.join(METRICS + COLLATED)}")
-    if not args.eval_data and not args.queries:
+    asked = bool(args.eval_data or args.queries)
+    if not asked and args.retrieval_method not in ("bm25", "dense"):
         raise InputError("no questions: give --eval_data, or --queries")
     if not args.corpus and (args.retrieval_method != "rank" or args.results):
         raise InputError(f"--retrieval_method {args.retrieval_method} needs --corpus")
@@ -308,8 +264,11 @@ def check_args(args):
         raise InputError("--hits, --cutoffs and --max_neg_num must be 1 or more")
     if set(args.metrics) & set(COLLATED) and not args.eval_data:
         raise InputError("collated files are written beside --eval_data, which is missing")
-    if not (args.output or args.trec or args.metrics):
+    outputs = bool(args.output or args.trec or args.metrics)
+    if asked and not outputs:
         raise InputError("nothing to do with the result: give --output, --trec or --metrics")
+    if outputs and not asked:
+        raise InputError("no questions: give --eval_data, or --queries; without them and without outputs the index is made, no more")
     if args.index is None and args.corpus:
         args.index = f"{args.corpus[0]}.{args.retrieval_method}-index"
     for path in (args.output, args.trec, args.measures):
@@ -336,8 +295,8 @@ def write_outputs(args, queries, results, corpus):
             print(f"{kind}: {path}")
     names = [name for name in args.metrics if name in METRICS]
     if names:
-        values = measure(queries, results, corpus, merge_qrels(args.qrels) if args.qrels else None, marks, names,
-                         args.cutoffs)
+        qrels = merge_qrels(args.qrels) if args.qrels else None
+        values = measure(queries, results, corpus, qrels, marks, names, args.cutoffs)
         print(" " * 10 + "".join(f"{'@' + str(k):>10}" for k in args.cutoffs))
         for name in names:
             print(f"{name:10}" + "".join(f"{100 * values[f'{name}@{k}']:10.2f}" for k in args.cutoffs))
@@ -347,14 +306,12 @@ def write_outputs(args, queries, results, corpus):
 
 def main(args):
     check_args(args)
-    world = start_processes(args.gpus)
+    world = start_processes(args.gpus, timedelta(days=2))  # a large BM25 index is made by one process while the others wait
     transformers.utils.logging.disable_progress_bar()
     corpus = open_corpus(args.corpus, args.key_template, world)
-    if args.eval_data:
-        queries = read_questions(args.eval_data)
-    else:
-        queries = [Query({"id": id, "question": text}, id, text, "", []) for id, text in read_queries(args.queries).items()]
-    if not queries:
+    queries = read_questions(args.eval_data) if args.eval_data else [
+        Query({"id": id, "question": text}, id, text, "", []) for id, text in read_queries(args.queries).items()]
+    if not queries and (args.eval_data or args.queries):
         raise InputError(f"{args.eval_data or args.queries}: holds no queries")
     if corpus and args.hits > len(corpus):
         args.hits = len(corpus)
@@ -362,7 +319,9 @@ def main(args):
             print(f"note: --hits is more than the corpus has; {args.hits} are taken")
     start = time.time()
     results = SEARCHES[args.retrieval_method](args, corpus, queries, world)
-    if world.is_main:
+    if world.is_main and results is None:
+        print(f"{args.index}: {len(corpus):,} documents, {args.retrieval_method}: {time.time() - start:.1f} s")
+    elif world.is_main:
         size = f"{len(corpus):,}" if corpus else "their own"
         print(f"{len(queries)} queries, {size} documents, {args.retrieval_method}: {time.time() - start:.1f} s")
         write_outputs(args, queries, results, corpus)

@@ -1,6 +1,7 @@
 """Processes, random states, files that are never half-written, and logs: what all scripts share."""
 import argparse
 import ctypes
+import errno
 import json
 import os
 import random
@@ -38,8 +39,11 @@ class World:
         return self.rank == 0
 
 
-def start_processes(gpus):
-    """Joins torchrun's processes (NCCL on GPUs, gloo on CPUs); `gpus` is CUDA_VISIBLE_DEVICES, '' for the CPU."""
+def start_processes(gpus, patience=timedelta(minutes=30)):
+    """Joins torchrun's processes (NCCL on GPUs, gloo on CPUs); `gpus` is CUDA_VISIBLE_DEVICES, '' for the CPU.
+
+    A process waits for the others no longer than `patience`; torchrun ends it at once if one of them fails.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # read when CUDA is first used, which is below
     rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in
                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -55,7 +59,7 @@ def start_processes(gpus):
     else:
         tune_allocator()
     if size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=patience)
     return World(rank, local_rank, size, device)
 
 
@@ -106,6 +110,12 @@ def run_script(main, args):
         if rank > 0:
             time.sleep(3)  # rank 0 says the same; torchrun ends this process meanwhile, unless only this one failed
         print(f"error: {error}" if rank == 0 else f"error on process {rank}: {error}", file=sys.stderr, flush=True)
+        code = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written ({error.strerror}); make room and start the same command again: "
+              "nothing half-written is taken for whole", file=sys.stderr, flush=True)
         code = 1
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last saved state", file=sys.stderr, flush=True)

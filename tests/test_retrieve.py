@@ -3,6 +3,7 @@ import json
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from conftest import WORDS, command, make_bert, run
 from corpus import Corpus
 from results import Results, collated_path, from_dictionaries, fuse, read_questions
-from retrieve import best_by_place, merge
+from search import best_by_place, merge, search_exactly
 from utils import InputError
 
 
@@ -193,6 +194,62 @@ def test_killed_encoding_goes_on(bert, world_files, tmp_path, monkeypatch):
     assert np.array_equal(whole, cut)
 
 
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_exact_search_equals_faiss(metric, monkeypatch):
+    """Tiles, query batches and sorts of any size give faiss's documents; copies of a vector come by place."""
+    import faiss
+    rng = np.random.default_rng(0)
+    vectors, asked = rng.standard_normal((1000, 16), np.float32), rng.standard_normal((37, 16), np.float32)
+    vectors[500:520] = vectors[3]
+    asked[5] = vectors[3]
+    index = (faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP)(16)
+    index.add(vectors)
+    scores, numbers = index.search(asked, 25)
+    for tile, batch in ((2048, 1024), (64, 10), (10, 37), (333, 5)):
+        monkeypatch.setattr("search.TILE", tile)
+        monkeypatch.setattr("search.QUERIES", batch)
+        found, got = search_exactly(vectors, torch.from_numpy(asked), 0, 1000, 25, metric, quiet=True)
+        np.testing.assert_allclose(got, -scores if metric == "l2" else scores, atol=1e-4)
+        rest = [i for i in range(37) if i != 5]
+        np.testing.assert_array_equal(found[rest], numbers[rest])
+        copies = found[5][np.isin(found[5], [3, *range(500, 520)])]
+        assert len(copies) == 21 and (np.diff(copies) > 0).all()
+        part, _ = search_exactly(vectors, torch.from_numpy(asked), 640, 655, 25, metric, quiet=True)
+        assert part.shape == (37, 15) and (np.sort(part, 1) == np.arange(640, 655)).all()
+
+
+def test_the_index_alone_then_the_search(bert, world_files, tmp_path):
+    common = ["--corpus", world_files / "corpus.jsonl", "--query_encoder", bert]
+    for method in ("dense", "bm25"):
+        index = ["--index", tmp_path / method, "--retrieval_method", method]
+        stdout, _ = run("retrieve.py", *common, *index)
+        assert f"{tmp_path / method}: 60 documents" in stdout
+        run("retrieve.py", *common, *index, "--eval_data", world_files / "records.json", "--trec", tmp_path / "run")
+    (tmp_path / "dense" / "vectors.npy").chmod(0o444)  # another user's finished index is searched
+    (tmp_path / "dense" / "done.npy").chmod(0o444)
+    run("retrieve.py", *common, "--index", tmp_path / "dense", "--eval_data", world_files / "records.json", "--trec", tmp_path / "again")
+    _, stderr = run("retrieve.py", *common, "--metrics", "mrr", code=1)
+    assert "no questions" in stderr
+
+
+def test_a_full_disk_is_told_and_nothing_half_written_counts(bert, world_files, tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    def limited(*flags):
+        limit = f"import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); " \
+            "import os; os.execv(sys.argv[1], sys.argv[1:])"
+        call = command("retrieve.py", "--corpus", world_files / "corpus.jsonl", "--eval_data", world_files / "records.json", *flags)
+        return subprocess.run([sys.executable, "-c", limit, *call], capture_output=True, text=True)
+    for method, index in (("dense", "i1"), ("bm25", "i2")):
+        flags = ["--retrieval_method", method, "--query_encoder", bert, "--index", tmp_path / index, "--trec", tmp_path / f"{index}.run", "--hits", 5]
+        done = limited(*flags)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and "make room" in done.stderr, done.stderr
+        assert not (tmp_path / index / "index.json").exists() and not (tmp_path / f"{index}.run").exists()
+        retrieve(world_files, *flags)  # with room, the same command does it all
+        flags += ["--hits", 60, "--output", tmp_path / "o.json"]
+        done = limited(*flags)
+        assert done.returncode == 1 and "o.json: cannot be written" in done.stderr and not (tmp_path / "o.json").exists()
+
+
 @pytest.mark.parametrize("flags,message", [
     (["--metrics", "f1"], "--metrics f1: unknown"), ([], "nothing to do with the result"),
     (["--metrics", "ndcg", "--retrieval_method", "fuse"], "needs two or more --results"),
@@ -209,6 +266,13 @@ def test_an_index_of_something_else_is_refused(bert, world_files, tmp_path):
     for more in (["--dense_metric", "ip"], ["--key_template", "{text}."], ["--retrieval_method", "bm25"]):
         _, stderr = retrieve(world_files, *flags, *more, code=1)
         assert "holds an index of another" in stderr and "delete this one" in stderr
+
+
+def test_ranking_without_a_corpus_writes_no_passages(bert, world_files, tmp_path):
+    for flags in (["--output", tmp_path / "x.json"], ["--trec", tmp_path / "x"], ["--metrics", "nq"]):
+        _, stderr = run("retrieve.py", "--eval_data", world_files / "records.json", "--query_encoder", bert, "--retrieval_method", "rank", *flags,
+                        code=1)
+        assert "need the passages: give --corpus" in stderr
 
 
 def test_questions_of_every_form(tmp_path):
