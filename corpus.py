@@ -141,12 +141,18 @@ class Corpus:
     def passage(self, number):
         """{id, title, text} of a document; answers are searched in the text alone."""
         row, _ = self.row(number)
-        return {"id": self.id(number), "title": row.get("title", ""), "text": row.get("text", row.get("content", ""))}
+        return {"id": self.ids([number])[0], "title": row.get("title", ""), "text": row.get("text", row.get("content", ""))}
 
-    def id(self, number):
-        """The id of a document; its number where the corpus names none."""
-        part = next(part for part in reversed(self.parts) if part.first <= number)
-        return part.ids[number - part.first].decode() if self.has_ids else str(number)
+    def ids(self, numbers):
+        """The ids of documents (a list) by their numbers; the numbers as text where the corpus names no ids."""
+        numbers = np.asarray(numbers, np.int64)
+        if not self.has_ids:
+            return [str(number) for number in numbers]
+        found = np.empty(len(numbers), object)
+        for part in self.parts:
+            own = (numbers >= part.first) & (numbers < part.first + len(part.ids))
+            found[own] = np.asarray(part.ids)[numbers[own] - part.first]
+        return [id.decode() for id in found]
 
     def numbers(self, ids):
         """The numbers of documents (a list) by their ids, -1 for those that are not there."""

@@ -91,8 +91,9 @@ def write_run(path, queries, results, corpus, name):
     """A TREC run: query, Q0, document, rank, score, name."""
     with new_file(path) as file:
         for i, query in enumerate(queries):
-            for rank, (number, score) in enumerate(zip(*results.row(i)), 1):
-                file.write(f"{query.id} Q0 {corpus.id(number)} {rank} {score:.6f} {name}\n")
+            numbers, scores = results.row(i)
+            file.writelines(f"{query.id} Q0 {id} {rank} {score:.6f} {name}\n"
+                            for rank, (id, score) in enumerate(zip(corpus.ids(numbers), scores), 1))
 
 
 def read_run(path, queries, corpus, hits):

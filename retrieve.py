@@ -112,7 +112,7 @@ def search_bm25(args, corpus, queries, world):
     index, own, rows = bm25s.BM25.load(args.index, mmap=True), range(world.rank, len(queries), world.size), []
     tokens = bm25s.tokenize([queries[i].text for i in own], return_ids=False, show_progress=False, **words)
     for i, query in zip(tqdm(own, desc="searching", leave=False, disable=None if world.is_main else True), tokens):
-        (numbers,), (scores,) = best_by_place(index.get_scores_from_ids(index.get_tokens_ids(query))[None], args.hits)
+        numbers, scores = best_by_place(index.get_scores_from_ids(index.get_tokens_ids(query)), args.hits)
         rows.append((i, numbers[scores > 0], scores[scores > 0]))  # a document without a word of the query is no hit
     return stack(gather_lists(rows, world))
 

@@ -130,9 +130,9 @@ def test_corpora(tmp_path, corpus_file):
     packed.write_bytes(gzip.compress(open(corpus_file, "rb").read()))
     table = lines(tmp_path / "psgs.tsv", ["id\ttext\ttitle", '10\t"a ""quoted"" one"\tT', "11\tplain\tU"])
     both = Corpus([str(packed), table], "{title} {text}")
-    assert [both.text(i) for i in (3, 4, 5)] == ["D text d", 'T a "quoted" one', "U plain"] and both.id(5) == "11" and both.numbers(["11", "a"]) == [5, 0]
+    assert [both.text(i) for i in (3, 4, 5)] == ["D text d", 'T a "quoted" one', "U plain"] and both.ids([5, 0]) == ["11", "a"] and both.numbers(["11", "a"]) == [5, 0]
     numbered = Corpus(lines(tmp_path / "c.json", [{"content": "x"}, {"content": "y"}]), "{content}")
-    assert numbered.id(1) == "1" and numbered.numbers(["1", "2", "x"]) == [1, -1, -1] and numbered.text(1) == "y"
+    assert numbered.ids([1]) == ["1"] and numbered.numbers(["1", "2", "x"]) == [1, -1, -1] and numbered.text(1) == "y"
     assert read_queries([lines(tmp_path / "q.tsv", ["7\twho"]), lines(tmp_path / "q.jsonl", [{"_id": "8", "text": "what"}])]) == {
         "7": "who", "8": "what"}
 
@@ -148,7 +148,7 @@ def test_large_corpora_are_read_once(tmp_path, monkeypatch):
                 file.writelines(f'{{"id": "{letter * 3}", "text": "{letter}é"}}\n' for letter in letters)
         corpus = Corpus(str(path), "{text}")
         assert [corpus.text(i) for i in range(3)] == [letter + "é" for letter in letters] and len(scans) == count
-        assert corpus.numbers([letters[2] * 3, "zzz"]) == [2, -1] and corpus.id(1) == letters[1] * 3
+        assert corpus.numbers([letters[2] * 3, "zzz"]) == [2, -1] and corpus.ids([1]) == [letters[1] * 3]
     with pytest.raises(InputError, match="'bbb' occurs twice"):
         Corpus([str(path), lines(tmp_path / "more.jsonl", [{"id": "bbb", "text": "x"}])], "{text}")
     with pytest.raises(InputError, match="some files name ids"):

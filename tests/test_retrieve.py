@@ -54,8 +54,11 @@ def ranks(path):
 
 
 def test_best_by_place_and_merge_break_ties_by_number():
-    numbers, scores = best_by_place(np.array([[1.0, 3, 2, 3, 2, 2]]), 3)
-    assert numbers.tolist() == [[1, 3, 2]] and scores.tolist() == [[3, 3, 2]]
+    numbers, scores = best_by_place(np.array([1.0, 3, 2, 3, 2, 2]), 3)
+    assert numbers.tolist() == [1, 3, 2] and scores.tolist() == [3, 3, 2]
+    many = np.random.default_rng(0).integers(0, 50, 1003).astype(np.float32)
+    for k in (1, 7, 31, 32, 2000):
+        assert best_by_place(many, k)[0].tolist() == np.lexsort((np.arange(1003), -many))[:k].tolist()
     one, two = (np.array([[7, 2]]), np.array([[5.0, 1.0]])), (np.array([[1, -1]]), np.array([[5.0, 9.0]]))
     numbers, scores = merge([one, two], 3)
     assert numbers.tolist() == [[1, 7, 2]] and scores.tolist() == [[5, 5, 1]]
