@@ -29,7 +29,7 @@ from embed import check_fingerprint, encode_corpus, fingerprint
 from metrics import METRICS
 from results import (COLLATED, Query, Results, candidates, collate, collated_path, fuse, mark_answers, measure, read_questions,
                      read_run, stack, write_contexts, write_run)
-from retriever import BiEncoder, CrossEncoder, gather_tensors
+from retriever import BiEncoder, CrossEncoder, gather_tensors, limit_lengths
 from search import BLOCK, best_by_place, merge, open_index, search_exactly, search_index
 from utils import HelpFormatter, InputError, gather_lists, read_args, run_script, start_processes, wait_for_all, write_json
 
@@ -189,6 +189,7 @@ def open_retriever(args, corpus, world):
     tokenizer = load_tokenizer(args.query_encoder, fallback)
     for encoder in model.encoders.values() if args.pair_types and not args.ranker else ():
         encoder.separator = tokenizer.sep_token_id
+    limit_lengths(args, [model] if args.ranker else model.encoders.values(), print if world.is_main else lambda text: None)
     instructions = INSTRUCTIONS[args.version] if args.add_instruction else {}
     return model.to(world.device).eval(), GroupCollator(tokenizer, args, corpus, instructions)
 
@@ -313,7 +314,7 @@ def main(args):
         Query({"id": id, "question": text}, id, text, "", []) for id, text in read_queries(args.queries).items()]
     if not queries and (args.eval_data or args.queries):
         raise InputError(f"{args.eval_data or args.queries}: holds no queries")
-    if corpus and args.hits > len(corpus):
+    if corpus and queries and args.hits > len(corpus):
         args.hits = len(corpus)
         if world.is_main:
             print(f"note: --hits is more than the corpus has; {args.hits} are taken")

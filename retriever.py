@@ -118,6 +118,21 @@ class BiEncoder(nn.Module):
         return model
 
 
+def limit_lengths(args, encoders, say):
+    """Cuts --query_max_length and --key_max_length to what the encoders' (or the ranker's, for both texts) positions allow."""
+    for config in [encoder.model.config for encoder in encoders]:
+        most = getattr(config, "max_position_embeddings", None)
+        if not most or most < 0:
+            continue
+        if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):  # their positions start after the padding's
+            most -= config.pad_token_id + 1
+        for name in ("query_max_length", "key_max_length"):
+            allowed = most - (args.ranker and name == "key_max_length") * args.query_max_length
+            if getattr(args, name) > allowed:
+                say(f"note: the model has {most} positions; --{name} is {allowed}, not {getattr(args, name)}")
+                setattr(args, name, allowed)
+
+
 class CrossEncoder(nn.Module):
     """A ranker: a transformer with a one-number head reads query and key together."""
 

@@ -27,7 +27,7 @@ from data import train_loader
 from dense_args import check_args, parse_args
 from dense_data import INSTRUCTIONS, GroupCollator, GroupSet, plan_batches, read_training
 from dense_eval import DevSet, annotated_set, evaluate, read_dev_set
-from retriever import BiEncoder, CrossEncoder, gather_rows
+from retriever import BiEncoder, CrossEncoder, gather_rows, limit_lengths
 from utils import (InputError, RunLog, check_writable, gather_lists, run_script, save_folder, set_seed,
                    start_processes, write_json)
 
@@ -298,6 +298,7 @@ def set_up(args, world):
     dev = read_dev(args, corpus, queries)
     tokenizer = load_tokenizer(args.query_encoder, args.query_encoder)
     model = open_model(args, tokenizer, world.device)
+    limit_lengths(args, [model] if args.ranker else model.encoders.values(), say)
     state = load_state(args.output_dir + ".state", args, world, FREE_FLAGS)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, eps=args.adam_eps, fused=True)

@@ -278,6 +278,15 @@ def test_ranking_without_a_corpus_writes_no_passages(bert, world_files, tmp_path
         assert "need the passages: give --corpus" in stderr
 
 
+def test_texts_longer_than_the_model_are_cut(bert, world_files, tmp_path):
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps({"_id": str(i), "text": " ".join(WORDS * 9)}) + "\n" for i in range(3)))
+    for flags in ([], ["--retrieval_method", "rank", "--ranker", "--results", tmp_path / "run"]):
+        stdout, _ = run("retrieve.py", "--corpus", long, "--eval_data", world_files / "records.json", "--query_encoder", bert, *flags,
+                        "--query_max_length", 20, "--trec", tmp_path / "run")
+        assert f"the model has 64 positions; --key_max_length is {44 if flags else 64}, not 256" in stdout
+
+
 def test_questions_of_every_form(tmp_path):
     (tmp_path / "nq.csv").write_text("who was it\t['a', \"b's\"]\nwhere\t['c']\n")
     questions = read_questions(tmp_path / "nq.csv")
