@@ -9,8 +9,9 @@ from tqdm import tqdm
 from utils import InputError
 
 BLOCK = 65536   # a process's part is a multiple of so many vectors, so that scores do not depend on the number of processes
-TILE = 2048     # vectors that exact search scores at once on a CPU: their scores stay in its cache
+TILE = 4096     # vectors that exact search scores at once on a CPU: their scores stay in its cache
 QUERIES = 1024  # queries that it scores them for at once
+ADDED = 16384   # vectors that an index takes at once
 
 
 def best_by_place(scores, k):
@@ -42,19 +43,20 @@ def search_exactly(vectors, asked, first, last, k, metric, quiet=False):
     kept (later numbers lose ties), and they are sorted when k per query have come together. metric: ip, or l2 (scores are minus
     squared distances).
     """
-    k, tile = min(k, last - first), TILE if asked.device.type == "cpu" else BLOCK
-    least, waiting = torch.full((len(asked), 1), -torch.inf, device=asked.device), 0
-    found = [tuple(torch.zeros(0, dtype=dtype, device=asked.device) for dtype in (torch.int64, torch.int64, torch.float32))]
+    k, device, tile = min(k, last - first), asked.device, TILE if asked.device.type == "cpu" else BLOCK
+    least, waiting = torch.full((len(asked), 1), -torch.inf, device=device), 0
+    found = [tuple(torch.zeros(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.int64, torch.float32))]
+    room = torch.empty(min(QUERIES, len(asked)) * tile, device=device)  # for all tiles: freed ones would leave holes in the memory
     for start in tqdm(range(first, last, tile), desc="searching", leave=False, disable=True if quiet else None):
-        block = torch.from_numpy(vectors[start:min(start + tile, last)]).to(asked.device).float()
+        block = torch.from_numpy(vectors[start:min(start + tile, last)]).to(device).float()
         for begin in range(0, len(asked), QUERIES):
             part = asked[begin:begin + QUERIES]
-            scores = part @ block.T
+            scores = torch.mm(part, block.T, out=room[:len(part) * len(block)].view(len(part), len(block)))
             if metric == "l2":
-                scores = scores.mul_(2).sub_(block.square().sum(1)).sub_(part.square().sum(1, keepdim=True))
+                scores.mul_(2).sub_(block.square().sum(1)).sub_(part.square().sum(1, keepdim=True))
             if start == first and k < len(block):  # what is below the k-th best of the first tile is out from the start
                 least[begin:begin + QUERIES] = scores.topk(k).values[:, -1:].nextafter(least.new_tensor(-torch.inf))
-            places = true_places(scores > least[begin:begin + QUERIES])
+            places = above(scores, least[begin:begin + QUERIES])
             rows = places.div(len(block), rounding_mode="floor")
             found.append((rows + begin, places - rows * len(block) + start, scores.flatten()[places]))
             waiting += len(places)
@@ -65,9 +67,17 @@ def search_exactly(vectors, asked, first, last, k, metric, quiet=False):
     return tuple(values.view(len(asked), k).cpu().numpy() for values in found[0][1:])
 
 
-def true_places(mask):
-    """Where a mask is true, in its flattened form; numpy is three times as fast as torch on a CPU."""
-    return mask.flatten().nonzero()[:, 0] if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
+def above(scores, least):
+    """Places, rising, in the flattened scores (n, N) of those above least (n, 1).
+
+    The maxima of groups of 16 columns are compared first, which is three times as fast as comparing all scores.
+    """
+    count, width = scores.shape
+    groups = scores.view(count, 16 if width % 16 == 0 else 1, -1)
+    rows, group = (groups.amax(1) > least).nonzero(as_tuple=True)
+    columns = group[:, None] + torch.arange(0, width, groups.shape[2], device=scores.device)
+    places = rows[:, None] * width + columns
+    return places[scores[rows[:, None], columns] > least[rows]].sort().values
 
 
 def keep_best(rows, numbers, scores, count, k):
@@ -119,11 +129,15 @@ def build_index(vectors, first, last, factory, metric, sample, seed, quiet):
                          f"({str(error).splitlines()[-1][-120:]})") from None
     if not index.is_trained:
         rows = first + np.sort(np.random.default_rng(seed).permutation(last - first)[:sample])
+        chosen = np.empty((len(rows), vectors.shape[1]), np.float32)
+        for start in range(0, len(rows), ADDED):
+            chosen[start:start + ADDED] = vectors[rows[start:start + ADDED]]
         try:
-            index.train(vectors[rows].astype(np.float32))
+            index.train(chosen)
         except RuntimeError as error:
             raise InputError(f"--faiss_index_factory {factory}: {last - first:,} vectors are too few to train it "
                              f"({str(error).splitlines()[-1][-120:]}); use Flat, or fewer lists") from None
-    for start in tqdm(range(first, last, BLOCK), desc="indexing", leave=False, disable=True if quiet else None):
-        index.add(vectors[start:min(start + BLOCK, last)].astype(np.float32))
+        del chosen
+    for start in tqdm(range(first, last, ADDED), desc="indexing", leave=False, disable=True if quiet else None):
+        index.add(vectors[start:min(start + ADDED, last)].astype(np.float32))
     return index

@@ -255,6 +255,7 @@ def main(args):
     machine = {"device": f"{platform.machine()} cpu", "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
                "torch": torch.__version__, "faiss": faiss.__version__, "bm25s": bm25s.__version__, "numpy": np.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    tune_allocator()
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         make_vectors(args, folder)
