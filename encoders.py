@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from layers import ATTENTION, AddDropped, compute_dtype, group_passages, sdpa_attention
 
-CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time
+CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time in float32, twice as many in 16 bits
+GROUP_TOKENS = {"cpu": 2048, "cuda": 16384}  # attended at a time without autograd; layers.py's are for PackedAttention
 
 
 def encode_bert(bert, ids, types, places, groups, weights=None):
@@ -72,7 +73,8 @@ def encode_packed(model, ids, types, sizes, weights=None):
     device, size = ids.device, torch.tensor(sizes, device=ids.device)
     if is_packable(model):
         places = torch.arange(len(ids), device=device) - (size.cumsum(0) - size).repeat_interleave(size)
-        return encode_bert(model, ids, types, places, group_passages(sizes, device), weights)
+        groups = group_passages(sizes, device, None if torch.is_grad_enabled() else GROUP_TOKENS[device.type])
+        return encode_bert(model, ids, types, places, groups, weights)
     mask = torch.arange(sizes[0], device=device) < size[:, None]                                       # (n, L)
     padded = torch.full(mask.shape, model.config.pad_token_id or 0, device=device).masked_scatter(mask, ids)
     more = {"token_type_ids": torch.zeros_like(padded).masked_scatter(mask, types)} if types.any() else {}
@@ -109,7 +111,8 @@ def run_in_chunks(function, inputs, sizes, chunk_size, device):
     replayed random state. For vectors this is GradCache (arXiv 2101.06983): its gradient cache is autograd's at the vectors.
     """
     order, results, start = sorted(range(len(sizes)), key=lambda i: -sizes[i]), [], 0
-    for own in split_chunks([sizes[i] for i in order], CHUNK_TOKENS[device.type], chunk_size or len(sizes)):
+    most = CHUNK_TOKENS[device.type] * 4 // compute_dtype(device).itemsize
+    for own in split_chunks([sizes[i] for i in order], most, chunk_size or len(sizes)):
         tensors = inputs(order[start:start + len(own)])
         start += len(own)
         if chunk_size and torch.is_grad_enabled():

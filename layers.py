@@ -28,12 +28,12 @@ class Group(NamedTuple):
     padding: object  # (count, 1, 1, length) float, -inf at padded keys
 
 
-def group_passages(sizes, device):
-    """Groups of at most GROUP_TOKENS tokens of passages whose sizes come in falling order."""
+def group_passages(sizes, device, tokens=None):
+    """Groups of at most `tokens` (GROUP_TOKENS) tokens of passages whose sizes come in falling order."""
     groups, first, start = [], 0, 0
     while first < len(sizes):
         length = sizes[first]
-        own = sizes[first:first + max(1, GROUP_TOKENS[device.type] // length)]
+        own = sizes[first:first + max(1, (tokens or GROUP_TOKENS[device.type]) // length)]
         spread = real = padding = None
         if own[-1] < length:
             mask = torch.arange(length, device=device) < torch.tensor(own, device=device)[:, None]  # (count, length)
