@@ -31,7 +31,7 @@ demo-loop: demo-dense
 	$(BIN)/python test.py $(DEMO)-loop out/loop.test.json --num_contexts 1 2 5 10 --batch_size 64
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 tests
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

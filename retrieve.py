@@ -31,7 +31,7 @@ from results import (COLLATED, Query, Results, candidates, collate, collated_pat
                      read_run, stack, write_contexts, write_run)
 from retriever import BiEncoder, CrossEncoder, gather_tensors, limit_lengths
 from search import BLOCK, best_by_place, merge, open_index, search_exactly, search_index
-from utils import HelpFormatter, InputError, gather_lists, read_args, run_script, start_processes, wait_for_all, write_json
+from utils import HelpFormatter, InputError, check_writable, gather_lists, read_args, run_script, start_processes, wait_for_all, write_json
 
 METHODS = ("dense", "bm25", "rank", "random", "fuse")
 
@@ -98,6 +98,7 @@ def search_bm25(args, corpus, queries, world):
     settings = {"k1": args.k1, "b": args.b, "stopwords": args.stopwords, "stemmer": args.stemmer, "template": corpus.template}
     wanted, words = fingerprint(corpus, "bm25", settings), word_settings(args)
     if world.is_main and not check_fingerprint(args.index, wanted):
+        check_writable(args.index)
         index = bm25s.BM25(k1=args.k1, b=args.b)
         index.index(TokenLists(bm25s.tokenization.Tokenizer(**words), corpus), show_progress=sys.stderr.isatty())
         index.save(args.index)
@@ -163,9 +164,10 @@ def search_dense(args, corpus, queries, world):
         index = open_index(args.index, vectors, first, last, args.faiss_index_factory, metric, args.train_sample, args.seed, quiet)
     if not queries:
         return None
+    parts = [queries[i:i + 512] for i in range(0, len(queries), 512)]
     with torch.no_grad():
         asked = torch.cat([model.encode(collator.queries([q.text for q in part], [q.task for q in part]), "query").float()
-                           for part in (queries[i:i + 2048] for i in range(0, len(queries), 2048))])
+                           for part in tqdm(parts, desc="encoding questions", leave=False, disable=True if quiet else None)])
     if index is None:
         numbers, scores = search_exactly(vectors, asked, first, last, args.hits, metric, quiet)
     else:
@@ -217,7 +219,7 @@ def search_candidates(args, corpus, queries, world):
                 asked = model.encode(collator.queries([query.text], [query.task]), "query")
                 scores = model.score(asked, model.encode(collator.keys(texts, [query.task] * len(texts)), "key"))[0]
         scores = scores.float().cpu().numpy()
-        order = np.lexsort((numbers, -scores))[:args.hits]
+        order = np.lexsort((numbers, -scores))[:None if "collate_score" in args.metrics else args.hits]  # those score every candidate
         rows.append((i, np.array(numbers)[order], scores[order]))
     return stack(gather_lists(rows, world))
 

@@ -1,6 +1,6 @@
 """Speed, memory and recall of retrieve.py's searches against faiss and bm25s called directly, in one process, alternating.
 
-    python bench/retrieve.py                                    # 1,000,000 vectors of 384 numbers, 100,000 passages for BM25 (about 25 minutes)
+    python bench/retrieve.py                    # 1,000,000 vectors of 384 numbers, 100,000 passages for BM25: ten minutes
     python bench/retrieve.py --vectors 50000 --factories Flat IVF256,PQ48 --rounds 1
 
 Vectors are points around --vectors / 100 centres, queries points near some of them; passages are 100 words drawn by Zipf's law. Our times
@@ -176,7 +176,8 @@ def compare_encoding(args, folder, rows):
             spent.append(time.perf_counter() - start)
             return vectors
     start = time.perf_counter()
-    encode_corpus(Timed(), corpus, lambda texts: tokenize(tokenizer, texts, 256), f"{folder}/encoded-index", "float16", ALONE, {}, bf16=True)
+    encode_corpus(Timed(), corpus, lambda texts: tokenize(tokenizer, texts, 256), f"{folder}/encoded-index", "float16", ALONE, {},
+                  bf16=True)
     total = time.perf_counter() - start
     share = 1 - sum(spent) / total
     rows.append({"what": "encoding", "per_second": args.encoded / total, "pipeline_share": share})
@@ -222,13 +223,14 @@ def measure_one(args, folder):
         numbers, _ = search_index(index, torch.from_numpy(asked), K, 0, "ip", settings)
     done = time.perf_counter()
     np.save(f"{folder}/{args.one}.found.npy", numbers)
-    print(json.dumps({"build_s": built - start, "per_second": len(asked) / (done - built), "bytes": size, "peak": memory.peak - memory.start_bytes}))
+    print(json.dumps({"build_s": built - start, "per_second": len(asked) / (done - built), "bytes": size,
+                      "peak": memory.peak - memory.start_bytes}))
 
 
 def measure_indices(args, folder, rows):
     """One row per index, each built and searched in a process of its own; the exact search comes first."""
-    print("\n| index | recall@100 | queries/s | bytes/vector | build | peak memory / index | 21,015,324 x 768: size | search of 3,610 queries |\n"
-          "|---|---|---|---|---|---|---|---|")
+    print("\n| index | recall@100 | queries/s | bytes/vector | build | peak memory / index | 21,015,324 x 768: size | "
+          "search of 3,610 queries |\n|---|---|---|---|---|---|---|---|")
     exact = None
     for factory in sorted(args.factories, key=lambda name: name != "Flat"):
         flags = [f"--{name}={getattr(args, name)}" for name in ("vectors", "width", "queries", "nprobe", "efSearch", "train_sample")]
@@ -241,10 +243,11 @@ def measure_indices(args, folder, rows):
         row["recall"] = np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found, exact)])
         each, growth = row["bytes"] / args.vectors, WIDTH / args.width
         wide = each * growth if factory == "Flat" else each + 4 * (WIDTH - args.width) * ("PQ" not in factory)
-        hours = 3610 / row["per_second"] * WIKIPEDIA / args.vectors * growth / 3600
-        seconds = f"{60 * hours:.0f} min" if factory == "Flat" else "-"
-        print(f"| {factory} | {row['recall']:.3f} | {row['per_second']:,.0f} | {each:,.0f} | {row['build_s']:,.0f} s | {row['peak'] / 2 ** 20:,.0f} MiB, "
-              f"{row['peak'] / row['bytes']:.2f}x | {wide * WIKIPEDIA / 1e9:,.1f} GB | {seconds} |", flush=True)
+        minutes = 3610 / row["per_second"] * WIKIPEDIA / args.vectors * growth / 60
+        cells = [factory, f"{row['recall']:.3f}", f"{row['per_second']:,.0f}", f"{each:,.0f}", f"{row['build_s']:,.0f} s",
+                 f"{row['peak'] / 2 ** 20:,.0f} MiB, {row['peak'] / row['bytes']:.2f}x", f"{wide * WIKIPEDIA / 1e9:,.1f} GB",
+                 f"{minutes:.0f} min" if factory == "Flat" else "-"]
+        print(f"| {' | '.join(cells)} |", flush=True)
         rows.append(row)
 
 

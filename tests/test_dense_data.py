@@ -130,7 +130,8 @@ def test_corpora(tmp_path, corpus_file):
     packed.write_bytes(gzip.compress(open(corpus_file, "rb").read()))
     table = lines(tmp_path / "psgs.tsv", ["id\ttext\ttitle", '10\t"a ""quoted"" one"\tT', "11\tplain\tU"])
     both = Corpus([str(packed), table], "{title} {text}")
-    assert [both.text(i) for i in (3, 4, 5)] == ["D text d", 'T a "quoted" one', "U plain"] and both.ids([5, 0]) == ["11", "a"] and both.numbers(["11", "a"]) == [5, 0]
+    assert [both.text(i) for i in (3, 4, 5)] == ["D text d", 'T a "quoted" one', "U plain"]
+    assert both.ids([5, 0]) == ["11", "a"] and both.numbers(["11", "a"]) == [5, 0]
     numbered = Corpus(lines(tmp_path / "c.json", [{"content": "x"}, {"content": "y"}]), "{content}")
     assert numbered.ids([1]) == ["1"] and numbered.numbers(["1", "2", "x"]) == [1, -1, -1] and numbered.text(1) == "y"
     assert read_queries([lines(tmp_path / "q.tsv", ["7\twho"]), lines(tmp_path / "q.jsonl", [{"_id": "8", "text": "what"}])]) == {

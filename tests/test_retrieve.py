@@ -150,7 +150,7 @@ def test_measures_from_qrels_equal_trec_eval(world_files, tmp_path):
 
 def test_ranking_scoring_random_and_fusion(bert, world_files, tmp_path):
     plain = ["--eval_data", world_files / "records.json", "--query_encoder", bert]
-    run("retrieve.py", *plain, "--retrieval_method", "rank", "--metrics", "collate_score", "--save_name", "x")  # no corpus: the records' keys
+    run("retrieve.py", *plain, "--retrieval_method", "rank", "--metrics", "collate_score", "--save_name", "x", "--hits", 2)  # the records' keys
     scored = [json.loads(line) for line in open(world_files / "records.scored.x.json")]
     assert all(len(record["teacher_scores"]) == 4 and record["teacher_scores"] != [1, 2, 3, 4] for record in scored)
     for name, flags in (("bm25", ["--retrieval_method", "bm25"]), ("random", ["--retrieval_method", "random"])):
@@ -238,12 +238,13 @@ def test_the_index_alone_then_the_search(bert, world_files, tmp_path):
 def test_a_full_disk_is_told_and_nothing_half_written_counts(bert, world_files, tmp_path):
     """A limit on the size of files stands in for the disk."""
     def limited(*flags):
-        limit = f"import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); " \
-            "import os; os.execv(sys.argv[1], sys.argv[1:])"
+        limit = ("import os, resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+                 "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); os.execv(sys.argv[1], sys.argv[1:])")
         call = command("retrieve.py", "--corpus", world_files / "corpus.jsonl", "--eval_data", world_files / "records.json", *flags)
         return subprocess.run([sys.executable, "-c", limit, *call], capture_output=True, text=True)
     for method, index in (("dense", "i1"), ("bm25", "i2")):
-        flags = ["--retrieval_method", method, "--query_encoder", bert, "--index", tmp_path / index, "--trec", tmp_path / f"{index}.run", "--hits", 5]
+        flags = ["--retrieval_method", method, "--query_encoder", bert, "--index", tmp_path / index, "--hits", 5,
+                 "--trec", tmp_path / f"{index}.run"]
         done = limited(*flags)
         assert done.returncode == 1 and "Traceback" not in done.stderr and "make room" in done.stderr, done.stderr
         assert not (tmp_path / index / "index.json").exists() and not (tmp_path / f"{index}.run").exists()
