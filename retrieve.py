@@ -263,6 +263,8 @@ def check_args(args):
         raise InputError(f"--retrieval_method {args.retrieval_method} needs --corpus")
     if not args.corpus and (args.output or args.trec or args.qrels or "nq" in args.metrics):
         raise InputError("--output, --trec, --qrels and the metric nq need the passages: give --corpus")
+    if args.faiss_index_factory == "Flat" and (args.nprobe or args.efSearch):
+        raise InputError("--nprobe and --efSearch are for approximate indices; name one with --faiss_index_factory")
     if min(args.hits, *args.cutoffs, args.max_neg_num) < 1:
         raise InputError("--hits, --cutoffs and --max_neg_num must be 1 or more")
     if set(args.metrics) & set(COLLATED) and not args.eval_data:
