@@ -168,6 +168,9 @@ def search_dense(args, corpus, queries, world):
     with torch.no_grad():
         asked = torch.cat([model.encode(collator.queries([q.text for q in part], [q.task for q in part]), "query").float()
                            for part in tqdm(parts, desc="encoding questions", leave=False, disable=True if quiet else None)])
+    if not asked.isfinite().all():
+        raise InputError(f"{args.query_encoder}: question {int(asked.isfinite().all(1).int().argmin())} gets a vector that is not finite; "
+                         "the checkpoint is broken")
     if index is None:
         numbers, scores = search_exactly(vectors, asked, first, last, args.hits, metric, quiet)
     else:
