@@ -57,6 +57,7 @@ class Corpus:
         return self.size
 
     def open_part(self, path):
+        """Adds a file: its bytes mapped, its table of lines read or made."""
         plain, kept = plain_lines(path), f"{path}.table"
         with open(plain, "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(plain) else b""
@@ -317,6 +318,7 @@ def select_qrels(spec, seed=0):
 
 
 def relabel(score, rule):
+    """A label by the rule of score=: none, floor, ceil, or the number that it is. Raises InputError."""
     if rule in (None, "floor", "ceil"):
         return score if rule is None else float({"floor": math.floor, "ceil": math.ceil}[rule](score))
     try:

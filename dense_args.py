@@ -10,6 +10,7 @@ from utils import HelpFormatter, InputError
 
 
 def boolean(text):
+    """The value of a flag that is written out, true or false."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
     return text.lower() == "true"

@@ -268,6 +268,7 @@ class GroupCollator:
         return list(zip(rows["input_ids"], rows["token_type_ids"]))
 
     def key_text(self, key):
+        """The text of a key: a document of the corpus by its number, a text, or columns."""
         return self.corpus.text(key) if isinstance(key, int) else format_key(key, self.args.key_template)
 
 

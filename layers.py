@@ -45,6 +45,7 @@ def group_passages(sizes, device, tokens=None):
 
 
 def compute_dtype(device):
+    """The type that products are computed in: autocast's where it is on, else float32."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
@@ -173,10 +174,12 @@ class NormLinear(torch.autograd.Function):
 
 
 def side_by_side(weights):
+    """Several linear layers' weights as one."""
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def norm_linear(x, norm, linears, dtype):
+    """The outputs of linear layers, side by side, of T5's norm of x."""
     return NormLinear.apply(x, norm.weight, norm.variance_epsilon, dtype, *(linear.weight for linear in linears))
 
 

@@ -84,6 +84,7 @@ def precision_sum(ranking, relevant, k):
 
 
 def dcg(gains, k):
+    """Discounted cumulative gain of the first k gains, as trec_eval computes it."""
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:k], 1))
 
 

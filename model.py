@@ -199,6 +199,7 @@ class FiDT5(nn.Module):
 
     @property
     def start_token(self):
+        """The id that every target begins with."""
         start = self.config.decoder_start_token_id
         return self.config.pad_token_id if start is None else start
 

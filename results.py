@@ -50,6 +50,7 @@ def read_questions(path):
 
 
 def make_query(record, number, place):
+    """The Query of a record; its position is its id where it has none. Raises InputError."""
     text = record.get("question", record.get("query", record.get("text"))) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{place}: a query without text; 'question' or 'query' is wanted")
@@ -114,6 +115,7 @@ def read_run(path, queries, corpus, hits):
 
 
 def split_run_line(line, place):
+    """(query, document, score, place) of a line of a TREC run. Raises InputError."""
     cells = line.decode("utf-8", "replace").split()
     try:
         return cells[0], cells[2], float(cells[4]), place
