@@ -133,7 +133,7 @@ class Corpus:
         part = next(part for part in reversed(self.parts) if part.first <= number)
         own = number - part.first
         start, line = part.starts[own], own + 1 + bool(part.header)
-        return self.parse(part.content[start:part.starts[own + 1]].rstrip(), part.header, part.path, line), f"{part.path}:{line}"
+        return self.parse(part.content[start:part.starts[own + 1]].split(b"\n", 1)[0], part.header, part.path, line), f"{part.path}:{line}"
 
     def text(self, number):
         """The key text of a document, by the template."""

@@ -27,11 +27,11 @@ class Blocks(torch.utils.data.Dataset):
 
 def fingerprint(corpus, model_name, settings):
     """What vectors depend on: sizes and contents of the corpus's and the model's files, and the settings. {name: value}."""
-    paths = [path for path, *_ in corpus.parts] + [model_name] * os.path.isfile(model_name)
-    for folder, _, names in sorted(os.walk(model_name)):
+    paths = [path for path, *_ in corpus.parts] + [model_name] * (model_name != "bm25" and os.path.isfile(model_name))
+    for folder, _, names in sorted(os.walk(model_name)) if model_name != "bm25" else ():
         paths += [os.path.join(folder, name) for name in sorted(names) if name.endswith((".safetensors", ".bin", "config.json"))]
     files = [(os.path.basename(path), os.path.getsize(path), content_hash(path)) for path in paths]
-    name = str(model_name) if not os.path.exists(model_name) else ""  # a local one is known by its files
+    name = str(model_name) if model_name == "bm25" or not os.path.exists(model_name) else ""  # a local one is known by its files
     return {"documents": len(corpus), "model": name, "files": [list(file) for file in files], **settings}
 
 
@@ -76,7 +76,7 @@ def make_arrays(folder, count, width, dtype, wanted):
 
 def open_array(folder, name):
     """A memory-mapped array of the folder, as it is now on disk."""
-    return np.lib.format.open_memmap(os.path.join(folder, f"{name}.npy"), "c")
+    return np.lib.format.open_memmap(os.path.join(folder, f"{name}.npy"), "r")
 
 
 def write_rows(array, first, rows):
@@ -98,7 +98,8 @@ def encode_corpus(model, corpus, tokenize, folder, dtype, world, wanted, num_wor
     if world.is_main and not check_fingerprint(folder, wanted):
         make_arrays(folder, len(corpus), model.encode(tokenize(["probe"]), "key").shape[1], dtype, wanted)
     wait_for_all(world)
-    check_fingerprint(folder, wanted)
+    if not check_fingerprint(folder, wanted):
+        raise InputError(f"{folder}: process {world.rank} does not see the index that process 0 made; it must lie on a shared disk")
     vectors, done = open_array(folder, "vectors"), open_array(folder, "done")
     if not (done.all() or os.access(os.path.join(folder, "done.npy"), os.W_OK)):
         raise InputError(f"{folder}: not all documents are encoded yet, and it cannot be written; give another --index folder")
@@ -117,4 +118,6 @@ def encode_corpus(model, corpus, tokenize, folder, dtype, world, wanted, num_wor
         bar.update(len(rows))
     bar.close()
     wait_for_all(world)
+    if not open_array(folder, "done").all():
+        raise InputError(f"{folder}: not all documents are encoded; do all machines share this folder? The same command goes on")
     return open_array(folder, "vectors")

@@ -172,7 +172,8 @@ def collate(kind, path, queries, results, texts, max_neg_num=100, filter_answers
                         continue
                     held = [answer.lower() for answer in query.answers] if filter_answers else []
                     pos = set(record.get("pos") or [])
-                    keys = [(n, text) for n, text in keys if text not in pos and not any(a in text.lower() for a in held)]
+                    gold = set(record.get("pos_index") or [])
+                    keys = [(n, text) for n, text in keys if n not in gold and text not in pos and not any(a in text.lower() for a in held)]
                     keys = keys[:max_neg_num]
                     record.pop("teacher_scores", None)
                 field = "neg" if kind == "collate_neg" else "key"

@@ -154,7 +154,7 @@ def search_dense(args, corpus, queries, world):
     task = queries[0].task if queries else ""
     wanted = fingerprint(corpus, args.key_encoder or args.query_encoder, {
         "template": corpus.template, "max_length": args.key_max_length, "metric": model.metric, "dtype": args.dtype,
-        "pooling": args.pooling_method, "instruction": collator.instruction(task)[1]})
+        "pooling": args.pooling_method, "separator": model.query_encoder.separator, "instruction": collator.instruction(task)[1]})
     vectors = encode_corpus(model, corpus, lambda texts: collator.keys(texts, [task] * len(texts)), args.index, args.dtype, world,
                             wanted, args.num_workers, args.bf16)
     blocks, metric, quiet = -(-len(vectors) // BLOCK), "l2" if model.metric == "l2" else "ip", not world.is_main
@@ -272,6 +272,8 @@ def check_args(args):
         raise InputError("--hits, --cutoffs and --max_neg_num must be 1 or more")
     if set(args.metrics) & set(COLLATED) and not args.eval_data:
         raise InputError("collated files are written beside --eval_data, which is missing")
+    if "collate_score" in args.metrics and (args.retrieval_method != "rank" or args.results):
+        raise InputError("collate_score scores the records' own candidates: use --retrieval_method rank without --results")
     outputs = bool(args.output or args.trec or args.metrics)
     if asked and not outputs:
         raise InputError("nothing to do with the result: give --output, --trec or --metrics")

@@ -48,7 +48,7 @@ def search_exactly(vectors, asked, first, last, k, metric, quiet=False):
     found = [tuple(torch.zeros(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.int64, torch.float32))]
     room = torch.empty(min(QUERIES, len(asked)) * tile, device=device)  # for all tiles: freed ones would leave holes in the memory
     for start in tqdm(range(first, last, tile), desc="searching", leave=False, disable=True if quiet else None):
-        block = torch.from_numpy(vectors[start:min(start + tile, last)]).to(device).float()
+        block = torch.from_numpy(np.array(vectors[start:min(start + tile, last)])).to(device).float()
         for begin in range(0, len(asked), QUERIES):
             part = asked[begin:begin + QUERIES]
             scores = torch.mm(part, block.T, out=room[:len(part) * len(block)].view(len(part), len(block)))
