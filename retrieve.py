@@ -101,10 +101,10 @@ def search_bm25(args, corpus, queries, world):
         check_writable(args.index)
         index = bm25s.BM25(k1=args.k1, b=args.b)
         index.index(TokenLists(bm25s.tokenization.Tokenizer(**words), corpus), show_progress=sys.stderr.isatty())
-        index.save(args.index)
         try:
+            index.save(args.index)
             bm25s.BM25.load(args.index, mmap=True)  # np.save, which it uses, does not notice a full disk
-        except ValueError:
+        except (OSError, ValueError):
             raise InputError(f"{args.index}: the index could not be written whole; make room") from None
         write_json(os.path.join(args.index, "index.json"), wanted)
     wait_for_all(world)
