@@ -52,25 +52,27 @@ def load_torch_file(path):
         raise InputError(f"{path}: not a checkpoint that can be loaded safely ({str(error).splitlines()[0]})") from None
 
 
-def read_weights(folder):
-    """All weights of a folder (.safetensors or .bin, whole or in shards), or None if it holds none."""
+def find_weights(folder):
+    """The paths of a folder's weights (.safetensors or .bin, whole or in shards); [] if it holds none."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = os.path.join(folder, name)
         if os.path.exists(path):
-            shards = [path]
-        elif os.path.exists(path + ".index.json"):
-            names = sorted(set(json.load(open(path + ".index.json"))["weight_map"].values()))
-            shards = [os.path.join(folder, shard) for shard in names]
-        else:
-            continue
-        weights = {}
-        for shard in shards:
-            try:
-                weights |= load_file(shard) if shard.endswith(".safetensors") else load_torch_file(shard)
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{shard}: cannot be read ({error}); the file may be cut off, fetch it again") from None
-        return weights
-    return None
+            return [path]
+        if os.path.exists(path + ".index.json"):
+            with open(path + ".index.json", encoding="utf-8") as file:
+                return [os.path.join(folder, shard) for shard in sorted(set(json.load(file)["weight_map"].values()))]
+    return []
+
+
+def read_weights(folder):
+    """All weights of a folder, or None if it holds none."""
+    weights = {}
+    for path in find_weights(folder):
+        try:
+            weights |= load_file(path) if path.endswith(".safetensors") else load_torch_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); the file may be cut off, fetch it again") from None
+    return weights or None
 
 
 def load_tokenizer(path_or_name, fallback):

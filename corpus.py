@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import random
+import sys
 import zlib
 from array import array
 from collections import defaultdict
@@ -36,7 +37,7 @@ class Part(NamedTuple):
 
 
 class Corpus:
-    """Documents by number or id, read from disk when they are asked for; in memory are 12 bytes and the id per document.
+    """Documents by number or id, read from disk when they are asked for; in memory are 16 bytes and the id per document.
 
     Files: psgs_w100.tsv (id, text, title, with a header), BEIR's corpus.jsonl (_id, title, text), or JSON lines with any
     columns, whose ids are their numbers if no column is named id, _id, docid, doc_id or passage_id. A gzipped file or a JSON list
@@ -102,7 +103,7 @@ class Corpus:
             raise InputError(f"{path}: holds no documents")
         starts.append(place)
         names = np.concatenate(chunks + [np.array(ids, "S")])
-        order = np.argsort(names, kind="stable").astype(np.int32)
+        order = np.argsort(names, kind="stable")
         check_unique(names[order], path)
         return np.frombuffer(starts, np.int64), names, order
 
@@ -115,7 +116,7 @@ class Corpus:
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: a document must be a JSON object, this is a {type(row).__name__}")
             return row
-        cells = next(csv.reader([text], delimiter="\t"))
+        cells = split_cells(text)
         if len(cells) != len(header):
             raise InputError(f"{path}:{number}: {len(cells)} columns, the header names {len(header)}; the line may be cut off")
         return dict(zip(header, cells))
@@ -142,7 +143,7 @@ class Corpus:
     def passage(self, number):
         """{id, title, text} of a document; answers are searched in the text alone."""
         row, _ = self.row(number)
-        return {"id": self.ids([number])[0], "title": row.get("title", ""), "text": row.get("text", row.get("content", ""))}
+        return {"id": self.ids([number])[0], "title": row.get("title") or "", "text": row.get("text", row.get("content")) or ""}
 
     def ids(self, numbers):
         """The ids of documents (a list) by their numbers; the numbers as text where the corpus names no ids."""
@@ -161,7 +162,8 @@ class Corpus:
             return [int(id) if id.isdecimal() and int(id) < self.size and str(int(id)) == id else -1 for id in ids]
         wanted, found = np.array([id.encode() for id in ids] or [b""]), np.full(max(1, len(ids)), -1)
         for part in self.parts:
-            places = part.order[np.searchsorted(part.ids, wanted, sorter=part.order).clip(max=len(part.ids) - 1)]
+            own = wanted.astype(part.ids.dtype)  # of one width, or numpy would widen all the ids; what it cuts off is not equal
+            places = part.order[np.searchsorted(part.ids, own, sorter=part.order).clip(max=len(part.ids) - 1)]
             found = np.where(part.ids[places] == wanted, places + part.first, found)
         return found[:len(ids)].tolist()
 
@@ -171,6 +173,12 @@ def check_unique(ids, place):
     twice = ids[1:][ids[1:] == ids[:-1]]
     if len(twice):
         raise InputError(f"{place}: the id {twice[0].decode()!r} occurs twice in the corpus; make ids unique")
+
+
+def split_cells(text):
+    """The cells of a tab-separated line, quoted as csv does; [] of an empty one."""
+    csv.field_size_limit(sys.maxsize)  # a document may be longer than csv's 131,072 characters
+    return next(csv.reader([text], delimiter="\t"), [])
 
 
 def read_lines(path):
@@ -237,7 +245,19 @@ def open_corpus(paths, template, world):
 
 def format_key(key, template):
     """The text of a key: itself, or its columns in the template; KeyError for a column it lacks."""
-    return key if isinstance(key, str) else template.format_map({"title": "", **key}).strip()
+    if isinstance(key, str):
+        return key
+    return template.format_map({"title": ""} | {name: "" if value is None else value for name, value in key.items()}).strip()
+
+
+def check_templates(args):
+    """InputError for a --key_template that is no format string of column names, or a --query_template with others than query."""
+    for name, columns in (("key_template", defaultdict(str)), ("query_template", {"query": ""})):
+        try:
+            getattr(args, name).format_map(columns)
+        except (ValueError, IndexError, AttributeError, KeyError) as error:
+            raise InputError(f"--{name} '{getattr(args, name)}' cannot be used ({error}); name columns in braces, as in "
+                             "'{title} {text}' for keys and '{query}' for queries") from None
 
 
 def read_queries(paths):

@@ -91,15 +91,9 @@ def check_record(record, place, number):
         raise InputError(f"{place}: no 'question' (or 'query') text; its fields are {sorted(record)}")
     record["question"] = question
     record.setdefault("id", record.get("query_id", record.get("qid", number)))
-    answer = record.get("answer")
-    if isinstance(answer, dict):  # TriviaQA: the target is the value, any alias is right (FiD, src/preprocess.py)
-        value = answer.get("Value", answer.get("value"))
-        record.setdefault("answers", answer.get("Aliases", answer.get("aliases", [value])))
-        record.setdefault("target", value.title() if value.isupper() else value)
-    if record.get("answers") is None:
-        record["answers"] = [answer] if isinstance(answer, str) else []
-    if not isinstance(record["answers"], list) or not all(isinstance(a, str) for a in record["answers"]):
-        raise InputError(f"{place}: 'answers' must be a list of strings, it is {json.dumps(record['answers'])[:80]}")
+    record["answers"], target = gold_answers(record, place)
+    if target is not None:
+        record.setdefault("target", target)
     record["ctxs"] = list(record.get("ctxs") or [])
     for context in record["ctxs"]:
         if not isinstance(context, dict) or not isinstance(context.get("text"), str):
@@ -109,6 +103,21 @@ def check_record(record, place, number):
         except (TypeError, ValueError):
             raise InputError(f"{place}: a context's score {context['score']!r} is not a number") from None
     return record
+
+
+def gold_answers(record, place):
+    """(answers, target or None) of `answers`, or of `answer`: one text, NQ-open's list or TriviaQA's object. Raises InputError."""
+    answers, answer, target = record.get("answers"), record.get("answer"), None
+    if isinstance(answer, dict):  # TriviaQA: the target is the value, any alias is right (FiD, src/preprocess.py)
+        value = answer.get("Value", answer.get("value"))
+        if not isinstance(value, str):
+            raise InputError(f"{place}: 'answer' is an object without a 'Value' text; give it one, or 'answers'")
+        target, answer = value.title() if value.isupper() else value, answer.get("Aliases", answer.get("aliases", [value]))
+    if answers is None:
+        answers = [answer] if isinstance(answer, str) else answer if answer is not None else []
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise InputError(f"{place}: 'answers' must be a list of strings, it is {json.dumps(answers)[:80]}")
+    return answers, target
 
 
 # ---------------------------------------------------------------------------------------------------- texts

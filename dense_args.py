@@ -4,6 +4,7 @@ import glob
 import math
 import os
 
+from corpus import check_templates
 from dense_data import INSTRUCTIONS
 from metrics import METRICS
 from utils import HelpFormatter, InputError
@@ -117,6 +118,7 @@ def check_args(args):
             raise InputError(f"--{name} must be {least} or more, it is {getattr(args, name)}")
     if args.lr <= 0 or args.clip <= 0 or args.cos_temperature <= 0 or min(args.teacher_temperature, args.student_temperature) <= 0:
         raise InputError("--lr, --clip and the temperatures must be above 0")
+    check_templates(args)
     unknown = sorted(set(args.metrics) - set(METRICS))
     if unknown:
         raise InputError(f"--metrics {unknown[0]}: unknown, choose of {', '.join(METRICS)}")

@@ -12,6 +12,7 @@ from data import make_loader
 from utils import InputError, wait_for_all, write_json
 
 BLOCK = 4096  # documents that are encoded, written and marked as done together
+MODEL_FILES = (".safetensors", ".bin", "config.json"), ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens")
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -29,7 +30,7 @@ def fingerprint(corpus, model_name, settings):
     """What vectors depend on: sizes and contents of the corpus's and the model's files, and the settings. {name: value}."""
     paths = [path for path, *_ in corpus.parts] + [model_name] * (model_name != "bm25" and os.path.isfile(model_name))
     for folder, _, names in sorted(os.walk(model_name)) if model_name != "bm25" else ():
-        paths += [os.path.join(folder, name) for name in sorted(names) if name.endswith((".safetensors", ".bin", "config.json"))]
+        paths += [os.path.join(folder, name) for name in sorted(names) if name.endswith(MODEL_FILES[0]) or name.startswith(MODEL_FILES[1])]
     files = [(os.path.basename(path), os.path.getsize(path), content_hash(path)) for path in paths]
     name = str(model_name) if model_name == "bm25" or not os.path.exists(model_name) else ""  # a local one is known by its files
     return {"documents": len(corpus), "model": name, "files": [list(file) for file in files], **settings}
@@ -82,13 +83,17 @@ def open_array(folder, name):
 def write_rows(array, first, rows):
     """Puts rows into the file of a memory-mapped array and onto the disk.
 
-    A plain write, since a full disk kills a process that writes to mapped memory, and machines that share a disk write whole pages.
+    A plain write, since a full disk kills a process that writes to mapped memory. O_DSYNC also keeps NFS from widening a write to whole
+    pages, which would put back what another machine has written beside it.
     """
-    with open(array.filename, "r+b") as file:
-        file.seek(array.offset + first * array.strides[0])
-        file.write(rows.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+    content, place = memoryview(rows.tobytes()), array.offset + first * array.strides[0]
+    file = os.open(array.filename, os.O_WRONLY | os.O_DSYNC)
+    try:
+        while content:
+            written = os.pwrite(file, content, place)
+            content, place = content[written:], place + written
+    finally:
+        os.close(file)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What a retrieval is written as: reader records, TREC runs, LLM-Embedder's collated files, measures."""
 import ast
-import csv
+import itertools
 import json
 import os
 from typing import NamedTuple
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from corpus import read_lines
-from data import read_json
+from corpus import format_key, read_lines, split_cells
+from data import gold_answers, read_json
 from metrics import has_answer, ranking_metrics, topk_accuracy
 from utils import InputError, new_file
 
@@ -25,14 +25,14 @@ class Query(NamedTuple):
     answers: list
 
 
-def read_questions(path):
+def read_questions(path, task=""):
     """Queries of records (.json, .jsonl), DPR's nq-test.csv (question <tab> list of answers), or id <tab> text. Raises InputError."""
     name = str(path).removesuffix(".gz")
     if not name.endswith((".csv", ".tsv")):
-        return [make_query(record, number, place) for number, (record, place) in enumerate(read_json(path))]
+        return [make_query(record, number, place, task) for number, (record, place) in enumerate(read_json(path))]
     queries = []
     for number, line in enumerate(read_lines(path), 1):
-        cells = next(csv.reader([line.decode("utf-8", "replace").rstrip("\r\n")], delimiter="\t"), [])
+        cells = split_cells(line.decode("utf-8", "replace").rstrip("\r\n"))
         if not cells:
             continue
         if len(cells) != 2:
@@ -45,17 +45,17 @@ def read_questions(path):
             record = {"id": str(len(queries)), "question": cells[0], "answers": answers}
         else:
             record = {"id": cells[0], "question": cells[1]}
-        queries.append(make_query(record, len(queries), f"{path}:{number}"))
+        queries.append(make_query(record, len(queries), f"{path}:{number}", task))
     return queries
 
 
-def make_query(record, number, place):
-    """The Query of a record; its position is its id where it has none. Raises InputError."""
+def make_query(record, number, place, task=""):
+    """The Query of a record; its position is its id where it has none, `task` its task. Raises InputError."""
     text = record.get("question", record.get("query", record.get("text"))) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{place}: a query without text; 'question' or 'query' is wanted")
     id = next((record[key] for key in ("id", "_id", "query_id", "qid") if key in record), number)
-    return Query(record, str(id), text, record.get("task", ""), record.get("answers") or [])
+    return Query(record, str(id), text, record.get("task") or task, gold_answers(record, place)[0])
 
 
 class Results(NamedTuple):
@@ -77,7 +77,7 @@ def mark_answers(queries, results, corpus):
 
 def write_contexts(path, queries, results, corpus, marks):
     """Reader records: each record with ctxs in rank order, {id, title, text, score, has_answer}; .json a list, else JSON lines."""
-    as_list = str(path).endswith(".json")
+    as_list = str(path).removesuffix(".gz").endswith(".json")
     with new_file(path) as file:
         for i, query in enumerate(queries):
             ctxs = [corpus.passage(number) | {"score": round(score, 6)} for number, score in zip(*results.row(i))]
@@ -97,21 +97,33 @@ def write_run(path, queries, results, corpus, name):
                             for rank, (id, score) in enumerate(zip(corpus.ids(numbers), scores), 1))
 
 
-def read_run(path, queries, corpus, hits):
-    """Results of a TREC run or of a file of records with ctxs, for these queries. Raises InputError."""
-    found = {query.id: {} for query in queries}
+def read_run(path, queries, corpus):
+    """Results of a TREC run or of a file of records with ctxs, in their order where they have no scores. Raises InputError."""
+    found, shared = {query.id: {} for query in queries}, False
     if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
-        rows = ((make_query(record, n, place).id, context.get("id"), context.get("score", 0), place)
-                for n, (record, place) in enumerate(read_json(path)) for context in record.get("ctxs") or [])
+        rows = (row for number, (record, place) in enumerate(read_json(path)) for row in context_rows(record, number, place))
     else:
         rows = (split_run_line(line, f"{path}:{number}") for number, line in enumerate(read_lines(path), 1) if line.strip())
-    rows = list(rows)
-    for (query, document, score, place), number in zip(rows, corpus.numbers([str(row[1]) for row in rows])):
-        if number < 0:
-            raise InputError(f"{place}: document {document!r} is not in the corpus; is it a result of another one?")
-        if query in found:
-            found[query][number] = float(score)
-    return from_dictionaries([found[query.id] for query in queries], hits)
+    while chunk := list(itertools.islice(rows, 2 ** 20)):
+        for (query, document, score, place), number in zip(chunk, corpus.numbers([row[1] for row in chunk])):
+            if number < 0:
+                raise InputError(f"{place}: document {document!r} is not in the corpus; is it a result of another one?")
+            if query in found:
+                found[query][number], shared = score, True
+    if not shared:
+        raise InputError(f"{path}: holds no document for any of the questions (the first is {queries[0].id!r}); is it a result of others?")
+    return from_dictionaries([found[query.id] for query in queries], corpus.size)
+
+
+def context_rows(record, number, place):
+    """(query, document, score, place) of a record's ctxs. Raises InputError."""
+    query = make_query(record, number, place).id
+    for rank, context in enumerate(record.get("ctxs") or []):
+        try:
+            score = context.get("score")
+            yield query, str(context["id"]), float(-rank if score is None else score), place
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise InputError(f"{place}: ctxs[{rank}] is no object with an id and, if any, a score that is a number") from None
 
 
 def split_run_line(line, place):
@@ -153,41 +165,38 @@ def fuse(results, how, weights, hits, constant=60):
     return from_dictionaries(rows, hits)
 
 
-def collate(kind, path, queries, results, texts, max_neg_num=100, filter_answers=False):
-    """Writes LLM-Embedder's files: negatives mined from the hits, hits as keys, or scores as teacher_scores.
-
-    collate_neg leaves out texts equal to a positive and, with filter_answers, those that hold an answer (a substring, lower case); it
-    drops old teacher_scores and queries without hits. texts(i, numbers) are the keys' texts.
-    """
-    with new_file(path) as file:
-        for i, query in enumerate(queries):
-            record, (numbers, scores) = dict(query.record), results.row(i)
-            if kind == "collate_score":
-                by_number = dict(zip(numbers, scores))
-                record["teacher_scores"] = [by_number[number] for number in candidates(record)[0]]
-            else:
-                keys = list(zip(numbers, texts(i, numbers)))
-                if kind == "collate_neg":
-                    if not numbers:
-                        continue
-                    held = [answer.lower() for answer in query.answers] if filter_answers else []
-                    pos = set(record.get("pos") or [])
-                    gold = set(record.get("pos_index") or [])
-                    keys = [(n, text) for n, text in keys if n not in gold and text not in pos and not any(a in text.lower() for a in held)]
-                    keys = keys[:max_neg_num]
-                    record.pop("teacher_scores", None)
-                field = "neg" if kind == "collate_neg" else "key"
-                record |= {field: [text for _, text in keys], field + "_index": [number for number, _ in keys]}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
+# ---------------------------------------------------------------------------------------------------- candidates and collated files
 
 def candidates(record):
-    """(numbers, keys) of a record's candidates, its key or its pos and neg; numbers are given with them or are their positions."""
+    """(keys, numbers) of the candidates that a record names, its key or its pos and neg; numbers is None if not all have one."""
     if "key" in record:
-        return record.get("key_index") or list(range(len(record["key"]))), record["key"]
-    keys = list(record.get("pos") or []) + list(record.get("neg") or [])
-    given = list(record.get("pos_index") or []) + list(record.get("neg_index") or [])
-    return given if len(given) == len(keys) else list(range(len(keys))), keys
+        keys, numbers = list(record["key"] or []), list(record.get("key_index") or [])
+    else:
+        keys, numbers = ([*(record.get(f"pos{kind}") or []), *(record.get(f"neg{kind}") or [])] for kind in ("", "_index"))
+    return keys, numbers if len(numbers) == len(keys) else None
+
+
+def check_candidates(queries, corpus, numbered):
+    """InputError for a question whose candidates are no keys or, if they must be numbered, are not, or not by the corpus's numbers."""
+    for query in queries:
+        keys, numbers = candidates(query.record)
+        if not all(isinstance(key, (str, dict)) for key in keys):
+            raise InputError(f"question {query.id!r}: 'key', 'pos' and 'neg' must be lists of texts or of objects with the template's columns")
+        if numbered and keys and numbers is None:
+            raise InputError(f"question {query.id!r}: not every candidate has its number in 'key_index', or 'pos_index' and 'neg_index'; only "
+                             "collate_key, collate_neg and collate_score work without, or rank an earlier result with --results")
+        wrong = [n for n in numbers or () if not isinstance(n, int) or n < 0 or corpus and n >= len(corpus)] if numbered else ()
+        if wrong:
+            raise InputError(f"question {query.id!r}: candidate number {wrong[0]!r} is none of the corpus; is it the corpus of this file?")
+
+
+def number_candidates(queries, results):
+    """Results whose numbers are the documents', of results whose numbers are places among each record's candidates."""
+    rows = []
+    for i, query in enumerate(queries):
+        (places, scores), numbers = results.row(i), candidates(query.record)[1]
+        rows.append((i, [numbers[place] for place in places], scores))
+    return stack(rows)
 
 
 def collated_path(path, field, name):
@@ -196,23 +205,101 @@ def collated_path(path, field, name):
     return ".".join([stem, field, *([name] if name else [])]) + ending
 
 
-def measure(queries, results, corpus, qrels, marks, names, cutoffs):
-    """{metric@k: mean over the queries that have a label (nq: an answer)}; labels are qrels or the records' pos_index."""
+def collate(kind, path, queries, results, corpus, labels, args):
+    """Writes LLM-Embedder's files: negatives mined from the hits, hits as keys, or scores as teacher_scores.
+
+    Without a corpus the hits are places among the record's own candidates. collate_neg drops old teacher_scores and queries without
+    hits; a record in DPR's form gets them as hard_negative_ctxs. args: key_template, max_neg_num, filter_answers.
+    """
+    with new_file(path) as file:
+        for i, query in enumerate(queries):
+            record, (numbers, scores) = dict(query.record), results.row(i)
+            if kind == "collate_score":
+                by_place = dict(zip(numbers, scores))
+                record["teacher_scores"] = [by_place[place] for place in range(len(candidates(record)[0]))]
+            elif numbers or kind == "collate_key":
+                if corpus:
+                    hits = [(number, corpus.text(number)) for number in numbers]
+                else:
+                    keys, known = candidates(record)
+                    hits = [(known[place] if known else None, format_key(keys[place], args.key_template)) for place in numbers]
+                if kind == "collate_neg":
+                    hits = keep_negatives(query, hits, corpus, labels[i], args.key_template, args.filter_answers)[:args.max_neg_num]
+                    record.pop("teacher_scores", None)
+                field = "neg" if kind == "collate_neg" else "key"
+                if field == "neg" and "positive_ctxs" in record:
+                    record["hard_negative_ctxs"] = [rename_id(corpus.passage(number)) for number, _ in hits]
+                else:
+                    record |= {field: [text for _, text in hits], field + "_index": [number for number, _ in hits]}
+                    if not corpus and not known:
+                        del record[field + "_index"]
+            else:
+                continue
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def keep_negatives(query, hits, corpus, labels, template, filter_answers):
+    """The hits [(number, text)] that are no positive, by text, number, passage id or qrels, and, if asked, hold no answer.
+
+    An answer is held as in LLM-Embedder: it is a substring, in lower case.
+    """
+    contexts = query.record.get("positive_ctxs") or []
+    texts = {format_key(key, template) for key in [*(query.record.get("pos") or []), *contexts]}
+    numbers = {number for number, label in labels.items() if label > 0} | set(query.record.get("pos_index") or [])
+    if corpus:
+        ids = [context.get("passage_id", context.get("psg_id")) for context in contexts]
+        numbers.update(corpus.numbers([str(id) for id in ids if id is not None]))
+    held = [answer.lower() for answer in query.answers] if filter_answers else []
+    return [(number, text) for number, text in hits
+            if number not in numbers and text not in texts and not any(answer in text.lower() for answer in held)]
+
+
+def rename_id(passage):
+    """A passage in DPR's form, whose id is passage_id."""
+    return {"title": passage["title"], "text": passage["text"], "passage_id": passage["id"]}
+
+
+# ---------------------------------------------------------------------------------------------------- measures
+
+def read_labels(queries, qrels, corpus, say):
+    """[{document's number: label}], one per query, of the qrels or else the records' pos_index (1).
+
+    A labelled document that the corpus does not have gets a number of its own below -1, so that it counts as not found, as in trec_eval.
+    Raises InputError.
+    """
+    if qrels is None:
+        return [dict.fromkeys(query.record.get("pos_index") or [], 1) for query in queries]
+    own = [qrels.get(query.id, {}) for query in queries]
+    documents = list(dict.fromkeys(document for row in own for document in row))
+    if queries and not documents:
+        raise InputError(f"the qrels label no document for any of the questions (theirs are such as {next(iter(qrels))!r}, the questions' "
+                         f"ids such as {queries[0].id!r}); give the qrels of these questions")
+    numbers = dict(zip(documents, corpus.numbers(documents)))
+    absent = [document for document, number in numbers.items() if number < 0]
+    if absent:
+        if len(absent) == len(documents):
+            raise InputError(f"none of the qrels' documents (such as {absent[0]!r}) is in the corpus; give the corpus that they are of")
+        say(f"note: {len(absent)} of {len(documents)} labelled documents are not in the corpus, {absent[0]!r} the first; they count as not found")
+    numbers |= {document: -2 - i for i, document in enumerate(absent)}
+    return [{numbers[document]: label for document, label in row.items()} for row in own]
+
+
+def check_measures(queries, labels, names):
+    """InputError for a metric that no query has labels (nq: answers) for."""
+    for name in sorted(names) if queries else ():
+        if name == "nq" and not any(query.answers for query in queries):
+            raise InputError("nq cannot be measured: no query has 'answers'")
+        if name != "nq" and not any(labels):
+            raise InputError(f"{name} cannot be measured: no query has qrels or 'pos_index'")
+
+
+def measure(queries, results, labels, marks, names, cutoffs):
+    """{metric@k: mean over the queries that have a label (nq: an answer)}."""
     rows = []
     for i, query in enumerate(queries):
-        labels, row = {number: 1 for number in query.record.get("pos_index") or []}, {}
-        if qrels is not None:
-            own = qrels.get(query.id, {})
-            labels = {number: label for number, label in zip(corpus.numbers(list(own)), own.values()) if number >= 0}
-        if labels:
-            row |= ranking_metrics(results.row(i)[0], labels, [name for name in names if name != "nq"], cutoffs)
+        row = ranking_metrics(results.row(i)[0], labels[i], [name for name in names if name != "nq"], cutoffs) if labels[i] else {}
         if "nq" in names and query.answers:
             row |= topk_accuracy(marks[i], cutoffs)
         rows.append(row)
     wanted = [f"{name}@{k}" for name in names for k in cutoffs]
-    counts = {name: sum(name in row for row in rows) for name in wanted}
-    if not all(counts.values()):
-        lacking = next(name for name in wanted if not counts[name])
-        wanted = "'answers'" if lacking.startswith("nq") else "qrels or 'pos_index'"
-        raise InputError(f"{lacking} cannot be measured: no query has {wanted}")
-    return {name: sum(row.get(name, 0) for row in rows) / counts[name] for name in wanted}
+    return {name: sum(row.get(name, 0) for row in rows) / sum(name in row for row in rows) for name in wanted}

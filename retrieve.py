@@ -10,9 +10,7 @@ questions the index is made, no more.
 """
 import argparse
 import os
-import sys
 import time
-from array import array
 from datetime import timedelta
 
 import bm25s
@@ -22,16 +20,16 @@ import transformers
 from tqdm import tqdm
 
 from checkpoints import load_tokenizer
-from corpus import format_key, merge_qrels, open_corpus, read_queries
+from corpus import check_templates, format_key, merge_qrels, open_corpus, read_queries
 from dense_args import boolean, resolve_path
 from dense_data import INSTRUCTIONS, GroupCollator
 from embed import check_fingerprint, encode_corpus, fingerprint
 from metrics import METRICS
-from results import (COLLATED, Query, Results, candidates, collate, collated_path, fuse, mark_answers, measure, read_questions,
-                     read_run, stack, write_contexts, write_run)
-from retriever import BiEncoder, CrossEncoder, gather_tensors, limit_lengths
-from search import BLOCK, best_by_place, merge, open_index, search_exactly, search_index
-from utils import HelpFormatter, InputError, check_writable, gather_lists, read_args, run_script, start_processes, wait_for_all, write_json
+from results import (COLLATED, Query, Results, candidates, check_candidates, check_measures, collate, collated_path, fuse, mark_answers,
+                     measure, number_candidates, read_labels, read_questions, read_run, stack, write_contexts, write_run)
+from retriever import BiEncoder, CrossEncoder, limit_lengths
+from search import (best_by_place, bm25_words, build_bm25, merge_processes, open_indices, part_range, search_exactly, search_indices)
+from utils import HelpFormatter, InputError, gather_lists, read_args, run_script, start_processes, wait_for_all, write_json
 
 METHODS = ("dense", "bm25", "rank", "random", "fuse")
 
@@ -45,6 +43,7 @@ def parse_args():
     add("--qrels", action="append", default=[], metavar="qrels=FILE", help="labels to measure with, with train_dense.py's filters")
     add("--corpus", nargs="+", metavar="FILE", help="documents: psgs_w100.tsv, BEIR's .jsonl or JSON lines, may end in .gz")
     add("--key_template", help="the text of a document; not given: the checkpoint's, else '{title} {text}'")
+    add("--task", default="", help="task (qa, chat ...) whose instruction questions that name none get, and the documents")
     add("--query_max_length", type=int, help="tokens per query; not given: the checkpoint's, else 256")
     add("--key_max_length", type=int, help="tokens per document; not given: the checkpoint's, else 256")
     add("--add_instruction", help="--version's instruction before texts whose query has a task; not given: as in training", **switch)
@@ -63,7 +62,8 @@ def parse_args():
     add("--index", metavar="DIR", help="folder of the corpus's vectors and index, made or reused; not given: beside the corpus")
     add("--dtype", choices=["float16", "float32"], default="float16", help="numbers of the stored vectors")
     add("--faiss_index_factory", default="Flat", help="Flat (exact) or a faiss factory string: IVF4096,PQ64, HNSW32, OPQ16,PQ16 ...")
-    add("--train_sample", type=int, default=200000, help="vectors that an index is trained on at most")
+    add("--train_sample", type=int, help="vectors that an index, or each process's part, is trained on at most; "
+        "not given: 40 per list of an IVF index, 200,000 at least")
     add("--nprobe", type=int, help="lists that an IVF index searches")
     add("--efSearch", type=int, help="breadth of an HNSW search")
     add("--k1", type=float, default=0.9, help="BM25's k1")
@@ -96,16 +96,9 @@ def parse_args():
 def search_bm25(args, corpus, queries, world):
     """BM25 by bm25s; each process scores a strided share of the queries."""
     settings = {"k1": args.k1, "b": args.b, "stopwords": args.stopwords, "stemmer": args.stemmer, "template": corpus.template}
-    wanted, words = fingerprint(corpus, "bm25", settings), word_settings(args)
+    wanted, words = fingerprint(corpus, "bm25", settings), bm25_words(None if args.stopwords == "none" else args.stopwords, args.stemmer)
     if world.is_main and not check_fingerprint(args.index, wanted):
-        check_writable(args.index)
-        index = bm25s.BM25(k1=args.k1, b=args.b)
-        index.index(TokenLists(bm25s.tokenization.Tokenizer(**words), corpus), show_progress=sys.stderr.isatty())
-        try:
-            index.save(args.index)
-            bm25s.BM25.load(args.index, mmap=True)  # np.save, which it uses, does not notice a full disk
-        except (OSError, ValueError):
-            raise InputError(f"{args.index}: the index could not be written whole; make room") from None
+        build_bm25(args.index, corpus, words, args.k1, args.b)
         write_json(os.path.join(args.index, "index.json"), wanted)
     wait_for_all(world)
     if not queries:
@@ -118,50 +111,22 @@ def search_bm25(args, corpus, queries, world):
     return stack(gather_lists(rows, world))
 
 
-def word_settings(args):
-    """bm25s's stop words and stemmer by the flags."""
-    stemmer = None
-    if args.stemmer:
-        try:
-            import Stemmer
-        except ImportError:
-            raise InputError("--stemmer needs the package PyStemmer: pip install PyStemmer") from None
-        stemmer = Stemmer.Stemmer(args.stemmer)
-    return {"stopwords": None if args.stopwords == "none" else args.stopwords, "stemmer": stemmer}
-
-
-class TokenLists:
-    """A corpus for bm25s: the documents' token ids in one array, 4 bytes each, and the vocabulary."""
-
-    def __init__(self, tokenizer, corpus):
-        self.flat, self.ends = array("i"), array("q", [0])
-        texts = tqdm(map(corpus.text, range(len(corpus))), total=len(corpus), desc="tokenizing", leave=False, disable=None)
-        for ids in tokenizer.streaming_tokenize(texts, allow_empty=False):
-            self.flat.extend(ids)
-            self.ends.append(len(self.flat))
-        self.ids, self.vocab = self, tokenizer.get_vocab_dict()
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __iter__(self):
-        return (self.flat[start:end] for start, end in zip(self.ends, self.ends[1:]))
-
-
 def search_dense(args, corpus, queries, world):
-    """Dense retrieval: the corpus's vectors, each process searching its part for all queries; the best are merged."""
+    """Dense retrieval: the corpus's vectors, each process searching its part for all queries; the main one merges the best."""
     model, collator = open_retriever(args, corpus, world)
-    task = queries[0].task if queries else ""
+    tasks = sorted({query.task for query in queries} or {args.task})
+    if len({collator.instruction(task)[1] for task in tasks}) > 1:
+        raise InputError(f"questions of the tasks {', '.join(tasks)} want other instructions before the documents; one index has one: "
+                         "search task by task, or leave instructions out with --add_instruction false")
+    task = tasks[0]
     wanted = fingerprint(corpus, args.key_encoder or args.query_encoder, {
         "template": corpus.template, "max_length": args.key_max_length, "metric": model.metric, "dtype": args.dtype,
         "pooling": args.pooling_method, "separator": model.query_encoder.separator, "instruction": collator.instruction(task)[1]})
     vectors = encode_corpus(model, corpus, lambda texts: collator.keys(texts, [task] * len(texts)), args.index, args.dtype, world,
                             wanted, args.num_workers, args.bf16)
-    blocks, metric, quiet = -(-len(vectors) // BLOCK), "l2" if model.metric == "l2" else "ip", not world.is_main
-    first, last = (min(len(vectors), BLOCK * (blocks * part // world.size)) for part in (world.rank, world.rank + 1))
-    index = None
+    metric, quiet = "l2" if model.metric == "l2" else "ip", not world.is_main
     if args.faiss_index_factory != "Flat":
-        index = open_index(args.index, vectors, first, last, args.faiss_index_factory, metric, args.train_sample, args.seed, quiet)
+        indices = open_indices(args.index, vectors, args.faiss_index_factory, metric, args.train_sample, args.seed, world)
     if not queries:
         return None
     parts = [queries[i:i + 512] for i in range(0, len(queries), 512)]
@@ -171,24 +136,20 @@ def search_dense(args, corpus, queries, world):
     if not asked.isfinite().all():
         raise InputError(f"{args.query_encoder}: question {int(asked.isfinite().all(1).int().argmin())} gets a vector that is not finite; "
                          "the checkpoint is broken")
-    if index is None:
-        numbers, scores = search_exactly(vectors, asked, first, last, args.hits, metric, quiet)
+    if args.faiss_index_factory == "Flat":
+        found = search_exactly(vectors, asked, *part_range(len(vectors), world.rank, world.size), args.hits, metric, quiet)
     else:
-        numbers, scores = search_index(index, asked, args.hits, first, metric, {"nprobe": args.nprobe, "efSearch": args.efSearch})
-    if world.size > 1:
-        fill = [(0, 0), (0, args.hits - numbers.shape[1])]  # a part may have fewer documents
-        numbers, scores = np.pad(numbers, fill, constant_values=-1), np.pad(scores, fill)
-        parts = [gather_tensors(torch.from_numpy(array).to(world.device)[None]) for array in (numbers, scores)]
-        numbers, scores = merge([[part[0].cpu().numpy() for part in pair] for pair in zip(*parts)], args.hits)
-    return Results(numbers, scores)
+        found = search_indices(indices, asked, args.hits, metric, {"nprobe": args.nprobe, "efSearch": args.efSearch})
+    found = merge_processes(*found, args.hits, world)
+    return Results(*found) if world.is_main else None
 
 
 def open_retriever(args, corpus, world):
     """(BiEncoder or CrossEncoder, collator) of the flags."""
     if args.ranker:
-        model = CrossEncoder.open(args.query_encoder)
+        model = CrossEncoder.open(args.query_encoder, trained=True)
     else:
-        model = BiEncoder.open(args.query_encoder, args.key_encoder, pooling=args.pooling_method, metric=args.dense_metric)
+        model = BiEncoder.open(args.query_encoder, args.key_encoder, pooling=args.pooling_method, metric=args.dense_metric, trained=True)
         args.pooling_method = model.query_encoder.pooling
     fallback = "bert-base-uncased" if os.path.isfile(args.query_encoder) else args.query_encoder  # minDPR's and DPR's files
     tokenizer = load_tokenizer(args.query_encoder, fallback)
@@ -200,9 +161,11 @@ def open_retriever(args, corpus, world):
 
 
 def search_candidates(args, corpus, queries, world):
-    """Candidates in the model's order: an earlier result's documents, or the records' key, or pos and neg."""
+    """Candidates in the model's order: an earlier result's documents, or, by their places, the records' key, or pos and neg."""
+    earlier = read_run(args.results[0], queries, corpus) if args.results else None
+    if not earlier:  # their own
+        check_candidates(queries, corpus, bool(args.output or args.trec or set(args.metrics) & set(METRICS)))
     model, collator = open_retriever(args, corpus, world)
-    earlier = read_run(args.results[0], queries, corpus, 10 ** 9) if args.results else None
     rows = []
     for i in tqdm(range(world.rank, len(queries), world.size), desc="ranking", leave=False, disable=None if world.is_main else True):
         query = queries[i]
@@ -210,8 +173,8 @@ def search_candidates(args, corpus, queries, world):
             numbers = earlier.row(i)[0]
             texts = [corpus.text(number) for number in numbers]
         else:
-            numbers, keys = candidates(query.record)
-            texts = [collator.key_text(key) for key in keys]
+            texts = [format_key(key, args.key_template) for key in candidates(query.record)[0]]
+            numbers = range(len(texts))
         if not numbers:
             rows.append((i, np.zeros(0, int), np.zeros(0)))
             continue
@@ -239,7 +202,7 @@ def search_fused(args, corpus, queries, world):
     weights = args.fusion_weights or [1.0] * len(args.results)
     if len(args.results) < 2 or len(weights) != len(args.results):
         raise InputError("--retrieval_method fuse needs two or more --results, and one of --fusion_weights for each")
-    return fuse([read_run(path, queries, corpus, 10 ** 9) for path in args.results], args.fusion, weights, args.hits)
+    return fuse([read_run(path, queries, corpus) for path in args.results], args.fusion, weights, args.hits)
 
 
 SEARCHES = dict(zip(METHODS, (search_dense, search_bm25, search_candidates, search_random, search_fused)))
@@ -256,6 +219,7 @@ def check_args(args):
             setattr(args, name, kept.get(name, default))
     args.eval_data = resolve_path(args.eval_data, args.data_root)
     args.corpus = [resolve_path(path, args.data_root) for path in args.corpus or []]
+    check_templates(args)
     unknown = sorted(set(args.metrics) - set(METRICS) - set(COLLATED))
     if unknown:
         raise InputError(f"--metrics {unknown[0]}: unknown, choose of {', '.join(METRICS + COLLATED)}")
@@ -268,8 +232,16 @@ def check_args(args):
         raise InputError("--output, --trec, --qrels and the metric nq need the passages: give --corpus")
     if args.faiss_index_factory == "Flat" and (args.nprobe or args.efSearch):
         raise InputError("--nprobe and --efSearch are for approximate indices; name one with --faiss_index_factory")
-    if min(args.hits, *args.cutoffs, args.max_neg_num) < 1:
-        raise InputError("--hits, --cutoffs and --max_neg_num must be 1 or more")
+    counts = {name: getattr(args, name) for name in ("hits", "max_neg_num", "train_sample", "nprobe", "efSearch")}
+    low = [name for name, value in (counts | {"cutoffs": min(args.cutoffs)}).items() if value is not None and value < 1]
+    if low:
+        raise InputError(f"--{low[0]} must be 1 or more")
+    if args.eval_data and args.queries:
+        raise InputError("--eval_data and --queries both name questions; give one of them")
+    if args.results and args.retrieval_method not in ("rank", "fuse") or args.retrieval_method == "rank" and len(args.results) > 1:
+        raise InputError("--results are for --retrieval_method rank (one) and fuse (two or more)")
+    if args.measures and not set(args.metrics) & set(METRICS):
+        raise InputError(f"--measures writes measures, and none is asked for: give --metrics, of {', '.join(METRICS)}")
     if set(args.metrics) & set(COLLATED) and not args.eval_data:
         raise InputError("collated files are written beside --eval_data, which is missing")
     if "collate_score" in args.metrics and (args.retrieval_method != "rank" or args.results):
@@ -286,27 +258,24 @@ def check_args(args):
             raise InputError(f"{path}: its folder does not exist; make it first")
 
 
-def write_outputs(args, queries, results, corpus):
+def write_outputs(args, queries, results, corpus, labels):
     """Everything that the flags ask for, from one result."""
-    def texts(i, numbers):
-        if corpus:
-            return [corpus.text(number) for number in numbers]
-        keys = dict(zip(*candidates(queries[i].record)))
-        return [format_key(keys[number], args.key_template) for number in numbers]
-    marks = mark_answers(queries, results, corpus) if args.output or "nq" in args.metrics else None
+    own = args.retrieval_method == "rank" and not args.results  # places among the record's own candidates
+    for kind, field in zip(COLLATED, ("neg", "key", "scored")):
+        if kind in args.metrics:
+            path = collated_path(args.eval_data, field, args.save_name or args.retrieval_method)
+            collate(kind, path, queries, results, None if own else corpus, labels, args)
+            print(f"{kind}: {path}")
+    names = [name for name in args.metrics if name in METRICS]
+    if own and (args.output or args.trec or names):
+        results = number_candidates(queries, results)
+    marks = mark_answers(queries, results, corpus) if args.output or "nq" in names else None
     if args.output:
         write_contexts(args.output, queries, results, corpus, marks)
     if args.trec:
         write_run(args.trec, queries, results, corpus, args.retrieval_method)
-    for kind, field in zip(COLLATED, ("neg", "key", "scored")):
-        if kind in args.metrics:
-            path = collated_path(args.eval_data, field, args.save_name or args.retrieval_method)
-            collate(kind, path, queries, results, texts, args.max_neg_num, args.filter_answers)
-            print(f"{kind}: {path}")
-    names = [name for name in args.metrics if name in METRICS]
     if names:
-        qrels = merge_qrels(args.qrels) if args.qrels else None
-        values = measure(queries, results, corpus, qrels, marks, names, args.cutoffs)
+        values = measure(queries, results, labels, marks, names, args.cutoffs)
         print(" " * 10 + "".join(f"{'@' + str(k):>10}" for k in args.cutoffs))
         for name in names:
             print(f"{name:10}" + "".join(f"{100 * values[f'{name}@{k}']:10.2f}" for k in args.cutoffs))
@@ -319,14 +288,16 @@ def main(args):
     world = start_processes(args.gpus, timedelta(days=2))  # a large BM25 index is made by one process while the others wait
     transformers.utils.logging.disable_progress_bar()
     corpus = open_corpus(args.corpus, args.key_template, world)
-    queries = read_questions(args.eval_data) if args.eval_data else [
-        Query({"id": id, "question": text}, id, text, "", []) for id, text in read_queries(args.queries).items()]
+    queries = read_questions(args.eval_data, args.task) if args.eval_data else [
+        Query({"id": id, "question": text}, id, text, args.task, []) for id, text in read_queries(args.queries).items()]
     if not queries and (args.eval_data or args.queries):
-        raise InputError(f"{args.eval_data or args.queries}: holds no queries")
+        raise InputError(f"{args.eval_data or ', '.join(args.queries)}: holds no queries")
+    say = print if world.is_main else lambda text: None
+    labels = read_labels(queries, merge_qrels(args.qrels) if args.qrels else None, corpus, say)
+    check_measures(queries, labels, set(args.metrics) & set(METRICS))
     if corpus and queries and args.hits > len(corpus):
         args.hits = len(corpus)
-        if world.is_main:
-            print(f"note: --hits is more than the corpus has; {args.hits} are taken")
+        say(f"note: --hits is more than the corpus has; {args.hits} are taken")
     start = time.time()
     results = SEARCHES[args.retrieval_method](args, corpus, queries, world)
     if world.is_main and results is None:
@@ -334,7 +305,7 @@ def main(args):
     elif world.is_main:
         size = f"{len(corpus):,}" if corpus else "their own"
         print(f"{len(queries)} queries, {size} documents, {args.retrieval_method}: {time.time() - start:.1f} s")
-        write_outputs(args, queries, results, corpus)
+        write_outputs(args, queries, results, corpus, labels)
     wait_for_all(world)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, T5EncoderModel
 
-from checkpoints import check_shapes, find_model, read_config, read_weights
+from checkpoints import check_shapes, find_model, find_weights, read_config, read_weights
 from encoders import TextEncoder, run_in_chunks
 from utils import InputError, read_args, write_json
 
@@ -99,10 +99,12 @@ class BiEncoder(nn.Module):
     def open(cls, name, key_name=None, **settings):
         """A retriever from a folder or hub name (ours, sentence-transformers', transformers', FiD's), minDPR's or DPR's file.
 
-        settings: metric, pooling, temperature (None: what the checkpoint says, else cos, cls, 1) and dropout; key_name opens
-        a second encoder for the keys. Raises InputError.
+        settings: metric, pooling, temperature (None: what the checkpoint says, else cos, cls, 1), dropout, and trained, which refuses
+        a folder without weights; key_name opens a second encoder for the keys. Raises InputError.
         """
         name, wanted = str(name), {key: value for key, value in settings.items() if value is not None}
+        if key_name and (os.path.isfile(name) or os.path.isdir(os.path.join(name, "query"))):
+            raise InputError(f"--key_encoder {key_name}: {name} has an encoder of the keys already; leave the flag out")
         if os.path.isfile(name):
             query, key = open_dpr_file(name, wanted.get("dropout"))
             found = {"metric": "ip"}
@@ -159,20 +161,26 @@ class CrossEncoder(nn.Module):
         self.model.save_pretrained(folder)
 
     @classmethod
-    def open(cls, name, dropout=None, **_):
+    def open(cls, name, dropout=None, trained=False, **_):
         """A ranker from a folder or hub name; an encoder without a ranking head gets a random one. Raises InputError."""
         folder = find_model(name)[0]
         config = read_config(folder, "ranker or encoder")
         config.num_labels = 1
         if dropout is not None:
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-        if read_weights(folder) is None:
+        if not find_weights(folder):
+            if trained:
+                raise InputError(f"{folder}: has no model.safetensors or pytorch_model.bin; give the folder of a trained ranker")
             return cls(AutoModelForSequenceClassification.from_config(config))
         try:
-            return cls(AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32))
+            model, found = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32,
+                                                                              output_loading_info=True)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"{folder}: cannot be opened as a ranker with one score ({reason})") from None
+        if trained and found["missing_keys"]:
+            raise InputError(f"{folder}: is no ranker, it has no {min(found['missing_keys'])}; train one with train_dense.py --ranker")
+        return cls(model)
 
 
 # ---------------------------------------------------------------------------------------------------- opening and saving
@@ -182,7 +190,7 @@ def open_encoder(folder, wanted):
     raw = read_config(folder, "encoder").to_dict()
     if "indexing_dimension" in raw:
         return open_fid_retriever(folder, raw, wanted.get("dropout"))
-    model = open_transformer(folder, wanted.get("dropout"))
+    model = open_transformer(folder, wanted.get("dropout"), wanted.get("trained", False))
     pooling, head, found = "cls", [], {}
     path = os.path.join(folder, "modules.json")
     for module in json.load(open(path)) if os.path.exists(path) else []:
@@ -202,15 +210,17 @@ def open_encoder(folder, wanted):
     return TextEncoder(model, wanted.get("pooling") or pooling, nn.Sequential(*head)), found
 
 
-def open_transformer(folder, dropout=None):
-    """The transformer of a folder in float32; one without weights starts at random and says so."""
+def open_transformer(folder, dropout=None, trained=False):
+    """The transformer of a folder in float32; one without weights starts at random and says so, or, if it must be trained, is refused."""
     config = read_config(folder, "encoder")
     if dropout is not None:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate", "attention_dropout"):
             if hasattr(config, name):
                 setattr(config, name, dropout)
     kind = T5EncoderModel if config.model_type in ("t5", "mt5") else AutoModel
-    if read_weights(folder) is None:
+    if not find_weights(folder):
+        if trained:
+            raise InputError(f"{folder}: has no model.safetensors or pytorch_model.bin; give the folder of a trained model")
         if os.environ.get("RANK", "0") == "0":
             print(f"{folder}: no weights there, starting from random initialisation", flush=True)
         return kind.from_config(config) if kind is AutoModel else kind(config)

@@ -1,17 +1,23 @@
-"""The documents with the best scores: exact search of memory-mapped vectors, faiss's indices, the merge of several parts."""
+"""The documents with the best scores: exact search of memory-mapped vectors, faiss's and bm25s's indices, the merge of parts."""
 import os
+import re
+import sys
+from array import array
 
+import bm25s
 import faiss
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from utils import InputError
+from utils import InputError, check_writable, new_file, wait_for_all
 
 BLOCK = 65536   # a process's part is a multiple of so many vectors, so that scores do not depend on the number of processes
 TILE = 4096     # vectors that exact search scores at once on a CPU: their scores stay in its cache
 QUERIES = 1024  # queries that it scores them for at once
 ADDED = 16384   # vectors that an index takes at once
+MERGED = 4096   # queries whose documents are merged over the processes at once
 
 
 def best_by_place(scores, k):
@@ -31,6 +37,23 @@ def merge(parts, k):
     scores = np.where(numbers < 0, -np.inf, scores)
     order = np.lexsort((numbers, -scores), axis=1)[:, :k]
     return np.take_along_axis(numbers, order, 1), np.take_along_axis(scores, order, 1)
+
+
+def merge_processes(numbers, scores, k, world):
+    """The k best of all processes' (numbers, scores), each (Q, at most k), on the main process; (None, None) on the others."""
+    if world.size == 1:
+        return numbers, scores
+    fill, merged = [(0, 0), (0, k - numbers.shape[1])], []  # a part may have fewer documents
+    numbers, scores = np.pad(numbers, fill, constant_values=-1), np.pad(scores, fill)
+    for start in range(0, len(numbers), MERGED):
+        parts = []
+        for values in (numbers, scores):
+            own = torch.from_numpy(values[start:start + MERGED]).to(world.device)
+            parts.append([torch.empty_like(own) for _ in range(world.size)] if world.is_main else None)
+            dist.gather(own, parts[-1])
+        if world.is_main:
+            merged.append(merge([(number.cpu().numpy(), score.cpu().numpy()) for number, score in zip(*parts)], k))
+    return tuple(map(np.concatenate, zip(*merged))) if world.is_main else (None, None)
 
 
 # ---------------------------------------------------------------------------------------------------- exact search
@@ -91,33 +114,66 @@ def keep_best(rows, numbers, scores, count, k):
 
 # ---------------------------------------------------------------------------------------------------- faiss
 
-def search_index(index, asked, k, first, metric, settings):
-    """(numbers (Q, k), scores) by a faiss index of the rows from `first` on; settings {nprobe, efSearch}, None leaves them alone."""
-    for name, value in settings.items():
-        if value is not None:
+def search_indices(indices, asked, k, metric, settings):
+    """(numbers (Q, k), scores) by [(first row, faiss index)]; settings {nprobe, efSearch}, None leaves them alone. Raises InputError."""
+    found = [(np.full((len(asked), 1), -1), np.zeros((len(asked), 1), np.float32))]
+    for first, index in indices:
+        for name, value in settings.items():
             try:
-                faiss.ParameterSpace().set_index_parameter(index, name, value)
+                if value is not None:
+                    faiss.ParameterSpace().set_index_parameter(index, name, value)
             except RuntimeError:
                 raise InputError(f"--{name} is no setting of this index; leave it out, or name another --faiss_index_factory") from None
-    scores, numbers = index.search(asked.cpu().numpy(), k)
-    return merge([(np.where(numbers < 0, -1, numbers + first), -scores if metric == "l2" else scores)], k)
+        scores, numbers = index.search(asked.cpu().numpy(), k)
+        found.append((np.where(numbers < 0, -1, numbers + first), -scores if metric == "l2" else scores))
+    return merge(found, k)
 
 
-def open_index(folder, vectors, first, last, factory, metric, sample, seed, quiet=False):
-    """The faiss index of vectors[first:last], made from a sample of at most so many of them, or opened if the folder has it."""
-    path = os.path.join(folder, f"{factory.replace(',', '_')}.{sample}.{seed}.{first}-{last}.faiss")
-    if os.path.exists(path):
-        return faiss.read_index(path)
-    index, temporary = build_index(vectors, first, last, factory, metric, sample, seed, quiet), f"{path}.writing"
+def part_range(count, part, size):
+    """(first, last) of one of `size` parts of the rows: whole BLOCKs, so that a few rows leave parts empty."""
+    return tuple(min(count, BLOCK * (-(-count // BLOCK) * i // size)) for i in (part, part + 1))
+
+
+def open_indices(folder, vectors, factory, metric, sample, seed, world):
+    """[(first row, faiss index)] that this process searches: its share of the parts that the folder has, or its own part, made now.
+
+    Parts made by any number of processes serve any other number. sample: vectors that a part is trained on at most; None is 40 per
+    list, 200,000 at least. Raises InputError.
+    """
+    lists = re.search(r"IVF(\d+)", factory)
+    sample = sample or max(200_000, 40 * int(lists[1]) if lists else 0)
+    stem = f"{factory.replace(',', '_')}.{sample}.{seed}"
+
+    def missing(size):
+        ranges = (part_range(len(vectors), part, size) for part in range(size))
+        return any(first < last and not os.path.exists(f"{folder}/{stem}.{part}-of-{size}.faiss") for part, (first, last) in enumerate(ranges))
+    made = {int(name[1]) for name in map(re.compile(re.escape(stem) + r"\.\d+-of-(\d+)\.faiss").fullmatch, os.listdir(folder)) if name}
+    size = next((size for size in sorted(made, key=lambda size: size != world.size) if not missing(size)), world.size)
+    wait_for_all(world)  # all have looked before one of them writes
+    indices = []
+    for part in range(world.rank, size, world.size):
+        first, last = part_range(len(vectors), part, size)
+        if first < last:
+            path = f"{folder}/{stem}.{part}-of-{size}.faiss"
+            if not os.path.exists(path):
+                write_index(build_index(vectors, first, last, factory, metric, sample, seed, not world.is_main), path)
+            indices.append((first, read_index(path)))
+    return indices
+
+
+def write_index(index, path):
+    """A faiss index as a file, whole or not at all."""
+    with new_file(path, "wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+
+
+def read_index(path):
+    """The faiss index of a file. Raises InputError."""
     try:
-        faiss.write_index(index, temporary)
-        os.replace(temporary, path)
+        return faiss.read_index(path)
     except RuntimeError as error:
-        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[-1][-120:]}); make room") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    return index
+        raise InputError(f"{path}: faiss cannot read it ({str(error).splitlines()[-1][-120:]}); delete it, the same command makes it "
+                         "again") from None
 
 
 def build_index(vectors, first, last, factory, metric, sample, seed, quiet):
@@ -141,3 +197,54 @@ def build_index(vectors, first, last, factory, metric, sample, seed, quiet):
     for start in tqdm(range(first, last, ADDED), desc="indexing", leave=False, disable=True if quiet else None):
         index.add(vectors[start:min(start + ADDED, last)].astype(np.float32))
     return index
+
+
+# ---------------------------------------------------------------------------------------------------- BM25
+
+def bm25_words(stopwords, stemmer):
+    """bm25s's stop words and stemmer by their languages; 'none' or None for none. Raises InputError."""
+    try:
+        bm25s.tokenize([""], stopwords=stopwords, show_progress=False)
+    except ValueError as error:
+        raise InputError(f"--stopwords {error}; or say none") from None
+    if stemmer:
+        try:
+            import Stemmer
+            stemmer = Stemmer.Stemmer(stemmer)
+        except ImportError:
+            raise InputError("--stemmer needs the package PyStemmer: pip install PyStemmer") from None
+        except KeyError:
+            raise InputError(f"--stemmer {stemmer}: choose of {', '.join(Stemmer.algorithms())}") from None
+    return {"stopwords": stopwords, "stemmer": stemmer}
+
+
+def build_bm25(folder, corpus, words, k1, b):
+    """Makes bm25s's index of a corpus. Raises InputError."""
+    check_writable(folder)
+    index, tokens = bm25s.BM25(k1=k1, b=b), TokenLists(bm25s.tokenization.Tokenizer(**words), corpus)
+    if not tokens.flat:
+        raise InputError(f"{corpus.parts[0].path}: no document has a word besides stop words; use --stopwords none, or another --key_template")
+    index.index(tokens, show_progress=sys.stderr.isatty())
+    try:
+        index.save(folder)
+        bm25s.BM25.load(folder, mmap=True)  # np.save, which it uses, does not notice a full disk
+    except (OSError, ValueError):
+        raise InputError(f"{folder}: the index could not be written whole; make room") from None
+
+
+class TokenLists:
+    """A corpus for bm25s: the documents' token ids in one array, 4 bytes each, and the vocabulary."""
+
+    def __init__(self, tokenizer, corpus):
+        self.flat, self.ends = array("i"), array("q", [0])
+        texts = tqdm(map(corpus.text, range(len(corpus))), total=len(corpus), desc="tokenizing", leave=False, disable=None)
+        for ids in tokenizer.streaming_tokenize(texts, allow_empty=False):
+            self.flat.extend(ids)
+            self.ends.append(len(self.flat))
+        self.ids, self.vocab = self, tokenizer.get_vocab_dict()
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __iter__(self):
+        return (self.flat[start:end] for start, end in zip(self.ends, self.ends[1:]))

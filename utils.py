@@ -2,6 +2,8 @@
 import argparse
 import ctypes
 import errno
+import gzip
+import io
 import json
 import os
 import random
@@ -102,7 +104,7 @@ def gather_lists(items, world):
 
 def run_script(main, args):
     """Calls main(args); bad input and lost processes become one line on stderr and exit code 1."""
-    rank = int(os.environ.get("RANK", 0))
+    rank, again = int(os.environ.get("RANK", 0)), "the same command" + (" with --resume" if hasattr(args, "resume") else "")
     try:
         main(args)
         code = 0
@@ -114,17 +116,17 @@ def run_script(main, args):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"error: {error.filename or 'a file'} cannot be written ({error.strerror}); make room and start the same command again: "
+        print(f"error: {error.filename or 'a file'} cannot be written ({error.strerror}); make room and start {again} again: "
               "nothing half-written is taken for whole", file=sys.stderr, flush=True)
         code = 1
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last saved state", file=sys.stderr, flush=True)
+        print(f"interrupted; {again} goes on from what is saved", file=sys.stderr, flush=True)
         code = 130
     except RuntimeError as error:
         if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "NCCL", "Connection", "peer")):
             raise
         print(f"error on process {rank}: another process ended or is out of reach ({str(error).splitlines()[0][:120]}); see its "
-              "message; the same command with --resume goes on from the last saved state", file=sys.stderr, flush=True)
+              f"message; {again} goes on from what is saved", file=sys.stderr, flush=True)
         code = 1
     if dist.is_initialized() and code:
         os._exit(code)  # a process group whose peers are gone would hold up a normal end
@@ -159,13 +161,20 @@ def restore_random_states(states, device):
 
 @contextmanager
 def new_file(path, mode="w"):
-    """A file that takes its name only when it is whole: after kill -9 the old one stands. InputError if it cannot be written."""
+    """A file that takes its name only when it is whole: after kill -9 the old one stands. InputError if it cannot be written.
+
+    Text for a name that ends in .gz is gzipped.
+    """
     path = os.path.abspath(path)
     temporary = f"{path}.{os.getpid()}.writing"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
-            yield file
+            if path.endswith(".gz") and "b" not in mode:
+                with io.TextIOWrapper(gzip.GzipFile("", "wb", fileobj=file.buffer, mtime=0), "utf-8") as packed:
+                    yield packed
+            else:
+                yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -35,7 +35,7 @@ from dense_data import tokenize  # noqa: E402
 from embed import encode_corpus  # noqa: E402
 from results import Results, read_questions, write_run  # noqa: E402
 from retriever import BiEncoder  # noqa: E402
-from search import open_index, search_exactly, search_index  # noqa: E402
+from search import open_indices, search_exactly, search_indices  # noqa: E402
 from utils import HelpFormatter, InputError, World, run_script, tune_allocator  # noqa: E402
 
 K = 100
@@ -112,9 +112,9 @@ def report(rows, what, times, size, base):
 def compare_dense(args, folder, rows):
     """Exact search of the arrays: ours on the mapped file, reading and writing, faiss on its copy in memory."""
     corpus, asked = Corpus(f"{folder}/corpus.tsv", "{text}"), np.load(f"{folder}/asked.npy")
-    half = np.load(f"{folder}/vectors.npy", mmap_mode="c")
+    half = np.load(f"{folder}/vectors.npy", mmap_mode="r")
     np.save(f"{folder}/single.npy", half.astype(np.float32))
-    single = np.load(f"{folder}/single.npy", mmap_mode="c")
+    single = np.load(f"{folder}/single.npy", mmap_mode="r")
     index = faiss.IndexFlatIP(args.width)
     index.add(np.ascontiguousarray(single))
 
@@ -209,18 +209,18 @@ class AnonymousMemory(threading.Thread):
 def measure_one(args, folder):
     """Builds and searches the index of --one; prints {build_s, per_second, bytes, peak} and keeps what it found."""
     tune_allocator()
-    vectors, asked = np.load(f"{folder}/vectors.npy", mmap_mode="c"), np.load(f"{folder}/asked.npy")
+    vectors, asked = np.load(f"{folder}/vectors.npy", mmap_mode="r"), np.load(f"{folder}/asked.npy")
     memory, start = AnonymousMemory(), time.perf_counter()
-    size, index = vectors.nbytes, None
+    size = vectors.nbytes
     if args.one != "Flat":
-        index = open_index(folder, vectors, 0, len(vectors), args.one, "ip", args.train_sample, 42, quiet=True)
+        indices = open_indices(folder, vectors, args.one, "ip", args.train_sample, 42, ALONE)
         size = next(os.path.getsize(entry) for entry in os.scandir(folder) if entry.name.startswith(args.one.replace(",", "_") + "."))
     built = time.perf_counter()
     settings = {"nprobe": args.nprobe if "IVF" in args.one else None, "efSearch": args.efSearch if "HNSW" in args.one else None}
-    if index is None:
+    if args.one == "Flat":
         numbers, _ = search_exactly(vectors, torch.from_numpy(asked), 0, len(vectors), K, "ip", quiet=True)
     else:
-        numbers, _ = search_index(index, torch.from_numpy(asked), K, 0, "ip", settings)
+        numbers, _ = search_indices(indices, torch.from_numpy(asked), K, "ip", settings)
     done = time.perf_counter()
     np.save(f"{folder}/{args.one}.found.npy", numbers)
     print(json.dumps({"build_s": built - start, "per_second": len(asked) / (done - built), "bytes": size,

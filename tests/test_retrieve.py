@@ -1,6 +1,7 @@
 """retrieve.py as a user runs it: methods, outputs, resuming, ties, several processes, bad input."""
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, BertForSequenceClassification
 
-from conftest import WORDS, command, make_bert, run
+from conftest import ROOT, WORDS, command, make_bert, run
 from corpus import Corpus
+from embed import fingerprint
 from results import Results, collated_path, from_dictionaries, fuse, read_questions
 from search import best_by_place, merge, search_exactly
 from utils import InputError
@@ -20,6 +23,16 @@ from utils import InputError
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     return make_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def ranker(tmp_path_factory, bert):
+    """A ranker with random weights."""
+    folder = tmp_path_factory.mktemp("ranker")
+    torch.manual_seed(0)
+    BertForSequenceClassification.from_pretrained(bert, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +50,23 @@ def world_files(tmp_path_factory):
     (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": str(r["query_id"]), "text": r["query"]}) + "\n" for r in records))
     (folder / "qrels.tsv").write_text("q\td\ts\n" + "".join(f"{i}\td{i}\t1\n" for i in range(12)))
     return folder
+
+
+SMALL = """import runpy, sys
+sys.path.insert(0, %r)
+import embed, search
+embed.BLOCK, search.BLOCK, search.TILE, search.MERGED = 8, 16, 16, 5
+sys.argv = ["retrieve.py", *sys.argv[1:]]
+runpy.run_path(%r, run_name="__main__")
+""" % (str(ROOT), str(ROOT / "retrieve.py"))
+
+
+@pytest.fixture(scope="module")
+def small_blocks(tmp_path_factory):
+    """retrieve.py with blocks so small that sixty documents are several processes' parts."""
+    path = tmp_path_factory.mktemp("small") / "small.py"
+    path.write_text(SMALL)
+    return path
 
 
 def retrieve(files, *flags, **more):
@@ -78,12 +108,36 @@ def test_bm25_equals_bm25s(world_files, tmp_path):
     assert documents["3"][:3] == ["d3", "d40", "d41"]  # equal scores by place
 
 
-@pytest.mark.parametrize("method", ["dense", "bm25"])
-def test_three_processes_equal_one(method, bert, world_files, tmp_path):
-    flags = ["--retrieval_method", method, "--query_encoder", bert, "--hits", 7, "--pooling_method", "mean"]
-    retrieve(world_files, *flags, "--trec", tmp_path / "one", "--index", tmp_path / "i1")
-    retrieve(world_files, *flags, "--trec", tmp_path / "three", "--index", tmp_path / "i3", processes=3)
+@pytest.mark.parametrize("flags", [["--retrieval_method", "bm25"], ["--dense_metric", "cos"], ["--dense_metric", "l2"]])
+def test_three_processes_equal_one(flags, bert, small_blocks, world_files, tmp_path):
+    """The copies d3, d40 and d41 lie in three processes' parts: their equal scores come by place from any number of them."""
+    common = ["--corpus", world_files / "corpus.jsonl", "--eval_data", world_files / "records.json", *flags, "--query_encoder", bert, "--hits", 20,
+              "--pooling_method", "mean", "--key_template", "{text}"]
+    run(small_blocks, *common, "--trec", tmp_path / "one", "--index", tmp_path / "i1")
+    run(small_blocks, *common, "--trec", tmp_path / "three", "--index", tmp_path / "i3", processes=3)
     assert (tmp_path / "one").read_text() == (tmp_path / "three").read_text()
+    documents, _ = ranks(tmp_path / "three")
+    assert all(own.index("d40") + 1 == own.index("d41") and own.index("d3") + 1 == own.index("d40") for own in documents.values() if "d41" in own)
+    assert sum("d41" in own for own in documents.values()) >= 2
+
+
+def test_an_index_of_several_parts_serves_any_number_of_processes(bert, small_blocks, world_files, tmp_path):
+    common = ["--corpus", world_files / "corpus.jsonl", "--query_encoder", bert, "--pooling_method", "mean", "--index", tmp_path / "index"]
+    faiss_flags = ["--faiss_index_factory", "IVF2,Flat", "--nprobe", 2]
+    run(small_blocks, *common, *faiss_flags, processes=3)  # 16, 16 and 28 documents
+    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "index").glob("*.faiss")}
+    assert sorted(made) == [f"IVF2_Flat.200000.42.{i}-of-3.faiss" for i in range(3)]
+    ask = ["--eval_data", world_files / "records.json", "--hits", 9, "--trec"]
+    run(small_blocks, *common, *ask, tmp_path / "flat")
+    for processes in (1, 4):  # four: one has nothing to search
+        run(small_blocks, *common, *faiss_flags, *ask, tmp_path / "parts", processes=processes)
+        assert ranks(tmp_path / "parts")[0] == ranks(tmp_path / "flat")[0]
+    assert made == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "index").glob("*.faiss")}
+    run(small_blocks, *common, "--faiss_index_factory", "HNSW8", *ask, tmp_path / "many", processes=5)  # more processes than blocks
+    assert len(list((tmp_path / "index").glob("HNSW8*"))) == 4
+    (tmp_path / "index" / "HNSW8.200000.42.1-of-5.faiss").write_bytes(b"broken")
+    _, stderr = run(small_blocks, *common, "--faiss_index_factory", "HNSW8", *ask, tmp_path / "many", code=1)
+    assert "faiss cannot read it" in stderr and "delete it" in stderr
 
 
 @pytest.mark.parametrize("metric", ["ip", "cos", "l2"])
@@ -148,14 +202,14 @@ def test_measures_from_qrels_equal_trec_eval(world_files, tmp_path):
     assert got["map@10"] == pytest.approx(sum(w["map_cut_10"] for w in want.values()) / 12, abs=1e-6)
 
 
-def test_ranking_scoring_random_and_fusion(bert, world_files, tmp_path):
+def test_ranking_scoring_random_and_fusion(bert, ranker, world_files, tmp_path):
     plain = ["--eval_data", world_files / "records.json", "--query_encoder", bert]
     run("retrieve.py", *plain, "--retrieval_method", "rank", "--metrics", "collate_score", "--save_name", "x", "--hits", 2)  # the records' keys
     scored = [json.loads(line) for line in open(world_files / "records.scored.x.json")]
     assert all(len(record["teacher_scores"]) == 4 and record["teacher_scores"] != [1, 2, 3, 4] for record in scored)
     for name, flags in (("bm25", ["--retrieval_method", "bm25"]), ("random", ["--retrieval_method", "random"])):
         retrieve(world_files, *flags, "--hits", 9, "--index", tmp_path / name, "--trec", tmp_path / f"{name}.run")
-    retrieve(world_files, "--retrieval_method", "rank", "--ranker", "--query_encoder", bert, "--results", tmp_path / "bm25.run", "--trec",
+    retrieve(world_files, "--retrieval_method", "rank", "--ranker", "--query_encoder", ranker, "--results", tmp_path / "bm25.run", "--trec",
              tmp_path / "ranked")
     assert {q: set(d) for q, d in ranks(tmp_path / "ranked")[0].items()} == {q: set(d) for q, d in ranks(tmp_path / "bm25.run")[0].items()}
     retrieve(world_files, "--retrieval_method", "fuse", "--results", tmp_path / "bm25.run", tmp_path / "random.run", "--trec", tmp_path / "fused",
@@ -186,7 +240,7 @@ def test_killed_encoding_goes_on(bert, world_files, tmp_path, monkeypatch):
     process.send_signal(signal.SIGKILL)
     process.wait()
     vectors, marks = (np.load(tmp_path / "i2" / name, mmap_mode="r+") for name in ("vectors.npy", "done.npy"))
-    assert 0 < marks.sum() <= len(marks) and not (tmp_path / "cut").exists()
+    assert 0 < marks.sum() < len(marks) and not (tmp_path / "cut").exists()
     first = int(np.flatnonzero(marks)[0]) * 4096
     vectors[first] = 0  # a mark in what is done: it must not be encoded again
     vectors.flush()
@@ -235,6 +289,39 @@ def test_the_index_alone_then_the_search(bert, world_files, tmp_path):
     assert "no questions" in stderr
 
 
+def test_instructions_by_task(bert, world_files, tmp_path):
+    """--task stands for the questions to come; an index holds one instruction."""
+    common = ["--corpus", world_files / "corpus.jsonl", "--query_encoder", bert, "--version", "llm-embedder", "--index", tmp_path / "index"]
+    run("retrieve.py", *common, "--task", "qa")
+    run("retrieve.py", *common, "--eval_data", world_files / "records.json", "--trec", tmp_path / "run")  # whose task is qa
+    _, stderr = run("retrieve.py", *common, "--queries", world_files / "queries.jsonl", "--trec", tmp_path / "run", code=1)
+    assert "holds an index of another instruction" in stderr
+    (tmp_path / "mixed.jsonl").write_text('{"query": "who", "task": "qa"}\n{"query": "it", "task": "icl"}\n')
+    _, stderr = run("retrieve.py", *common, "--eval_data", tmp_path / "mixed.jsonl", "--trec", tmp_path / "run", code=1)
+    assert "tasks icl, qa want other instructions" in stderr
+
+
+def test_models_that_are_not_trained_are_refused(bert, ranker, world_files, tmp_path):
+    shutil.copytree(bert, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, flags, message in ((tmp_path / "bare", [], "has no model.safetensors"),
+                                 (bert, ["--retrieval_method", "rank", "--ranker", "--results", "RUN"], "is no ranker, it has no classifier")):
+        (tmp_path / "run").write_text("0 Q0 d1 1 1.0 x\n")
+        flags = [str(flag).replace("RUN", str(tmp_path / "run")) for flag in flags]
+        _, stderr = retrieve(world_files, "--query_encoder", name, *flags, "--trec", tmp_path / "x", "--index", tmp_path / "index", code=1)
+        assert message in stderr and "Traceback" not in stderr
+
+
+def test_the_tokenizer_is_part_of_the_fingerprint(bert, world_files, tmp_path):
+    shutil.copytree(bert, tmp_path / "bert")
+    corpus = Corpus(str(world_files / "corpus.jsonl"), "{text}")
+    before = fingerprint(corpus, str(tmp_path / "bert"), {})
+    assert before == fingerprint(corpus, bert, {})  # a copy elsewhere is the same
+    name = next(name for name in ("vocab.txt", "tokenizer.json") if (tmp_path / "bert" / name).exists())
+    text = (tmp_path / "bert" / name).read_text()
+    (tmp_path / "bert" / name).write_text(text.replace("cradle", "carpet"))
+    assert fingerprint(corpus, str(tmp_path / "bert"), {}) != before
+
+
 def test_a_full_disk_is_told_and_nothing_half_written_counts(bert, world_files, tmp_path):
     """A limit on the size of files stands in for the disk."""
     def limited(*flags):
@@ -279,13 +366,13 @@ def test_ranking_without_a_corpus_writes_no_passages(bert, world_files, tmp_path
         assert "need the passages: give --corpus" in stderr
 
 
-def test_texts_longer_than_the_model_are_cut(bert, world_files, tmp_path):
+def test_texts_longer_than_the_model_are_cut(bert, ranker, world_files, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text("".join(json.dumps({"_id": str(i), "text": " ".join(WORDS * 9)}) + "\n" for i in range(3)))
-    for flags in ([], ["--retrieval_method", "rank", "--ranker", "--results", tmp_path / "run"]):
-        stdout, _ = run("retrieve.py", "--corpus", long, "--eval_data", world_files / "records.json", "--query_encoder", bert, *flags,
-                        "--query_max_length", 20, "--trec", tmp_path / "run")
-        assert f"the model has 64 positions; --key_max_length is {44 if flags else 64}, not 256" in stdout
+    for flags in (["--query_encoder", bert],
+                  ["--query_encoder", ranker, "--retrieval_method", "rank", "--ranker", "--results", tmp_path / "run"]):
+        stdout, _ = run("retrieve.py", "--corpus", long, "--eval_data", world_files / "records.json", *flags, "--query_max_length", 20, "--trec", tmp_path / "run")
+        assert f"the model has 64 positions; --key_max_length is {44 if '--ranker' in flags else 64}, not 256" in stdout
 
 
 def test_questions_of_every_form(tmp_path):
