@@ -168,9 +168,10 @@ def fuse(results, how, weights, hits, constant=60):
 # ---------------------------------------------------------------------------------------------------- candidates and collated files
 
 def candidates(record):
-    """(keys, numbers) of the candidates that a record names, its key or its pos and neg; numbers is None if not all have one."""
-    if "key" in record:
-        keys, numbers = list(record["key"] or []), list(record.get("key_index") or [])
+    """(keys, numbers) of the candidates that a record names: its key, its history, or its pos and neg; numbers is None if not all have one."""
+    name = next((name for name in ("key", "history") if name in record), None)
+    if name:
+        keys, numbers = list(record[name] or []), list(record.get(f"{name}_index") or [])
     else:
         keys, numbers = ([*(record.get(f"pos{kind}") or []), *(record.get(f"neg{kind}") or [])] for kind in ("", "_index"))
     return keys, numbers if len(numbers) == len(keys) else None
@@ -178,6 +179,8 @@ def candidates(record):
 
 def check_candidates(queries, corpus, numbered):
     """InputError for a question whose candidates are no keys or, if they must be numbered, are not, or not by the corpus's numbers."""
+    if queries and not any(candidates(query.record)[0] for query in queries):
+        raise InputError("no question has candidates, in 'key', 'history', or 'pos' and 'neg'; give some, or rank an earlier result with --results")
     for query in queries:
         keys, numbers = candidates(query.record)
         if not all(isinstance(key, (str, dict)) for key in keys):

@@ -50,7 +50,7 @@ def parse_args():
     add("--version", choices=INSTRUCTIONS, help="whose instructions; not given: the checkpoint's, else bge")
     add("--pair_types", action="store_true", help="token type 1 after a text's first [SEP], for minDPR's file; our folders know")
     add = parser.add_argument_group("method").add_argument
-    add("--retrieval_method", choices=METHODS, default="dense", help="rank orders given candidates: the records' key, or pos and neg, or "
+    add("--retrieval_method", choices=METHODS, default="dense", help="rank orders given candidates: the records' key, history, or pos and neg, or "
         "an earlier result; fuse merges earlier results")
     add("--results", nargs="+", default=[], metavar="FILE", help="earlier results to rank or fuse: TREC runs or records with ctxs")
     add("--hits", type=int, default=200, help="documents per query")
@@ -161,7 +161,7 @@ def open_retriever(args, corpus, world):
 
 
 def search_candidates(args, corpus, queries, world):
-    """Candidates in the model's order: an earlier result's documents, or, by their places, the records' key, or pos and neg."""
+    """Candidates in the model's order: an earlier result's documents, or, by their places, the records' candidates."""
     earlier = read_run(args.results[0], queries, corpus) if args.results else None
     if not earlier:  # their own
         check_candidates(queries, corpus, bool(args.output or args.trec or set(args.metrics) & set(METRICS)))

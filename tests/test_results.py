@@ -92,6 +92,9 @@ def test_given_candidates_need_numbers_where_documents_are_written(corpus):
     assert number_candidates(asked(good), found([1, 0])).row(0)[0] == [1, 3]
     assert candidates({"pos": ["a"], "neg": ["b"], "neg_index": [1]}) == (["a", "b"], None)
     check_candidates(asked({"pos": ["a"], "neg": ["b"]}), None, False)
+    assert candidates({"history": ["a", "b"], "teacher_scores": [1, 2]}) == (["a", "b"], None)  # LLM-Embedder's chat
+    with pytest.raises(InputError, match="no question has candidates"):
+        check_candidates(asked({}, {"pos": []}), None, False)
     for bad, message in (({"pos": ["a"], "neg": ["b"]}, "not every candidate"), ({**good, "neg_index": [8]}, "number 8 is none"),
                          ({**good, "neg_index": ["d1"]}, "number 'd1'"), ({"key": ["a", "b"], "key_index": [1]}, "not every candidate"),
                          ({"key": [3], "key_index": [1]}, "lists of texts")):
