@@ -17,9 +17,19 @@ def boolean(text):
     return text.lower() == "true"
 
 
+SWITCH = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+
+
 def parse_args(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    switch = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_training_flags(parser)
+    return parser.parse_args()
+
+
+def add_data_flags(parser):
+    """What is trained and measured on, and how it becomes text."""
     add = parser.add_argument_group("data").add_argument
     add("--train_data", nargs="+", default=[], metavar="FILE",
         help="records of LLM-Embedder or DPR; named twice, a file counts twice")
@@ -52,12 +62,16 @@ def parse_args(description):
     add("--pair_types", action="store_true", help="token type 1 after a text's first [SEP], as minDPR has for pairs")
     add("--query_max_length", type=int, default=256, help="tokens per query, cut at the right")
     add("--key_max_length", type=int, default=256, help="tokens per key, cut at the right")
-    add("--add_instruction", default=True, help="put --version's instruction before the texts of records with a task", **switch)
+    add("--add_instruction", default=True, help="put --version's instruction before the texts of records with a task", **SWITCH)
     add("--version", choices=INSTRUCTIONS, default="bge", help="whose instructions")
+
+
+def add_model_flags(parser):
+    """The encoders, and what they learn from."""
     add = parser.add_argument_group("model").add_argument
     add("--query_encoder", default="BAAI/bge-base-en", help="checkpoint to start from: hub name, folder, minDPR's or DPR's file")
     add("--key_encoder", help="checkpoint of the second encoder of --tie_encoders false; not given: as --query_encoder")
-    add("--tie_encoders", default=True, help="one encoder for queries and keys", **switch)
+    add("--tie_encoders", default=True, help="one encoder for queries and keys", **SWITCH)
     add("--pooling_method", choices=["cls", "mean", "last"], help="not given: the checkpoint's, else cls")
     add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
     add("--cos_temperature", type=float, default=0.01, help="what cosines are divided by in training")
@@ -70,20 +84,24 @@ def parse_args(description):
     add("--distill_weight", type=float, default=1.0, help="weight of distillation beside InfoNCE")
     add("--teacher_temperature", type=float, default=1.0, help="what teacher scores or labels are divided by")
     add("--student_temperature", type=float, default=1.0, help="what own scores are divided by in distillation")
-    add("--stable_distill", default=False, help="LLM-Embedder's stabilized distillation", **switch)
+    add("--stable_distill", default=False, help="LLM-Embedder's stabilized distillation", **SWITCH)
     add("--mask_duplicates", action="store_true", help="leave copies of a query's positive out of its negatives")
     add("--train_group_size", "--group_size", type=int, default=8, help="keys per query: a positive and its negatives")
     add("--select_positive", choices=["first", "random", "teacher", "teacher-pos"], default="first", help="which positive")
     add("--select_negative", choices=["first", "random", "teacher+", "teacher-"], default="random", help="which negatives")
     add("--teacher_scores_margin", type=float, help="drop records whose teacher scores lie closer")
     add("--teacher_scores_min", type=float, help="drop records whose highest teacher score is lower")
-    add("--use_train_config", default=False, help="LLM-Embedder's own settings for each task", **switch)
+    add("--use_train_config", default=False, help="LLM-Embedder's own settings for each task", **SWITCH)
+
+
+def add_training_flags(parser):
+    """The optimisation, and the run."""
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", "--per_device_train_batch_size", type=int, default=16, help="queries per process and micro-batch")
     add("--grad_accumulation", "--gradient_accumulation_steps", type=int, default=1, metavar="N",
         help="micro-batches per update; they share no negatives")
     add("--chunk_size", type=int, default=0, help="GradCache: texts encoded at a time, so that a batch of any size fits; 0: all")
-    add("--gradient_checkpointing", default=False, help="the same as --chunk_size 32", **switch)
+    add("--gradient_checkpointing", default=False, help="the same as --chunk_size 32", **SWITCH)
     add("--epochs", "--num_train_epochs", type=int, default=3, help="passes over the examples")
     add("--max_steps", type=int, default=0, help="updates in all, whatever the epochs; 0: as many as the epochs have")
     add("--early_exit_steps", type=int, default=0, help="stop after so many updates of the schedule; 0: do not")
@@ -93,7 +111,7 @@ def parse_args(description):
     add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay, on all weights")
     add("--adam_eps", type=float, default=1e-8, help="AdamW's epsilon")
     add("--clip", "--max_grad_norm", type=float, default=1.0, help="largest gradient norm")
-    add("--bf16", default=False, help="bfloat16 autocast; weights and optimizer stay float32", **switch)
+    add("--bf16", default=False, help="bfloat16 autocast; weights and optimizer stay float32", **SWITCH)
     add("--deepspeed", metavar="FILE", help="accepted for LLM-Embedder's commands, not used: its stage 0 is what DDP does")
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", required=True, help="folder to write the best retriever to; OUT.jsonl and OUT.state lie beside it")
@@ -104,7 +122,6 @@ def parse_args(description):
     add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
     add("--tqdm", action="store_true", help="show progress bars even if the output is not a terminal")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
-    return parser.parse_args()
 
 
 def check_args(args):

@@ -168,7 +168,7 @@ def fuse(results, how, weights, hits, constant=60):
 # ---------------------------------------------------------------------------------------------------- candidates and collated files
 
 def candidates(record):
-    """(keys, numbers) of the candidates that a record names: its key, its history, or its pos and neg; numbers is None if not all have one."""
+    """(keys, numbers) of a record's candidates: its key, its history, or its pos and neg; numbers is None if not all have one."""
     name = next((name for name in ("key", "history") if name in record), None)
     if name:
         keys, numbers = list(record[name] or []), list(record.get(f"{name}_index") or [])
@@ -180,14 +180,15 @@ def candidates(record):
 def check_candidates(queries, corpus, numbered):
     """InputError for a question whose candidates are no keys or, if they must be numbered, are not, or not by the corpus's numbers."""
     if queries and not any(candidates(query.record)[0] for query in queries):
-        raise InputError("no question has candidates, in 'key', 'history', or 'pos' and 'neg'; give some, or rank an earlier result with --results")
+        raise InputError("no question has candidates, in 'key', 'history', or 'pos' and 'neg'; give some, or rank an earlier result with "
+                         "--results")
     for query in queries:
         keys, numbers = candidates(query.record)
         if not all(isinstance(key, (str, dict)) for key in keys):
-            raise InputError(f"question {query.id!r}: 'key', 'pos' and 'neg' must be lists of texts or of objects with the template's columns")
+            raise InputError(f"question {query.id!r}: its candidates must be lists of texts or of objects with the template's columns")
         if numbered and keys and numbers is None:
-            raise InputError(f"question {query.id!r}: not every candidate has its number in 'key_index', or 'pos_index' and 'neg_index'; only "
-                             "collate_key, collate_neg and collate_score work without, or rank an earlier result with --results")
+            raise InputError(f"question {query.id!r}: not every candidate has its number in 'key_index', or 'pos_index' and 'neg_index'; "
+                             "only the collated files can do without, or rank an earlier result with --results")
         wrong = [n for n in numbers or () if not isinstance(n, int) or n < 0 or corpus and n >= len(corpus)] if numbered else ()
         if wrong:
             raise InputError(f"question {query.id!r}: candidate number {wrong[0]!r} is none of the corpus; is it the corpus of this file?")
@@ -214,31 +215,41 @@ def collate(kind, path, queries, results, corpus, labels, args):
     Without a corpus the hits are places among the record's own candidates. collate_neg drops old teacher_scores and queries without
     hits; a record in DPR's form gets them as hard_negative_ctxs. args: key_template, max_neg_num, filter_answers.
     """
+    field = {"collate_neg": "neg", "collate_key": "key"}.get(kind)
     with new_file(path) as file:
         for i, query in enumerate(queries):
             record, (numbers, scores) = dict(query.record), results.row(i)
             if kind == "collate_score":
-                by_place = dict(zip(numbers, scores))
-                record["teacher_scores"] = [by_place[place] for place in range(len(candidates(record)[0]))]
-            elif numbers or kind == "collate_key":
-                if corpus:
-                    hits = [(number, corpus.text(number)) for number in numbers]
-                else:
-                    keys, known = candidates(record)
-                    hits = [(known[place] if known else None, format_key(keys[place], args.key_template)) for place in numbers]
+                record["teacher_scores"] = [score for _, score in sorted(zip(numbers, scores))]  # of every candidate, by place
+            else:
+                hits = read_hits(record, numbers, corpus, args.key_template)
                 if kind == "collate_neg":
+                    if not hits:
+                        continue
                     hits = keep_negatives(query, hits, corpus, labels[i], args.key_template, args.filter_answers)[:args.max_neg_num]
                     record.pop("teacher_scores", None)
-                field = "neg" if kind == "collate_neg" else "key"
-                if field == "neg" and "positive_ctxs" in record:
-                    record["hard_negative_ctxs"] = [rename_id(corpus.passage(number)) for number, _ in hits]
-                else:
-                    record |= {field: [text for _, text in hits], field + "_index": [number for number, _ in hits]}
-                    if not corpus and not known:
-                        del record[field + "_index"]
-            else:
-                continue
+                put_hits(record, field, hits, corpus)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_hits(record, numbers, corpus, template):
+    """[(number or None, text)] of hits: documents of the corpus or, without one, places among the record's candidates."""
+    if corpus:
+        return [(number, corpus.text(number)) for number in numbers]
+    keys, known = candidates(record)
+    return [(known[place] if known else None, format_key(keys[place], template)) for place in numbers]
+
+
+def put_hits(record, field, hits, corpus):
+    """Sets a record's neg or key, and their numbers if they have some; negatives of a record in DPR's form as it has them."""
+    record.pop(f"{field}_index", None)
+    if field == "neg" and "positive_ctxs" in record and corpus:
+        found = [corpus.passage(number) for number, _ in hits]
+        record["hard_negative_ctxs"] = [{"title": one["title"], "text": one["text"], "passage_id": one["id"]} for one in found]
+    else:
+        record[field] = [text for _, text in hits]
+        if all(number is not None for number, _ in hits):
+            record[f"{field}_index"] = [number for number, _ in hits]
 
 
 def keep_negatives(query, hits, corpus, labels, template, filter_answers):
@@ -255,11 +266,6 @@ def keep_negatives(query, hits, corpus, labels, template, filter_answers):
     held = [answer.lower() for answer in query.answers] if filter_answers else []
     return [(number, text) for number, text in hits
             if number not in numbers and text not in texts and not any(answer in text.lower() for answer in held)]
-
-
-def rename_id(passage):
-    """A passage in DPR's form, whose id is passage_id."""
-    return {"title": passage["title"], "text": passage["text"], "passage_id": passage["id"]}
 
 
 # ---------------------------------------------------------------------------------------------------- measures
@@ -282,7 +288,8 @@ def read_labels(queries, qrels, corpus, say):
     if absent:
         if len(absent) == len(documents):
             raise InputError(f"none of the qrels' documents (such as {absent[0]!r}) is in the corpus; give the corpus that they are of")
-        say(f"note: {len(absent)} of {len(documents)} labelled documents are not in the corpus, {absent[0]!r} the first; they count as not found")
+        say(f"note: {len(absent)} of {len(documents)} labelled documents are not in the corpus, {absent[0]!r} the first; they count as "
+            "not found")
     numbers |= {document: -2 - i for i, document in enumerate(absent)}
     return [{numbers[document]: label for document, label in row.items()} for row in own]
 

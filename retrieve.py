@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from checkpoints import load_tokenizer
 from corpus import check_templates, format_key, merge_qrels, open_corpus, read_queries
-from dense_args import boolean, resolve_path
+from dense_args import SWITCH, resolve_path
 from dense_data import INSTRUCTIONS, GroupCollator
 from embed import check_fingerprint, encode_corpus, fingerprint
 from metrics import METRICS
@@ -36,7 +36,6 @@ METHODS = ("dense", "bm25", "rank", "random", "fuse")
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    switch = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
     add = parser.add_argument_group("data").add_argument
     add("--eval_data", metavar="FILE", help="questions: records, DPR's .csv of questions and answers, or id and text")
     add("--queries", nargs="+", default=[], metavar="FILE", help="queries in BEIR's form, in place of --eval_data")
@@ -46,12 +45,12 @@ def parse_args():
     add("--task", default="", help="task (qa, chat ...) whose instruction questions that name none get, and the documents")
     add("--query_max_length", type=int, help="tokens per query; not given: the checkpoint's, else 256")
     add("--key_max_length", type=int, help="tokens per document; not given: the checkpoint's, else 256")
-    add("--add_instruction", help="--version's instruction before texts whose query has a task; not given: as in training", **switch)
+    add("--add_instruction", help="--version's instruction before texts whose query has a task; not given: as in training", **SWITCH)
     add("--version", choices=INSTRUCTIONS, help="whose instructions; not given: the checkpoint's, else bge")
     add("--pair_types", action="store_true", help="token type 1 after a text's first [SEP], for minDPR's file; our folders know")
     add = parser.add_argument_group("method").add_argument
-    add("--retrieval_method", choices=METHODS, default="dense", help="rank orders given candidates: the records' key, history, or pos and neg, or "
-        "an earlier result; fuse merges earlier results")
+    add("--retrieval_method", choices=METHODS, default="dense", help="rank orders given candidates: the records' key, history, "
+        "or pos and neg, or an earlier result; fuse merges earlier results")
     add("--results", nargs="+", default=[], metavar="FILE", help="earlier results to rank or fuse: TREC runs or records with ctxs")
     add("--hits", type=int, default=200, help="documents per query")
     add("--query_encoder", default="BAAI/bge-base-en", help="retriever (dense, rank) or, with --ranker, cross-encoder")
@@ -80,12 +79,12 @@ def parse_args():
     add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K", help="ranks that the metrics look at")
     add("--save_name", help="name in the collated files: train.json becomes train.neg.NAME.json")
     add("--max_neg_num", type=int, default=100, help="negatives per query that collate_neg keeps")
-    add("--filter_answers", default=False, help="collate_neg leaves out passages that hold an answer", **switch)
+    add("--filter_answers", default=False, help="collate_neg leaves out passages that hold an answer", **SWITCH)
     add("--measures", metavar="FILE", help="write the measures as JSON")
     add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
     add = parser.add_argument_group("run").add_argument
     add("--num_workers", type=int, default=0, help="processes that read and tokenise")
-    add("--bf16", default=False, help="encode in bfloat16", **switch)
+    add("--bf16", default=False, help="encode in bfloat16", **SWITCH)
     add("--seed", type=int, default=42, help="seed of random retrieval and of the training sample")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
     return parser.parse_args()

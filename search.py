@@ -2,6 +2,7 @@
 import os
 import re
 import sys
+import warnings
 from array import array
 
 import bm25s
@@ -69,9 +70,12 @@ def search_exactly(vectors, asked, first, last, k, metric, quiet=False):
     k, device, tile = min(k, last - first), asked.device, TILE if asked.device.type == "cpu" else BLOCK
     least, waiting = torch.full((len(asked), 1), -torch.inf, device=device), 0
     found = [tuple(torch.zeros(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.int64, torch.float32))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a mapping that is not writable: it is only read
+        vectors = torch.from_numpy(vectors)
     room = torch.empty(min(QUERIES, len(asked)) * tile, device=device)  # for all tiles: freed ones would leave holes in the memory
     for start in tqdm(range(first, last, tile), desc="searching", leave=False, disable=True if quiet else None):
-        block = torch.from_numpy(np.array(vectors[start:min(start + tile, last)])).to(device).float()
+        block = vectors[start:min(start + tile, last)].to(device).float()
         for begin in range(0, len(asked), QUERIES):
             part = asked[begin:begin + QUERIES]
             scores = torch.mm(part, block.T, out=room[:len(part) * len(block)].view(len(part), len(block)))
@@ -145,8 +149,8 @@ def open_indices(folder, vectors, factory, metric, sample, seed, world):
     stem = f"{factory.replace(',', '_')}.{sample}.{seed}"
 
     def missing(size):
-        ranges = (part_range(len(vectors), part, size) for part in range(size))
-        return any(first < last and not os.path.exists(f"{folder}/{stem}.{part}-of-{size}.faiss") for part, (first, last) in enumerate(ranges))
+        ranges = enumerate(part_range(len(vectors), part, size) for part in range(size))
+        return any(first < last and not os.path.exists(f"{folder}/{stem}.{part}-of-{size}.faiss") for part, (first, last) in ranges)
     made = {int(name[1]) for name in map(re.compile(re.escape(stem) + r"\.\d+-of-(\d+)\.faiss").fullmatch, os.listdir(folder)) if name}
     size = next((size for size in sorted(made, key=lambda size: size != world.size) if not missing(size)), world.size)
     wait_for_all(world)  # all have looked before one of them writes
@@ -223,7 +227,8 @@ def build_bm25(folder, corpus, words, k1, b):
     check_writable(folder)
     index, tokens = bm25s.BM25(k1=k1, b=b), TokenLists(bm25s.tokenization.Tokenizer(**words), corpus)
     if not tokens.flat:
-        raise InputError(f"{corpus.parts[0].path}: no document has a word besides stop words; use --stopwords none, or another --key_template")
+        raise InputError(f"{corpus.parts[0].path}: no document has a word besides stop words; use --stopwords none, or "
+                         "another --key_template")
     index.index(tokens, show_progress=sys.stderr.isatty())
     try:
         index.save(folder)
