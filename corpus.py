@@ -87,8 +87,9 @@ class Corpus:
             if line.isspace() or header and number == 1:
                 continue
             row = self.parse(line, header, path, number)
-            if not starts:
+            if not (header and starts):  # a table's lines have the same columns
                 self.format(row, f"{path}:{number}")
+            if not starts:
                 column = next((key for key in ID_COLUMNS if key in row), None)
             if column and row.get(column) in (None, ""):
                 raise InputError(f"{path}:{number}: no '{column}', which other documents have; add it")
@@ -142,8 +143,10 @@ class Corpus:
 
     def passage(self, number):
         """{id, title, text} of a document; answers are searched in the text alone."""
-        row, _ = self.row(number)
-        return {"id": self.ids([number])[0], "title": row.get("title") or "", "text": row.get("text", row.get("content")) or ""}
+        row, place = self.row(number)
+        name = next((name for name in ("text", "content", "contents") if name in row), None)
+        text = row[name] or "" if name else self.format(row, place)
+        return {"id": self.ids([number])[0], "title": row.get("title") or "", "text": text}
 
     def ids(self, numbers):
         """The ids of documents (a list) by their numbers; the numbers as text where the corpus names no ids."""

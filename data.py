@@ -108,15 +108,14 @@ def check_record(record, place, number):
 def gold_answers(record, place):
     """(answers, target or None) of `answers`, or of `answer`: one text, NQ-open's list or TriviaQA's object. Raises InputError."""
     answers, answer, target = record.get("answers"), record.get("answer"), None
-    if isinstance(answer, dict):  # TriviaQA: the target is the value, any alias is right (FiD, src/preprocess.py)
-        value = answer.get("Value", answer.get("value"))
-        if not isinstance(value, str):
-            raise InputError(f"{place}: 'answer' is an object without a 'Value' text; give it one, or 'answers'")
+    value = answer.get("Value", answer.get("value")) if isinstance(answer, dict) else None
+    if isinstance(value, str):  # TriviaQA: the target is the value, any alias is right (FiD, src/preprocess.py)
         target, answer = value.title() if value.isupper() else value, answer.get("Aliases", answer.get("aliases", [value]))
-    if answers is None:
-        answers = [answer] if isinstance(answer, str) else answer if answer is not None else []
+    if answers is None:  # an answer that is a number or true is a choice's, no text to look for
+        answers = [answer] if isinstance(answer, str) else answer if isinstance(answer, (list, dict)) else []
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise InputError(f"{place}: 'answers' must be a list of strings, it is {json.dumps(answers)[:80]}")
+        raise InputError(f"{place}: 'answers' must be a list of strings (or 'answer' one, or TriviaQA's object), it is "
+                         f"{json.dumps(answers)[:80]}")
     return answers, target
 
 

@@ -94,10 +94,10 @@ def read_examples(path):
         query = record.get("query", record.get("question")) if isinstance(record, dict) else None
         if not isinstance(query, str):
             raise InputError(f"{place}: no 'query' (or 'question') text")
-        if "positive_ctxs" in record:
+        if record.get("positive_ctxs") is not None:
             pos, neg = record["positive_ctxs"][:1], record.get("hard_negative_ctxs") or record.get("negative_ctxs") or []
             scores = None
-        elif "history" in record:
+        elif record.get("history") is not None:
             pos, neg, scores = [], record["history"], record.get("teacher_scores")
         else:
             pos, neg, scores = (record.get(key) for key in ("pos", "neg", "teacher_scores"))

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from data import make_loader
-from utils import InputError, wait_for_all, write_json
+from utils import InputError, lock, wait_for_all, write_json
 
 BLOCK = 4096  # documents that are encoded, written and marked as done together
 MODEL_FILES = (".safetensors", ".bin", "config.json"), ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens")
@@ -31,17 +31,20 @@ def fingerprint(corpus, model_name, settings):
     paths = [path for path, *_ in corpus.parts] + [model_name] * (model_name != "bm25" and os.path.isfile(model_name))
     for folder, _, names in sorted(os.walk(model_name)) if model_name != "bm25" else ():
         paths += [os.path.join(folder, name) for name in sorted(names) if name.endswith(MODEL_FILES[0]) or name.startswith(MODEL_FILES[1])]
-    files = [(os.path.basename(path), os.path.getsize(path), content_hash(path)) for path in paths]
+    corpora = len(corpus.parts)
+    files = [(os.path.basename(path), os.path.getsize(path), content_hash(path, 256 if i < corpora else None)) for i, path in enumerate(paths)]
     name = str(model_name) if model_name == "bm25" or not os.path.exists(model_name) else ""  # a local one is known by its files
     return {"documents": len(corpus), "model": name, "files": [list(file) for file in files], **settings}
 
 
-def content_hash(path):
-    """A hash of a file's first, middle and last 64 KiB: enough to tell two files of one size apart, at once."""
-    size, digest = os.path.getsize(path), hashlib.blake2b(digest_size=12)
+def content_hash(path, windows=None):
+    """A hash of a file: whole, or so many evenly spaced 64 KiB of it, for corpora of many gigabytes."""
+    digest, last = hashlib.blake2b(digest_size=12), max(0, os.path.getsize(path) - 65536)
     with open(path, "rb") as file:
-        for place in (0, size // 2, max(0, size - 65536)):
-            file.seek(place)
+        if windows is None:
+            return hashlib.file_digest(file, lambda: digest).hexdigest()
+        for i in range(windows):
+            file.seek(last * i // (windows - 1))
             digest.update(file.read(65536))
     return digest.hexdigest()
 
@@ -65,7 +68,7 @@ def make_arrays(folder, count, width, dtype, wanted):
     try:
         os.makedirs(folder, exist_ok=True)
         for name, kind, shape in (("vectors", dtype, (count, width)), ("done", "uint8", (-(-count // BLOCK),))):
-            with open(os.path.join(folder, f"{name}.npy"), "wb") as file:
+            with open(os.path.join(folder, f"{name}.npy"), "w+b") as file:  # readable, where fallocate is emulated
                 np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape})
                 file.flush()  # room is taken now, not after hours of encoding
                 os.posix_fallocate(file.fileno(), 0, file.tell() + np.dtype(kind).itemsize * math.prod(shape))
@@ -101,7 +104,9 @@ def encode_corpus(model, corpus, tokenize, folder, dtype, world, wanted, num_wor
     """The array of a corpus's vectors, (N, D), encoding what is not done yet; each process takes a contiguous part of it."""
     model.eval()
     if world.is_main and not check_fingerprint(folder, wanted):
-        make_arrays(folder, len(corpus), model.encode(tokenize(["probe"]), "key").shape[1], dtype, wanted)
+        with lock(folder):
+            if not check_fingerprint(folder, wanted):
+                make_arrays(folder, len(corpus), model.encode(tokenize(["probe"]), "key").shape[1], dtype, wanted)
     wait_for_all(world)
     if not check_fingerprint(folder, wanted):
         raise InputError(f"{folder}: process {world.rank} does not see the index that process 0 made; it must lie on a shared disk")

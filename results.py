@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from corpus import format_key, read_lines, split_cells
 from data import gold_answers, read_json
-from metrics import has_answer, ranking_metrics, topk_accuracy
+from metrics import METRICS, has_answer, ranking_metrics, topk_accuracy
 from utils import InputError, new_file
 
 COLLATED = ("collate_neg", "collate_key", "collate_score")
@@ -93,15 +93,15 @@ def write_run(path, queries, results, corpus, name):
     with new_file(path) as file:
         for i, query in enumerate(queries):
             numbers, scores = results.row(i)
-            file.writelines(f"{query.id} Q0 {id} {rank} {score:.6f} {name}\n"
-                            for rank, (id, score) in enumerate(zip(corpus.ids(numbers), scores), 1))
+            lines = [f"{query.id} Q0 {id} {rank} {score:.6f} {name}\n" for rank, (id, score) in enumerate(zip(corpus.ids(numbers), scores), 1)]
+            file.write("".join(lines))
 
 
 def read_run(path, queries, corpus):
     """Results of a TREC run or of a file of records with ctxs, in their order where they have no scores. Raises InputError."""
-    found, shared = {query.id: {} for query in queries}, False
+    found, shared, texts = {query.id: {} for query in queries}, False, {query.id: query.text for query in queries}
     if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
-        rows = (row for number, (record, place) in enumerate(read_json(path)) for row in context_rows(record, number, place))
+        rows = (row for number, (record, place) in enumerate(read_json(path)) for row in context_rows(record, number, place, texts))
     else:
         rows = (split_run_line(line, f"{path}:{number}") for number, line in enumerate(read_lines(path), 1) if line.strip())
     while chunk := list(itertools.islice(rows, 2 ** 20)):
@@ -115,9 +115,11 @@ def read_run(path, queries, corpus):
     return from_dictionaries([found[query.id] for query in queries], corpus.size)
 
 
-def context_rows(record, number, place):
-    """(query, document, score, place) of a record's ctxs. Raises InputError."""
-    query = make_query(record, number, place).id
+def context_rows(record, number, place, texts):
+    """(query, document, score, place) of a record's ctxs; texts are the questions' by id. Raises InputError."""
+    _, query, text, *_ = make_query(record, number, place)
+    if texts.get(query, text) != text:
+        raise InputError(f"{place}: question {query!r} is {text[:60]!r} here and {texts[query][:60]!r} in the questions; give results of them")
     for rank, context in enumerate(record.get("ctxs") or []):
         try:
             score = context.get("score")
@@ -169,7 +171,7 @@ def fuse(results, how, weights, hits, constant=60):
 
 def candidates(record):
     """(keys, numbers) of a record's candidates: its key, its history, or its pos and neg; numbers is None if not all have one."""
-    name = next((name for name in ("key", "history") if name in record), None)
+    name = next((name for name in ("key", "history") if record.get(name) is not None), None)
     if name:
         keys, numbers = list(record[name] or []), list(record.get(f"{name}_index") or [])
     else:
@@ -177,21 +179,40 @@ def candidates(record):
     return keys, numbers if len(numbers) == len(keys) else None
 
 
-def check_candidates(queries, corpus, numbered):
+def check_candidates(queries, corpus, template, numbered):
     """InputError for a question whose candidates are no keys or, if they must be numbered, are not, or not by the corpus's numbers."""
     if queries and not any(candidates(query.record)[0] for query in queries):
         raise InputError("no question has candidates, in 'key', 'history', or 'pos' and 'neg'; give some, or rank an earlier result with "
                          "--results")
     for query in queries:
         keys, numbers = candidates(query.record)
-        if not all(isinstance(key, (str, dict)) for key in keys):
-            raise InputError(f"question {query.id!r}: its candidates must be lists of texts or of objects with the template's columns")
+        key_texts(query, keys, template)
         if numbered and keys and numbers is None:
             raise InputError(f"question {query.id!r}: not every candidate has its number in 'key_index', or 'pos_index' and 'neg_index'; "
                              "only the collated files can do without, or rank an earlier result with --results")
-        wrong = [n for n in numbers or () if not isinstance(n, int) or n < 0 or corpus and n >= len(corpus)] if numbered else ()
-        if wrong:
-            raise InputError(f"question {query.id!r}: candidate number {wrong[0]!r} is none of the corpus; is it the corpus of this file?")
+        if numbered or corpus:
+            check_numbers(query, numbers or [], corpus)
+
+
+def check_numbers(query, numbers, corpus):
+    """InputError for a number that is none of a document of the corpus."""
+    wrong = [n for n in numbers if not isinstance(n, int) or n < 0 or corpus and n >= len(corpus)]
+    if wrong:
+        raise InputError(f"question {query.id!r}: {wrong[0]!r} is the number of no document of the corpus; is it the corpus of this file?")
+
+
+def key_texts(query, keys, template):
+    """The texts of keys. Raises InputError."""
+    try:
+        return [format_key(key, template) for key in keys]
+    except (KeyError, AttributeError) as error:
+        raise InputError(f"question {query.id!r}: a candidate or positive is neither a text nor an object with the columns of --key_template "
+                         f"'{template}' ({error})") from None
+
+
+def positives(record):
+    """The keys that a record names as its positives, LLM-Embedder's or DPR's."""
+    return [*(record.get("pos") or []), *(record.get("positive_ctxs") or [])]
 
 
 def number_candidates(queries, results):
@@ -209,47 +230,55 @@ def collated_path(path, field, name):
     return ".".join([stem, field, *([name] if name else [])]) + ending
 
 
-def collate(kind, path, queries, results, corpus, labels, args):
+def collate(kind, path, queries, results, corpus, own, labels, args):
     """Writes LLM-Embedder's files: negatives mined from the hits, hits as keys, or scores as teacher_scores.
 
-    Without a corpus the hits are places among the record's own candidates. collate_neg drops old teacher_scores and queries without
-    hits; a record in DPR's form gets them as hard_negative_ctxs. args: key_template, max_neg_num, filter_answers.
+    own: the hits are places among the record's own candidates. collate_neg drops old teacher_scores and queries without hits; a record in
+    DPR's form gets them as hard_negative_ctxs. args: key_template, max_neg_num, filter_answers.
     """
-    field = {"collate_neg": "neg", "collate_key": "key"}.get(kind)
     with new_file(path) as file:
         for i, query in enumerate(queries):
             record, (numbers, scores) = dict(query.record), results.row(i)
             if kind == "collate_score":
                 record["teacher_scores"] = [score for _, score in sorted(zip(numbers, scores))]  # of every candidate, by place
             else:
-                hits = read_hits(record, numbers, corpus, args.key_template)
-                if kind == "collate_neg":
-                    if not hits:
-                        continue
+                hits = read_hits(query, numbers, corpus, own, args.key_template)
+                if kind == "collate_key":
+                    put_hits(record, "key", hits)
+                elif not hits:
+                    continue
+                else:
                     hits = keep_negatives(query, hits, corpus, labels[i], args.key_template, args.filter_answers)[:args.max_neg_num]
                     record.pop("teacher_scores", None)
-                put_hits(record, field, hits, corpus)
+                    if "positive_ctxs" in record:
+                        record["hard_negative_ctxs"] = [dpr_context(number, text, corpus) for number, text in hits]
+                    else:
+                        put_hits(record, "neg", hits)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def read_hits(record, numbers, corpus, template):
-    """[(number or None, text)] of hits: documents of the corpus or, without one, places among the record's candidates."""
-    if corpus:
+def read_hits(query, numbers, corpus, own, template):
+    """[(number or None, text)] of hits: documents of the corpus or places among the record's own candidates."""
+    if not own:
         return [(number, corpus.text(number)) for number in numbers]
-    keys, known = candidates(record)
-    return [(known[place] if known else None, format_key(keys[place], template)) for place in numbers]
+    keys, known = candidates(query.record)
+    return [(known[place] if known else None, text) for place, text in zip(numbers, key_texts(query, [keys[n] for n in numbers], template))]
 
 
-def put_hits(record, field, hits, corpus):
-    """Sets a record's neg or key, and their numbers if they have some; negatives of a record in DPR's form as it has them."""
+def put_hits(record, field, hits):
+    """Sets a record's neg or key, and their numbers if they have some."""
     record.pop(f"{field}_index", None)
-    if field == "neg" and "positive_ctxs" in record and corpus:
-        found = [corpus.passage(number) for number, _ in hits]
-        record["hard_negative_ctxs"] = [{"title": one["title"], "text": one["text"], "passage_id": one["id"]} for one in found]
-    else:
-        record[field] = [text for _, text in hits]
-        if all(number is not None for number, _ in hits):
-            record[f"{field}_index"] = [number for number, _ in hits]
+    record[field] = [text for _, text in hits]
+    if all(number is not None for number, _ in hits):
+        record[f"{field}_index"] = [number for number, _ in hits]
+
+
+def dpr_context(number, text, corpus):
+    """A hit as DPR's files have it."""
+    if number is None or not corpus:
+        return {"title": "", "text": text}
+    passage = corpus.passage(number)
+    return {"title": passage["title"], "text": passage["text"], "passage_id": passage["id"]}
 
 
 def keep_negatives(query, hits, corpus, labels, template, filter_answers):
@@ -257,11 +286,10 @@ def keep_negatives(query, hits, corpus, labels, template, filter_answers):
 
     An answer is held as in LLM-Embedder: it is a substring, in lower case.
     """
-    contexts = query.record.get("positive_ctxs") or []
-    texts = {format_key(key, template) for key in [*(query.record.get("pos") or []), *contexts]}
+    texts = set(key_texts(query, positives(query.record), template))
     numbers = {number for number, label in labels.items() if label > 0} | set(query.record.get("pos_index") or [])
     if corpus:
-        ids = [context.get("passage_id", context.get("psg_id")) for context in contexts]
+        ids = [context.get("passage_id", context.get("psg_id")) for context in query.record.get("positive_ctxs") or []]
         numbers.update(corpus.numbers([str(id) for id in ids if id is not None]))
     held = [answer.lower() for answer in query.answers] if filter_answers else []
     return [(number, text) for number, text in hits
@@ -277,11 +305,11 @@ def read_labels(queries, qrels, corpus, say):
     Raises InputError.
     """
     if qrels is None:
-        return [dict.fromkeys(query.record.get("pos_index") or [], 1) for query in queries]
+        return [dict.fromkeys(pos_index(query), 1) for query in queries]
     own = [qrels.get(query.id, {}) for query in queries]
     documents = list(dict.fromkeys(document for row in own for document in row))
     if queries and not documents:
-        raise InputError(f"the qrels label no document for any of the questions (theirs are such as {next(iter(qrels))!r}, the questions' "
+        raise InputError(f"the qrels label no document for any of the questions (theirs are such as {next(iter(qrels), None)!r}, the questions' "
                          f"ids such as {queries[0].id!r}); give the qrels of these questions")
     numbers = dict(zip(documents, corpus.numbers(documents)))
     absent = [document for document, number in numbers.items() if number < 0]
@@ -294,13 +322,26 @@ def read_labels(queries, qrels, corpus, say):
     return [{numbers[document]: label for document, label in row.items()} for row in own]
 
 
-def check_measures(queries, labels, names):
-    """InputError for a metric that no query has labels (nq: answers) for."""
-    for name in sorted(names) if queries else ():
+def pos_index(query):
+    """The numbers of a record's positives in the corpus. Raises InputError."""
+    numbers = query.record.get("pos_index") or []
+    if not isinstance(numbers, list):
+        raise InputError(f"question {query.id!r}: 'pos_index' must be a list of numbers, it is {numbers!r}")
+    return numbers
+
+
+def check_outputs(queries, labels, corpus, args):
+    """InputError, before the search, for records without what the metrics asked for need."""
+    for name in [name for name in args.metrics if name in METRICS and queries]:
         if name == "nq" and not any(query.answers for query in queries):
             raise InputError("nq cannot be measured: no query has 'answers'")
         if name != "nq" and not any(labels):
             raise InputError(f"{name} cannot be measured: no query has qrels or 'pos_index'")
+    for query in queries:
+        if "collate_neg" in args.metrics:
+            key_texts(query, positives(query.record), args.key_template)
+        if "collate_neg" in args.metrics or set(args.metrics) & set(METRICS) - {"nq"} and not args.qrels:
+            check_numbers(query, pos_index(query), corpus)
 
 
 def measure(queries, results, labels, marks, names, cutoffs):

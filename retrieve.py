@@ -20,16 +20,16 @@ import transformers
 from tqdm import tqdm
 
 from checkpoints import load_tokenizer
-from corpus import check_templates, format_key, merge_qrels, open_corpus, read_queries
+from corpus import check_templates, merge_qrels, open_corpus, read_queries
 from dense_args import SWITCH, resolve_path
 from dense_data import INSTRUCTIONS, GroupCollator
 from embed import check_fingerprint, encode_corpus, fingerprint
 from metrics import METRICS
-from results import (COLLATED, Query, Results, candidates, check_candidates, check_measures, collate, collated_path, fuse, mark_answers,
-                     measure, number_candidates, read_labels, read_questions, read_run, stack, write_contexts, write_run)
+from results import (COLLATED, Query, Results, candidates, check_candidates, check_outputs, collate, collated_path, fuse, key_texts,
+                     mark_answers, measure, number_candidates, read_labels, read_questions, read_run, stack, write_contexts, write_run)
 from retriever import BiEncoder, CrossEncoder, limit_lengths
 from search import (best_by_place, bm25_words, build_bm25, merge_processes, open_indices, part_range, search_exactly, search_indices)
-from utils import HelpFormatter, InputError, gather_lists, read_args, run_script, start_processes, wait_for_all, write_json
+from utils import HelpFormatter, InputError, gather_lists, lock, read_args, run_script, start_processes, wait_for_all, write_json
 
 METHODS = ("dense", "bm25", "rank", "random", "fuse")
 
@@ -97,9 +97,13 @@ def search_bm25(args, corpus, queries, world):
     settings = {"k1": args.k1, "b": args.b, "stopwords": args.stopwords, "stemmer": args.stemmer, "template": corpus.template}
     wanted, words = fingerprint(corpus, "bm25", settings), bm25_words(None if args.stopwords == "none" else args.stopwords, args.stemmer)
     if world.is_main and not check_fingerprint(args.index, wanted):
-        build_bm25(args.index, corpus, words, args.k1, args.b)
-        write_json(os.path.join(args.index, "index.json"), wanted)
+        with lock(args.index):
+            if not check_fingerprint(args.index, wanted):
+                build_bm25(args.index, corpus, words, args.k1, args.b)
+                write_json(os.path.join(args.index, "index.json"), wanted)
     wait_for_all(world)
+    if not check_fingerprint(args.index, wanted):
+        raise InputError(f"{args.index}: process {world.rank} does not see the index that process 0 made; it must lie on a shared disk")
     if not queries:
         return None
     index, own, rows = bm25s.BM25.load(args.index, mmap=True), range(world.rank, len(queries), world.size), []
@@ -163,7 +167,7 @@ def search_candidates(args, corpus, queries, world):
     """Candidates in the model's order: an earlier result's documents, or, by their places, the records' candidates."""
     earlier = read_run(args.results[0], queries, corpus) if args.results else None
     if not earlier:  # their own
-        check_candidates(queries, corpus, bool(args.output or args.trec or set(args.metrics) & set(METRICS)))
+        check_candidates(queries, corpus, args.key_template, bool(args.output or args.trec or set(args.metrics) & set(METRICS)))
     model, collator = open_retriever(args, corpus, world)
     rows = []
     for i in tqdm(range(world.rank, len(queries), world.size), desc="ranking", leave=False, disable=None if world.is_main else True):
@@ -172,7 +176,7 @@ def search_candidates(args, corpus, queries, world):
             numbers = earlier.row(i)[0]
             texts = [corpus.text(number) for number in numbers]
         else:
-            texts = [format_key(key, args.key_template) for key in candidates(query.record)[0]]
+            texts = key_texts(query, candidates(query.record)[0], args.key_template)
             numbers = range(len(texts))
         if not numbers:
             rows.append((i, np.zeros(0, int), np.zeros(0)))
@@ -252,9 +256,10 @@ def check_args(args):
         raise InputError("no questions: give --eval_data, or --queries; without them and without outputs the index is made, no more")
     if args.index is None and args.corpus:
         args.index = f"{args.corpus[0]}.{args.retrieval_method}-index"
-    for path in (args.output, args.trec, args.measures):
-        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise InputError(f"{path}: its folder does not exist; make it first")
+    collated = [collated_path(args.eval_data, "", "") for kind in COLLATED if kind in args.metrics]
+    for path in (args.output, args.trec, args.measures, *collated):
+        if path and not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+            raise InputError(f"{path}: its folder does not exist or cannot be written; make it first, or choose another")
 
 
 def write_outputs(args, queries, results, corpus, labels):
@@ -263,7 +268,7 @@ def write_outputs(args, queries, results, corpus, labels):
     for kind, field in zip(COLLATED, ("neg", "key", "scored")):
         if kind in args.metrics:
             path = collated_path(args.eval_data, field, args.save_name or args.retrieval_method)
-            collate(kind, path, queries, results, None if own else corpus, labels, args)
+            collate(kind, path, queries, results, corpus, own, labels, args)
             print(f"{kind}: {path}")
     names = [name for name in args.metrics if name in METRICS]
     if own and (args.output or args.trec or names):
@@ -293,7 +298,7 @@ def main(args):
         raise InputError(f"{args.eval_data or ', '.join(args.queries)}: holds no queries")
     say = print if world.is_main else lambda text: None
     labels = read_labels(queries, merge_qrels(args.qrels) if args.qrels else None, corpus, say)
-    check_measures(queries, labels, set(args.metrics) & set(METRICS))
+    check_outputs(queries, labels, corpus, args)
     if corpus and queries and args.hits > len(corpus):
         args.hits = len(corpus)
         say(f"note: --hits is more than the corpus has; {args.hits} are taken")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from utils import InputError, check_writable, new_file, wait_for_all
+from utils import InputError, gather_lists, new_file, save_folder
 
 BLOCK = 65536   # a process's part is a multiple of so many vectors, so that scores do not depend on the number of processes
 TILE = 4096     # vectors that exact search scores at once on a CPU: their scores stay in its cache
@@ -153,7 +153,7 @@ def open_indices(folder, vectors, factory, metric, sample, seed, world):
         return any(first < last and not os.path.exists(f"{folder}/{stem}.{part}-of-{size}.faiss") for part, (first, last) in ranges)
     made = {int(name[1]) for name in map(re.compile(re.escape(stem) + r"\.\d+-of-(\d+)\.faiss").fullmatch, os.listdir(folder)) if name}
     size = next((size for size in sorted(made, key=lambda size: size != world.size) if not missing(size)), world.size)
-    wait_for_all(world)  # all have looked before one of them writes
+    size = gather_lists([size], world)[0]  # as the main process sees it, before one of them writes
     indices = []
     for part in range(world.rank, size, world.size):
         first, last = part_range(len(vectors), part, size)
@@ -224,16 +224,18 @@ def bm25_words(stopwords, stemmer):
 
 def build_bm25(folder, corpus, words, k1, b):
     """Makes bm25s's index of a corpus. Raises InputError."""
-    check_writable(folder)
     index, tokens = bm25s.BM25(k1=k1, b=b), TokenLists(bm25s.tokenization.Tokenizer(**words), corpus)
     if not tokens.flat:
         raise InputError(f"{corpus.parts[0].path}: no document has a word besides stop words; use --stopwords none, or "
                          "another --key_template")
     index.index(tokens, show_progress=sys.stderr.isatty())
+
+    def save(temporary):
+        index.save(temporary)
+        bm25s.BM25.load(temporary, mmap=True)  # np.save, which it uses, does not notice a full disk
     try:
-        index.save(folder)
-        bm25s.BM25.load(folder, mmap=True)  # np.save, which it uses, does not notice a full disk
-    except (OSError, ValueError):
+        save_folder(folder, save)
+    except ValueError:
         raise InputError(f"{folder}: the index could not be written whole; make room") from None
 
 

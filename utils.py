@@ -2,6 +2,7 @@
 import argparse
 import ctypes
 import errno
+import fcntl
 import gzip
 import io
 import json
@@ -109,6 +110,7 @@ def run_script(main, args):
         main(args)
         code = 0
     except InputError as error:
+        error = str(error).split("InputError: ")[-1].strip()  # a DataLoader's worker sends its traceback with it
         if rank > 0:
             time.sleep(3)  # rank 0 says the same; torchrun ends this process meanwhile, unless only this one failed
         print(f"error: {error}" if rank == 0 else f"error on process {rank}: {error}", file=sys.stderr, flush=True)
@@ -215,6 +217,25 @@ def check_writable(folder):
     with new_file(f"{folder.rstrip('/')}.probe"):
         pass
     os.remove(f"{folder.rstrip('/')}.probe")
+
+
+@contextmanager
+def lock(folder):
+    """Lets one process at a time make what the folder is for; others wait, and find it made."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, ".lock"), "w")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another path or make room") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another process is making it; waiting", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def write_json(path, content):

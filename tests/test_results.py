@@ -9,7 +9,7 @@ import pytest
 from conftest import run
 from corpus import Corpus
 from data import check_record
-from results import (Query, Results, candidates, check_candidates, check_measures, collate, make_query, measure, number_candidates,
+from results import (Query, Results, candidates, check_candidates, check_outputs, collate, make_query, measure, number_candidates,
                      read_labels, read_questions, read_run, write_contexts)
 from utils import InputError
 
@@ -29,19 +29,23 @@ def found(*rows):
     return Results(np.array(rows), -np.arange(len(rows[0]), dtype=np.float32) + np.zeros((len(rows), 1), np.float32))
 
 
-def collated(tmp_path, kind, queries, results, corpus, labels=None, **flags):
-    args = SimpleNamespace(**{"key_template": "{title} {text}", "max_neg_num": 9, "filter_answers": False} | flags)
-    collate(kind, tmp_path / "out.json", queries, results, corpus, labels or [{}] * len(queries), args)
+def flags(**changed):
+    return SimpleNamespace(**{"key_template": "{title} {text}", "max_neg_num": 9, "filter_answers": False, "metrics": [], "qrels": []} | changed)
+
+
+def collated(tmp_path, kind, queries, results, corpus, own=False, labels=None, **changed):
+    collate(kind, tmp_path / "out.json", queries, results, corpus, own, labels or [{}] * len(queries), flags(**changed))
     return [json.loads(line) for line in open(tmp_path / "out.json")]
 
 
 def test_answers_of_every_form(tmp_path):
     trivia = {"answer": {"Value": "ROME", "Aliases": ["Rome", "Roma"]}}
     for record, answers in (({"answers": ["a"]}, ["a"]), ({"answer": "a"}, ["a"]), ({"answer": ["a", "b"]}, ["a", "b"]), ({}, []),
-                            (trivia, ["Rome", "Roma"]), ({"answers": None, "answer": "a"}, ["a"])):
+                            (trivia, ["Rome", "Roma"]), ({"answers": None, "answer": "a"}, ["a"]), ({"answer": 3}, []), ({"answer": True}, []),
+                            ({"answers": ["a"], "answer": {}}, ["a"])):
         assert asked(record)[0].answers == answers == check_record({"question": "who", **record}, "f:1", 0)["answers"]
     assert check_record({"question": "who", **trivia}, "f:1", 0)["target"] == "Rome"
-    for bad in ({"answers": "a"}, {"answer": 3}, {"answer": {"Aliases": ["x"]}}):
+    for bad in ({"answers": "a"}, {"answer": [3]}, {"answer": {"Aliases": ["x"]}}):
         for read in (lambda: asked(bad), lambda: check_record({"question": "who", **bad}, "f:1", 0)):
             with pytest.raises(InputError, match="answer"):
                 read()
@@ -51,11 +55,14 @@ def test_a_run_without_scores_keeps_its_order(corpus, tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps([{"id": "a", "question": "q", "ctxs": [{"id": "d5"}, {"id": "d2", "score": None}, {"id": "d7"}]},
                                 {"id": "b", "question": "q", "ctxs": [{"id": "d1", "score": "0.5"}, {"id": "d3", "score": 2}]}]))
-    queries = asked({"id": "b"}, {"id": "a"}, {"id": "c"})
+    queries = asked({"id": "b", "question": "q"}, {"id": "a", "question": "q"}, {"id": "c"})
     result = read_run(path, queries, corpus)
     assert [result.row(i)[0] for i in range(3)] == [[3, 1], [5, 2, 7], []]
     with pytest.raises(InputError, match="no document for any of the questions .*'x'"):
         read_run(path, asked({"id": "x"}), corpus)
+    path.write_text(json.dumps([{"id": "a", "question": "another", "ctxs": [{"id": "d5"}]}]))
+    with pytest.raises(InputError, match="record 0: question 'a' is 'another' here and 'q' in the questions"):
+        read_run(path, queries, corpus)
     for bad in ({"score": 1}, "d1", {"id": "d1", "score": "high"}):
         path.write_text(json.dumps([{"id": "a", "question": "q", "ctxs": [bad]}]))
         with pytest.raises(InputError, match=r"record 0: ctxs\[0\]"):
@@ -80,36 +87,50 @@ def test_labels_of_absent_documents_count_as_not_found(corpus):
         read_labels(queries, {"0": {"gone": 1}}, corpus, print)
     with pytest.raises(InputError, match="no document for any of the questions .*'7'.*'0'"):
         read_labels(queries, {"7": {"d1": 1}}, corpus, print)
-    with pytest.raises(InputError, match="nq cannot be measured"):
-        check_measures(queries, labels, {"nq"})
-    with pytest.raises(InputError, match="map cannot be measured"):
-        check_measures(queries, [{}, {}], {"map"})
+    with pytest.raises(InputError, match="no document for any of the questions .*None.*'0'"):  # filters left nothing
+        read_labels(queries, {}, corpus, print)
+
+
+def test_what_the_outputs_need_is_checked_before_the_search(corpus):
+    good = asked({"pos_index": [7], "pos": ["a"], "answers": ["b"]})
+    check_outputs(good, [{7: 1}], corpus, flags(metrics=["map", "nq", "collate_neg"]))
+    for record, labels, metrics, message in (
+            ({}, {1: 1}, ["nq"], "nq cannot be measured"), ({}, {}, ["map"], "map cannot be measured"),
+            ({"pos_index": [8]}, {8: 1}, ["map"], "8 is the number of no document"), ({"pos_index": ["d1"]}, {}, ["collate_neg"], "'d1' is the number"),
+            ({"positive_ctxs": [{"text": "x"}]}, {}, ["collate_neg"], r"the columns of --key_template '{name}' \('name'\)")):
+        with pytest.raises(InputError, match=message):
+            check_outputs(asked(record), [labels], corpus, flags(metrics=metrics, key_template="{name}"))
+    check_outputs(asked({"pos_index": ["d1"]}), [{}], corpus, flags(metrics=["collate_key"]))
+    with pytest.raises(InputError, match="'pos_index' must be a list"):
+        read_labels(asked({"pos_index": 3}), None, corpus, print)
 
 
 def test_given_candidates_need_numbers_where_documents_are_written(corpus):
     good = {"pos": ["a"], "pos_index": [3], "neg": ["b"], "neg_index": [1]}
-    check_candidates(asked(good), corpus, True)
+    check_candidates(asked(good), corpus, "{text}", True)
     assert number_candidates(asked(good), found([1, 0])).row(0)[0] == [1, 3]
     assert candidates({"pos": ["a"], "neg": ["b"], "neg_index": [1]}) == (["a", "b"], None)
-    check_candidates(asked({"pos": ["a"], "neg": ["b"]}), None, False)
+    check_candidates(asked({"pos": ["a"], "neg": ["b"]}), None, "{text}", False)
+    assert candidates({"history": None, "key": None, "pos": ["a"], "pos_index": [4]}) == (["a"], [4])
     assert candidates({"history": ["a", "b"], "teacher_scores": [1, 2]}) == (["a", "b"], None)  # LLM-Embedder's chat
     with pytest.raises(InputError, match="no question has candidates"):
-        check_candidates(asked({}, {"pos": []}), None, False)
-    for bad, message in (({"pos": ["a"], "neg": ["b"]}, "not every candidate"), ({**good, "neg_index": [8]}, "number 8 is none"),
-                         ({**good, "neg_index": ["d1"]}, "number 'd1'"), ({"key": ["a", "b"], "key_index": [1]}, "not every candidate"),
-                         ({"key": [3], "key_index": [1]}, "lists of texts")):
+        check_candidates(asked({}, {"pos": []}), None, "{text}", False)
+    for bad, message in (({"pos": ["a"], "neg": ["b"]}, "not every candidate"), ({**good, "neg_index": [8]}, "8 is the number of no document"),
+                         ({**good, "neg_index": ["d1"]}, "'d1' is the number"), ({"key": ["a", "b"], "key_index": [1]}, "not every candidate"),
+                         ({"key": [3], "key_index": [1]}, "neither a text nor"),
+                         ({"key": [{"title": "x"}], "key_index": [1]}, r"--key_template '{text}' \('text'\)")):
         with pytest.raises(InputError, match=f"question '0': .*{message}"):
-            check_candidates(asked(bad), corpus, True)
+            check_candidates(asked(bad), corpus, "{text}", True)
 
 
 def test_collated_candidates_keep_their_texts(tmp_path):
     """Without numbers of their own they get none: places are no documents."""
     queries = asked({"key": ["a", {"text": "b"}, "c"]}, {"key": ["a", "b", "c"], "key_index": [7, 5, 6]})
     ranked = found([2, 0, 1], [1, 2, 0])
-    rows = collated(tmp_path, "collate_key", queries, ranked, None)
+    rows = collated(tmp_path, "collate_key", queries, ranked, None, own=True)
     assert rows[0]["key"] == ["c", "a", "b"] and "key_index" not in rows[0]
     assert rows[1]["key"] == ["b", "c", "a"] and rows[1]["key_index"] == [5, 6, 7]
-    rows = collated(tmp_path, "collate_score", queries, ranked, None)
+    rows = collated(tmp_path, "collate_score", queries, ranked, None, own=True)
     assert rows[0]["teacher_scores"] == [-1, -2, 0] and rows[1]["teacher_scores"] == [-2, 0, -1]
 
 
@@ -118,7 +139,7 @@ def test_positives_are_never_mined(corpus, tmp_path):
     for record, labels, left in (({"pos": ["t1 text 1"]}, {}, [0, 2, 3, 4, 5]), ({"pos": [{"title": "t2", "text": "text 2"}]}, {}, [0, 1, 3, 4, 5]),
                                  ({"pos_index": [4], "pos": ["other"]}, {}, [0, 1, 2, 3, 5]), ({}, {3: 1, 5: 0, -2: 1}, [0, 1, 2, 4, 5]),
                                  ({"answers": ["Text 4"]}, {}, [0, 1, 2, 3, 5])):
-        row, = collated(tmp_path, "collate_neg", asked(record), hits, corpus, [labels], filter_answers=True)
+        row, = collated(tmp_path, "collate_neg", asked(record), hits, corpus, labels=[labels], filter_answers=True)
         assert row["neg_index"] == left and row["neg"] == [corpus.text(number) for number in left]
 
 
@@ -130,10 +151,19 @@ def test_mined_negatives_of_dpr_records_are_dpr_records(corpus, tmp_path):
     row, = collated(tmp_path, "collate_neg", asked(record), found([1, 2, 0, 5]), corpus, max_neg_num=1)
     assert row["hard_negative_ctxs"] == [{"title": "", "text": "text 0", "passage_id": "d0"}] and "neg" not in row
     assert read_examples(tmp_path / "out.json")[0].neg == row["hard_negative_ctxs"]
+    row, = collated(tmp_path, "collate_neg", asked(record | {"key": ["a", "t1 text 1", "c"]}), found([2, 1, 0]), None, own=True)  # ranked
+    assert row["hard_negative_ctxs"] == [{"title": "", "text": "c"}, {"title": "", "text": "a"}]
 
 
-def test_titles_that_are_null_are_empty(corpus, tmp_path):
-    assert corpus.text(0) == "text 0" and corpus.passage(0)["title"] == ""
+def test_passages_of_other_columns(corpus, tmp_path):
+    assert corpus.text(0) == "text 0" and corpus.passage(0)["title"] == ""  # a title that is null
+    (tmp_path / "pyserini.jsonl").write_text('{"id": "1", "contents": "all"}\n{"id": "2", "contents": "more"}\n')
+    assert Corpus(str(tmp_path / "pyserini.jsonl"), "{contents}").passage(1) == {"id": "2", "title": "", "text": "more"}
+    (tmp_path / "own.jsonl").write_text('{"id": "1", "name": "n", "body": "b"}\n')
+    assert Corpus(str(tmp_path / "own.jsonl"), "{name}: {body}").passage(0)["text"] == "n: b"
+    (tmp_path / "pyserini.jsonl").write_text('{"id": "1", "contents": "all"}\n{"id": "2"}\n')
+    with pytest.raises(InputError, match="pyserini.jsonl:2: no column 'contents'"):
+        Corpus(str(tmp_path / "pyserini.jsonl"), "{contents}")
 
 
 def test_gzipped_outputs_open(corpus, tmp_path):

@@ -319,7 +319,21 @@ def test_the_tokenizer_is_part_of_the_fingerprint(bert, world_files, tmp_path):
     name = next(name for name in ("vocab.txt", "tokenizer.json") if (tmp_path / "bert" / name).exists())
     text = (tmp_path / "bert" / name).read_text()
     (tmp_path / "bert" / name).write_text(text.replace("cradle", "carpet"))
-    assert fingerprint(corpus, str(tmp_path / "bert"), {}) != before
+    changed = fingerprint(corpus, str(tmp_path / "bert"), {})
+    assert changed != before
+    path = tmp_path / "bert" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1  # one bit of one weight
+    path.write_bytes(content)
+    assert fingerprint(corpus, str(tmp_path / "bert"), {}) != changed
+
+
+def test_two_that_start_at_once_make_one_index(world_files, tmp_path):
+    common = ["--corpus", world_files / "corpus.jsonl", "--eval_data", world_files / "records.json", "--retrieval_method", "bm25", "--index",
+              tmp_path / "index", "--trec"]
+    both = [subprocess.Popen(command("retrieve.py", *common, tmp_path / name), stdout=subprocess.PIPE) for name in ("one", "two")]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
 
 
 def test_a_full_disk_is_told_and_nothing_half_written_counts(bert, world_files, tmp_path):
