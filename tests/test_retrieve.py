@@ -16,8 +16,8 @@ from conftest import ROOT, WORDS, command, make_bert, run
 from corpus import Corpus
 from embed import fingerprint
 from results import Results, collated_path, from_dictionaries, fuse, read_questions
-from search import best_by_place, merge, search_exactly
-from utils import InputError
+from search import best_by_place, merge, open_indices, search_exactly, search_indices
+from utils import InputError, World
 
 
 @pytest.fixture(scope="module")
@@ -159,15 +159,25 @@ def test_dense_equals_a_plain_search(metric, bert, world_files, tmp_path):
         assert documents[str(i)] == [f"d{number}" for number in want.indices[i, :8].tolist()]
 
 
-@pytest.mark.parametrize("factory,flags", [("IVF2,Flat", ["--nprobe", 2]), ("HNSW8", ["--efSearch", 60])])
-def test_faiss_indices(factory, flags, bert, world_files, tmp_path):
-    common = ["--query_encoder", bert, "--hits", 5, "--index", tmp_path / "index", "--pooling_method", "mean"]
-    retrieve(world_files, *common, "--trec", tmp_path / "flat")
-    for name in ("made", "opened"):
-        retrieve(world_files, *common, "--faiss_index_factory", factory, *flags, "--trec", tmp_path / name)
-        assert ranks(tmp_path / name)[1]["5"] == pytest.approx(ranks(tmp_path / "flat")[1]["5"], abs=1e-3)
-    _, stderr = retrieve(world_files, *common, "--faiss_index_factory", "IVF200,Flat", "--trec", tmp_path / "x", code=1)
-    assert "too few to train" in stderr and "Traceback" not in stderr
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("factory,settings", [("IVF2,Flat", {"nprobe": 2}), ("HNSW8", {"efSearch": 300}), ("OPQ4,IVF2,PQ4x4", {"nprobe": 2})])
+def test_faiss_indices(factory, settings, metric, tmp_path):
+    """Made, opened again, and as good as exact search where nothing is compressed."""
+    rng, alone = np.random.default_rng(0), World(0, 0, 1, torch.device("cpu"))
+    vectors, asked = rng.standard_normal((300, 8), np.float32).astype(np.float16), torch.from_numpy(rng.standard_normal((20, 8), np.float32))
+    exact = search_exactly(vectors, asked, 0, 300, 5, metric, quiet=True)
+    found = [search_indices(open_indices(tmp_path, vectors, factory, metric, None, 0, alone), asked, 5, metric, settings) for _ in range(2)]
+    assert (found[0][0] == found[1][0]).all() and len(list(tmp_path.glob("*.faiss"))) == 1
+    if "PQ" in factory:
+        assert np.mean([len(set(a) & set(b)) / 5 for a, b in zip(exact[0], found[0][0])]) > 0.3
+    else:
+        assert (found[0][0] == exact[0]).all()
+        np.testing.assert_allclose(found[0][1], exact[1], atol=1e-3)
+    other = {"efSearch": 10} if "IVF" in factory else {"nprobe": 2}
+    with pytest.raises(InputError, match="is no setting of this index"):
+        search_indices(open_indices(tmp_path, vectors, factory, metric, None, 0, alone), asked, 5, metric, other)
+    with pytest.raises(InputError, match="300 vectors are too few to train it"):
+        open_indices(tmp_path, vectors, "IVF301,Flat", metric, None, 0, alone)
 
 
 def test_outputs(world_files, tmp_path):
