@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from layers import ATTENTION, AddDropped, compute_dtype, group_passages, sdpa_attention
+from dropout import AddDropped
+from layers import ATTENTION, compute_dtype, group_passages, sdpa_attention
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time in float32, twice as many in 16 bits
 GROUP_TOKENS = {"cpu": 2048, "cuda": 16384}  # attended at a time without autograd; layers.py's are for PackedAttention

@@ -29,7 +29,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from checkpoints import load_tokenizer  # noqa: E402
 from data import Collator  # noqa: E402
-from layers import drop_, keep_mask  # noqa: E402
+from dropout import drop_, keep_mask  # noqa: E402
 from model import FiDT5  # noqa: E402
 from utils import HelpFormatter, InputError, run_script, start_processes  # noqa: E402
 
@@ -228,7 +228,7 @@ def pipeline_seconds(num_contexts):
 
 
 def dropout_costs(device):
-    """Nanoseconds that one unit's dropout takes, forward: torch's, and that of layers.py."""
+    """Nanoseconds that one unit's dropout takes, forward: torch's, and that of dropout.py."""
     x, times = torch.randn(4096, 2048, device=device), {F.dropout: [], own_dropout: []}
     for _ in range(5):
         for function, own in times.items():

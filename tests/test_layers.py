@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
+import dropout
 import layers
 import model as model_file
-from layers import ActDropped, AddDropped, GatedDropped, NormLinear, PackedAttention, group_passages, keep_mask
+from dropout import ActDropped, AddDropped, GatedDropped, keep_mask
+from layers import NormLinear, PackedAttention, group_passages
 from model import FiDT5, plain_key
 from test_model import FAMILIES, family_folder, plain_fid, random_batch
 
@@ -71,8 +73,9 @@ def replay(monkeypatch):
     """Makes the next random bits known: keep(shape) is the mask that the next dropout of that shape will use."""
     def keep(shape):
         bits = torch.from_numpy(np.random.default_rng(3).integers(-2 ** 15, 2 ** 15, shape, dtype=np.int16))
-        monkeypatch.setattr(layers, "random_bits", lambda *_: bits.clone())
-        return bits >= layers.threshold(P)
+        for module in (dropout, layers):
+            monkeypatch.setattr(module, "random_bits", lambda *_: bits.clone())
+        return bits >= dropout.threshold(P)
     return keep
 
 
