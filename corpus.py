@@ -1,4 +1,5 @@
 """Corpora, queries and relevance judgments, of all the field's formats, gzipped or not."""
+import codecs
 import csv
 import gzip
 import json
@@ -10,6 +11,7 @@ import sys
 import zlib
 from array import array
 from collections import defaultdict
+from string import Formatter
 from typing import NamedTuple
 
 import numpy as np
@@ -191,7 +193,8 @@ def read_lines(path):
             if file.peek(1)[:1] == b"[":
                 yield from (json.dumps(row).encode() + b"\n" for row, _ in read_json(path))
             else:
-                yield from file
+                for number, line in enumerate(file):
+                    yield line if number else line.removeprefix(codecs.BOM_UTF8)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path, or fetch the file "
                          "again") from None
@@ -208,6 +211,8 @@ def plain_lines(path):
     if plain:
         return path
     if not os.path.exists(unpacked) or os.stat(unpacked).st_mtime_ns != source:  # of the same age: written from this very file
+        if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+            raise InputError(f"{path}: must be unpacked, and its folder cannot be written; gunzip it elsewhere, and give that file")
         with new_file(unpacked, "wb") as file:
             file.writelines(tqdm(read_lines(path), unit=" lines", desc=f"unpacking {os.path.basename(path)}", leave=False, disable=None))
             file.flush()
@@ -256,11 +261,21 @@ def format_key(key, template):
 def check_templates(args):
     """InputError for a --key_template that is no format string of column names, or a --query_template with others than query."""
     for name, columns in (("key_template", defaultdict(str)), ("query_template", {"query": ""})):
+        template = getattr(args, name)
         try:
-            getattr(args, name).format_map(columns)
+            template.format_map(columns)
+            if not any(field for _, field, _, _ in Formatter().parse(template)):
+                raise ValueError("it names no column")
         except (ValueError, IndexError, AttributeError, KeyError) as error:
-            raise InputError(f"--{name} '{getattr(args, name)}' cannot be used ({error}); name columns in braces, as in "
-                             "'{title} {text}' for keys and '{query}' for queries") from None
+            raise InputError(f"--{name} '{template}' cannot be used ({error}); name columns in braces, as in '{{title}} {{text}}' for keys "
+                             "and '{query}' for queries") from None
+
+
+def is_header(line):
+    """True for a first line that names the columns: id and query, or question and answers."""
+    names = [cell.strip().lower() for cell in line.split("\t")]
+    return len(names) == 2 and (names[0] in (*ID_COLUMNS, "qid", "query_id") and names[1] in ("query", "question", "text")
+                                or names == ["question", "answers"])
 
 
 def read_queries(paths):
@@ -277,9 +292,12 @@ def read_queries(paths):
                 query = row.get("text", row.get("query", row.get("question")))
             else:
                 id, _, query = text.partition("\t")
+                if number == 1 and is_header(text):
+                    continue
             if id is None or not isinstance(query, str) or not query.strip():
                 raise InputError(f"{place}: a query needs an id and a text")
-            queries[str(id)] = query
+            if queries.setdefault(str(id), query) != query:
+                raise InputError(f"{place}: the id {str(id)!r} is another query's already; make ids unique")
     return queries
 
 

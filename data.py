@@ -18,7 +18,7 @@ from utils import InputError
 
 def open_text(path):
     """A text file object, gunzipped where the name ends in .gz."""
-    return gzip.open(path, "rt", encoding="utf-8") if str(path).endswith(".gz") else open(path, encoding="utf-8")
+    return (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig")  # some begin with a mark of their encoding
 
 
 def read_json(path):
@@ -41,7 +41,7 @@ def read_json(path):
     if not text.strip():
         raise InputError(f"{path}: the file is empty; it must hold a list of records")
     if text.lstrip().startswith("{"):  # LLM-Embedder's .json files
-        return parse_lines(text.splitlines(), path)
+        return parse_lines(text.split("\n"), path)  # splitlines would also split at U+2028
     objects = parse_json(text, path, 1)
     if not isinstance(objects, list):
         raise InputError(f"{path}: holds one {type(objects).__name__}, not a list of records or one record per line")
@@ -103,6 +103,16 @@ def check_record(record, place, number):
         except (TypeError, ValueError):
             raise InputError(f"{place}: a context's score {context['score']!r} is not a number") from None
     return record
+
+
+def check_types(record, place):
+    """InputError for a record whose lists are none, or whose task is no text."""
+    for name in ("pos", "neg", "key", "pos_index", "neg_index", "key_index", "history", "positive_ctxs", "negative_ctxs",
+                 "hard_negative_ctxs"):
+        if not isinstance(record.get(name) or [], list):
+            raise InputError(f"{place}: '{name}' must be a list, it is {json.dumps(record[name])[:60]}")
+    if not isinstance(record.get("task") or "", str):
+        raise InputError(f"{place}: 'task' must be a text such as 'qa', it is {json.dumps(record['task'])[:60]}")
 
 
 def gold_answers(record, place):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from corpus import format_key, merge_qrels
-from data import read_json
+from data import check_types, read_json
 from utils import InputError
 
 # what the models of these names were trained with; "" is for tasks not named
@@ -94,6 +94,7 @@ def read_examples(path):
         query = record.get("query", record.get("question")) if isinstance(record, dict) else None
         if not isinstance(query, str):
             raise InputError(f"{place}: no 'query' (or 'question') text")
+        check_types(record, place)
         if record.get("positive_ctxs") is not None:
             pos, neg = record["positive_ctxs"][:1], record.get("hard_negative_ctxs") or record.get("negative_ctxs") or []
             scores = None
@@ -107,7 +108,7 @@ def read_examples(path):
         if scores is not None and len(scores) != len(pos) + len(neg):
             raise InputError(f"{place}: {len(scores)} teacher_scores for {len(pos)} positives and {len(neg)} negatives (or "
                              "history); one per key is wanted, positives first")
-        examples.append(Example(query, pos, neg, scores, record.get("task", ""), place))
+        examples.append(Example(query, pos, neg, scores, record.get("task") or "", place))
     if not examples:
         raise InputError(f"{path}: holds no records")
     return examples

@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ def fingerprint(corpus, model_name, settings):
     for folder, _, names in sorted(os.walk(model_name)) if model_name != "bm25" else ():
         paths += [os.path.join(folder, name) for name in sorted(names) if name.endswith(MODEL_FILES[0]) or name.startswith(MODEL_FILES[1])]
     corpora = len(corpus.parts)
-    files = [(os.path.basename(path), os.path.getsize(path), content_hash(path, 256 if i < corpora else None)) for i, path in enumerate(paths)]
+    names = [""] * corpora + [os.path.basename(path) for path in paths[corpora:]]  # a corpus may be named anew
+    files = [(name, os.path.getsize(path), content_hash(path, None if name else 256)) for name, path in zip(names, paths)]
     name = str(model_name) if model_name == "bm25" or not os.path.exists(model_name) else ""  # a local one is known by its files
     return {"documents": len(corpus), "model": name, "files": [list(file) for file in files], **settings}
 
@@ -54,8 +56,11 @@ def check_fingerprint(folder, wanted):
     path = os.path.join(folder, "index.json")
     if not os.path.exists(path):
         return False
-    with open(path, encoding="utf-8") as file:
-        found = json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give another --index folder, or delete this one") from None
     other = [key for key in wanted if found.get(key) != wanted[key]]
     if other:
         raise InputError(f"{folder} holds an index of another {', '.join(other)} ({other[0]}: {str(found.get(other[0]))[:80]}, now "
@@ -80,7 +85,10 @@ def make_arrays(folder, count, width, dtype, wanted):
 
 def open_array(folder, name):
     """A memory-mapped array of the folder, as it is now on disk."""
-    return np.lib.format.open_memmap(os.path.join(folder, f"{name}.npy"), "r")
+    try:
+        return np.lib.format.open_memmap(os.path.join(folder, f"{name}.npy"), "r")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}/{name}.npy: cannot be opened ({error}); copy it again, or delete the folder") from None
 
 
 def write_rows(array, first, rows):
@@ -103,10 +111,15 @@ def write_rows(array, first, rows):
 def encode_corpus(model, corpus, tokenize, folder, dtype, world, wanted, num_workers=0, bf16=False):
     """The array of a corpus's vectors, (N, D), encoding what is not done yet; each process takes a contiguous part of it."""
     model.eval()
+    whole = not world.is_main or check_fingerprint(folder, wanted) and open_array(folder, "done").all()
+    with nullcontext() if whole else lock(folder):  # another command that encodes the same waits, and finds it done
+        return encode_undone(model, corpus, tokenize, folder, dtype, world, wanted, num_workers, bf16)
+
+
+def encode_undone(model, corpus, tokenize, folder, dtype, world, wanted, num_workers, bf16):
+    """encode_corpus, by the one command that may write."""
     if world.is_main and not check_fingerprint(folder, wanted):
-        with lock(folder):
-            if not check_fingerprint(folder, wanted):
-                make_arrays(folder, len(corpus), model.encode(tokenize(["probe"]), "key").shape[1], dtype, wanted)
+        make_arrays(folder, len(corpus), model.encode(tokenize(["probe"]), "key").shape[1], dtype, wanted)
     wait_for_all(world)
     if not check_fingerprint(folder, wanted):
         raise InputError(f"{folder}: process {world.rank} does not see the index that process 0 made; it must lie on a shared disk")

@@ -3,13 +3,14 @@ import ast
 import itertools
 import json
 import os
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from corpus import format_key, read_lines, split_cells
-from data import gold_answers, read_json
+from corpus import format_key, is_header, read_lines, split_cells
+from data import check_types, gold_answers, read_json
 from metrics import METRICS, has_answer, ranking_metrics, topk_accuracy
 from utils import InputError, new_file
 
@@ -32,8 +33,9 @@ def read_questions(path, task=""):
         return [make_query(record, number, place, task) for number, (record, place) in enumerate(read_json(path))]
     queries = []
     for number, line in enumerate(read_lines(path), 1):
-        cells = split_cells(line.decode("utf-8", "replace").rstrip("\r\n"))
-        if not cells:
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        cells = split_cells(text)
+        if not cells or number == 1 and is_header(text):
             continue
         if len(cells) != 2:
             raise InputError(f"{path}:{number}: {len(cells)} columns, two are wanted: question and answers, or id and text")
@@ -54,7 +56,8 @@ def make_query(record, number, place, task=""):
     text = record.get("question", record.get("query", record.get("text"))) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{place}: a query without text; 'question' or 'query' is wanted")
-    id = next((record[key] for key in ("id", "_id", "query_id", "qid") if key in record), number)
+    check_types(record, place)
+    id = next((record[key] for key in ("id", "_id", "query_id", "qid") if record.get(key) is not None), number)
     return Query(record, str(id), text, record.get("task") or task, gold_answers(record, place)[0])
 
 
@@ -93,13 +96,16 @@ def write_run(path, queries, results, corpus, name):
     with new_file(path) as file:
         for i, query in enumerate(queries):
             numbers, scores = results.row(i)
-            lines = [f"{query.id} Q0 {id} {rank} {score:.6f} {name}\n" for rank, (id, score) in enumerate(zip(corpus.ids(numbers), scores), 1)]
-            file.write("".join(lines))
+            ids = corpus.ids(numbers)
+            if len(" ".join(ids).split()) != len(ids):
+                raise InputError(f"{path}: a TREC run cannot hold the blanks in ids of question {query.id!r}'s documents; use --output")
+            rows = enumerate(zip(ids, scores), 1)
+            file.write("".join([f"{query.id} Q0 {id} {rank} {score:.6f} {name}\n" for rank, (id, score) in rows]))
 
 
-def read_run(path, queries, corpus):
+def read_run(path, queries, corpus, say=print):
     """Results of a TREC run or of a file of records with ctxs, in their order where they have no scores. Raises InputError."""
-    found, shared, texts = {query.id: {} for query in queries}, False, {query.id: query.text for query in queries}
+    found, texts = {query.id: {} for query in queries}, {query.id: query.text for query in queries}
     if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
         rows = (row for number, (record, place) in enumerate(read_json(path)) for row in context_rows(record, number, place, texts))
     else:
@@ -109,9 +115,12 @@ def read_run(path, queries, corpus):
             if number < 0:
                 raise InputError(f"{place}: document {document!r} is not in the corpus; is it a result of another one?")
             if query in found:
-                found[query][number], shared = score, True
+                found[query][number] = score
+    shared = sum(map(bool, found.values()))
+    if shared < len(queries):
+        say(f"note: {path} has documents for {shared} of the {len(queries)} questions")
     if not shared:
-        raise InputError(f"{path}: holds no document for any of the questions (the first is {queries[0].id!r}); is it a result of others?")
+        raise InputError(f"{path}: holds no document for any of the questions (the first is {queries[0].id!r}); is it of others?")
     return from_dictionaries([found[query.id] for query in queries], corpus.size)
 
 
@@ -119,7 +128,7 @@ def context_rows(record, number, place, texts):
     """(query, document, score, place) of a record's ctxs; texts are the questions' by id. Raises InputError."""
     _, query, text, *_ = make_query(record, number, place)
     if texts.get(query, text) != text:
-        raise InputError(f"{place}: question {query!r} is {text[:60]!r} here and {texts[query][:60]!r} in the questions; give results of them")
+        raise InputError(f"{place}: question {query!r} is {text[:60]!r} here and {texts[query][:60]!r} in the questions; give theirs")
     for rank, context in enumerate(record.get("ctxs") or []):
         try:
             score = context.get("score")
@@ -169,9 +178,13 @@ def fuse(results, how, weights, hits, constant=60):
 
 # ---------------------------------------------------------------------------------------------------- candidates and collated files
 
-def candidates(record):
-    """(keys, numbers) of a record's candidates: its key, its history, or its pos and neg; numbers is None if not all have one."""
-    name = next((name for name in ("key", "history") if record.get(name) is not None), None)
+def candidates(record, scored=False):
+    """(keys, numbers) of a record's candidates: its key, its history, or its pos and neg; numbers is None if not all have one.
+
+    scored: those that teacher_scores belong to in training, so that a key comes last.
+    """
+    pools = any(record.get(name) for name in ("history", "pos", "neg"))
+    name = next((name for name in ("key", "history") if record.get(name) is not None and not (name == "key" and scored and pools)), None)
     if name:
         keys, numbers = list(record[name] or []), list(record.get(f"{name}_index") or [])
     else:
@@ -179,13 +192,13 @@ def candidates(record):
     return keys, numbers if len(numbers) == len(keys) else None
 
 
-def check_candidates(queries, corpus, template, numbered):
+def check_candidates(queries, corpus, template, numbered, scored=False):
     """InputError for a question whose candidates are no keys or, if they must be numbered, are not, or not by the corpus's numbers."""
-    if queries and not any(candidates(query.record)[0] for query in queries):
+    if queries and not any(candidates(query.record, scored)[0] for query in queries):
         raise InputError("no question has candidates, in 'key', 'history', or 'pos' and 'neg'; give some, or rank an earlier result with "
                          "--results")
     for query in queries:
-        keys, numbers = candidates(query.record)
+        keys, numbers = candidates(query.record, scored)
         key_texts(query, keys, template)
         if numbered and keys and numbers is None:
             raise InputError(f"question {query.id!r}: not every candidate has its number in 'key_index', or 'pos_index' and 'neg_index'; "
@@ -206,8 +219,8 @@ def key_texts(query, keys, template):
     try:
         return [format_key(key, template) for key in keys]
     except (KeyError, AttributeError) as error:
-        raise InputError(f"question {query.id!r}: a candidate or positive is neither a text nor an object with the columns of --key_template "
-                         f"'{template}' ({error})") from None
+        raise InputError(f"question {query.id!r}: a candidate or positive is neither a text nor an object with the columns of "
+                         f"--key_template '{template}' ({error})") from None
 
 
 def positives(record):
@@ -224,10 +237,11 @@ def number_candidates(queries, results):
     return stack(rows)
 
 
-def collated_path(path, field, name):
-    """LLM-Embedder's name of a collated file: records.json becomes records.FIELD.NAME.json."""
-    stem, ending = os.path.splitext(str(path).removesuffix(".gz"))
-    return ".".join([stem, field, *([name] if name else [])]) + ending
+def collated_paths(args):
+    """{kind of collated file: path}, LLM-Embedder's names: --eval_data records.json becomes records.FIELD.NAME.json."""
+    stem, ending = os.path.splitext(str(args.eval_data).removesuffix(".gz"))
+    name = args.save_name or args.retrieval_method
+    return {kind: f"{stem}.{field}.{name}{ending}" for kind, field in zip(COLLATED, ("neg", "key", "scored"))}
 
 
 def collate(kind, path, queries, results, corpus, own, labels, args):
@@ -305,12 +319,12 @@ def read_labels(queries, qrels, corpus, say):
     Raises InputError.
     """
     if qrels is None:
-        return [dict.fromkeys(pos_index(query), 1) for query in queries]
+        return [dict.fromkeys(query.record.get("pos_index") or [], 1) for query in queries]
     own = [qrels.get(query.id, {}) for query in queries]
     documents = list(dict.fromkeys(document for row in own for document in row))
     if queries and not documents:
-        raise InputError(f"the qrels label no document for any of the questions (theirs are such as {next(iter(qrels), None)!r}, the questions' "
-                         f"ids such as {queries[0].id!r}); give the qrels of these questions")
+        raise InputError(f"the qrels label no document for any of the questions (theirs are such as {next(iter(qrels), None)!r}, the "
+                         f"questions' ids such as {queries[0].id!r}); give the qrels of these questions")
     numbers = dict(zip(documents, corpus.numbers(documents)))
     absent = [document for document, number in numbers.items() if number < 0]
     if absent:
@@ -322,14 +336,6 @@ def read_labels(queries, qrels, corpus, say):
     return [{numbers[document]: label for document, label in row.items()} for row in own]
 
 
-def pos_index(query):
-    """The numbers of a record's positives in the corpus. Raises InputError."""
-    numbers = query.record.get("pos_index") or []
-    if not isinstance(numbers, list):
-        raise InputError(f"question {query.id!r}: 'pos_index' must be a list of numbers, it is {numbers!r}")
-    return numbers
-
-
 def check_outputs(queries, labels, corpus, args):
     """InputError, before the search, for records without what the metrics asked for need."""
     for name in [name for name in args.metrics if name in METRICS and queries]:
@@ -337,11 +343,18 @@ def check_outputs(queries, labels, corpus, args):
             raise InputError("nq cannot be measured: no query has 'answers'")
         if name != "nq" and not any(labels):
             raise InputError(f"{name} cannot be measured: no query has qrels or 'pos_index'")
+    ids = {query.id for query in queries}
+    if len(ids) < len(queries) and (args.trec or args.results or args.qrels):
+        twice = next(id for id, count in Counter(query.id for query in queries).items() if count > 1)
+        raise InputError(f"two questions have the id {twice!r}, and runs and qrels go by ids; make them unique")
+    if args.trec and any(len(id.split()) != 1 for id in ids):
+        blank = next(id for id in ids if len(id.split()) != 1)
+        raise InputError(f"a TREC run cannot hold the question id {blank!r}; take the blanks out, or use --output")
     for query in queries:
         if "collate_neg" in args.metrics:
             key_texts(query, positives(query.record), args.key_template)
         if "collate_neg" in args.metrics or set(args.metrics) & set(METRICS) - {"nq"} and not args.qrels:
-            check_numbers(query, pos_index(query), corpus)
+            check_numbers(query, query.record.get("pos_index") or [], corpus)
 
 
 def measure(queries, results, labels, marks, names, cutoffs):
@@ -352,5 +365,10 @@ def measure(queries, results, labels, marks, names, cutoffs):
         if "nq" in names and query.answers:
             row |= topk_accuracy(marks[i], cutoffs)
         rows.append(row)
+    for name in names:
+        counted = sum(f"{name}@{cutoffs[0]}" in row for row in rows)
+        if counted < len(queries):
+            has = "answers" if name == "nq" else "labels"
+            print(f"note: {name} is the mean over the {counted} of {len(queries)} questions that have {has}")
     wanted = [f"{name}@{k}" for name in names for k in cutoffs]
     return {name: sum(row.get(name, 0) for row in rows) / sum(name in row for row in rows) for name in wanted}

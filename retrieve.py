@@ -25,10 +25,11 @@ from dense_args import SWITCH, resolve_path
 from dense_data import INSTRUCTIONS, GroupCollator
 from embed import check_fingerprint, encode_corpus, fingerprint
 from metrics import METRICS
-from results import (COLLATED, Query, Results, candidates, check_candidates, check_outputs, collate, collated_path, fuse, key_texts,
+from results import (COLLATED, Query, Results, candidates, check_candidates, check_outputs, collate, collated_paths, fuse, key_texts,
                      mark_answers, measure, number_candidates, read_labels, read_questions, read_run, stack, write_contexts, write_run)
 from retriever import BiEncoder, CrossEncoder, limit_lengths
-from search import (best_by_place, bm25_words, build_bm25, merge_processes, open_indices, part_range, search_exactly, search_indices)
+from search import (best_by_place, bm25_words, build_bm25, load_bm25, merge_processes, open_indices, part_range, search_exactly,
+                    search_indices)
 from utils import HelpFormatter, InputError, gather_lists, lock, read_args, run_script, start_processes, wait_for_all, write_json
 
 METHODS = ("dense", "bm25", "rank", "random", "fuse")
@@ -46,7 +47,7 @@ def parse_args():
     add("--query_max_length", type=int, help="tokens per query; not given: the checkpoint's, else 256")
     add("--key_max_length", type=int, help="tokens per document; not given: the checkpoint's, else 256")
     add("--add_instruction", help="--version's instruction before texts whose query has a task; not given: as in training", **SWITCH)
-    add("--version", choices=INSTRUCTIONS, help="whose instructions; not given: the checkpoint's, else bge")
+    add("--version", choices=INSTRUCTIONS, help="whose instructions; not given: the checkpoint's, else by its name")
     add("--pair_types", action="store_true", help="token type 1 after a text's first [SEP], for minDPR's file; our folders know")
     add = parser.add_argument_group("method").add_argument
     add("--retrieval_method", choices=METHODS, default="dense", help="rank orders given candidates: the records' key, history, "
@@ -106,7 +107,7 @@ def search_bm25(args, corpus, queries, world):
         raise InputError(f"{args.index}: process {world.rank} does not see the index that process 0 made; it must lie on a shared disk")
     if not queries:
         return None
-    index, own, rows = bm25s.BM25.load(args.index, mmap=True), range(world.rank, len(queries), world.size), []
+    index, own, rows = load_bm25(args.index), range(world.rank, len(queries), world.size), []
     tokens = bm25s.tokenize([queries[i].text for i in own], return_ids=False, show_progress=False, **words)
     for i, query in zip(tqdm(own, desc="searching", leave=False, disable=None if world.is_main else True), tokens):
         numbers, scores = best_by_place(index.get_scores_from_ids(index.get_tokens_ids(query)), args.hits)
@@ -122,8 +123,12 @@ def search_dense(args, corpus, queries, world):
         raise InputError(f"questions of the tasks {', '.join(tasks)} want other instructions before the documents; one index has one: "
                          "search task by task, or leave instructions out with --add_instruction false")
     task = tasks[0]
+    if world.is_main and any(map(any, map(collator.instruction, tasks))):
+        print(f"{args.version}'s instructions are put before the texts" + f" of {', '.join(tasks)}" * any(tasks))
+    elif world.is_main and args.instructed and args.add_instruction and not any(tasks):
+        print(f"note: no question names a task, so that {args.version}'s instructions are not used; give --task")
     wanted = fingerprint(corpus, args.key_encoder or args.query_encoder, {
-        "template": corpus.template, "max_length": args.key_max_length, "metric": model.metric, "dtype": args.dtype,
+        "template": corpus.template, "max_length": args.key_max_length, "metric": model.metric, "dtype": args.dtype, "bf16": args.bf16,
         "pooling": args.pooling_method, "separator": model.query_encoder.separator, "instruction": collator.instruction(task)[1]})
     vectors = encode_corpus(model, corpus, lambda texts: collator.keys(texts, [task] * len(texts)), args.index, args.dtype, world,
                             wanted, args.num_workers, args.bf16)
@@ -158,16 +163,16 @@ def open_retriever(args, corpus, world):
     tokenizer = load_tokenizer(args.query_encoder, fallback)
     for encoder in model.encoders.values() if args.pair_types and not args.ranker else ():
         encoder.separator = tokenizer.sep_token_id
-    limit_lengths(args, [model] if args.ranker else model.encoders.values(), print if world.is_main else lambda text: None)
+    limit_lengths(args, [model] if args.ranker else model.encoders.values(), say_on(world))
     instructions = INSTRUCTIONS[args.version] if args.add_instruction else {}
     return model.to(world.device).eval(), GroupCollator(tokenizer, args, corpus, instructions)
 
 
 def search_candidates(args, corpus, queries, world):
     """Candidates in the model's order: an earlier result's documents, or, by their places, the records' candidates."""
-    earlier = read_run(args.results[0], queries, corpus) if args.results else None
+    earlier, scored = read_run(args.results[0], queries, corpus, say_on(world)) if args.results else None, "collate_score" in args.metrics
     if not earlier:  # their own
-        check_candidates(queries, corpus, args.key_template, bool(args.output or args.trec or set(args.metrics) & set(METRICS)))
+        check_candidates(queries, corpus, args.key_template, bool(args.output or args.trec or set(args.metrics) & set(METRICS)), scored)
     model, collator = open_retriever(args, corpus, world)
     rows = []
     for i in tqdm(range(world.rank, len(queries), world.size), desc="ranking", leave=False, disable=None if world.is_main else True):
@@ -176,7 +181,7 @@ def search_candidates(args, corpus, queries, world):
             numbers = earlier.row(i)[0]
             texts = [corpus.text(number) for number in numbers]
         else:
-            texts = key_texts(query, candidates(query.record)[0], args.key_template)
+            texts = key_texts(query, candidates(query.record, scored)[0], args.key_template)
             numbers = range(len(texts))
         if not numbers:
             rows.append((i, np.zeros(0, int), np.zeros(0)))
@@ -188,9 +193,14 @@ def search_candidates(args, corpus, queries, world):
                 asked = model.encode(collator.queries([query.text], [query.task]), "query")
                 scores = model.score(asked, model.encode(collator.keys(texts, [query.task] * len(texts)), "key"))[0]
         scores = scores.float().cpu().numpy()
-        order = np.lexsort((numbers, -scores))[:None if "collate_score" in args.metrics else args.hits]  # those score every candidate
+        order = np.lexsort((numbers, -scores))[:None if scored else args.hits]
         rows.append((i, np.array(numbers)[order], scores[order]))
     return stack(gather_lists(rows, world))
+
+
+def say_on(world):
+    """print on the main process, nothing on the others."""
+    return print if world.is_main else lambda text: None
 
 
 def search_random(args, corpus, queries, world):
@@ -205,7 +215,7 @@ def search_fused(args, corpus, queries, world):
     weights = args.fusion_weights or [1.0] * len(args.results)
     if len(args.results) < 2 or len(weights) != len(args.results):
         raise InputError("--retrieval_method fuse needs two or more --results, and one of --fusion_weights for each")
-    return fuse([read_run(path, queries, corpus) for path in args.results], args.fusion, weights, args.hits)
+    return fuse([read_run(path, queries, corpus, say_on(world)) for path in args.results], args.fusion, weights, args.hits)
 
 
 SEARCHES = dict(zip(METHODS, (search_dense, search_bm25, search_candidates, search_random, search_fused)))
@@ -216,8 +226,11 @@ SEARCHES = dict(zip(METHODS, (search_dense, search_bm25, search_candidates, sear
 def check_args(args):
     """InputError for flags that cannot work; what no flag says is what the checkpoint was trained with; paths settled."""
     kept = read_args(args.query_encoder).get("args", {}) if args.retrieval_method in ("dense", "rank") else {}
+    name = os.path.basename(args.query_encoder.rstrip("/")).lower()
+    version = next((version for version in ("llm-embedder", "bge", "e5") if version in name), "none")
+    args.instructed = (args.version or kept.get("version") and "none" or version) != "none"  # by a flag or the name
     for name, default in (("query_max_length", 256), ("key_max_length", 256), ("query_template", "{query}"),
-                          ("key_template", "{title} {text}"), ("add_instruction", True), ("version", "bge")):
+                          ("key_template", "{title} {text}"), ("add_instruction", True), ("version", version)):
         if getattr(args, name, None) is None:
             setattr(args, name, kept.get(name, default))
     args.eval_data = resolve_path(args.eval_data, args.data_root)
@@ -249,6 +262,10 @@ def check_args(args):
         raise InputError("collated files are written beside --eval_data, which is missing")
     if "collate_score" in args.metrics and (args.retrieval_method != "rank" or args.results):
         raise InputError("collate_score scores the records' own candidates: use --retrieval_method rank without --results")
+    if "collate_score" in args.metrics and (args.output or args.trec or len(args.metrics) > 1):
+        raise InputError("collate_score may score other candidates than are ranked; ask for it alone")
+    if args.ranker and args.retrieval_method != "rank":
+        raise InputError("--ranker scores given candidates: use --retrieval_method rank")
     outputs = bool(args.output or args.trec or args.metrics)
     if asked and not outputs:
         raise InputError("nothing to do with the result: give --output, --trec or --metrics")
@@ -256,7 +273,7 @@ def check_args(args):
         raise InputError("no questions: give --eval_data, or --queries; without them and without outputs the index is made, no more")
     if args.index is None and args.corpus:
         args.index = f"{args.corpus[0]}.{args.retrieval_method}-index"
-    collated = [collated_path(args.eval_data, "", "") for kind in COLLATED if kind in args.metrics]
+    collated = [path for kind, path in collated_paths(args).items() if kind in args.metrics]
     for path in (args.output, args.trec, args.measures, *collated):
         if path and not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
             raise InputError(f"{path}: its folder does not exist or cannot be written; make it first, or choose another")
@@ -265,9 +282,8 @@ def check_args(args):
 def write_outputs(args, queries, results, corpus, labels):
     """Everything that the flags ask for, from one result."""
     own = args.retrieval_method == "rank" and not args.results  # places among the record's own candidates
-    for kind, field in zip(COLLATED, ("neg", "key", "scored")):
+    for kind, path in collated_paths(args).items():
         if kind in args.metrics:
-            path = collated_path(args.eval_data, field, args.save_name or args.retrieval_method)
             collate(kind, path, queries, results, corpus, own, labels, args)
             print(f"{kind}: {path}")
     names = [name for name in args.metrics if name in METRICS]
@@ -296,9 +312,12 @@ def main(args):
         Query({"id": id, "question": text}, id, text, args.task, []) for id, text in read_queries(args.queries).items()]
     if not queries and (args.eval_data or args.queries):
         raise InputError(f"{args.eval_data or ', '.join(args.queries)}: holds no queries")
-    say = print if world.is_main else lambda text: None
+    say = say_on(world)
     labels = read_labels(queries, merge_qrels(args.qrels) if args.qrels else None, corpus, say)
     check_outputs(queries, labels, corpus, args)
+    if args.hits < max(args.cutoffs) and not (corpus and args.hits >= len(corpus)) and set(args.metrics) & set(METRICS):
+        say(f"note: --hits {args.hits} leaves out the --cutoffs above it")
+        args.cutoffs = [k for k in args.cutoffs if k <= args.hits] or [args.hits]
     if corpus and queries and args.hits > len(corpus):
         args.hits = len(corpus)
         say(f"note: --hits is more than the corpus has; {args.hits} are taken")

@@ -105,7 +105,9 @@ def above(scores, least):
     columns = group[:, None] + torch.arange(0, width, groups.shape[2], device=scores.device)
     places = rows[:, None] * width + columns
     places = places[scores[rows[:, None], columns] > least[rows]]
-    return torch.from_numpy(np.sort(places.numpy())) if places.device.type == "cpu" else places.sort().values  # ten times as fast as torch's
+    if places.device.type == "cpu":  # numpy sorts ten times as fast as torch there
+        return torch.from_numpy(np.sort(places.numpy()))
+    return places.sort().values
 
 
 def keep_best(rows, numbers, scores, count, k):
@@ -188,6 +190,9 @@ def build_index(vectors, first, last, factory, metric, sample, seed, quiet):
     except RuntimeError as error:
         raise InputError(f"--faiss_index_factory {factory}: faiss makes no such index of {vectors.shape[1]} numbers "
                          f"({str(error).splitlines()[-1][-120:]})") from None
+    if "OPQ" in factory and last - first < vectors.shape[1]:  # faiss would abort
+        raise InputError(f"--faiss_index_factory {factory}: {last - first:,} vectors are too few to train a rotation of {vectors.shape[1]} "
+                         "numbers; use Flat, or a factory without OPQ")
     if not index.is_trained:
         rows = first + np.sort(np.random.default_rng(seed).permutation(last - first)[:sample])
         chosen = np.empty((len(rows), vectors.shape[1]), np.float32)
@@ -200,7 +205,11 @@ def build_index(vectors, first, last, factory, metric, sample, seed, quiet):
                              f"({str(error).splitlines()[-1][-120:]}); use Flat, or fewer lists") from None
         del chosen
     for start in tqdm(range(first, last, ADDED), desc="indexing", leave=False, disable=True if quiet else None):
-        index.add(vectors[start:min(start + ADDED, last)].astype(np.float32))
+        try:
+            index.add(vectors[start:min(start + ADDED, last)].astype(np.float32))
+        except RuntimeError as error:
+            raise InputError(f"--faiss_index_factory {factory}: takes no vectors without ids "
+                             f"({str(error).splitlines()[-1][-120:]})") from None
     return index
 
 
@@ -238,6 +247,14 @@ def build_bm25(folder, corpus, words, k1, b):
         save_folder(folder, save)
     except ValueError:
         raise InputError(f"{folder}: the index could not be written whole; make room") from None
+
+
+def load_bm25(folder):
+    """bm25s's index of a folder, its arrays mapped. Raises InputError."""
+    try:
+        return bm25s.BM25.load(folder, mmap=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: bm25s cannot open the index ({error}); copy it again, or delete the folder") from None
 
 
 class TokenLists:

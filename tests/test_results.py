@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conftest import run
-from corpus import Corpus
+from corpus import Corpus, read_queries
 from data import check_record
 from results import (Query, Results, candidates, check_candidates, check_outputs, collate, make_query, measure, number_candidates,
                      read_labels, read_questions, read_run, write_contexts)
@@ -30,7 +30,8 @@ def found(*rows):
 
 
 def flags(**changed):
-    return SimpleNamespace(**{"key_template": "{title} {text}", "max_neg_num": 9, "filter_answers": False, "metrics": [], "qrels": []} | changed)
+    return SimpleNamespace(**{"key_template": "{title} {text}", "max_neg_num": 9, "filter_answers": False, "metrics": [], "qrels": [], "trec": None,
+                              "results": []} | changed)
 
 
 def collated(tmp_path, kind, queries, results, corpus, own=False, labels=None, **changed):
@@ -58,6 +59,9 @@ def test_a_run_without_scores_keeps_its_order(corpus, tmp_path):
     queries = asked({"id": "b", "question": "q"}, {"id": "a", "question": "q"}, {"id": "c"})
     result = read_run(path, queries, corpus)
     assert [result.row(i)[0] for i in range(3)] == [[3, 1], [5, 2, 7], []]
+    said = []
+    read_run(path, queries, corpus, said.append)
+    assert said == [f"note: {path} has documents for 2 of the 3 questions"]
     with pytest.raises(InputError, match="no document for any of the questions .*'x'"):
         read_run(path, asked({"id": "x"}), corpus)
     path.write_text(json.dumps([{"id": "a", "question": "another", "ctxs": [{"id": "d5"}]}]))
@@ -101,8 +105,17 @@ def test_what_the_outputs_need_is_checked_before_the_search(corpus):
         with pytest.raises(InputError, match=message):
             check_outputs(asked(record), [labels], corpus, flags(metrics=metrics, key_template="{name}"))
     check_outputs(asked({"pos_index": ["d1"]}), [{}], corpus, flags(metrics=["collate_key"]))
-    with pytest.raises(InputError, match="'pos_index' must be a list"):
-        read_labels(asked({"pos_index": 3}), None, corpus, print)
+    for record, message in (({"pos_index": 3}, "'pos_index' must be a list"), ({"pos": "text"}, "'pos' must be a list"),
+                            ({"task": ["qa"]}, "'task' must be a text")):
+        with pytest.raises(InputError, match=f"f:0: {message}"):
+            asked(record)
+    twice = asked({"id": "1"}, {"id": 1})
+    check_outputs(twice, [{}, {}], corpus, flags())
+    for changed in ({"trec": "x"}, {"results": ["x"]}, {"qrels": ["x"]}):
+        with pytest.raises(InputError, match="two questions have the id '1'"):
+            check_outputs(twice, [{}, {}], corpus, flags(**changed))
+    with pytest.raises(InputError, match="cannot hold the question id 'a b'"):
+        check_outputs(asked({"id": "a b"}), [{}], corpus, flags(trec="x"))
 
 
 def test_given_candidates_need_numbers_where_documents_are_written(corpus):
@@ -111,6 +124,9 @@ def test_given_candidates_need_numbers_where_documents_are_written(corpus):
     assert number_candidates(asked(good), found([1, 0])).row(0)[0] == [1, 3]
     assert candidates({"pos": ["a"], "neg": ["b"], "neg_index": [1]}) == (["a", "b"], None)
     check_candidates(asked({"pos": ["a"], "neg": ["b"]}), None, "{text}", False)
+    both = {"pos": ["a"], "neg": ["b"], "key": ["b", "a"]}
+    assert candidates(both)[0] == ["b", "a"] and candidates(both, scored=True)[0] == ["a", "b"]  # what teacher_scores are of
+    assert candidates({"key": ["b", "a"]}, scored=True)[0] == ["b", "a"]
     assert candidates({"history": None, "key": None, "pos": ["a"], "pos_index": [4]}) == (["a"], [4])
     assert candidates({"history": ["a", "b"], "teacher_scores": [1, 2]}) == (["a", "b"], None)  # LLM-Embedder's chat
     with pytest.raises(InputError, match="no question has candidates"):
@@ -173,6 +189,31 @@ def test_gzipped_outputs_open(corpus, tmp_path):
     assert read_questions(tmp_path / "out.json.gz")[0].id == "7"
 
 
+def test_lines_are_cut_at_line_ends_only(tmp_path):
+    """U+2028 and U+0085 are letters of a text; a mark of the encoding at the start is none."""
+    (tmp_path / "r.json").write_text("\ufeff" + '{"question": "a\u2028b\u0085c"}\n{"question": "d"}\n')
+    assert [query.text for query in read_questions(tmp_path / "r.json")] == ["a\u2028b\u0085c", "d"]
+    (tmp_path / "q.tsv").write_text("\ufeffqid\tquery\n7\twho\n")
+    assert [query[1:3] for query in read_questions(tmp_path / "q.tsv")] == [("7", "who")]
+    assert read_queries([tmp_path / "q.tsv"]) == {"7": "who"}
+    (tmp_path / "q.csv").write_text("question\tanswers\nwho\t['a']\n")
+    assert [query.answers for query in read_questions(tmp_path / "q.csv")] == [["a"]]
+    (tmp_path / "q.tsv").write_text("7\twho\n7\twhat\n")
+    with pytest.raises(InputError, match="q.tsv:2: the id '7' is another query's"):
+        read_queries([tmp_path / "q.tsv"])
+
+
+def test_cutoffs_above_the_hits_are_left_out(corpus, tmp_path):
+    (tmp_path / "q.json").write_text('{"question": "text 1", "pos_index": [1]}\n{"question": "text 2"}\n')
+    common = ["--retrieval_method", "bm25", "--corpus", corpus.parts[0].path, "--eval_data", tmp_path / "q.json", "--metrics", "recall"]
+    stdout, _ = run("retrieve.py", *common, "--hits", 2, "--measures", tmp_path / "m.json", "--cutoffs", 1, 2, 5)
+    assert "note: --hits 2 leaves out the --cutoffs above it" in stdout
+    assert "note: recall is the mean over the 1 of 2 questions that have labels" in stdout
+    assert set(json.load(open(tmp_path / "m.json"))) == {"method", "queries", "recall@1", "recall@2"}
+    stdout, _ = run("retrieve.py", *common, "--hits", 9, "--cutoffs", 100)  # all eight documents are ranked
+    assert "leaves out" not in stdout and "@100" in stdout
+
+
 def test_long_cells_are_read(tmp_path):
     (tmp_path / "long.tsv").write_text("id\ttext\ttitle\n1\t" + "word " * 40_000 + "\tit\n")
     assert len(Corpus(str(tmp_path / "long.tsv"), "{text}").text(0)) == 199_999
@@ -185,7 +226,9 @@ def test_long_cells_are_read(tmp_path):
     (["--metrics", "collate_key", "--measures", "x"], "--measures writes measures"), (["--trec", "x", "--nprobe", "0"], "--nprobe must be 1"),
     (["--trec", "x", "--key_template", "{text"], "--key_template '{text' cannot be used"), (["--trec", "x", "--stopwords", "xx"], "--stopwords xx"),
     (["--metrics", "nq"], "nq cannot be measured"), (["--metrics", "map", "--qrels", "qrels=QRELS"], "none of the qrels' documents"),
-    (["--trec", "x", "--key_template", "the"], "no document has a word besides stop words")])
+    (["--trec", "x", "--key_template", "{title:.0}"], "no document has a word besides stop words"),
+    (["--trec", "x", "--key_template", "text"], "it names no column"), (["--metrics", "collate_score", "mrr"], "collate_score"),
+    (["--trec", "x", "--ranker"], "use --retrieval_method rank")])
 def test_what_cannot_work_is_told_before_the_search(flags, message, corpus, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question": "who"}\n')
     (tmp_path / "qrels").write_text("0 0 none 1\n")

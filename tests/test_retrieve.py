@@ -1,5 +1,7 @@
 """retrieve.py as a user runs it: methods, outputs, resuming, ties, several processes, bad input."""
+import fcntl
 import json
+import os
 import random
 import shutil
 import signal
@@ -15,7 +17,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 from conftest import ROOT, WORDS, command, make_bert, run
 from corpus import Corpus
 from embed import fingerprint
-from results import Results, collated_path, from_dictionaries, fuse, read_questions
+from results import Results, from_dictionaries, fuse, read_questions
 from search import best_by_place, merge, open_indices, search_exactly, search_indices
 from utils import InputError, World
 
@@ -234,7 +236,7 @@ def test_fusion_by_hand():
     assert numbers == [3, 1, 2, 4] and scores[0] == pytest.approx(1 / 63 + 1 / 61)
     numbers, scores = fuse([a, b], "weighted", [1, 2], 5).row(0)
     assert numbers == [3, 1, 2, 4] and scores == pytest.approx([2, 1, 0.5, 0])
-    assert collated_path("a/b.json", "neg", "x") == "a/b.neg.x.json" and isinstance(a, Results)
+    assert isinstance(a, Results)
 
 
 def test_killed_encoding_goes_on(bert, world_files, tmp_path, monkeypatch):
@@ -297,6 +299,11 @@ def test_the_index_alone_then_the_search(bert, world_files, tmp_path):
     run("retrieve.py", *common, "--index", tmp_path / "dense", "--eval_data", world_files / "records.json", "--trec", tmp_path / "again")
     _, stderr = run("retrieve.py", *common, "--metrics", "mrr", code=1)
     assert "no questions" in stderr
+    for method, name in (("dense", "vectors.npy"), ("bm25", "data.csc.index.npy")):  # a copy that was cut off
+        os.truncate(tmp_path / method / name, 100)
+        _, stderr = run("retrieve.py", *common, "--retrieval_method", method, "--index", tmp_path / method, "--eval_data",
+                        world_files / "records.json", "--trec", tmp_path / "run", code=1)
+        assert "copy it again" in stderr and "Traceback" not in stderr
 
 
 def test_instructions_by_task(bert, world_files, tmp_path):
@@ -338,12 +345,33 @@ def test_the_tokenizer_is_part_of_the_fingerprint(bert, world_files, tmp_path):
     assert fingerprint(corpus, str(tmp_path / "bert"), {}) != changed
 
 
-def test_two_that_start_at_once_make_one_index(world_files, tmp_path):
-    common = ["--corpus", world_files / "corpus.jsonl", "--eval_data", world_files / "records.json", "--retrieval_method", "bm25", "--index",
-              tmp_path / "index", "--trec"]
-    both = [subprocess.Popen(command("retrieve.py", *common, tmp_path / name), stdout=subprocess.PIPE) for name in ("one", "two")]
+@pytest.mark.parametrize("method", ["bm25", "dense"])
+def test_of_two_that_start_at_once_one_makes_the_index(method, bert, world_files, tmp_path):
+    common = ["--corpus", world_files / "corpus.jsonl", "--eval_data", world_files / "records.json", "--query_encoder", bert, "--retrieval_method",
+              method, "--index", tmp_path / "index", "--trec"]
+    (tmp_path / "index").mkdir()
+    with open(tmp_path / "index" / ".lock", "w") as held:  # so that both come while it is being made
+        fcntl.flock(held, fcntl.LOCK_EX)
+        both = [subprocess.Popen(command("retrieve.py", *common, tmp_path / name), stdout=subprocess.PIPE, text=True) for name in ("one", "two")]
+        for process in both:
+            while "waiting" not in process.stdout.readline():
+                assert process.poll() is None
+        assert not (tmp_path / "index" / "index.json").exists()
     assert [process.wait(120) for process in both] == [0, 0]
     assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
+
+
+def test_instructions_go_by_the_model(bert, world_files, tmp_path):
+    """LLM-Embedder's and BGE's are for their models: another one gets none unless --version says so."""
+    shutil.copytree(bert, tmp_path / "my-bge-base")
+    common = ["--trec", tmp_path / "run", "--hits", 5]
+    stdout, _ = retrieve(world_files, *common, "--query_encoder", bert, "--index", tmp_path / "a")
+    assert "instructions" not in stdout
+    stdout, _ = retrieve(world_files, *common, "--query_encoder", tmp_path / "my-bge-base", "--index", tmp_path / "b")
+    assert "bge's instructions are put before the texts of qa" in stdout
+    stdout, _ = run("retrieve.py", "--corpus", world_files / "corpus.jsonl", "--queries", world_files / "queries.jsonl", *common, "--query_encoder",
+                    bert, "--index", tmp_path / "a", "--version", "e5")
+    assert "no question names a task, so that e5's instructions are not used" in stdout
 
 
 def test_a_full_disk_is_told_and_nothing_half_written_counts(bert, world_files, tmp_path):
