@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from corpus import format_key, merge_qrels
+from corpus import format_key
 from data import check_types, read_json
+from qrels import merge_qrels
 from utils import InputError
 
 # what the models of these names were trained with; "" is for tasks not named

@@ -20,13 +20,16 @@ import transformers
 from tqdm import tqdm
 
 from checkpoints import load_tokenizer
-from corpus import check_templates, merge_qrels, open_corpus, read_queries
+from collate import (COLLATED, candidates, check_candidates, check_outputs, collate, collated_paths, key_texts,
+                     number_candidates)
+from corpus import check_templates, open_corpus, read_queries
 from dense_args import SWITCH, resolve_path
 from dense_data import INSTRUCTIONS, GroupCollator
 from embed import check_fingerprint, encode_corpus, fingerprint
 from metrics import METRICS
-from results import (COLLATED, Query, Results, candidates, check_candidates, check_outputs, collate, collated_paths, fuse, key_texts,
-                     mark_answers, measure, number_candidates, read_labels, read_questions, read_run, stack, write_contexts, write_run)
+from qrels import merge_qrels
+from results import (Query, Results, fuse, mark_answers, measure, read_labels, read_questions, read_run, stack, write_contexts,
+                     write_run)
 from retriever import BiEncoder, CrossEncoder, limit_lengths
 from search import (best_by_place, bm25_words, build_bm25, load_bm25, merge_processes, open_indices, part_range, search_exactly,
                     search_indices)
@@ -239,42 +242,35 @@ def check_args(args):
     unknown = sorted(set(args.metrics) - set(METRICS) - set(COLLATED))
     if unknown:
         raise InputError(f"--metrics {unknown[0]}: unknown, choose of {', '.join(METRICS + COLLATED)}")
-    asked = bool(args.eval_data or args.queries)
-    if not asked and args.retrieval_method not in ("bm25", "dense"):
-        raise InputError("no questions: give --eval_data, or --queries")
-    if not args.corpus and (args.retrieval_method != "rank" or args.results):
-        raise InputError(f"--retrieval_method {args.retrieval_method} needs --corpus")
-    if not args.corpus and (args.output or args.trec or args.qrels or "nq" in args.metrics):
-        raise InputError("--output, --trec, --qrels and the metric nq need the passages: give --corpus")
-    if args.faiss_index_factory == "Flat" and (args.nprobe or args.efSearch):
-        raise InputError("--nprobe and --efSearch are for approximate indices; name one with --faiss_index_factory")
+    asked, outputs, method = bool(args.eval_data or args.queries), bool(args.output or args.trec or args.metrics), args.retrieval_method
+    scored, measures, collated = "collate_score" in args.metrics, set(args.metrics) & set(METRICS), set(args.metrics) & set(COLLATED)
     counts = {name: getattr(args, name) for name in ("hits", "max_neg_num", "train_sample", "nprobe", "efSearch")}
     low = [name for name, value in (counts | {"cutoffs": min(args.cutoffs)}).items() if value is not None and value < 1]
-    if low:
-        raise InputError(f"--{low[0]} must be 1 or more")
-    if args.eval_data and args.queries:
-        raise InputError("--eval_data and --queries both name questions; give one of them")
-    if args.results and args.retrieval_method not in ("rank", "fuse") or args.retrieval_method == "rank" and len(args.results) > 1:
-        raise InputError("--results are for --retrieval_method rank (one) and fuse (two or more)")
-    if args.measures and not set(args.metrics) & set(METRICS):
-        raise InputError(f"--measures writes measures, and none is asked for: give --metrics, of {', '.join(METRICS)}")
-    if set(args.metrics) & set(COLLATED) and not args.eval_data:
-        raise InputError("collated files are written beside --eval_data, which is missing")
-    if "collate_score" in args.metrics and (args.retrieval_method != "rank" or args.results):
-        raise InputError("collate_score scores the records' own candidates: use --retrieval_method rank without --results")
-    if "collate_score" in args.metrics and (args.output or args.trec or len(args.metrics) > 1):
-        raise InputError("collate_score may score other candidates than are ranked; ask for it alone")
-    if args.ranker and args.retrieval_method != "rank":
-        raise InputError("--ranker scores given candidates: use --retrieval_method rank")
-    outputs = bool(args.output or args.trec or args.metrics)
-    if asked and not outputs:
-        raise InputError("nothing to do with the result: give --output, --trec or --metrics")
-    if outputs and not asked:
-        raise InputError("no questions: give --eval_data, or --queries; without them and without outputs the index is made, no more")
+    for wrong, message in (
+            (low, f"--{''.join(low[:1])} must be 1 or more"),
+            (not asked and (outputs or method not in ("bm25", "dense")), "no questions: give --eval_data, or --queries; without them "
+             "and without outputs bm25 and dense make the index, no more"),
+            (asked and not outputs, "nothing to do with the result: give --output, --trec or --metrics"),
+            (args.eval_data and args.queries, "--eval_data and --queries both name questions; give one of them"),
+            (not args.corpus and (method != "rank" or args.results), f"--retrieval_method {method} needs --corpus"),
+            (not args.corpus and (args.output or args.trec or args.qrels or "nq" in measures),
+             "--output, --trec, --qrels and the metric nq need the passages: give --corpus"),
+            (args.faiss_index_factory == "Flat" and (args.nprobe or args.efSearch),
+             "--nprobe and --efSearch are for approximate indices; name one with --faiss_index_factory"),
+            (args.results and method not in ("rank", "fuse") or method == "rank" and len(args.results) > 1,
+             "--results are for --retrieval_method rank (one) and fuse (two or more)"),
+            (args.ranker and method != "rank", "--ranker scores given candidates: use --retrieval_method rank"),
+            (args.measures and not measures, f"--measures writes measures, and none is asked for: give --metrics, of {', '.join(METRICS)}"),
+            (collated and not args.eval_data, "collated files are written beside --eval_data, which is missing"),
+            (scored and (method != "rank" or args.results),
+             "collate_score scores the records' own candidates: use --retrieval_method rank without --results"),
+            (scored and (args.output or args.trec or len(args.metrics) > 1),
+             "collate_score may score other candidates than are ranked; ask for it alone")):
+        if wrong:
+            raise InputError(message)
     if args.index is None and args.corpus:
         args.index = f"{args.corpus[0]}.{args.retrieval_method}-index"
-    collated = [path for kind, path in collated_paths(args).items() if kind in args.metrics]
-    for path in (args.output, args.trec, args.measures, *collated):
+    for path in (args.output, args.trec, args.measures, *(collated_paths(args)[kind] for kind in collated)):
         if path and not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
             raise InputError(f"{path}: its folder does not exist or cannot be written; make it first, or choose another")
 

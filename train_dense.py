@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 import losses
 from checkpoints import load_state, load_tokenizer, restore_state, save_state, versions
-from corpus import Corpus, merge_qrels, open_corpus, read_queries
+from corpus import Corpus, open_corpus, read_queries
 from data import train_loader
 from dense_args import check_args, parse_args
 from dense_data import INSTRUCTIONS, GroupCollator, GroupSet, plan_batches, read_training
 from dense_eval import DevSet, annotated_set, evaluate, read_dev_set
+from qrels import merge_qrels
 from retriever import BiEncoder, CrossEncoder, gather_rows, limit_lengths
 from utils import (InputError, RunLog, check_writable, gather_lists, run_script, save_folder, set_seed,
                    start_processes, write_json)

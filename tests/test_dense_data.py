@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 
 from conftest import make_bert
-from corpus import Corpus, read_qrels, read_queries, select_qrels
+from corpus import Corpus, read_queries
 from dense_data import (Example, GroupCollator, GroupSet, choose_group, filter_examples, plan_batches, qrels_examples, read_examples,
                         tokenize)
+from qrels import read_qrels, select_qrels
 from utils import InputError
 
 

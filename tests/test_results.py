@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from collate import candidates, check_candidates, check_outputs, collate, number_candidates
 from conftest import run
 from corpus import Corpus, read_queries
 from data import check_record
-from results import (Query, Results, candidates, check_candidates, check_outputs, collate, make_query, measure, number_candidates,
-                     read_labels, read_questions, read_run, write_contexts)
+from results import Query, Results, make_query, measure, read_labels, read_questions, read_run, write_contexts
 from utils import InputError
 
 
