@@ -25,7 +25,8 @@ demo-dense: .venv/ready
 
 demo-loop: demo-dense
 	for split in train dev test; do $(BIN)/python retrieve.py --query_encoder $(DEMO)-dense --corpus toy/data/corpus.tsv --index out/toy-index/dense \
-		--eval_data toy/data/$$split.json --hits 10 --output out/loop.$$split.json --metrics recall --qrels qrels=toy/data/qrels.$$split.tsv || exit 1; done
+		--eval_data toy/data/$$split.json --hits 10 --output out/loop.$$split.json --metrics recall --cutoffs 1 5 10 \
+		--qrels qrels=toy/data/qrels.$$split.tsv || exit 1; done
 	$(BIN)/python train_epoch.py $(DEMO)-loop out/loop.train.json out/loop.dev.json --t5_name toy/t5-tiny --num_contexts 10 \
 		--max_length 100 --batch_size 8 --batch_size_val 64 --epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0
 	$(BIN)/python test.py $(DEMO)-loop out/loop.test.json --num_contexts 1 2 5 10 --batch_size 64

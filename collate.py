@@ -4,6 +4,7 @@ import os
 from collections import Counter
 
 from corpus import format_key
+from data import check_types
 from metrics import METRICS
 from results import stack
 from utils import InputError, new_file
@@ -27,10 +28,11 @@ def candidates(record, scored=False):
 
 def check_candidates(queries, corpus, template, numbered, scored=False):
     """InputError for a question whose candidates are no keys or, if they must be numbered, are not, or not by the corpus's numbers."""
-    if queries and not any(candidates(query.record, scored)[0] for query in queries):
+    if queries and not any(record.get(name) for record in (query.record for query in queries) for name in ("key", "history", "pos", "neg")):
         raise InputError("no question has candidates, in 'key', 'history', or 'pos' and 'neg'; give some, or rank an earlier result with "
                          "--results")
     for query in queries:
+        check_types(query.record, f"question {query.id!r}", ["key", "key_index", "history", "history_index"])
         keys, numbers = candidates(query.record, scored)
         key_texts(query, keys, template)
         if numbered and keys and numbers is None:

@@ -188,7 +188,7 @@ def read_lines(path):
     """The lines of a file as bytes, one by one, gunzipped; a JSON list gives one line per item. Raises InputError."""
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-            if file.peek(1)[:1] == b"[":
+            if file.peek(4)[:4].removeprefix(codecs.BOM_UTF8)[:1] == b"[":
                 yield from (json.dumps(row).encode() + b"\n" for row, _ in read_json(path))
             else:
                 for number, line in enumerate(file):
@@ -199,10 +199,10 @@ def read_lines(path):
 
 
 def plain_lines(path):
-    """The path of a file of plain lines: `path`, or, if it is gzipped or a JSON list, PATH.lines, written if it is not there yet."""
+    """The path of a file of plain lines: `path` or, if it is gzipped, a JSON list or begins with a mark, PATH.lines, written once."""
     try:
         with open(path, "rb") as file:
-            plain = file.peek(1)[:1] != b"[" and not str(path).endswith(".gz")
+            plain = not file.peek(3).startswith((b"[", codecs.BOM_UTF8)) and not str(path).endswith(".gz")
         source, unpacked = os.stat(path).st_mtime_ns, f"{path}.lines"
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
@@ -210,7 +210,7 @@ def plain_lines(path):
         return path
     if not os.path.exists(unpacked) or os.stat(unpacked).st_mtime_ns != source:  # of the same age: written from this very file
         if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
-            raise InputError(f"{path}: must be unpacked, and its folder cannot be written; gunzip it elsewhere, and give that file")
+            raise InputError(f"{path}: must be made plain lines, and its folder cannot be written; unpack it elsewhere, and give that file")
         with new_file(unpacked, "wb") as file:
             file.writelines(tqdm(read_lines(path), unit=" lines", desc=f"unpacking {os.path.basename(path)}", leave=False, disable=None))
             file.flush()

@@ -105,10 +105,9 @@ def check_record(record, place, number):
     return record
 
 
-def check_types(record, place):
-    """InputError for a record whose lists are none, or whose task is no text."""
-    for name in ("pos", "neg", "key", "pos_index", "neg_index", "key_index", "history", "positive_ctxs", "negative_ctxs",
-                 "hard_negative_ctxs"):
+def check_types(record, place, names=("pos", "neg", "pos_index", "neg_index", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs")):
+    """InputError for a record whose lists of these names are none, or whose task is no text."""
+    for name in names:
         if not isinstance(record.get(name) or [], list):
             raise InputError(f"{place}: '{name}' must be a list, it is {json.dumps(record[name])[:60]}")
     if not isinstance(record.get("task") or "", str):

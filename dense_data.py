@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import math
 import random
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,14 @@ INSTRUCTIONS = {
                 "Convert this example into vector for retrieval: "),
         "tool": ("Transform this user request for fetching helpful tool descriptions: ",
                  "Transform this tool description for retrieval: ")}}
+
+
+def named_version(name):
+    """Whose instructions a model was trained with, by its name or the folder that the hub keeps it in; none if that does not tell."""
+    parts = name.rstrip("/").lower().split("/")
+    name = next((part for part in parts if part.startswith("models--")), parts[-1])
+    found = re.search(r"(?:^|[-_.])(llm-embedder|bge|e5)(?![a-z0-9]|-m3|-mistral)", name)
+    return found[1] if found else "none"
 
 
 # what LLM-Embedder sets per task with --use_train_config (its TASK_CONFIG)
@@ -96,6 +105,7 @@ def read_examples(path):
         if not isinstance(query, str):
             raise InputError(f"{place}: no 'query' (or 'question') text")
         check_types(record, place)
+        check_types(record, place, ["history"])
         if record.get("positive_ctxs") is not None:
             pos, neg = record["positive_ctxs"][:1], record.get("hard_negative_ctxs") or record.get("negative_ctxs") or []
             scores = None

@@ -64,7 +64,7 @@ def check_fingerprint(folder, wanted):
     other = [key for key in wanted if found.get(key) != wanted[key]]
     if other:
         raise InputError(f"{folder} holds an index of another {', '.join(other)} ({other[0]}: {str(found.get(other[0]))[:80]}, now "
-                         f"{str(wanted[other[0]])[:80]}); give another --index folder, or delete this one")
+                         f"{str(wanted[other[0]])[:80]}); give the flags it was made with, another --index folder, or delete this one")
     return True
 
 

@@ -1,7 +1,7 @@
 """Text encoders without padding: a transformer's states of packed tokens, pooled to one vector per text.
 
 BERT-shaped models (BERT, DPR, BGE, E5, Contriever, MiniLM, the FiD-KD retriever) run on layers.py's packed attention and
-cheap dropout; every other architecture runs in transformers, on texts sorted by length and padded within a chunk.
+dropout.py's dropout; every other architecture runs in transformers, on texts sorted by length and padded within a chunk.
 """
 from functools import partial
 from itertools import chain

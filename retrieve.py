@@ -24,7 +24,7 @@ from collate import (COLLATED, candidates, check_candidates, check_outputs, coll
                      number_candidates)
 from corpus import check_templates, open_corpus, read_queries
 from dense_args import SWITCH, resolve_path
-from dense_data import INSTRUCTIONS, GroupCollator
+from dense_data import INSTRUCTIONS, GroupCollator, named_version
 from embed import check_fingerprint, encode_corpus, fingerprint
 from metrics import METRICS
 from qrels import merge_qrels
@@ -126,10 +126,7 @@ def search_dense(args, corpus, queries, world):
         raise InputError(f"questions of the tasks {', '.join(tasks)} want other instructions before the documents; one index has one: "
                          "search task by task, or leave instructions out with --add_instruction false")
     task = tasks[0]
-    if world.is_main and any(map(any, map(collator.instruction, tasks))):
-        print(f"{args.version}'s instructions are put before the texts" + f" of {', '.join(tasks)}" * any(tasks))
-    elif world.is_main and args.instructed and args.add_instruction and not any(tasks):
-        print(f"note: no question names a task, so that {args.version}'s instructions are not used; give --task")
+    say_instructions(args, collator, tasks, say_on(world))
     wanted = fingerprint(corpus, args.key_encoder or args.query_encoder, {
         "template": corpus.template, "max_length": args.key_max_length, "metric": model.metric, "dtype": args.dtype, "bf16": args.bf16,
         "pooling": args.pooling_method, "separator": model.query_encoder.separator, "instruction": collator.instruction(task)[1]})
@@ -177,6 +174,8 @@ def search_candidates(args, corpus, queries, world):
     if not earlier:  # their own
         check_candidates(queries, corpus, args.key_template, bool(args.output or args.trec or set(args.metrics) & set(METRICS)), scored)
     model, collator = open_retriever(args, corpus, world)
+    if not args.ranker:
+        say_instructions(args, collator, sorted({query.task for query in queries}), say_on(world))
     rows = []
     for i in tqdm(range(world.rank, len(queries), world.size), desc="ranking", leave=False, disable=None if world.is_main else True):
         query = queries[i]
@@ -199,6 +198,14 @@ def search_candidates(args, corpus, queries, world):
         order = np.lexsort((numbers, -scores))[:None if scored else args.hits]
         rows.append((i, np.array(numbers)[order], scores[order]))
     return stack(gather_lists(rows, world))
+
+
+def say_instructions(args, collator, tasks, say):
+    """Says whose instructions are put before the texts, or that none are though the model is known for them."""
+    if any(map(any, map(collator.instruction, tasks))):
+        say(f"{args.version}'s instructions are put before the texts of {', '.join(tasks)}")
+    elif args.instructed and args.add_instruction and not any(tasks):
+        say(f"note: no question names a task, so that {args.version}'s instructions are not used; give --task")
 
 
 def say_on(world):
@@ -229,8 +236,7 @@ SEARCHES = dict(zip(METHODS, (search_dense, search_bm25, search_candidates, sear
 def check_args(args):
     """InputError for flags that cannot work; what no flag says is what the checkpoint was trained with; paths settled."""
     kept = read_args(args.query_encoder).get("args", {}) if args.retrieval_method in ("dense", "rank") else {}
-    name = os.path.basename(args.query_encoder.rstrip("/")).lower()
-    version = next((version for version in ("llm-embedder", "bge", "e5") if version in name), "none")
+    version = named_version(args.query_encoder)
     args.instructed = (args.version or kept.get("version") and "none" or version) != "none"  # by a flag or the name
     for name, default in (("query_max_length", 256), ("key_max_length", 256), ("query_template", "{query}"),
                           ("key_template", "{title} {text}"), ("add_instruction", True), ("version", version)):
@@ -288,8 +294,6 @@ def write_outputs(args, queries, results, corpus, labels):
     marks = mark_answers(queries, results, corpus) if args.output or "nq" in names else None
     if args.output:
         write_contexts(args.output, queries, results, corpus, marks)
-    if args.trec:
-        write_run(args.trec, queries, results, corpus, args.retrieval_method)
     if names:
         values = measure(queries, results, labels, marks, names, args.cutoffs)
         print(" " * 10 + "".join(f"{'@' + str(k):>10}" for k in args.cutoffs))
@@ -297,6 +301,8 @@ def write_outputs(args, queries, results, corpus, labels):
             print(f"{name:10}" + "".join(f"{100 * values[f'{name}@{k}']:10.2f}" for k in args.cutoffs))
         if args.measures:
             write_json(args.measures, {"method": args.retrieval_method, "queries": len(queries), **values})
+    if args.trec:
+        write_run(args.trec, queries, results, corpus, args.retrieval_method)
 
 
 def main(args):

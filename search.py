@@ -190,9 +190,9 @@ def build_index(vectors, first, last, factory, metric, sample, seed, quiet):
     except RuntimeError as error:
         raise InputError(f"--faiss_index_factory {factory}: faiss makes no such index of {vectors.shape[1]} numbers "
                          f"({str(error).splitlines()[-1][-120:]})") from None
-    if "OPQ" in factory and last - first < vectors.shape[1]:  # faiss would abort
-        raise InputError(f"--faiss_index_factory {factory}: {last - first:,} vectors are too few to train a rotation of {vectors.shape[1]} "
-                         "numbers; use Flat, or a factory without OPQ")
+    if "OPQ" in factory and min(sample, last - first) < vectors.shape[1]:  # faiss would abort
+        raise InputError(f"--faiss_index_factory {factory}: {min(sample, last - first):,} vectors are too few to train a rotation of "
+                         f"{vectors.shape[1]} numbers; use Flat, or a factory without OPQ")
     if not index.is_trained:
         rows = first + np.sort(np.random.default_rng(seed).permutation(last - first)[:sample])
         chosen = np.empty((len(rows), vectors.shape[1]), np.float32)

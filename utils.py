@@ -226,7 +226,7 @@ def lock(folder):
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, ".lock"), "w")
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another path or make room") from None
+        raise InputError(f"{folder}: is not whole yet, and cannot be written ({error.strerror}); give another --index folder") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

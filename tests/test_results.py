@@ -133,7 +133,7 @@ def test_given_candidates_need_numbers_where_documents_are_written(corpus):
         check_candidates(asked({}, {"pos": []}), None, "{text}", False)
     for bad, message in (({"pos": ["a"], "neg": ["b"]}, "not every candidate"), ({**good, "neg_index": [8]}, "8 is the number of no document"),
                          ({**good, "neg_index": ["d1"]}, "'d1' is the number"), ({"key": ["a", "b"], "key_index": [1]}, "not every candidate"),
-                         ({"key": [3], "key_index": [1]}, "neither a text nor"),
+                         ({"key": [3], "key_index": [1]}, "neither a text nor"), ({"key": "a"}, "'key' must be a list"),
                          ({"key": [{"title": "x"}], "key_index": [1]}, r"--key_template '{text}' \('text'\)")):
         with pytest.raises(InputError, match=f"question '0': .*{message}"):
             check_candidates(asked(bad), corpus, "{text}", True)
@@ -196,6 +196,10 @@ def test_lines_are_cut_at_line_ends_only(tmp_path):
     (tmp_path / "q.tsv").write_text("\ufeffqid\tquery\n7\twho\n")
     assert [query[1:3] for query in read_questions(tmp_path / "q.tsv")] == [("7", "who")]
     assert read_queries([tmp_path / "q.tsv"]) == {"7": "who"}
+    (tmp_path / "c.tsv").write_text("\ufeffid\ttext\ttitle\n1\ta\tb\n")
+    (tmp_path / "c.json").write_text('\ufeff[{"id": "1", "text": "a", "title": "b"}]')
+    for name in ("c.tsv", "c.json"):
+        assert Corpus(str(tmp_path / name), "{text}").passage(0) == {"id": "1", "title": "b", "text": "a"}
     (tmp_path / "q.csv").write_text("question\tanswers\nwho\t['a']\n")
     assert [query.answers for query in read_questions(tmp_path / "q.csv")] == [["a"]]
     (tmp_path / "q.tsv").write_text("7\twho\n7\twhat\n")

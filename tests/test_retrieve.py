@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 
 from conftest import ROOT, WORDS, command, make_bert, run
 from corpus import Corpus
+from dense_data import named_version
 from embed import fingerprint
 from results import Results, from_dictionaries, fuse, read_questions
 from search import best_by_place, merge, open_indices, search_exactly, search_indices
@@ -180,6 +181,8 @@ def test_faiss_indices(factory, settings, metric, tmp_path):
         search_indices(open_indices(tmp_path, vectors, factory, metric, None, 0, alone), asked, 5, metric, other)
     with pytest.raises(InputError, match="300 vectors are too few to train it"):
         open_indices(tmp_path, vectors, "IVF301,Flat", metric, None, 0, alone)
+    with pytest.raises(InputError, match="7 vectors are too few to train a rotation of 8"):
+        open_indices(tmp_path, vectors, "OPQ4,PQ4x4", metric, 7, 0, alone)
 
 
 def test_outputs(world_files, tmp_path):
@@ -363,6 +366,10 @@ def test_of_two_that_start_at_once_one_makes_the_index(method, bert, world_files
 
 def test_instructions_go_by_the_model(bert, world_files, tmp_path):
     """LLM-Embedder's and BGE's are for their models: another one gets none unless --version says so."""
+    for name, version in (("BAAI/bge-base-en", "bge"), ("BAAI/llm-embedder", "llm-embedder"), ("/x/e5/", "e5"), ("intfloat/multilingual-e5-base", "e5"),
+                          ("hub/models--BAAI--bge-small-en/snapshots/0be5", "bge"), ("hub/models--x--y/snapshots/bge", "none"), ("dpr-lr2e5", "none"),
+                          ("stage5", "none"), ("BAAI/bge-m3", "none"), ("intfloat/e5-mistral-7b-instruct", "none"), ("bge/minilm", "none")):
+        assert named_version(name) == version, name
     shutil.copytree(bert, tmp_path / "my-bge-base")
     common = ["--trec", tmp_path / "run", "--hits", 5]
     stdout, _ = retrieve(world_files, *common, "--query_encoder", bert, "--index", tmp_path / "a")
