@@ -52,8 +52,8 @@ def load_torch_file(path):
         raise InputError(f"{path}: not a checkpoint that can be loaded safely ({str(error).splitlines()[0]})") from None
 
 
-def find_weights(folder):
-    """The paths of a folder's weights (.safetensors or .bin, whole or in shards); [] if it holds none."""
+def find_weights(folder, required=False):
+    """The paths of a folder's weights (.safetensors or .bin, whole or in shards); [], or if required InputError, if it holds none."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = os.path.join(folder, name)
         if os.path.exists(path):
@@ -61,6 +61,8 @@ def find_weights(folder):
         if os.path.exists(path + ".index.json"):
             with open(path + ".index.json", encoding="utf-8") as file:
                 return [os.path.join(folder, shard) for shard in sorted(set(json.load(file)["weight_map"].values()))]
+    if required:
+        raise InputError(f"{folder}: has no model.safetensors or pytorch_model.bin; give the folder of a trained model")
     return []
 
 

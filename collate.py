@@ -152,12 +152,12 @@ def check_outputs(queries, labels, corpus, args):
             raise InputError("nq cannot be measured: no query has 'answers'")
         if name != "nq" and not any(labels):
             raise InputError(f"{name} cannot be measured: no query has qrels or 'pos_index'")
-    ids = {query.id for query in queries}
-    if len(ids) < len(queries) and (args.trec or args.results or args.qrels):
-        twice = next(id for id, count in Counter(query.id for query in queries).items() if count > 1)
+    ids = Counter(query.id for query in queries)
+    twice = next((id for id, count in ids.items() if count > 1), None)
+    if twice is not None and (args.trec or args.results or args.qrels):
         raise InputError(f"two questions have the id {twice!r}, and runs and qrels go by ids; make them unique")
-    if args.trec and any(len(id.split()) != 1 for id in ids):
-        blank = next(id for id in ids if len(id.split()) != 1)
+    blank = next((id for id in ids if len(id.split()) != 1), None)
+    if args.trec and blank is not None:
         raise InputError(f"a TREC run cannot hold the question id {blank!r}; take the blanks out, or use --output")
     for query in queries:
         if "collate_neg" in args.metrics:

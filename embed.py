@@ -27,16 +27,19 @@ class Blocks(torch.utils.data.Dataset):
         return block, self.tokenize([self.corpus.text(number) for number in numbers])
 
 
-def fingerprint(corpus, model_name, settings):
-    """What vectors depend on: sizes and contents of the corpus's and the model's files, and the settings. {name: value}."""
-    paths = [path for path, *_ in corpus.parts] + [model_name] * (model_name != "bm25" and os.path.isfile(model_name))
-    for folder, _, names in sorted(os.walk(model_name)) if model_name != "bm25" else ():
-        paths += [os.path.join(folder, name) for name in sorted(names) if name.endswith(MODEL_FILES[0]) or name.startswith(MODEL_FILES[1])]
-    corpora = len(corpus.parts)
-    names = [""] * corpora + [os.path.basename(path) for path in paths[corpora:]]  # a corpus may be named anew
-    files = [(name, os.path.getsize(path), content_hash(path, None if name else 256)) for name, path in zip(names, paths)]
-    name = str(model_name) if model_name == "bm25" or not os.path.exists(model_name) else ""  # a local one is known by its files
-    return {"documents": len(corpus), "model": name, "files": [list(file) for file in files], **settings}
+def fingerprint(corpus, model, settings):
+    """What an index depends on: sizes and contents of the corpus's and the model's files, and the settings. {name: value}.
+
+    model: a folder or file, known by its files, or a hub name; None where settings say what takes its place.
+    """
+    files = [["", os.path.getsize(path), content_hash(path, 256)] for path, *_ in corpus.parts]  # a corpus may be named anew
+    if model is not None:
+        paths = [model] if os.path.isfile(model) else [
+            os.path.join(folder, name) for folder, _, names in sorted(os.walk(model)) for name in sorted(names)
+            if name.endswith(MODEL_FILES[0]) or name.startswith(MODEL_FILES[1])]
+        files += [[os.path.basename(path), os.path.getsize(path), content_hash(path)] for path in paths]
+    name = "" if model is None or os.path.exists(model) else str(model)
+    return {"documents": len(corpus), "model": name, "files": files, **settings}
 
 
 def content_hash(path, windows=None):
@@ -66,6 +69,13 @@ def check_fingerprint(folder, wanted):
         raise InputError(f"{folder} holds an index of another {', '.join(other)} ({other[0]}: {str(found.get(other[0]))[:80]}, now "
                          f"{str(wanted[other[0]])[:80]}); give the flags it was made with, another --index folder, or delete this one")
     return True
+
+
+def await_index(folder, wanted, world):
+    """Returns when the main process has made the folder's index; InputError on a process that does not see it."""
+    wait_for_all(world)
+    if not check_fingerprint(folder, wanted):
+        raise InputError(f"{folder}: process {world.rank} does not see the index that process 0 made; it must lie on a shared disk")
 
 
 def make_arrays(folder, count, width, dtype, wanted):
@@ -120,9 +130,7 @@ def encode_undone(model, corpus, tokenize, folder, dtype, world, wanted, num_wor
     """encode_corpus, by the one command that may write."""
     if world.is_main and not check_fingerprint(folder, wanted):
         make_arrays(folder, len(corpus), model.encode(tokenize(["probe"]), "key").shape[1], dtype, wanted)
-    wait_for_all(world)
-    if not check_fingerprint(folder, wanted):
-        raise InputError(f"{folder}: process {world.rank} does not see the index that process 0 made; it must lie on a shared disk")
+    await_index(folder, wanted, world)
     vectors, done = open_array(folder, "vectors"), open_array(folder, "done")
     if not (done.all() or os.access(os.path.join(folder, "done.npy"), os.W_OK)):
         raise InputError(f"{folder}: not all documents are encoded yet, and it cannot be written; give another --index folder")

@@ -25,7 +25,7 @@ from collate import (COLLATED, candidates, check_candidates, check_outputs, coll
 from corpus import check_templates, open_corpus, read_queries
 from dense_args import SWITCH, resolve_path
 from dense_data import INSTRUCTIONS, GroupCollator, named_version
-from embed import check_fingerprint, encode_corpus, fingerprint
+from embed import await_index, check_fingerprint, encode_corpus, fingerprint
 from metrics import METRICS
 from qrels import merge_qrels
 from results import (Query, Results, fuse, mark_answers, measure, read_labels, read_questions, read_run, stack, write_contexts,
@@ -98,16 +98,15 @@ def parse_args():
 
 def search_bm25(args, corpus, queries, world):
     """BM25 by bm25s; each process scores a strided share of the queries."""
-    settings = {"k1": args.k1, "b": args.b, "stopwords": args.stopwords, "stemmer": args.stemmer, "template": corpus.template}
-    wanted, words = fingerprint(corpus, "bm25", settings), bm25_words(None if args.stopwords == "none" else args.stopwords, args.stemmer)
+    wanted = fingerprint(corpus, None, {"model": "bm25", "k1": args.k1, "b": args.b, "stopwords": args.stopwords, "stemmer": args.stemmer,
+                                        "template": corpus.template})
+    words = bm25_words(None if args.stopwords == "none" else args.stopwords, args.stemmer)
     if world.is_main and not check_fingerprint(args.index, wanted):
         with lock(args.index):
             if not check_fingerprint(args.index, wanted):
                 build_bm25(args.index, corpus, words, args.k1, args.b)
                 write_json(os.path.join(args.index, "index.json"), wanted)
-    wait_for_all(world)
-    if not check_fingerprint(args.index, wanted):
-        raise InputError(f"{args.index}: process {world.rank} does not see the index that process 0 made; it must lie on a shared disk")
+    await_index(args.index, wanted, world)
     if not queries:
         return None
     index, own, rows = load_bm25(args.index), range(world.rank, len(queries), world.size), []
@@ -126,7 +125,7 @@ def search_dense(args, corpus, queries, world):
         raise InputError(f"questions of the tasks {', '.join(tasks)} want other instructions before the documents; one index has one: "
                          "search task by task, or leave instructions out with --add_instruction false")
     task = tasks[0]
-    say_instructions(args, collator, tasks, say_on(world))
+    say_instructions(args, collator, tasks, world.say)
     wanted = fingerprint(corpus, args.key_encoder or args.query_encoder, {
         "template": corpus.template, "max_length": args.key_max_length, "metric": model.metric, "dtype": args.dtype, "bf16": args.bf16,
         "pooling": args.pooling_method, "separator": model.query_encoder.separator, "instruction": collator.instruction(task)[1]})
@@ -163,19 +162,19 @@ def open_retriever(args, corpus, world):
     tokenizer = load_tokenizer(args.query_encoder, fallback)
     for encoder in model.encoders.values() if args.pair_types and not args.ranker else ():
         encoder.separator = tokenizer.sep_token_id
-    limit_lengths(args, [model] if args.ranker else model.encoders.values(), say_on(world))
+    limit_lengths(args, [model] if args.ranker else model.encoders.values(), world.say)
     instructions = INSTRUCTIONS[args.version] if args.add_instruction else {}
     return model.to(world.device).eval(), GroupCollator(tokenizer, args, corpus, instructions)
 
 
 def search_candidates(args, corpus, queries, world):
     """Candidates in the model's order: an earlier result's documents, or, by their places, the records' candidates."""
-    earlier, scored = read_run(args.results[0], queries, corpus, say_on(world)) if args.results else None, "collate_score" in args.metrics
+    earlier, scored = read_run(args.results[0], queries, corpus, world.say) if args.results else None, "collate_score" in args.metrics
     if not earlier:  # their own
         check_candidates(queries, corpus, args.key_template, bool(args.output or args.trec or set(args.metrics) & set(METRICS)), scored)
     model, collator = open_retriever(args, corpus, world)
     if not args.ranker:
-        say_instructions(args, collator, sorted({query.task for query in queries}), say_on(world))
+        say_instructions(args, collator, sorted({query.task for query in queries}), world.say)
     rows = []
     for i in tqdm(range(world.rank, len(queries), world.size), desc="ranking", leave=False, disable=None if world.is_main else True):
         query = queries[i]
@@ -208,11 +207,6 @@ def say_instructions(args, collator, tasks, say):
         say(f"note: no question names a task, so that {args.version}'s instructions are not used; give --task")
 
 
-def say_on(world):
-    """print on the main process, nothing on the others."""
-    return print if world.is_main else lambda text: None
-
-
 def search_random(args, corpus, queries, world):
     """Documents drawn at random, by seed and query, the same for any number of processes: the baseline of every measure."""
     count = min(args.hits, len(corpus))
@@ -225,7 +219,7 @@ def search_fused(args, corpus, queries, world):
     weights = args.fusion_weights or [1.0] * len(args.results)
     if len(args.results) < 2 or len(weights) != len(args.results):
         raise InputError("--retrieval_method fuse needs two or more --results, and one of --fusion_weights for each")
-    return fuse([read_run(path, queries, corpus, say_on(world)) for path in args.results], args.fusion, weights, args.hits)
+    return fuse([read_run(path, queries, corpus, world.say) for path in args.results], args.fusion, weights, args.hits)
 
 
 SEARCHES = dict(zip(METHODS, (search_dense, search_bm25, search_candidates, search_random, search_fused)))
@@ -314,15 +308,14 @@ def main(args):
         Query({"id": id, "question": text}, id, text, args.task, []) for id, text in read_queries(args.queries).items()]
     if not queries and (args.eval_data or args.queries):
         raise InputError(f"{args.eval_data or ', '.join(args.queries)}: holds no queries")
-    say = say_on(world)
-    labels = read_labels(queries, merge_qrels(args.qrels) if args.qrels else None, corpus, say)
+    labels = read_labels(queries, merge_qrels(args.qrels) if args.qrels else None, corpus, world.say)
     check_outputs(queries, labels, corpus, args)
     if args.hits < max(args.cutoffs) and not (corpus and args.hits >= len(corpus)) and set(args.metrics) & set(METRICS):
-        say(f"note: --hits {args.hits} leaves out the --cutoffs above it")
+        world.say(f"note: --hits {args.hits} leaves out the --cutoffs above it")
         args.cutoffs = [k for k in args.cutoffs if k <= args.hits] or [args.hits]
     if corpus and queries and args.hits > len(corpus):
         args.hits = len(corpus)
-        say(f"note: --hits is more than the corpus has; {args.hits} are taken")
+        world.say(f"note: --hits is more than the corpus has; {args.hits} are taken")
     start = time.time()
     results = SEARCHES[args.retrieval_method](args, corpus, queries, world)
     if world.is_main and results is None:

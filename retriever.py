@@ -168,9 +168,7 @@ class CrossEncoder(nn.Module):
         config.num_labels = 1
         if dropout is not None:
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-        if not find_weights(folder):
-            if trained:
-                raise InputError(f"{folder}: has no model.safetensors or pytorch_model.bin; give the folder of a trained ranker")
+        if not find_weights(folder, required=trained):
             return cls(AutoModelForSequenceClassification.from_config(config))
         try:
             model, found = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32,
@@ -218,9 +216,7 @@ def open_transformer(folder, dropout=None, trained=False):
             if hasattr(config, name):
                 setattr(config, name, dropout)
     kind = T5EncoderModel if config.model_type in ("t5", "mt5") else AutoModel
-    if not find_weights(folder):
-        if trained:
-            raise InputError(f"{folder}: has no model.safetensors or pytorch_model.bin; give the folder of a trained model")
+    if not find_weights(folder, required=trained):
         if os.environ.get("RANK", "0") == "0":
             print(f"{folder}: no weights there, starting from random initialisation", flush=True)
         return kind.from_config(config) if kind is AutoModel else kind(config)

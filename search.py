@@ -136,6 +136,11 @@ def search_indices(indices, asked, k, metric, settings):
     return merge(found, k)
 
 
+def reason(error):
+    """The end of faiss's message, which says what was wrong."""
+    return str(error).splitlines()[-1][-120:]
+
+
 def part_range(count, part, size):
     """(first, last) of one of `size` parts of the rows: whole BLOCKs, so that a few rows leave parts empty."""
     return tuple(min(count, BLOCK * (-(-count // BLOCK) * i // size)) for i in (part, part + 1))
@@ -151,9 +156,12 @@ def open_indices(folder, vectors, factory, metric, sample, seed, world):
     sample = sample or max(200_000, 40 * int(lists[1]) if lists else 0)
     stem = f"{factory.replace(',', '_')}.{sample}.{seed}"
 
+    def part_path(part, size):
+        return f"{folder}/{stem}.{part}-of-{size}.faiss"
+
     def missing(size):
         ranges = enumerate(part_range(len(vectors), part, size) for part in range(size))
-        return any(first < last and not os.path.exists(f"{folder}/{stem}.{part}-of-{size}.faiss") for part, (first, last) in ranges)
+        return any(first < last and not os.path.exists(part_path(part, size)) for part, (first, last) in ranges)
     made = {int(name[1]) for name in map(re.compile(re.escape(stem) + r"\.\d+-of-(\d+)\.faiss").fullmatch, os.listdir(folder)) if name}
     size = next((size for size in sorted(made, key=lambda size: size != world.size) if not missing(size)), world.size)
     size = gather_lists([size], world)[0]  # as the main process sees it, before one of them writes
@@ -161,7 +169,7 @@ def open_indices(folder, vectors, factory, metric, sample, seed, world):
     for part in range(world.rank, size, world.size):
         first, last = part_range(len(vectors), part, size)
         if first < last:
-            path = f"{folder}/{stem}.{part}-of-{size}.faiss"
+            path = part_path(part, size)
             if not os.path.exists(path):
                 write_index(build_index(vectors, first, last, factory, metric, sample, seed, not world.is_main), path)
             indices.append((first, read_index(path)))
@@ -179,7 +187,7 @@ def read_index(path):
     try:
         return faiss.read_index(path)
     except RuntimeError as error:
-        raise InputError(f"{path}: faiss cannot read it ({str(error).splitlines()[-1][-120:]}); delete it, the same command makes it "
+        raise InputError(f"{path}: faiss cannot read it ({reason(error)}); delete it, the same command makes it "
                          "again") from None
 
 
@@ -189,7 +197,7 @@ def build_index(vectors, first, last, factory, metric, sample, seed, quiet):
         index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise InputError(f"--faiss_index_factory {factory}: faiss makes no such index of {vectors.shape[1]} numbers "
-                         f"({str(error).splitlines()[-1][-120:]})") from None
+                         f"({reason(error)})") from None
     if "OPQ" in factory and min(sample, last - first) < vectors.shape[1]:  # faiss would abort
         raise InputError(f"--faiss_index_factory {factory}: {min(sample, last - first):,} vectors are too few to train a rotation of "
                          f"{vectors.shape[1]} numbers; use Flat, or a factory without OPQ")
@@ -202,14 +210,14 @@ def build_index(vectors, first, last, factory, metric, sample, seed, quiet):
             index.train(chosen)
         except RuntimeError as error:
             raise InputError(f"--faiss_index_factory {factory}: {last - first:,} vectors are too few to train it "
-                             f"({str(error).splitlines()[-1][-120:]}); use Flat, or fewer lists") from None
+                             f"({reason(error)}); use Flat, or fewer lists") from None
         del chosen
     for start in tqdm(range(first, last, ADDED), desc="indexing", leave=False, disable=True if quiet else None):
         try:
             index.add(vectors[start:min(start + ADDED, last)].astype(np.float32))
         except RuntimeError as error:
             raise InputError(f"--faiss_index_factory {factory}: takes no vectors without ids "
-                             f"({str(error).splitlines()[-1][-120:]})") from None
+                             f"({reason(error)})") from None
     return index
 
 

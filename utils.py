@@ -41,6 +41,11 @@ class World:
     def is_main(self):
         return self.rank == 0
 
+    def say(self, text):
+        """Prints on the main process."""
+        if self.is_main:
+            print(text, flush=True)
+
 
 def start_processes(gpus, patience=timedelta(minutes=30)):
     """Joins torchrun's processes (NCCL on GPUs, gloo on CPUs); `gpus` is CUDA_VISIBLE_DEVICES, '' for the CPU.
