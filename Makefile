@@ -1,35 +1,52 @@
-# make demo: set up, train and evaluate a reader on the embedded world. make demo-dense: the same with a retriever.
-# make demo-loop: that retriever's contexts for the reader. make test: set up, run all tests.
+# make demo        sets up, then trains and evaluates a reader on the embedded world
+# make demo-dense  trains a retriever on it and compares its searches with BM25's
+# make demo-loop   trains and evaluates a reader on that retriever's contexts
+# make lint        checks the code with ruff (settings: pyproject.toml)
+# make test        runs all tests
 PYTHON ?= python3
 BIN = .venv/bin
 DEMO = out/demo
 
-.PHONY: demo demo-dense demo-loop test clean
+# what the demos share: the corpus, the cutoffs, the reader's training
+CORPUS = --corpus toy/data/corpus.tsv
+RECALL = --metrics recall --cutoffs
+READER = --t5_name toy/t5-tiny --num_contexts 10 --max_length 100 --batch_size 8 --batch_size_val 64 \
+	--epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0
+
+.PHONY: demo demo-dense demo-loop lint test clean
 
 demo: .venv/ready
 	$(BIN)/python toy/world.py --out toy/data
-	$(BIN)/python train_epoch.py $(DEMO) toy/data/train.json toy/data/dev.json --t5_name toy/t5-tiny --num_contexts 10 \
-		--max_length 100 --batch_size 8 --batch_size_val 64 --epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0
+	$(BIN)/python train_epoch.py $(DEMO) toy/data/train.json toy/data/dev.json $(READER)
 	$(BIN)/python test.py $(DEMO) toy/data/test.json --num_contexts 0 1 2 5 10 --batch_size 64
 
 demo-dense: .venv/ready
 	$(BIN)/python toy/world.py --out toy/data
-	$(BIN)/python train_dense.py --output_dir $(DEMO)-dense --corpus toy/data/corpus.tsv \
-		--queries toy/data/queries.train.jsonl toy/data/queries.dev.jsonl --positives qrels=toy/data/qrels.train.tsv \
-		--negatives qrels=toy/data/mined.train.tsv --group_size 6 --eval_qrels qrels=toy/data/qrels.dev.tsv --eval_method retrieval \
-		--metrics recall --cutoffs 1 5 20 --best_metric recall@5 --eval_steps 100 --query_encoder toy/bert-tiny --pooling_method mean \
-		--cos_temperature 0.05 --batch_size 64 --epochs 10 --lr 2e-3 --key_max_length 100
-	for method in "bm25 --k1 1.5 --b 0.75" "dense --query_encoder $(DEMO)-dense"; do $(BIN)/python retrieve.py --retrieval_method $$method \
-		--corpus toy/data/corpus.tsv --index out/toy-index/$${method%% *} --eval_data toy/data/test.json --hits 20 \
-		--metrics recall --cutoffs 1 5 20 --qrels qrels=toy/data/qrels.test.tsv || exit 1; done
+	$(BIN)/python train_dense.py --output_dir $(DEMO)-dense $(CORPUS) \
+		--queries toy/data/queries.train.jsonl toy/data/queries.dev.jsonl \
+		--positives qrels=toy/data/qrels.train.tsv --negatives qrels=toy/data/mined.train.tsv \
+		--group_size 6 --eval_qrels qrels=toy/data/qrels.dev.tsv --eval_method retrieval \
+		$(RECALL) 1 5 20 --best_metric recall@5 --eval_steps 100 \
+		--query_encoder toy/bert-tiny --pooling_method mean --cos_temperature 0.05 \
+		--batch_size 64 --epochs 10 --lr 2e-3 --key_max_length 100
+	$(BIN)/python retrieve.py --retrieval_method bm25 --k1 1.5 --b 0.75 \
+		$(CORPUS) --index out/toy-index/bm25 --eval_data toy/data/test.json --hits 20 \
+		$(RECALL) 1 5 20 --qrels qrels=toy/data/qrels.test.tsv
+	$(BIN)/python retrieve.py --retrieval_method dense --query_encoder $(DEMO)-dense \
+		$(CORPUS) --index out/toy-index/dense --eval_data toy/data/test.json --hits 20 \
+		$(RECALL) 1 5 20 --qrels qrels=toy/data/qrels.test.tsv
 
 demo-loop: demo-dense
-	for split in train dev test; do $(BIN)/python retrieve.py --query_encoder $(DEMO)-dense --corpus toy/data/corpus.tsv --index out/toy-index/dense \
-		--eval_data toy/data/$$split.json --hits 10 --output out/loop.$$split.json --metrics recall --cutoffs 1 5 10 \
-		--qrels qrels=toy/data/qrels.$$split.tsv || exit 1; done
-	$(BIN)/python train_epoch.py $(DEMO)-loop out/loop.train.json out/loop.dev.json --t5_name toy/t5-tiny --num_contexts 10 \
-		--max_length 100 --batch_size 8 --batch_size_val 64 --epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0
+	for split in train dev test; do \
+		$(BIN)/python retrieve.py --query_encoder $(DEMO)-dense $(CORPUS) --index out/toy-index/dense \
+			--eval_data toy/data/$$split.json --hits 10 --output out/loop.$$split.json \
+			$(RECALL) 1 5 10 --qrels qrels=toy/data/qrels.$$split.tsv || exit 1; \
+	done
+	$(BIN)/python train_epoch.py $(DEMO)-loop out/loop.train.json out/loop.dev.json $(READER)
 	$(BIN)/python test.py $(DEMO)-loop out/loop.test.json --num_contexts 1 2 5 10 --batch_size 64
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check
 
 test: .venv/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 tests
@@ -44,4 +61,4 @@ test: .venv/ready-dev
 	touch $@
 
 clean:
-	rm -rf .venv out toy/data
+	rm -rf .venv .ruff_cache .pytest_cache out toy/data

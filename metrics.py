@@ -1,4 +1,4 @@
-"""Measures of open-domain question answering, as DPR and FiD define them, and of ranked lists, as trec_eval does."""
+"""Measures of answers, as DPR and FiD define them, and of ranked lists, as in trec_eval."""
 import math
 import re
 import string
@@ -9,113 +9,170 @@ import numpy as np
 import regex
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-METRICS = ("mrr", "recall", "ndcg", "map", "success", "nq")  # of ranked lists: ranking_metrics' names, and topk_accuracy's
-DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", flags=regex.IGNORECASE | regex.MULTILINE)
+DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]",
+                          flags=regex.IGNORECASE | regex.MULTILINE)
 
+
+# ------------------------------------------------------------------------------------------ answers
 
 def normalize_answer(text):
-    """Lower case, no ASCII punctuation, no articles, single spaces, in this order (SQuAD v1.1 evaluation)."""
+    """Lower case, no ASCII punctuation, no articles, single spaces, in this order (SQuAD v1.1)."""
     text = text.lower().translate(PUNCTUATION)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    text = re.sub(r"\b(a|an|the)\b", " ", text)
+    return " ".join(text.split())
 
 
 def exact_match(prediction, answers):
     """1.0 if the normalised prediction equals one of the normalised gold answers, else 0.0."""
-    guess = normalize_answer(prediction)
-    return float(any(guess == normalize_answer(answer) for answer in answers))
+    prediction = normalize_answer(prediction)
+    return float(any(prediction == normalize_answer(answer) for answer in answers))
 
 
 def f1(prediction, answers):
-    """Largest F1 between the bags of normalised words of the prediction and of one gold answer (SQuAD v1.1)."""
-    guess, best = Counter(normalize_answer(prediction).split()), 0.0
+    """The largest F1 between the words of the prediction and of one gold answer (SQuAD v1.1)."""
+    predicted_words = Counter(normalize_answer(prediction).split())
+    best = 0.0
     for answer in answers:
-        gold = Counter(normalize_answer(answer).split())
-        common = (guess & gold).total()
-        if common:
-            best = max(best, 2 * common / (guess.total() + gold.total()))
+        gold_words = Counter(normalize_answer(answer).split())
+        num_common = (predicted_words & gold_words).total()
+        if num_common:
+            best = max(best, 2 * num_common / (predicted_words.total() + gold_words.total()))
     return best
 
 
+# ----------------------------------------------------------------------------------------- passages
+
 def dpr_tokens(text):
-    """Lower-cased tokens of DPR's SimpleTokenizer: runs of letters, digits and marks, or one other symbol; NFD first."""
+    """Lower-cased tokens of DPR's SimpleTokenizer.
+
+    A token is a run of letters, digits and marks, or one other symbol; the text is brought to
+    Unicode's form NFD first.
+    """
     return [token.lower() for token in DPR_TOKEN.findall(unicodedata.normalize("NFD", text))]
 
 
 def has_answer(text, answers, is_regex=False):
-    """True if one answer's tokens stand next to each other in the passage's text (DPR); the title is not searched.
+    """True if one answer's tokens stand side by side in the passage's text (DPR).
 
-    With `is_regex` each answer is a regular expression searched in the raw text (CuratedTREC); one that does not
-    compile matches nothing, as in DPR.
+    The title is not searched. With `is_regex` each answer is a regular expression, searched in the
+    raw text (CuratedTREC).
     """
     if is_regex:
-        return any(_regex_found(pattern, text) for pattern in answers)
+        return any(matches_regex(pattern, text) for pattern in answers)
     tokens = dpr_tokens(text)
-    for answer in answers:
-        wanted = dpr_tokens(answer)
-        if any(tokens[i:i + len(wanted)] == wanted for i in range(len(tokens) - len(wanted) + 1)):
-            return True
-    return False
+    return any(contains_tokens(tokens, dpr_tokens(answer)) for answer in answers)
 
 
-def _regex_found(pattern, text):
+def contains_tokens(tokens, part):
+    """True if the list `part` stands, as a whole, somewhere in the list `tokens`."""
+    last_start = len(tokens) - len(part)
+    return any(tokens[start:start + len(part)] == part for start in range(last_start + 1))
+
+
+def matches_regex(pattern, text):
+    """True if the pattern occurs in the text; a malformed one matches nothing, as in DPR."""
+    flags = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
     try:
-        compiled = regex.compile(unicodedata.normalize("NFD", pattern),
-                                 flags=regex.IGNORECASE | regex.UNICODE | regex.MULTILINE)
+        compiled = regex.compile(unicodedata.normalize("NFD", pattern), flags=flags)
     except regex.error:
         return False
     return compiled.search(unicodedata.normalize("NFD", text)) is not None
 
 
-# ---------------------------------------------------------------------------------------------------- ranked lists
+# ------------------------------------------------------------------------------------- ranked lists
 
 def rank_documents(scores):
-    """The documents of {id: score} by falling score; equal float32 scores by falling id, as trec_eval ranks them."""
-    return sorted(scores, key=lambda document: (np.float32(scores[document]), str(document)), reverse=True)
+    """The documents of {id: score} by falling score, as trec_eval ranks them.
 
+    Scores are compared as float32; equal ones are ranked by falling id.
+    """
+    def sort_key(document):
+        return np.float32(scores[document]), str(document)
 
-def precision_sum(ranking, relevant, k):
-    """Sum of the precisions at the ranks, up to k, of relevant documents; over their number it is the average precision."""
-    hits, total = 0, 0.0
-    for rank, document in enumerate(ranking[:k], 1):
-        if document in relevant:
-            hits += 1
-            total += hits / rank
-    return total
-
-
-def dcg(gains, k):
-    """Discounted cumulative gain of the first k gains, as trec_eval computes it."""
-    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:k], 1))
+    return sorted(scores, key=sort_key, reverse=True)
 
 
 def ranking_metrics(ranking, labels, names, cutoffs):
-    """{name@k: value} of one query's ranked documents; labels {document: relevance}, relevant from 1 on as in trec_eval.
+    """{name@k: value} of one query's ranked documents, for all names and cutoffs k.
 
-    names: recall, mrr, ndcg (gain = label, discount log2(rank + 1)), map, success. ValueError for another one.
+    The names are keys of RANKING_METRICS, labels is {document: relevance}. Raises ValueError for an
+    unknown name.
     """
-    relevant = {document for document, label in labels.items() if label >= 1}
-    first = next((rank for rank, document in enumerate(ranking, 1) if document in relevant), math.inf)
-    ideal = sorted((label for label in labels.values() if label > 0), reverse=True)
-    gains = [max(0, labels.get(document, 0)) for document in ranking]
-    result = {}
+    values = {}
     for name in names:
+        if name not in RANKING_METRICS:
+            raise ValueError(f"unknown metric {name}")
         for k in cutoffs:
-            if name == "recall":
-                value = len(relevant.intersection(ranking[:k])) / max(1, len(relevant))
-            elif name == "mrr":
-                value = 1 / first if first <= k else 0.0
-            elif name == "ndcg":
-                value = dcg(gains, k) / dcg(ideal, k) if ideal else 0.0
-            elif name == "map":
-                value = precision_sum(ranking, relevant, k) / max(1, len(relevant))
-            elif name == "success":
-                value = float(first <= k)
-            else:
-                raise ValueError(f"unknown metric {name}")
-            result[f"{name}@{k}"] = value
-    return result
+            values[f"{name}@{k}"] = RANKING_METRICS[name](ranking, labels, k)
+    return values
 
 
-def topk_accuracy(hits, cutoffs):
-    """{nq@k: 1.0 if one of the first k passages holds an answer} of one question's has_answer values in rank order (DPR)."""
-    return {f"nq@{k}": float(any(hits[:k])) for k in cutoffs}
+def reciprocal_rank(ranking, labels, k):
+    """1 / the rank of the first relevant document, 0 if it is below rank k."""
+    relevant = relevant_documents(labels)
+    for rank, document in enumerate(ranking[:k], 1):
+        if document in relevant:
+            return 1 / rank
+    return 0.0
+
+
+def recall(ranking, labels, k):
+    """The share of the relevant documents that are among the first k."""
+    relevant = relevant_documents(labels)
+    return len(relevant.intersection(ranking[:k])) / max(1, len(relevant))
+
+
+def ndcg(ranking, labels, k):
+    """Discounted cumulative gain of the first k documents, over that of the best possible ranking.
+
+    A document's gain is its label, a negative one counting as 0.
+    """
+    best_gains = sorted((label for label in labels.values() if label > 0), reverse=True)
+    if not best_gains:
+        return 0.0
+    gains = [max(0, labels.get(document, 0)) for document in ranking[:k]]
+    return discounted_gain(gains) / discounted_gain(best_gains[:k])
+
+
+def discounted_gain(gains):
+    """The sum of the gains at ranks 1, 2, ..., each divided by log2(rank + 1)."""
+    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))
+
+
+def average_precision(ranking, labels, k):
+    """The precisions at the ranks of relevant documents, averaged over all relevant ones.
+
+    Relevant documents below rank k have a precision of 0.
+    """
+    relevant = relevant_documents(labels)
+    num_relevant_so_far = 0
+    precision_sum = 0.0
+    for rank, document in enumerate(ranking[:k], 1):
+        if document in relevant:
+            num_relevant_so_far += 1
+            precision_sum += num_relevant_so_far / rank
+    return precision_sum / max(1, len(relevant))
+
+
+def success(ranking, labels, k):
+    """1.0 if one of the first k documents is relevant, else 0.0."""
+    return float(not relevant_documents(labels).isdisjoint(ranking[:k]))
+
+
+def relevant_documents(labels):
+    """The documents that are labelled 1 or higher, as in trec_eval."""
+    return {document for document, label in labels.items() if label >= 1}
+
+
+def topk_accuracy(is_answering, cutoffs):
+    """{nq@k: 1.0 if one of the first k passages holds an answer, else 0.0} of one question (DPR).
+
+    is_answering: has_answer of every passage, in the order of their ranks.
+    """
+    return {f"nq@{k}": float(any(is_answering[:k])) for k in cutoffs}
+
+
+# what --metrics may name: those of ranking_metrics, and nq, which is topk_accuracy
+RANKING_METRICS = {"mrr": reciprocal_rank, "recall": recall, "ndcg": ndcg, "map": average_precision,
+                   "success": success}
+METRICS = (*RANKING_METRICS, "nq")

@@ -1,327 +1,487 @@
-"""Trains a dense retriever (or a ranker) from LLM-Embedder's, DPR's or qrels files, and measures it on the way.
+"""Trains a dense retriever (or a ranker) from LLM-Embedder's, DPR's or qrels files, and measures it
+on the way.
 
-    python train_dense.py --output_dir OUT --train_data train.json --query_encoder BAAI/bge-base-en --max_steps 2000
-    torchrun --standalone --nproc_per_node=8 train_dense.py --output_dir OUT --corpus corpus.jsonl --queries queries.jsonl \
-        --positives qrels=train.tsv,min_score=1 --negatives qrels=mined.tsv --group_size 8 --eval_qrels qrels=dev.tsv
+    python train_dense.py --output_dir OUT --train_data train.json --max_steps 2000 \
+        --query_encoder BAAI/bge-base-en
+    torchrun --standalone --nproc_per_node=8 train_dense.py --output_dir OUT --corpus corpus.jsonl \
+        --queries queries.jsonl --positives qrels=train.tsv,min_score=1 \
+        --negatives qrels=mined.tsv --group_size 8 --eval_qrels qrels=dev.tsv
 
-Losses: InfoNCE over the keys of all processes (DPR, arXiv 2004.04906), distillation from teacher scores (LLM-Embedder, arXiv
-2310.07554), graded labels. Written: OUT (a sentence-transformers folder), OUT.jsonl (a row per report), OUT.state (for --resume).
+Losses: InfoNCE over the keys of all processes (DPR, arXiv 2004.04906), distillation from teacher
+scores (LLM-Embedder, arXiv 2310.07554), graded labels. Written: OUT (a sentence-transformers
+folder), OUT.jsonl (a row per report), OUT.state (for --resume).
 """
-import argparse
+import copy
 import math
 import os
 import shutil
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 import torch
 import transformers
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-import losses
-from checkpoints import load_state, load_tokenizer, restore_state, save_state, versions
-from corpus import Corpus, open_corpus, read_queries
+from checkpoints import load_tokenizer, versions
 from data import train_loader
-from dense_args import check_args, parse_args
-from dense_data import INSTRUCTIONS, GroupCollator, GroupSet, plan_batches, read_training
-from dense_eval import DevSet, annotated_set, evaluate, read_dev_set
-from qrels import merge_qrels
-from retriever import BiEncoder, CrossEncoder, gather_rows, limit_lengths
-from utils import (InputError, RunLog, check_writable, gather_lists, run_script, save_folder, set_seed,
-                   start_processes, write_json)
+from dense import losses
+from dense.batches import GroupCollator, GroupSet, plan_batches
+from dense.evaluation import annotated_set, read_dev_set
+from dense.evaluation import evaluate as measure_retriever
+from dense.examples import read_training
+from dense.flags import check_args, parse_args
+from dense.gather import gather_rows
+from dense.instructions import INSTRUCTIONS
+from dense.model import BiEncoder, CrossEncoder, limit_lengths
+from files import check_writable, save_folder, write_json
+from records import read_queries
+from retrieval.corpus import Corpus, open_corpus
+from retrieval.qrels import merge_qrels
+from training import (
+    Progress,
+    Run,
+    RunLog,
+    describe_machine,
+    load_state,
+    make_optimizer,
+    restore_state,
+    save_state,
+    set_seed,
+    step_optimizer,
+    wrap_model,
+)
+from utils import InputError, gather_lists, progress_bar, run_script, start_processes
 
 # flags that may differ between a run and its resumption: they do not change the weights
-FREE_FLAGS = {"resume", "num_workers", "gpus", "tqdm", "logging_steps", "early_exit_steps", "stop_at"}
+FREE_FLAGS = {"resume", "num_workers", "gpus", "tqdm", "logging_steps", "early_exit_steps",
+              "stop_at"}
 
 
 @dataclass
-class Progress:
-    """Where a run stands; everything in it is in the resume state."""
-    epoch: int = 0
-    update: int = 0            # updates done in this epoch
-    total_updates: int = 0
-    best: float = -math.inf    # of the chosen measure, negated where lower is better
-    best_at: str = ""
-    rows: int = 0              # rows of the log written
-    losses: list = field(default_factory=list)  # of the updates since the last report
-    queries: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass
-class Run:
-    """What the functions below share."""
-    args: argparse.Namespace
-    world: object
-    model: torch.nn.Module     # BiEncoder or CrossEncoder, inside DistributedDataParallel if there are several processes
-    tokenizer: object
-    train_set: GroupSet
-    sizes: list                # examples per dataset
-    settings: dict             # of each task: the loss flags that hold for it
-    dev: DevSet
+class RetrieverRun(Run):
+    """A Run of a retriever (or a ranker); its model is a BiEncoder or a CrossEncoder."""
     corpus: Corpus
-    collator: GroupCollator
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    log: RunLog
-    progress: Progress
-
-    @property
-    def retriever(self):
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+    dataset_sizes: list  # the number of examples of each dataset
+    task_flags: dict     # {task: the flags, as a Namespace, that its loss is computed with}
 
 
-# ---------------------------------------------------------------------------------------------------- one update
+# ---------------------------------------------------------------- loss
 
 def compute_loss(run, batch):
-    """(loss of the queries of all processes, their number); every process computes it of all rows, see GatherRows.
-
-    InfoNCE sees all keys, distillation each query's own group and only the queries that have teacher scores. As in LLM-Embedder
-    a loss that stands alone is not weighted.
+    """(loss over the queries of all processes, their number); every process computes the same one,
+    see dense/gather.py.
     """
-    args, retriever, size = run.settings[batch["task"]], run.retriever, len(batch["places"]) if batch["counted"] else 0
-    teacher = gather_rows(batch["teacher"][:size].to(run.world.device))
-    count, group = teacher.shape
-    columns = torch.arange(count * group, device=teacher.device).view(count, group)
-    if args.ranker:
-        own = gather_rows(run.model(batch["pairs"], args.chunk_size).view(-1, group)[:size])
-        scores, positives, nothing = own, torch.zeros_like(columns[:, 0]), own.sum() * 0
-        columns = torch.arange(group, device=teacher.device).expand(count, -1)
+    flags = run.task_flags[batch["task"]]
+    # rows of a batch that only takes part in the gather are left out of it
+    count = len(batch["indices"]) if batch["is_real"] else 0
+    teacher = gather_rows(batch["teacher"][:count].to(run.world.device))                 # (Q, G)
+    if flags.ranker:
+        scores, groups, connected = score_with_ranker(run, batch, count)
     else:
-        queries, keys = run.model(batch["queries"], batch["keys"], args.chunk_size)
-        nothing = (queries.sum() + keys.sum()) * 0  # a process whose queries do not count takes part in the exchange
-        scores = retriever.score(gather_rows(queries[:size]), gather_rows(keys[:size * group]))
-        positives, own = columns[:, 0], scores.gather(1, columns)
-    taught = ~teacher.isnan().any(1) & bool(args.distill_weight or args.loss)
-    parts = []
-    if args.loss == "infonce" or not args.loss and args.contrastive_weight:
-        masked = None
-        if args.mask_duplicates and not args.ranker:
-            masked = losses.duplicates(gather_rows(batch["identities"][:size * group].to(teacher.device)), positives)
-        parts.append((args.contrastive_weight, losses.contrastive(scores, positives, masked)))
-    if args.loss != "infonce" and taught.any():
-        if args.loss == "fid-kd":
-            loss = losses.fid_kd(own[taught], teacher[taught])
-        elif args.stable_distill:
-            loss = losses.stable_distillation(scores[taught], columns[taught], teacher[taught], args.teacher_temperature)
-        else:
-            loss = losses.distillation(own[taught], teacher[taught], args.teacher_temperature, args.student_temperature)
-        parts.append((args.distill_weight, loss))
-    loss = sum(weight * part for weight, part in parts) if len(parts) > 1 else parts[0][1] if parts else 0.0
-    return loss + nothing, count
+        scores, groups, connected = score_with_retriever(run, batch, count)
+    positives = groups[:, 0]
+
+    weighted_losses = []
+    if flags.loss == "infonce" or not flags.loss and flags.contrastive_weight:
+        masked = mask_duplicates(flags, batch, count, positives)
+        weighted_losses.append((flags.contrastive_weight,
+                                losses.contrastive(scores, positives, masked)))
+    has_teacher = ~teacher.isnan().any(1)                                                # (Q)
+    distills = flags.loss != "infonce" and (flags.loss or flags.distill_weight)
+    if distills and has_teacher.any():
+        loss = distillation_loss(flags, scores[has_teacher], groups[has_teacher],
+                                 teacher[has_teacher])
+        weighted_losses.append((flags.distill_weight, loss))
+    return combine_losses(weighted_losses) + connected, len(teacher)
 
 
-def train_update(run, batches, count):
-    """One optimizer step over `count` micro-batches: (mean loss, queries). Raises InputError if loss or gradient is not finite."""
+def score_with_retriever(run, batch, count):
+    """(scores (Q, K) of all processes' queries and keys, groups (Q, G): the columns of each query's
+    own keys, a zero).
+
+    K = Q * G: every other query's keys are in-batch negatives. The zero depends on all weights: a
+    process whose batch is not real still takes part in the exchange of gradients.
+    """
+    queries, keys = run.model(batch["queries"], batch["keys"], run.args.chunk_size)
+    G = len(keys) // len(queries)
+    all_queries = gather_rows(queries[:count])  # (Q, D)
+    all_keys = gather_rows(keys[:count * G])  # (Q * G, D)
+    scores = run.unwrapped.score(all_queries, all_keys)
+    groups = torch.arange(len(all_keys), device=scores.device).view(-1, G)  # (Q * G) -> (Q, G)
+    return scores, groups, (queries.sum() + keys.sum()) * 0
+
+
+def score_with_ranker(run, batch, count):
+    """The same of a ranker, which scores a query with its own keys only: scores (Q, G)."""
+    # (B * G) -> (B, G)
+    pair_scores = run.model(batch["pairs"], run.args.chunk_size).view(len(batch["indices"]), -1)
+    scores = gather_rows(pair_scores[:count])
+    groups = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
+    return scores, groups, pair_scores.sum() * 0
+
+
+def mask_duplicates(flags, batch, count, positives):
+    """(Q, K) bool, True at copies of a query's positive, or None if they are not looked for."""
+    if not flags.mask_duplicates or flags.ranker:
+        return None
+    G = batch["teacher"].shape[1]
+    identities = gather_rows(batch["identities"][:count * G].to(positives.device))       # (Q * G)
+    return losses.duplicates(identities, positives)
+
+
+def distillation_loss(flags, scores, groups, teacher):
+    """The loss of the queries that have teacher scores (Q, G); scores (Q, K), groups (Q, G)."""
+    own_scores = scores.gather(1, groups)                                                # (Q, G)
+    if flags.loss == "fid-kd":
+        return losses.fid_kd(own_scores, teacher)
+    if flags.stable_distill:
+        return losses.stable_distillation(scores, groups, teacher, flags.teacher_temperature)
+    return losses.distillation(own_scores, teacher, flags.teacher_temperature,
+                               flags.student_temperature)
+
+
+def combine_losses(weighted_losses):
+    """The weighted sum; a loss that stands alone is not weighted, as in LLM-Embedder; 0 if there is
+    none.
+    """
+    if len(weighted_losses) == 1:
+        _, loss = weighted_losses[0]
+        return loss
+    return sum(weight * loss for weight, loss in weighted_losses)
+
+
+# ---------------------------------------------------------------- training
+
+def train_update(run, batches, micro_batches):
+    """One optimizer step over that many micro-batches; returns (mean loss, queries) over all
+    processes.
+
+    Raises InputError naming the records if the loss or the gradient is not finite; the weights are
+    untouched then.
+    """
     args, world = run.args, run.world
-    values, queries, places = [], 0, []
-    for i in range(count):
+    micro_losses, queries, indices = [], 0, []
+    for i in range(micro_batches):
         batch = next(batches)
-        with nullcontext() if i == count - 1 or world.size == 1 else run.model.no_sync():
+
+        # forward and backward pass; gradients add up in the weights' .grad
+        with run.accumulate(is_last=i == micro_batches - 1):
             with torch.autocast(world.device.type, torch.bfloat16, enabled=args.bf16):
-                loss, seen = compute_loss(run, batch)
-            (loss / count).backward()
-        values.append(loss.detach())
-        queries += seen
-        places += batch["places"]
-    value = torch.stack(values).mean().item()
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-    if not (math.isfinite(value) and math.isfinite(norm)):
-        named = [run.train_set.examples[place].place for place in gather_lists(places, world)]
-        raise InputError(f"the {'gradient' if math.isfinite(value) else 'loss'} is not finite in update "
-                         f"{run.progress.total_updates + 1}, of {', '.join(named[:4])}{' ...' if len(named) > 4 else ''}; look at "
-                         f"them, or lower --lr; the best checkpoint so far is left in {args.output_dir}")
-    run.optimizer.step()
-    run.scheduler.step()
-    run.optimizer.zero_grad()
-    return value, queries
+                loss, count = compute_loss(run, batch)
+            (loss / micro_batches).backward()
+        micro_losses.append(loss.detach())
+        queries += count
+        indices += batch["indices"]
+
+    mean_loss = torch.stack(micro_losses).mean().item()
+    not_finite = step_optimizer(run, mean_loss)
+    if not_finite:
+        refuse_update(run, not_finite, indices)
+    return mean_loss, queries
 
 
-def train_epoch(run, last_update):
-    """The rest of the current epoch, with the reports, evaluations and saves that fall into it."""
+def refuse_update(run, not_finite, indices):
+    """Raises InputError naming the first records of an update whose loss or gradient is not finite.
+    """
+    locations = [run.train_set.examples[index].location
+                 for index in gather_lists(indices, run.world)]
+    named = ", ".join(locations[:4]) + (" ..." if len(locations) > 4 else "")
+    raise InputError(f"the {not_finite} is not finite in update {run.progress.total_updates + 1}, "
+                     f"of {named}; look at them, or lower --lr; the best checkpoint so far is "
+                     f"left in {run.out}")
+
+
+def plan_epoch(run, epoch):
+    """This process's part of an epoch: [update][micro-batch][(index, is_real)]."""
+    args, world = run.args, run.world
+    return plan_batches(run.dataset_sizes, epoch, args.seed, not args.no_shuffle, args.batch_size,
+                        args.grad_accumulation, args.inbatch_same_dataset, world.rank, world.size)
+
+
+def train_epoch(run):
+    """Trains on the rest of the current epoch, with the reports, evaluations and saves that fall
+    into it.
+    """
     args, world, progress = run.args, run.world, run.progress
+
+    # who reads what is planned anew for each epoch, alike on all processes
     plan = plan_epoch(run, progress.epoch)
+    remaining = plan[progress.update:]  # a resumed run goes on inside the epoch
     run.train_set.epoch = progress.epoch
-    batches = iter(train_loader(run.train_set, plan[progress.update:], run.collator, args.num_workers))
-    hidden = not world.is_main or (None if not args.tqdm else False)
-    bar = tqdm(plan, desc=f"epoch {progress.epoch}", initial=progress.update, leave=False, disable=hidden)
-    for update in plan[progress.update:]:
+    batches = iter(train_loader(run.train_set, remaining, run.collator, args.num_workers))
+    bar = progress_bar(plan, desc=f"epoch {progress.epoch}", is_main=world.is_main,
+                       always=args.tqdm, initial=progress.update)
+    for update in remaining:
         start = time.time()
-        value, queries = train_update(run, batches, len(update))
-        progress.seconds += time.time() - start
-        progress.losses.append(value)
-        progress.queries += queries
-        progress.update += 1
-        progress.total_updates += 1
+        loss, queries = train_update(run, batches, len(update))
+        progress.count_update(loss, 1, queries, time.time() - start)
         bar.update()
-        bar.set_postfix(loss=f"{value:.3f}")
-        done, ends = progress.total_updates, progress.total_updates >= last_update
+        bar.set_postfix(loss=f"{loss:.3f}")
+
+        # report, measure and save when it is due, all of it at the end of the run
+        done, is_end = progress.total_updates, progress.total_updates >= run.last_update
         if progress.update == len(plan):
-            progress.epoch, progress.update = progress.epoch + 1, 0
-        measures = run.dev is not None and (ends or done % (args.eval_steps or args.save_steps) == 0)
-        if measures or done % args.logging_steps == 0 or ends:
-            report(run, measures)
-        if measures or done % args.save_steps == 0 or ends:
+            progress.start_epoch()
+        eval_is_due = run.dev is not None and (is_end
+                                               or done % (args.eval_steps or args.save_steps) == 0)
+        if eval_is_due:
+            report(run, evaluate(run))
+        elif is_end or done % args.logging_steps == 0:
+            report(run)
+        if is_end or eval_is_due or done % args.save_steps == 0:
             if run.dev is None and world.is_main:
-                save_best(run)
-            save_state(args.output_dir + ".state", world, run.retriever, run.optimizer, run.scheduler, asdict(progress), args)
-        if ends or progress.update == 0:
+                save_best(run)  # nothing is measured: the latest is kept
+            save_state(run)
+        if is_end:
             break
     bar.close()
 
 
-def plan_epoch(run, epoch):
-    return plan_batches(run.sizes, epoch, run.args.seed, not run.args.no_shuffle, run.args.batch_size, run.args.grad_accumulation,
-                        run.args.inbatch_same_dataset, run.world.rank, run.world.size)
+# ---------------------------------------------------------------- evaluation
 
-
-def report(run, measures):
-    """A line and a log row of the updates since the last one; with a dev set its measures, and the checkpoint if it is the best."""
-    args, progress, start = run.args, run.progress, time.time()
-    loss = sum(progress.losses) / max(1, len(progress.losses))
-    row = {"update": progress.total_updates, "epoch": progress.epoch, "loss": loss, "lr": run.scheduler.get_last_lr()[0],
-           "queries_per_second": progress.queries / max(progress.seconds, 1e-9),
-           "loss_curve": [round(value, 5) for value in progress.losses]}
-    line = f"update {row['update']:6d} | loss {loss:.4f} | lr {row['lr']:.2e} | {row['queries_per_second']:.1f} queries/s"
-    best = False
-    if measures:
-        values = evaluate(run.retriever, run.dev, run.collator, run.corpus, args.metrics, args.cutoffs, run.world)
-        run.model.train()
-        name = best_metric(args, run.dev)
-        value = -values[name] if name == "rank" else values[name]
-        best = value > progress.best
-        line += " | " + " ".join(f"{key} {values[key]:.4f}" for key in values) + f" | {time.time() - start:.0f} s"
-        line += " | best" * best
-        row |= values
-        if best:
-            progress.best, progress.best_at = value, f"{name} {values[name]:.4f} at update {progress.total_updates}"
-    run.log.say(line)
-    run.log.row(row, progress.total_updates)
-    progress.rows, progress.losses, progress.queries, progress.seconds = progress.rows + 1, [], 0.0, 0.0
-    if best and run.world.is_main:
-        save_best(run)
+def evaluate(run):
+    """{measure: value} of the retriever as it is on the dev set; training goes on afterwards."""
+    start = time.time()
+    measures = measure_retriever(run.unwrapped, run.dev, run.collator, run.corpus, run.args.metrics,
+                                 run.args.cutoffs, run.world)
+    run.model.train()
+    return measures | {"eval_seconds": time.time() - start}
 
 
 def best_metric(args, dev):
-    """The measure that chooses the checkpoint; InputError if it is not measured."""
-    names = ["rank"] if dev.method == "rank" else [f"{name}@{k}" for name in args.metrics for k in args.cutoffs]
-    cutoff = next((k for k in args.cutoffs if k >= 10), args.cutoffs[-1])
-    name = args.best_metric or (names[0] if dev.method == "rank" else f"{args.metrics[0]}@{cutoff}")
-    if name not in names:
-        raise InputError(f"--best_metric {name} is not measured; one of {', '.join(names)} is")
+    """The name of the measure that chooses the checkpoint. Raises InputError if it is not measured.
+    """
+    if dev.method == "rank":
+        measured, default = ["rank"], "rank"
+    else:
+        measured = [f"{name}@{k}" for name in args.metrics for k in args.cutoffs]
+        cutoff = next((k for k in args.cutoffs if k >= 10), args.cutoffs[-1])
+        default = f"{args.metrics[0]}@{cutoff}"
+    name = args.best_metric or default
+    if name not in measured:
+        raise InputError(f"--best_metric {name} is not measured; one of {', '.join(measured)} is")
     return name
 
 
+def report(run, measures=None):
+    """Logs a line and a row of the updates since the last report; with measures, keeps the
+    retriever if it is the best.
+    """
+    progress = run.progress
+    summary = progress.summary()
+    lr = run.scheduler.get_last_lr()[0]
+    line = (f"update {progress.total_updates:6d} | loss {summary['loss']:.4f} | lr {lr:.2e} | "
+            f"{summary['examples_per_second']:.1f} queries/s")
+    row = {"update": progress.total_updates, "epoch": progress.epoch, "lr": lr, **summary}
+    is_best = False
+    if measures:
+        name = best_metric(run.args, run.dev)
+        # a lower average rank is better
+        value = -measures[name] if name == "rank" else measures[name]
+        is_best = value > progress.best
+        row |= measures | {"best": is_best}
+        values = " ".join(f"{key} {measures[key]:.4f}" for key in measures if key != "eval_seconds")
+        line += f" | {values} | {measures['eval_seconds']:.0f} s"
+    run.log.line(line + " | best" if is_best else line)
+    run.log.row(row, progress.total_updates)
+    progress.rows += 1
+    progress.start_report()
+    if is_best:
+        progress.best = value
+        progress.best_at = f"{name} {measures[name]:.4f} at update {progress.total_updates}"
+        if run.world.is_main:
+            save_best(run)
+
+
+# ---------------------------------------------------------------- saving
+
 def save_best(run):
-    """The retriever as a sentence-transformers folder with its tokenizer and args.json."""
-    args, model = run.args, run.retriever
-    lengths = {"query_max_length": args.query_max_length, "key_max_length": args.key_max_length}
-    info = {"best": run.progress.best_at, "update": run.progress.total_updates, **lengths,
-            "retriever": {} if args.ranker else {"metric": model.metric, "temperature": model.temperature,
-                                                 "separator": model.query_encoder.separator},
-            "instructions": run.collator.instructions, "args": {**vars(args), "stop_at": None}, "versions": versions()}
-    before = {run.collator.instruction(task) for task in run.settings}
-    prompts = dict(zip(("query", "document"), *before)) if len(before) == 1 else {}
-    save_folder(args.output_dir, lambda folder: merged(model, args).save_pretrained(folder, max(lengths.values()), prompts),
-                *(lambda folder, role=role: run.tokenizer.save_pretrained(os.path.join(folder, role))
-                  for role in getattr(model, "encoders", {"": None})),
-                lambda folder: write_json(os.path.join(folder, "args.json"), info))
-    one = "query" not in getattr(model, "encoders", ())
-    for name in ("query", "key") if one else ("config.json", "modules.json", "model.safetensors"):  # of an earlier run's other kind
-        path = os.path.join(args.output_dir, name)
+    """Writes OUT: the retriever as a sentence-transformers folder with its tokenizer and args.json.
+    """
+    args = run.args
+    model = merge_adapters(run.unwrapped, args) if args.lora else run.unwrapped
+    roles = [""] if args.ranker else list(model.encoders)
+    max_length = max(args.query_max_length, args.key_max_length)
+    info = describe_retriever(run)
+
+    def save_model(folder):
+        model.save_pretrained(folder, max_length, sentence_transformers_prompts(run))
+
+    def save_tokenizers(folder):
+        for role in roles:
+            run.tokenizer.save_pretrained(os.path.join(folder, role))
+
+    def save_info(folder):
+        write_json(os.path.join(folder, "args.json"), info)
+
+    save_folder(run.out, save_model, save_tokenizers, save_info)
+    remove_other_layout(run.out, has_two_encoders="query" in roles)
+
+
+def describe_retriever(run):
+    """The content of args.json: what retrieve.py needs to use the retriever as it was trained."""
+    args, model = run.args, run.unwrapped
+    info = {"best": run.progress.best_at, "update": run.progress.total_updates,
+            "query_max_length": args.query_max_length, "key_max_length": args.key_max_length,
+            "instructions": run.collator.instructions, "args": vars(args) | {"stop_at": None},
+            "versions": versions()}
+    if args.ranker:
+        return info | {"retriever": {}}
+    return info | {"retriever": {"metric": model.metric, "temperature": model.temperature,
+                                 "separator": model.query_encoder.separator}}
+
+
+def sentence_transformers_prompts(run):
+    """{query, document: instruction} if all tasks have the same instructions, else {}."""
+    instructions = {run.collator.instruction(task) for task in run.task_flags}
+    if len(instructions) != 1:
+        return {}
+    before_query, before_key = instructions.pop()
+    return {"query": before_query, "document": before_key}
+
+
+def remove_other_layout(folder, has_two_encoders):
+    """Removes an earlier run's files of the other layout: one encoder, or two in folders of their
+    own.
+    """
+    names = ("config.json", "modules.json", "model.safetensors") if has_two_encoders else ("query",
+                                                                                           "key")
+    for name in names:
+        path = os.path.join(folder, name)
         if os.path.isdir(path):
             shutil.rmtree(path)
         elif os.path.exists(path):
             os.remove(path)
 
 
-def merged(model, args):
-    """The model to save: with LoRA a copy whose adapters are merged into the weights."""
-    if args.lora:
-        from copy import deepcopy
-        model = deepcopy(model)
-        for encoder in [model] if args.ranker else model.encoders.values():
-            encoder.model = encoder.model.merge_and_unload()
+def transformers_of(model, args):
+    """The modules that hold a transformer as `.model`: the encoders, or the ranker itself."""
+    return [model] if args.ranker else list(model.encoders.values())
+
+
+def merge_adapters(model, args):
+    """A copy of the model whose LoRA adapters are merged into the weights."""
+    model = copy.deepcopy(model)
+    for module in transformers_of(model, args):
+        module.model = module.model.merge_and_unload()
     return model
 
 
-# ---------------------------------------------------------------------------------------------------- setting up
+# ---------------------------------------------------------------- setting up
 
 def open_model(args, tokenizer, device):
     """The retriever or ranker of the flags, with LoRA adapters if they are asked for."""
     if args.ranker:
         model = CrossEncoder.open(args.query_encoder, args.dropout)
     else:
-        key_name = None if args.tie_encoders else args.key_encoder or args.query_encoder
-        model = BiEncoder.open(args.query_encoder, key_name, pooling=args.pooling_method, metric=args.dense_metric,
-                               dropout=args.dropout)
-        if model.metric == "cos":
-            model.temperature = args.cos_temperature
-        for encoder in model.encoders.values():
-            encoder.separator = tokenizer.sep_token_id if args.pair_types else encoder.separator
-        args.pooling_method, args.dense_metric = model.query_encoder.pooling, model.metric
+        model = open_retriever(args, tokenizer)
     if args.lora:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise InputError("--lora needs the package peft: pip install peft") from None
-        for encoder in [model] if args.ranker else model.encoders.values():
-            adapters = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
-            encoder.model = get_peft_model(encoder.model, adapters)
+        add_adapters(model, args)
     return model.to(device).train()
 
 
+def open_retriever(args, tokenizer):
+    """The BiEncoder of the flags; sets --pooling_method and --dense_metric to what the checkpoint
+    says if not given.
+    """
+    key_name = None if args.tie_encoders else args.key_encoder or args.query_encoder
+    model = BiEncoder.open(args.query_encoder, key_name, pooling=args.pooling_method,
+                           metric=args.dense_metric, dropout=args.dropout)
+    if model.metric == "cos":
+        model.temperature = args.cos_temperature
+    if args.pair_types:
+        for encoder in model.encoders.values():
+            encoder.separator = tokenizer.sep_token_id
+    args.pooling_method, args.dense_metric = model.query_encoder.pooling, model.metric
+    return model
+
+
+def add_adapters(model, args):
+    """Freezes the transformers and adds LoRA adapters of rank --lora (arXiv 2106.09685). Raises
+    InputError without peft.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise InputError("--lora needs the package peft: pip install peft") from None
+    for module in transformers_of(model, args):
+        adapters = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
+        module.model = get_peft_model(module.model, adapters)
+
+
 def read_dev(args, corpus, queries):
-    """The DevSet of the flags, or None."""
+    """The DevSet of the flags, or None. Raises InputError."""
+    dev = None
     if args.eval_qrels:
-        dev = annotated_set(merge_qrels(args.eval_qrels, args.seed), corpus, queries, args.eval_group_size
-                            if args.eval_method == "annotated" else None)._replace(method=args.eval_method)
         if "nq" in args.metrics:
             raise InputError("--metrics nq needs --eval_data with answers; qrels have none")
-    else:
-        dev = read_dev_set(args.eval_data, corpus, args.metrics, args.key_template) if args.eval_data else None
+        group_size = args.eval_group_size if args.eval_method == "annotated" else None
+        dev = annotated_set(merge_qrels(args.eval_qrels, args.seed), corpus, queries, group_size)
+        dev = dev._replace(method=args.eval_method)
+    elif args.eval_data:
+        dev = read_dev_set(args.eval_data, corpus, args.metrics, args.key_template)
     if dev:
-        best_metric(args, dev)
+        best_metric(args, dev)  # before the training, not at its first evaluation
     return dev
 
 
 def set_up(args, world):
-    """Everything read and built, from the start or from OUT.state: (Run, number of updates)."""
-    say = (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)
+    """The RetrieverRun of these flags: everything read and built, from the start or from OUT.state.
+    Raises InputError.
+    """
+    # data
     if world.is_main:
         check_writable(args.output_dir)
     corpus = open_corpus(args.corpus, args.key_template, world)
     queries = read_queries(args.queries)
-    examples, settings, sizes, by_task = read_training(args, corpus, queries, say)
+    data = read_training(args, corpus, queries, world.log)
     dev = read_dev(args, corpus, queries)
+
+    # model
     tokenizer = load_tokenizer(args.query_encoder, args.query_encoder)
     model = open_model(args, tokenizer, world.device)
-    limit_lengths(args, [model] if args.ranker else model.encoders.values(), say)
-    state = load_state(args.output_dir + ".state", args, world, FREE_FLAGS)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, eps=args.adam_eps, fused=True)
+    limit_lengths(args, transformers_of(model, args), world.log)
+    state = load_state(args.output_dir, args, world, FREE_FLAGS)
+    instructions = INSTRUCTIONS[args.version] if args.add_instruction else {}
+
+    # the run, where it stands
     progress = Progress(**state["progress"]) if state else Progress()
-    log = RunLog(args.output_dir + ".jsonl", world.is_main, progress.rows)
-    collator = GroupCollator(tokenizer, args, corpus, INSTRUCTIONS[args.version] if args.add_instruction else {})
-    run = Run(args, world, model, tokenizer, GroupSet(examples, settings, args.seed), sizes, by_task, dev, corpus, collator,
-              optimizer, None, log, progress)
+    log = RunLog(f"{args.output_dir}.jsonl", world.is_main, progress.rows)
+    run = RetrieverRun(args=args, world=world, out=args.output_dir, model=wrap_model(model, world),
+                       tokenizer=tokenizer, train_set=GroupSet(data.examples, data.group_rules,
+                                                               args.seed), dev=dev,
+                       collator=GroupCollator(tokenizer, args, corpus, instructions),
+                       optimizer=None, scheduler=None, last_update=0, log=log, progress=progress,
+                       corpus=corpus, dataset_sizes=data.dataset_sizes, task_flags=data.task_flags)
+
+    # optimizer and schedule; --early_exit_steps ends the run before its schedule ends
     updates = args.max_steps or len(plan_epoch(run, 0)) * args.epochs
-    warmup = math.ceil(updates * args.warmup_ratio) if args.num_warmup_steps is None else args.num_warmup_steps
-    run.scheduler = transformers.get_linear_schedule_with_warmup(optimizer, warmup, updates)
-    say(f"{world.size} process(es) on {world.device}; {', '.join(f'{k} {v}' for k, v in versions().items())}")
-    kind = "ranker" if args.ranker else f"retriever, metric {args.dense_metric}, pooling {args.pooling_method}"
-    say(f"{len(examples)} training examples of {len(sizes)} dataset(s), groups of {settings[0]['group_size']}; "
-        f"{sum(p.numel() for p in trained):,} trained parameters; {kind}; batch {args.batch_size * world.size} x "
-        f"{args.grad_accumulation}; {updates} updates, {warmup} of warm-up")
-    if world.size > 1:
-        devices = [world.device] if world.device.type == "cuda" else None
-        run.model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+    warmup = args.num_warmup_steps
+    if warmup is None:
+        warmup = math.ceil(updates * args.warmup_ratio)
+    run.optimizer, run.scheduler = make_optimizer(model, args.lr, args.weight_decay, args.adam_eps,
+                                                  warmup, updates)
+    run.last_update = min(updates, args.stop_at)
+    describe(run, updates, warmup)
     if state:
-        restore_state(state, args.output_dir + ".state", world, model, optimizer, run.scheduler)
-    return run, updates
+        restore_state(run, state)
+    return run
+
+
+def describe(run, updates, warmup):
+    """Logs the lines that a run starts with."""
+    args, log = run.args, run.log.line
+    log(describe_machine(run.world, args.gpus))
+    kind = f"retriever, metric {args.dense_metric}, pooling {args.pooling_method}"
+    if args.ranker:
+        kind = "ranker"
+    trained = sum(parameter.numel() for parameter in run.unwrapped.parameters()
+                  if parameter.requires_grad)
+    log(f"{len(run.train_set.examples)} training examples of {len(run.dataset_sizes)} dataset(s), "
+        f"groups of {run.train_set.group_rules[0].group_size}; {trained:,} trained parameters; "
+        f"{kind}; batch {args.batch_size * run.world.size} x {args.grad_accumulation}; {updates} "
+        f"updates, {warmup} of warm-up")
+    if run.progress.total_updates:
+        log(f"resuming after {run.progress.total_updates} updates")
 
 
 def main(args):
@@ -329,14 +489,12 @@ def main(args):
     world = start_processes(args.gpus)
     set_seed(args.seed, world.rank)
     transformers.utils.logging.disable_progress_bar()
-    run, updates = set_up(args, world)
-    if run.progress.total_updates:
-        run.log.say(f"resuming after {run.progress.total_updates} updates")
-    start, last = time.time(), min(updates, args.stop_at)
-    while run.progress.total_updates < last:
-        train_epoch(run, last)
+    run = set_up(args, world)
+    start = time.time()
+    while run.progress.total_updates < run.last_update:
+        train_epoch(run)
     best = f"; best {run.progress.best_at}" if run.progress.best_at else ""
-    run.log.say(f"done in {time.time() - start:.0f} s{best}; in {args.output_dir}")
+    run.log.line(f"done in {time.time() - start:.0f} s{best}; in {run.out}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Records of all forms, the originals' sorting and targets, batches, and the plan of an epoch over processes."""
-import gzip
+"""The reader's input texts and targets, batches, and the plan of an epoch over processes."""
 import json
 import random
 
@@ -8,7 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from conftest import TOKENIZER
-from data import Collator, TrainSet, check_targets, choose_target, eval_loader, input_texts, plan_epoch, read_records
+from data import Collator, TrainSet, check_targets, choose_target, eval_loader, input_texts, plan_epoch
+from records import read_records
 from utils import InputError
 
 CONTEXT = {"title": "T", "text": "some text"}
@@ -17,70 +17,6 @@ CONTEXT = {"title": "T", "text": "some text"}
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(TOKENIZER)
-
-
-@pytest.mark.parametrize("name", ["r.json", "r.jsonl", "r.json.gz", "r.jsonl.gz"])
-def test_reads_all_forms(tmp_path, name):
-    records = [{"question": "q0", "answers": ["a"], "ctxs": [CONTEXT], "extra": 7}, {"query": "q1", "query_id": "x"}]
-    text = json.dumps(records, indent=1) if "jsonl" not in name else "\n".join(map(json.dumps, records)) + "\n\n"
-    path = tmp_path / name
-    if name.endswith(".gz"):
-        with gzip.open(path, "wt") as file:
-            file.write(text)
-    else:
-        path.write_text(text)
-    first, second = read_records(path)
-    assert first["extra"] == 7 and first["id"] == 0 and first["ctxs"] == [CONTEXT]
-    assert (second["question"], second["id"], second["answers"], second["ctxs"]) == ("q1", "x", [], [])
-
-
-@pytest.mark.parametrize("name, text, message", [
-    ("r.json", '[{"question": "q"},\n {"question": ', "r.json:2: not valid JSON"),
-    ("r.jsonl", '{"question": "q"}\n{"question": "q"\n{"question": "q"}\n', "r.jsonl:2: not valid JSON"),
-    ("r.json", '[{"question": "q"}, {"answers": ["a"]}]', "record 1: no 'question'"),
-    ("r.json", '[{"question": " "}]', "record 0: no 'question'"),
-    ("r.json", "", "the file is empty"),
-    ("r.json", "[]", "holds no records"),
-    ("r.jsonl", "\n", "holds no records"),
-    ("r.json", '"q"', "not a list of records"),
-    ("r.json", '["q"]', "must be a JSON object"),
-    ("r.json", '[{"question": "q", "answers": "a"}]', "'answers' must be a list of strings"),
-    ("r.json", '[{"question": "q", "ctxs": [{"title": "t"}]}]', "'text' string"),
-    ("r.json", '[{"question": "q", "ctxs": [{"text": "t", "score": "high"}]}]', "is not a number"),
-    ("r.json.gz", None, "cannot be read"),
-])
-def test_bad_files_are_one_clear_line(tmp_path, name, text, message):
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(b'[{"question": "q"}]')[:-9] if text is None else text.encode())
-    with pytest.raises(InputError) as error:
-        read_records(path)
-    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        read_records(tmp_path / "none.json")
-
-
-def scored(*scores):
-    return [{"text": str(i)} | ({} if s is None else {"score": s}) for i, s in enumerate(scores)]
-
-
-def order(path, records):
-    path.write_text(json.dumps(records))
-    return ["".join(c["text"] for c in r["ctxs"]) for r in read_records(path)]
-
-
-def test_contexts_are_sorted_by_score_if_the_first_has_one(tmp_path):
-    records = [{"question": "q", "ctxs": scored(1, 3, 3, "2.5")}, {"question": "q", "ctxs": scored(None, 0.5, None, 1)}]
-    assert order(tmp_path / "a.json", records) == ["1230", "3102"]         # ties keep their order, scoreless ones come last
-    assert order(tmp_path / "b.json", records[::-1]) == ["0123", "0123"]   # the first context of the file has none
-
-
-def test_keep_contexts_is_after_sorting(tmp_path):
-    path = tmp_path / "r.json"
-    path.write_text(json.dumps([{"question": "q", "ctxs": scored(1, 2, 3)}]))
-    assert [c["text"] for c in read_records(path, 2)[0]["ctxs"]] == ["2", "1"]
 
 
 def test_input_text_of_the_original():
@@ -124,7 +60,7 @@ def test_collator_masks_what_is_absent(tokenizer):
     assert set(labels[2]) == {-100}
 
 
-def test_collator_cuts_at_the_right(tokenizer):
+def test_collator_truncates_on_the_right(tokenizer):
     batch = Collator(tokenizer, 1, 5)([(0, {"question": "who?", "ctxs": [CONTEXT]}, None)])
     assert batch["labels"] is None
     assert batch["input_ids"][0, 0].tolist() == tokenizer("question: who? title: T", add_special_tokens=False).input_ids[:5]
@@ -148,26 +84,26 @@ def test_too_long_and_missing_answers_are_named(tokenizer):
 def test_plan_covers_every_record_once(count, batch, accumulation, world):
     plans = [plan_epoch(count, 3, 5, True, batch, accumulation, rank, world) for rank in range(world)]
     assert len({len(plan) for plan in plans}) == 1                                # as many updates on every process
-    seen = [place for plan in plans for update in plan for micro in update for place, counted in micro if counted]
+    seen = [index for plan in plans for update in plan for micro in update for index, is_real in micro if is_real]
     assert sorted(seen) == list(range(count))
     assert all(1 <= len(micro) <= batch for plan in plans for update in plan for micro in update)
     assert all(1 <= len(update) <= accumulation for plan in plans for update in plan)
     # update by update, the records are those of one process with the same effective batch
     single = plan_epoch(count, 3, 5, True, batch * accumulation * world, 1)
     for number, update in enumerate(single):
-        here = sorted(p for plan in plans for micro in plan[number] for p, counted in micro if counted)
+        here = sorted(p for plan in plans for micro in plan[number] for p, is_real in micro if is_real)
         assert here == sorted(p for micro in update for p, _ in micro)
 
 
 def test_plan_shuffles_by_epoch_unless_told_not_to():
-    flat = lambda plan: [place for update in plan for micro in update for place, _ in micro]
+    flat = lambda plan: [index for update in plan for micro in update for index, _ in micro]
     assert flat(plan_epoch(50, 0, 1, True, 5, 1)) != flat(plan_epoch(50, 1, 1, True, 5, 1))
     assert flat(plan_epoch(50, 0, 1, False, 5, 1)) == list(range(50))
 
 
 def test_evaluation_batches_are_the_same_for_any_number_of_processes(tokenizer):
     records = [{"question": f"q {i}", "answers": [], "ctxs": [CONTEXT]} for i in range(11)]
-    batches = lambda rank, world: [b["places"] for b in eval_loader(records, 2, Collator(tokenizer, 1, 9), 0, rank, world)]
+    batches = lambda rank, world: [b["indices"] for b in eval_loader(records, 2, Collator(tokenizer, 1, 9), 0, rank, world)]
     together = sorted(batches(0, 3) + batches(1, 3) + batches(2, 3))
     assert together == batches(0, 1) and sorted(sum(together, [])) == list(range(11))
 

@@ -1,10 +1,19 @@
-"""Answer normalisation, exact match, F1 and has_answer against hand-worked cases of the originals' definitions."""
+"""The measures against hand-worked cases of the originals' definitions, and against trec_eval."""
 import random
 
 import pytest
+import pytrec_eval
 
-from metrics import (dpr_tokens, exact_match, f1, has_answer, normalize_answer, rank_documents, ranking_metrics,
-                     topk_accuracy)
+from metrics import (
+    dpr_tokens,
+    exact_match,
+    f1,
+    has_answer,
+    normalize_answer,
+    rank_documents,
+    ranking_metrics,
+    topk_accuracy,
+)
 
 
 @pytest.mark.parametrize("text, normal", [
@@ -33,10 +42,11 @@ def test_f1_is_over_bags_of_words_and_best_gold():
 
 
 def test_dpr_tokens():
-    assert dpr_tokens("Café-au-lait (1,5)") == ["cafe\u0301", "-", "au", "-", "lait", "(", "1", ",", "5", ")"]
+    expected = ["cafe\u0301", "-", "au", "-", "lait", "(", "1", ",", "5", ")"]
+    assert dpr_tokens("Café-au-lait (1,5)") == expected
 
 
-@pytest.mark.parametrize("text, answers, found", [
+@pytest.mark.parametrize("text, answers, expected", [
     ("He was born in New York City.", ["new york"], True),
     ("He was born in Newer York.", ["new york"], False),
     ("The York New line", ["new york"], False),
@@ -45,8 +55,8 @@ def test_dpr_tokens():
     ("in 2718 cells", ["2,718"], False),
     ("", ["x"], False),
 ])
-def test_has_answer(text, answers, found):
-    assert has_answer(text, answers) is found
+def test_has_answer(text, answers, expected):
+    assert has_answer(text, answers) is expected
 
 
 def test_has_answer_regex():
@@ -56,24 +66,48 @@ def test_has_answer_regex():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_ranked_lists_equal_trec_eval(tied):
-    import pytrec_eval
-    rng, cutoffs = random.Random(3), [1, 3, 5, 10]
-    qrels = {f"q{i}": {f"d{d}": rng.choice([0, 0, 1, 2, 3]) for d in rng.sample(range(40), 12)} for i in range(30)}
-    run = {q: {f"d{d}": rng.choice([0.1, 0.2, 0.3]) if tied else rng.random() for d in rng.sample(range(40), 20)} for q in qrels}
-    names = {"recall": "recall", "ndcg": "ndcg_cut", "map": "map_cut", "success": "success"}
-    theirs = pytrec_eval.RelevanceEvaluator(qrels, {f"{name}.{','.join(map(str, cutoffs))}" for name in names.values()} | {"recip_rank"})
-    for query, want in theirs.evaluate(run).items():
-        got = ranking_metrics(rank_documents(run[query]), qrels[query], [*names, "mrr"], cutoffs + [1000])
-        for name, theirs_name in names.items():
+    rng = random.Random(3)
+    cutoffs = [1, 3, 5, 10]
+    qrels, run = {}, {}
+    for i in range(30):
+        documents = rng.sample(range(40), 12)
+        qrels[f"q{i}"] = {f"d{d}": rng.choice([0, 0, 1, 2, 3]) for d in documents}
+    for query in qrels:
+        scores = {}
+        for d in rng.sample(range(40), 20):
+            scores[f"d{d}"] = rng.choice([0.1, 0.2, 0.3]) if tied else rng.random()
+        run[query] = scores
+
+    trec_names = {"recall": "recall", "ndcg": "ndcg_cut", "map": "map_cut", "success": "success"}
+    at_cutoffs = ",".join(map(str, cutoffs))
+    measures = {f"{name}.{at_cutoffs}" for name in trec_names.values()} | {"recip_rank"}
+    for query, expected in pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run).items():
+        ranking = rank_documents(run[query])
+        ours = ranking_metrics(ranking, qrels[query], [*trec_names, "mrr"], cutoffs + [1000])
+        for name, trec_name in trec_names.items():
             for k in cutoffs:
-                assert got[f"{name}@{k}"] == pytest.approx(want[f"{theirs_name}_{k}"], abs=1e-6), (name, k)
-        assert got["mrr@1000"] == pytest.approx(want["recip_rank"], abs=1e-6)
+                value = expected[f"{trec_name}_{k}"]
+                assert ours[f"{name}@{k}"] == pytest.approx(value, abs=1e-6), (name, k)
+        assert ours["mrr@1000"] == pytest.approx(expected["recip_rank"], abs=1e-6)
 
 
 def test_ranked_lists_by_hand():
-    got = ranking_metrics(["b", "a", "c"], {"a": 1, "d": 1}, ["recall", "mrr", "success", "map", "ndcg"], [1, 2])
-    assert got["recall@1"] == 0 and got["recall@2"] == 0.5 and got["mrr@1"] == 0 and got["mrr@2"] == 0.5
-    assert got["success@2"] == 1 and got["map@2"] == 0.25 and got["ndcg@2"] == pytest.approx(0.63093 / 1.63093, abs=1e-5)
-    assert topk_accuracy([False, True, False], [1, 2, 20]) == {"nq@1": 0.0, "nq@2": 1.0, "nq@20": 1.0}
+    names = ["recall", "mrr", "success", "map", "ndcg"]
+    ours = ranking_metrics(["b", "a", "c"], {"a": 1, "d": 1}, names, [1, 2])
+    assert ours["recall@1"] == 0
+    assert ours["recall@2"] == 0.5
+    assert ours["mrr@1"] == 0
+    assert ours["mrr@2"] == 0.5
+    assert ours["success@2"] == 1
+    assert ours["map@2"] == 0.25
+    assert ours["ndcg@2"] == pytest.approx(0.63093 / 1.63093, abs=1e-5)
+
+
+def test_an_unknown_metric():
     with pytest.raises(ValueError, match="unknown metric"):
         ranking_metrics([], {}, ["precision"], [1])
+
+
+def test_topk_accuracy():
+    accuracy = topk_accuracy([False, True, False], [1, 2, 20])
+    assert accuracy == {"nq@1": 0.0, "nq@2": 1.0, "nq@20": 1.0}

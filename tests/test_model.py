@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (ByT5Tokenizer, MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration,
-                          get_linear_schedule_with_warmup)
+from transformers import (
+    ByT5Tokenizer,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    get_linear_schedule_with_warmup,
+)
 
 import model as model_file
-from conftest import ROOT, make_t5
 from checkpoints import load_tokenizer, read_training_args
-from model import CROSS_BIAS, FiDT5, plain_key
+from conftest import ROOT, make_t5
+from model import CROSS_BIAS, FiDT5, plain_fid, plain_key
 from utils import InputError
 
 CONFIG = {"model_type": "t5", "architectures": ["FiDT5"], "d_ff": 128, "d_kv": 16, "d_model": 64, "num_heads": 4, "num_layers": 3,
@@ -100,11 +106,11 @@ def test_golden_training_curve(peer):
         optimizer.step(), scheduler.step(), optimizer.zero_grad()
 
 
-def test_bias_counts_the_places_of_the_originals_padding(golden, tmp_path):
+def test_bias_counts_the_originals_padded_offsets(golden, tmp_path):
     """Cut to their longest passage, inputs give what they give padded to max_length, if passage_stride tells the length."""
     reader = FiDT5.from_pretrained(released_folder(golden, tmp_path / "r")).eval()
     ids, mask, labels = (torch.from_numpy(golden[key]) for key in ("input_ids", "attention_mask", "labels"))
-    labels = labels.clamp(min=3).repeat(1, 5)  # 35 targets: later ones see the second passage's places with stride 24
+    labels = labels.clamp(min=3).repeat(1, 5)  # 35 targets: later ones see the second passage's offsets with stride 24
     padded = [torch.nn.functional.pad(x, (0, 30)) for x in (ids, mask)]
     want = reader(*padded, labels)[1]
     assert (reader(ids, mask, labels)[1] - want).abs().max() > 1e-3
@@ -120,14 +126,6 @@ def random_batch(seed=0, vocab=300):
     labels = torch.randint(3, vocab, (3, 5), generator=generator)
     labels[1, 3:] = -100
     return ids, mask, labels
-
-
-def plain_fid(t5, ids, mask, labels):
-    """FiD in three lines on a plain Hugging Face T5, everything padded."""
-    B, N, L = ids.shape
-    states = t5.encoder(input_ids=ids.view(B * N, L), attention_mask=mask.view(B * N, L)).last_hidden_state.view(B, N * L, -1)
-    out = t5(encoder_outputs=(states,), attention_mask=mask.view(B, N * L), labels=labels)
-    return out.loss, out.logits
 
 
 FAMILIES = {

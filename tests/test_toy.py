@@ -3,68 +3,103 @@ import hashlib
 import json
 import random
 
+import pytest
+
+import pretrain
 import world
 from conftest import run
 from metrics import has_answer
 
 
-def test_world_is_deterministic(tmp_path):
+@pytest.fixture(scope="module")
+def demo():
+    """The demo's (passages, {split: records})."""
+    return world.make_demo()
+
+
+def test_world_is_deterministic(demo, tmp_path):
     run("toy/world.py", "--out", tmp_path)
     digest = hashlib.sha256()
     for name in ("corpus.tsv", "train.json", "dev.json", "test.json"):
         digest.update((tmp_path / name).read_bytes())
-    passages, splits = world.make_demo()
+    assert digest.hexdigest()[:16] == "90f27bfd927a248e"
+    passages, splits = demo
     assert json.loads((tmp_path / "test.json").read_text()) == splits["test"]
     assert len((tmp_path / "corpus.tsv").read_text().splitlines()) == len(passages) + 1
-    assert digest.hexdigest()[:16] == "90f27bfd927a248e"
 
 
-def test_test_names_never_occur_in_training():
-    passages, splits = world.make_demo()
-    titles = {p["title"] for p in passages}
+def test_test_names_never_occur_in_training(demo):
+    passages, splits = demo
+    titles = {passage["title"] for passage in passages}
     held_out = {title for title in titles if world.is_held_out(title)}
     assert 0.3 < len(held_out) / len(titles) < 0.5
     training = json.dumps(splits["train"])
     assert not any(name in training for name in held_out)
-    for split in ("dev", "test"):
-        assert all(any(name in r["question"] for name in held_out) for r in splits[split])
-    dev, test = ({n for n in held_out for r in splits[s] if n in r["question"]} for s in ("dev", "test"))
-    assert not dev & test
+
+    names = {"dev": set(), "test": set()}  # that a split's questions ask about
+    for split in names:
+        for record in splits[split]:
+            names_here = {name for name in held_out if name in record["question"]}
+            assert names_here
+            names[split] |= names_here
+    assert not names["dev"] & names["test"]
 
 
-def test_gold_passages_state_the_answer_at_varying_ranks():
-    _, splits = world.make_demo()
-    ranks = []
+def test_gold_passages_state_the_answer_at_varying_ranks(demo):
+    _, splits = demo
+    first_ranks = []
     for record in splits["test"]:
-        gold = [i for i, c in enumerate(record["ctxs"]) if c["has_answer"]]
-        ranks += gold[:1]
-        assert all(has_answer(record["ctxs"][i]["text"], record["answers"]) for i in gold)
-    assert 0.3 < ranks.count(0) / len(ranks) < 0.5 and max(ranks) > 5  # word overlap alone misleads
-    assert sum(" and " in r["question"] for r in splits["test"]) == 90
+        gold_ranks = []
+        for rank, context in enumerate(record["ctxs"]):
+            if context["has_answer"]:
+                gold_ranks.append(rank)
+                assert has_answer(context["text"], record["answers"])
+        first_ranks += gold_ranks[:1]
+    # word overlap alone misleads
+    assert 0.3 < first_ranks.count(0) / len(first_ranks) < 0.5
+    assert max(first_ranks) > 5
+    assert sum(" and " in record["question"] for record in splits["test"]) == 90
 
 
-def test_pretraining_runs_and_avoids_held_out_names(tmp_path):
-    import pretrain
+def test_pretraining_avoids_held_out_names():
     texts = pretrain.Pretexts(random.Random(0), 30, 20)
-    assert not any(world.is_held_out(p["title"]) for p in texts.passages)
+    assert not any(world.is_held_out(passage["title"]) for passage in texts.passages)
+
+
+def test_half_of_the_pretraining_passages_answer():
+    texts = pretrain.Pretexts(random.Random(0), 30, 20)
     pairs = [texts.read(crop, shared=0.3) for crop in (True, False) * 100]
-    answered = [target for _, target in pairs if target != pretrain.NO_ANSWER]
-    assert 60 < len(answered) < 140 and all(
-        has_answer(source, [target]) for source, target in pairs if target != pretrain.NO_ANSWER)
-    out, _ = run("toy/pretrain.py", "--out", tmp_path / "m", "--steps", 4, "--batch_size", 4, "--log_every", 2)
-    rows = [json.loads(line) for line in open(tmp_path / "m" / "pretrain.jsonl")]
-    assert rows[0]["args"]["steps"] == 4 and [row["step"] for row in rows[1:]] == [2, 4] and (tmp_path / "m" / "model.safetensors").exists()
+    answered = [pair for pair in pairs if pair[1] != pretrain.NO_ANSWER]
+    assert 60 < len(answered) < 140
+    for source, target in answered:
+        assert has_answer(source, [target])
+
+
+def test_pretraining_runs(tmp_path):
+    out = tmp_path / "m"
+    run("toy/pretrain.py", "--out", out, "--steps", 4, "--batch_size", 4, "--log_every", 2)
+    header, *rows = [json.loads(line) for line in (out / "pretrain.jsonl").read_text().splitlines()]
+    assert header["args"]["steps"] == 4
+    assert [row["step"] for row in rows] == [2, 4]
+    assert (out / "model.safetensors").exists()
 
 
 def test_span_corruption_loses_nothing():
-    import pretrain
-    rng, sentinels = random.Random(0), list(range(900, 920))
+    rng = random.Random(0)
+    sentinels = list(range(900, 920))
     for _ in range(200):
         ids = [rng.randrange(3, 800) for _ in range(40)]
         source, target = pretrain.corrupt_spans(rng, ids, sentinels, eos=1)
-        spans, current = {}, None
+        assert target[-1] == 1
+
+        spans = {}  # {sentinel: the tokens that it stands for}
         for token in target[:-1]:
-            current = token if token in sentinels else current
-            spans.setdefault(current, []).append(token)
-        restored = [t for token in source for t in (spans[token][1:] if token in sentinels else [token])]
-        assert restored == ids and target[-1] == 1
+            if token in sentinels:
+                sentinel = token
+                spans[sentinel] = []
+            else:
+                spans[sentinel].append(token)
+        restored = []
+        for token in source:
+            restored += spans[token] if token in sentinels else [token]
+        assert restored == ids

@@ -31,7 +31,7 @@ def assert_same_run(out, other):
     assert rows[0] == rows[1]
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------- training
 
 def test_memorises_then_evaluates_alike_with_one_and_two_processes(tiny, tmp_path):
     records = make_records(5)
@@ -84,14 +84,13 @@ def test_the_split_of_a_batch_does_not_matter(tiny, records_file, tmp_path, accu
 
 def test_sum_is_the_originals_gradient_scale(tiny, records_file, tmp_path):
     """Without clipping in reach, k accumulated micro-batches have k times the gradient of their mean (FiD, minFiD)."""
-    from data import plan_epoch, train_loader
     import train_epoch as script
+    from data import plan_epoch, train_loader
     norms = {}
     for accumulate in ("mean", "sum"):
         sys.argv = ["train_epoch.py", str(tmp_path / "m"), records_file, records_file, "--t5_name", tiny, "--dropout", "0",
                     "--accumulate", accumulate, "--grad_accumulation", "4", "--clip", "1e9", "--no_shuffle"]
-        args = script.parse_args()
-        run_, _ = script.set_up(args, script.start_processes(""))
+        run_ = script.set_up(script.parse_args(), script.start_processes(""))
         records = run_.train_set.records
         for record in records:
             record["answers"] = ["town"]  # equally long targets: the mean over tokens is the mean over records
@@ -107,7 +106,29 @@ def test_sum_is_the_originals_gradient_scale(tiny, records_file, tmp_path):
     assert norms["sum"] == pytest.approx(4 * norms["mean"], rel=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------- kill and resume
+def test_rounds_can_be_driven_from_outside(tiny, records_file, tmp_path, monkeypatch):
+    """set_up, train_epoch and evaluate, called one after another, end with what the script ends with."""
+    import train_epoch as script
+    flags = [*map(str, FAST), "--t5_name", tiny, "--epochs", "2", "--batch_size", "4"]
+    run("train_epoch.py", tmp_path / "whole", records_file, records_file, *flags)
+    monkeypatch.setattr(sys, "argv", ["train_epoch.py", str(tmp_path / "m"), records_file, records_file, *flags])
+    args = script.parse_args()
+    script.check_args(args)
+    torch.set_num_threads(1)
+    script.set_seed(args.seed)
+    driven = script.set_up(args, script.start_processes(""))
+    before = script.evaluate(driven)
+    assert driven.progress.epoch == 0 and driven.progress.total_updates == 0  # evaluating advances nothing
+    assert set(before) == {"dev_em", "dev_f1", "correct", "count", "eval_seconds"}
+    for round_index in range(2):
+        script.train_epoch(driven)
+        assert driven.progress.epoch == round_index + 1
+        assert script.evaluate(driven)["count"] == 11
+    for key, value in state(tmp_path / "whole")["model"].items():
+        torch.testing.assert_close(driven.unwrapped.state_dict()[key], value, atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------- kill and resume
 
 def kill_after(args, out, saves, processes):
     """Starts a training command and kills all of it once OUT.state has been written `saves` times."""
@@ -159,7 +180,7 @@ def test_a_dead_process_ends_the_run(tiny, records_file, tmp_path):
     assert "Signal 9 (SIGKILL)" in output or "another process ended" in output
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------------------------------------- evaluation
 
 def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     run("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST, "--t5_name", tiny, "--epochs", 1)
@@ -179,7 +200,7 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     assert "does not tell its num_contexts; taking 5" in out
 
 
-# ---------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------------- bad input
 
 def refuse(script, *args):
     """The one line that a script ends with; fails on a traceback or another exit code."""

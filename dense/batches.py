@@ -1,0 +1,219 @@
+"""From examples to batches: the plan of an epoch over processes and datasets, the visits it makes,
+and their token ids.
+"""
+import hashlib
+import math
+import random
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dense.examples import Example, choose_group
+from retrieval.corpus import format_key
+
+# ---------------------------------------------------------------- plan
+
+def plan_batches(sizes, epoch, seed, shuffle, batch_size, accumulation, same_dataset=None, rank=0,
+                 world_size=1):
+    """This process's part of an epoch, [update][micro-batch][(example index, is_real)].
+
+    The micro-batches of all processes make up one batch of batch_size * world_size examples, drawn
+    the same way for any number of processes; a process takes every world_size-th. The last, smaller
+    batch is kept; a process that gets no example of it joins in with one that is not real.
+
+    sizes         examples per dataset; example indices run through all datasets
+    same_dataset  None mixes the datasets; epoch: each batch is of one dataset, and each example
+                  comes once; random: each batch's dataset is drawn by its size, its examples
+                  without replacement
+    """
+    rng = np.random.default_rng([seed, epoch])
+    whole_size = batch_size * world_size
+    starts = np.cumsum([0, *sizes])
+    if same_dataset is None:
+        datasets = [np.arange(starts[-1])]
+    else:
+        datasets = [np.arange(start, end) for start, end in zip(starts, starts[1:])]
+
+    if same_dataset == "random":
+        batches = draw_batches(datasets, whole_size, rng)
+    else:
+        batches = cut_batches(datasets, whole_size, shuffle, rng)
+        if same_dataset and shuffle:
+            batches = [batches[index] for index in rng.permutation(len(batches))]
+
+    micro_batches = []
+    for batch in batches:
+        share = [(int(index), True) for index in batch[rank::world_size]]
+        micro_batches.append(share or [(int(batch[0]), False)])
+    return [micro_batches[first:first + accumulation]
+            for first in range(0, len(micro_batches), accumulation)]
+
+
+def draw_batches(datasets, size, rng):
+    """As many batches as an epoch has, each of a dataset drawn in proportion to its size."""
+    sizes = np.array([len(dataset) for dataset in datasets])
+    count = math.ceil(sizes.sum() / size)
+    drawn = rng.choice(len(datasets), count, p=sizes / sizes.sum())
+    return [rng.permutation(datasets[index])[:size] for index in drawn]
+
+
+def cut_batches(datasets, size, shuffle, rng):
+    """Batches of one dataset after another, each example once."""
+    batches = []
+    for dataset in datasets:
+        order = rng.permutation(dataset) if shuffle else dataset
+        batches += [order[first:first + size] for first in range(0, len(order), size)]
+    return batches
+
+
+# ---------------------------------------------------------------- visits
+
+class Visit(NamedTuple):
+    """An example as one epoch sees it, with the group of keys chosen for it."""
+    index: int
+    is_real: bool           # False: it is there only so that this process takes part in the batch
+    example: Example
+    keys: list
+    teacher_scores: list    # one per key, or None
+
+
+class GroupSet(torch.utils.data.Dataset):
+    """The visits of examples; each epoch draws groups anew, the same ones for any number of
+    processes.
+    """
+
+    def __init__(self, examples, group_rules, seed):
+        self.examples = examples
+        self.group_rules = group_rules
+        self.seed = seed
+        self.epoch = 0
+
+    def __getitem__(self, planned):
+        """The Visit of an entry of the plan, (index, is_real)."""
+        index, is_real = planned
+        example = self.examples[index]
+        rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
+        keys, teacher_scores = choose_group(example, self.group_rules[index], rng)
+        return Visit(index, is_real, example, keys, teacher_scores)
+
+
+# ---------------------------------------------------------------- collator
+
+class GroupCollator:
+    """Turns B visits with groups of G keys into a batch:
+
+    indices     of the examples (B)
+    is_real     False if this process only takes part in the batch
+    task        of the first example, whose flags hold for the batch
+    queries     token ids of B queries
+    keys        token ids of B * G keys; for a ranker `pairs` (B * G) of (token ids, types) replace
+                queries and keys
+    teacher     scores (B, G), nan in the rows of examples without any
+    identities  (B * G) int64, equal for equal documents
+    """
+
+    def __init__(self, tokenizer, args, corpus=None, instructions=None):
+        """instructions {task: (before a query, before a key)}, see INSTRUCTIONS."""
+        self.tokenizer = tokenizer
+        self.args = args
+        self.corpus = corpus
+        self.instructions = instructions or {}
+
+    def __call__(self, visits):
+        queries = [visit.example.query for visit in visits]
+        tasks = [visit.example.task for visit in visits]
+        keys = list(chain.from_iterable(visit.keys for visit in visits))  # (B, G) -> (B * G)
+        key_texts = [self.key_text(key) for key in keys]
+        group_size = len(visits[0].keys)
+        no_scores = [math.nan] * group_size
+        batch = {
+            "indices": [visit.index for visit in visits],
+            "is_real": visits[0].is_real,
+            "task": tasks[0],
+            "teacher": torch.tensor([visit.teacher_scores or no_scores for visit in visits]),
+            "identities": torch.tensor([identity(key, text) for key, text in zip(keys, key_texts)]),
+        }
+        if self.args.ranker:
+            batch["pairs"] = self.pairs(repeat_each(queries, group_size), key_texts)
+        else:
+            batch["queries"] = self.queries(queries, tasks)
+            batch["keys"] = self.keys(key_texts, repeat_each(tasks, group_size))
+        return batch
+
+    def instruction(self, task):
+        """(what goes before queries, what goes before keys) of a task; nothing for records without
+        a task.
+        """
+        if not task:
+            return "", ""
+        for_other_tasks = self.instructions.get("", ("", ""))
+        return self.instructions.get(task, for_other_tasks)
+
+    def queries(self, texts, tasks):
+        """Token ids of queries, each with its task's instruction and in the query template."""
+        prompted = []
+        for text, task in zip(texts, tasks):
+            before_query, _ = self.instruction(task)
+            prompted.append(before_query + self.args.query_template.format(query=text))
+        return self.tokenize(prompted, self.args.query_max_length)
+
+    def keys(self, texts, tasks):
+        """Token ids of key texts, each with its task's instruction."""
+        prompted = []
+        for text, task in zip(texts, tasks):
+            _, before_key = self.instruction(task)
+            prompted.append(before_key + text)
+        return self.tokenize(prompted, self.args.key_max_length)
+
+    def tokenize(self, texts, max_length):
+        return tokenize(self.tokenizer, texts, max_length,
+                        append_eos=self.args.pooling_method == "last")
+
+    def pairs(self, queries, keys):
+        """[(token ids, token types)] of the pairs of a query and a key text, for a ranker."""
+        max_length = self.args.query_max_length + self.args.key_max_length
+        rows = self.tokenizer(queries, keys, truncation=True, max_length=max_length,
+                              return_token_type_ids=True)
+        return list(zip(rows["input_ids"], rows["token_type_ids"]))
+
+    def key_text(self, key):
+        """The text of a key: of a document of the corpus by its index, a text, or columns in the
+        key template.
+        """
+        if isinstance(key, int):
+            return self.corpus.text(key)
+        return format_key(key, self.args.key_template)
+
+
+def repeat_each(items, count):
+    """[a, b] to [a, a, b, b]."""
+    return [item for item in items for _ in range(count)]
+
+
+def identity(key, text):
+    """A 64-bit number that equal documents share: made of the key's id if it has one, else of its
+    text.
+    """
+    if isinstance(key, int):
+        name = f"document {key}"
+    elif isinstance(key, dict):
+        name = str(key.get("passage_id", text))
+    else:
+        name = text
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def tokenize(tokenizer, texts, max_length, append_eos=False):
+    """Lists of token ids with special tokens, truncated on the right; append_eos ends each with the
+    end-of-sequence token.
+    """
+    if not append_eos:
+        return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        eos = tokenizer.sep_token_id
+    rows = tokenizer(texts, truncation=True, max_length=max_length - 1)["input_ids"]
+    return [row if row[-1:] == [eos] else row + [eos] for row in rows]

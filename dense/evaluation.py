@@ -1,0 +1,286 @@
+"""Measures of a retriever while it trains: on annotated documents, by average rank, or by searching
+a corpus.
+
+All give the same figures for any number of processes: the queries are shared out, each is measured
+once, and against the same documents.
+"""
+from typing import NamedTuple
+
+import torch
+
+from dense.examples import to_doc_indices
+from dense.gather import gather_tensors
+from metrics import has_answer, rank_documents, ranking_metrics, topk_accuracy
+from records import read_questions
+from retrieval.corpus import format_key
+from retrieval.exact_search import merge_processes, search_blocks
+from utils import InputError, gather_lists, progress_bar, sum_over_processes
+
+BLOCK = 2048            # texts tokenised and encoded at a time
+ANNOTATED_QUERIES = 64  # queries whose annotated documents are scored at a time
+RANKED_QUERIES = 256    # queries that are scored against all pooled passages at a time
+
+
+class DevSet(NamedTuple):
+    """What a retriever is measured on, a list entry per query. The method is annotated, rank or
+    retrieval.
+    """
+    method: str
+    queries: list  # texts
+    tasks: list    # "" without instructions
+    labels: list   # {doc index: relevance}; not for rank
+    answers: list  # gold answers; for retrieval only
+    pools: list    # key texts, the positive first; for rank only
+
+
+# ---------------------------------------------------------------- reading dev sets
+
+def annotated_set(qrels, corpus, queries, group_size):
+    """The annotated documents of each query, the group_size most relevant of them, as in Trove;
+    None: all of them.
+    """
+    dev = DevSet("annotated", [], [], [], [], [])
+    for query_id, labels in to_doc_indices(qrels, corpus, queries).items():
+        most_relevant = sorted(labels, key=lambda doc_index: -labels[doc_index])[:group_size]
+        dev.queries.append(queries[query_id])
+        dev.tasks.append("")
+        dev.labels.append({doc_index: labels[doc_index] for doc_index in most_relevant})
+    return dev
+
+
+def read_dev_set(path, corpus, metrics, template):
+    """DPR's records (measured by average rank), or LLM-Embedder's with pos_index or answers (by
+    retrieval from the corpus).
+
+    Raises InputError.
+    """
+    questions = read_questions(path)
+    if "positive_ctxs" in questions[0].record:
+        return rank_set(questions, template)
+    if corpus is None:
+        raise InputError(f"{path}: its queries are measured by retrieval, which needs --corpus")
+    dev = DevSet("retrieval", [], [], [], [], [])
+    for question in questions:
+        pos_index = question.record.get("pos_index")
+        check_labels(question, pos_index, metrics, len(corpus))
+        dev.queries.append(question.text)
+        dev.tasks.append(question.task)
+        dev.labels.append({doc_index: 1 for doc_index in pos_index or []})
+        dev.answers.append(question.answers)
+    return dev
+
+
+def check_labels(question, pos_index, metrics, corpus_size):
+    """Raises InputError if a question lacks what the metrics need, or names documents that the
+    corpus does not have.
+    """
+    needed = f"{question.location}: metrics {' '.join(metrics)} need "
+    if pos_index is None and set(metrics) != {"nq"}:
+        raise InputError(needed + "'pos_index'")
+    if "nq" in metrics and not question.answers:
+        raise InputError(needed + "'answers'")
+    for doc_index in pos_index or []:
+        if not (isinstance(doc_index, int) and 0 <= doc_index < corpus_size):
+            raise InputError(f"{question.location}: pos_index {pos_index} lies outside the corpus "
+                             f"of {corpus_size} documents; is it another one's?")
+
+
+def rank_set(questions, template, hard=30, other=30):
+    """DPR's average-rank validation, with its defaults: each question's first positive, 30 hard and
+    30 other negatives.
+    """
+    dev = DevSet("rank", [], [], [], [], [])
+    for question in questions:
+        record = question.record
+        if not record.get("positive_ctxs"):
+            continue
+        pool = record["positive_ctxs"][:1]
+        pool += (record.get("hard_negative_ctxs") or [])[:hard]
+        pool += (record.get("negative_ctxs") or [])[:other]
+        dev.queries.append(question.text)
+        dev.tasks.append("")
+        dev.pools.append([format_key(key, template) for key in pool])
+    if not dev.queries:
+        raise InputError(f"{questions[0].location}: no record has a positive, so no rank can be "
+                         "measured")
+    return dev
+
+
+# ---------------------------------------------------------------- measuring
+
+@torch.no_grad()
+def evaluate(model, dev, collator, corpus, metrics, cutoffs, world):
+    """{metric: mean over all queries}, the same on all processes; leaves the model in evaluation
+    mode.
+    """
+    model.eval()
+    if dev.method == "rank":
+        return {"rank": average_rank(model, dev, collator, world)}
+    share = own_queries(dev, world)
+    if dev.method == "annotated":
+        rankings = rank_annotated(model, dev, collator, corpus, share)
+    else:
+        all_rankings = search_corpus(model, dev, collator, corpus, max(cutoffs), world)
+        rankings = [all_rankings[query_index] for query_index in share]
+
+    names = [f"{name}@{k}" for name in metrics for k in cutoffs]
+    sums = dict.fromkeys(names, 0.0)
+    for query_index, ranking in zip(share, rankings):
+        values = measure_ranking(ranking, dev, query_index, corpus, metrics, cutoffs)
+        for name in names:
+            sums[name] += values[name]
+    *totals, count = sum_over_processes([*sums.values(), len(share)], world)
+    return {name: total / count for name, total in zip(names, totals)}
+
+
+def own_queries(dev, world):
+    """The indices of the queries that this process measures."""
+    return range(world.rank, len(dev.queries), world.size)
+
+
+def measure_ranking(ranking, dev, query_index, corpus, metrics, cutoffs):
+    """{metric: value} of one query's ranked doc indices."""
+    by_label = [name for name in metrics if name != "nq"]
+    values = ranking_metrics(ranking, dev.labels[query_index], by_label, cutoffs)
+    if "nq" in metrics:
+        answers = dev.answers[query_index]
+        hits = [has_answer(corpus.passage(doc_index)["text"], answers) for doc_index in ranking]
+        values |= topk_accuracy(hits, cutoffs)
+    return values
+
+
+# ---------------------------------------------------------------- texts to vectors
+
+def encode_blocks(model, collator, role, texts, tasks, is_main=False, desc=""):
+    """Yields (index of the first text, vectors (n, D)) of texts, a block at a time; role is query
+    or key.
+
+    `texts` is a list, or anything else with a length and slices that lists can be made of.
+    """
+    tokenize = collator.queries if role == "query" else collator.keys
+    for first in progress_bar(range(0, len(texts), BLOCK), desc=desc, is_main=is_main):
+        block = slice(first, first + BLOCK)
+        token_ids = tokenize(list(texts[block]), tasks[block])
+        yield first, model.encode(token_ids, role)
+
+
+def encode_texts(model, collator, role, texts, tasks, is_main=False, desc=""):
+    """Vectors (n, D) of all texts."""
+    blocks = [vectors for _, vectors in encode_blocks(model, collator, role, texts, tasks, is_main,
+                                                      desc)]
+    return torch.cat(blocks) if blocks else model.encode([], role)
+
+
+# ---------------------------------------------------------------- annotated documents
+
+def rank_annotated(model, dev, collator, corpus, share):
+    """[annotated doc indices in the model's order] of the queries of these indices."""
+    score = score_pairs if collator.args.ranker else score_vectors
+    rankings = []
+    for start in range(0, len(share), ANNOTATED_QUERIES):
+        part = share[start:start + ANNOTATED_QUERIES]
+        for scores in score(model, dev, collator, corpus, part):
+            rankings.append(rank_documents(scores))
+    return rankings
+
+
+def score_pairs(model, dev, collator, corpus, part):
+    """[{doc index: score}] of queries and their annotated documents, by a ranker."""
+    queries, texts = [], []
+    for query_index in part:
+        for doc_index in dev.labels[query_index]:
+            queries.append(dev.queries[query_index])
+            texts.append(corpus.text(doc_index))
+    scores = iter(model(collator.pairs(queries, texts)).tolist())
+    return [{doc_index: next(scores) for doc_index in dev.labels[query_index]}
+            for query_index in part]
+
+
+def score_vectors(model, dev, collator, corpus, part):
+    """The same by a bi-encoder; a document that several queries share is encoded once."""
+    doc_indices = sorted({doc_index for query_index in part
+                          for doc_index in dev.labels[query_index]})
+    columns = {doc_index: column for column, doc_index in enumerate(doc_indices)}
+    texts = [corpus.text(doc_index) for doc_index in doc_indices]
+    queries = [dev.queries[query_index] for query_index in part]
+    tasks = [dev.tasks[query_index] for query_index in part]
+    query_vectors = encode_texts(model, collator, "query", queries, tasks)
+    key_vectors = encode_texts(model, collator, "key", texts, [""] * len(texts))
+    rows = model.score(query_vectors, key_vectors).tolist()  # (queries, documents)
+    return [{doc_index: row[columns[doc_index]] for doc_index in dev.labels[query_index]}
+            for query_index, row in zip(part, rows)]
+
+
+# ---------------------------------------------------------------- average rank
+
+def average_rank(model, dev, collator, world):
+    """Mean over all questions of how many passages of all questions' pools score above the
+    question's positive (DPR's validation).
+    """
+    share = own_queries(dev, world)
+    queries = [dev.queries[query_index] for query_index in share]
+    passages, positives = [], []  # positives: where each question's positive lies in passages
+    for query_index in share:
+        positives.append(len(passages))
+        passages += dev.pools[query_index]
+    query_vectors = encode_texts(model, collator, "query", queries, [""] * len(queries))
+    key_vectors = encode_texts(model, collator, "key", passages, [""] * len(passages),
+                               world.is_main, "encoding")
+
+    # the passages of all processes; this one's come behind those of lower ranks
+    pools = gather_tensors(key_vectors) if world.size > 1 else [key_vectors]
+    all_keys = torch.cat(pools)
+    first = sum(len(pool) for pool in pools[:world.rank])
+    # (Q, 1)
+    columns = torch.tensor(positives, dtype=torch.long, device=all_keys.device)[:, None] + first
+
+    above = 0
+    for start in range(0, len(queries), RANKED_QUERIES):
+        part = slice(start, start + RANKED_QUERIES)
+        scores = model.score(query_vectors[part], all_keys)  # (queries, passages)
+        above += int((scores > scores.gather(1, columns[part])).sum())
+    above, count = sum_over_processes([above, len(queries)], world)
+    return above / count
+
+
+# ---------------------------------------------------------------- search
+
+class CorpusTexts:
+    """The key texts of the documents first .. last - 1, read from the corpus as they are asked for.
+    """
+
+    def __init__(self, corpus, first, last):
+        self.corpus = corpus
+        self.doc_indices = range(first, last)
+
+    def __len__(self):
+        return len(self.doc_indices)
+
+    def __getitem__(self, block):
+        return [self.corpus.text(doc_index) for doc_index in self.doc_indices[block]]
+
+
+def search_corpus(model, dev, collator, corpus, k, world):
+    """[doc indices of the k best documents, equal scores by doc index] of every query, on every
+    process.
+
+    Each process encodes and searches its part of the corpus for all queries.
+    """
+    query_vectors = encode_texts(model, collator, "query", dev.queries, dev.tasks)
+    first = len(corpus) * world.rank // world.size
+    last = len(corpus) * (world.rank + 1) // world.size
+    texts = CorpusTexts(corpus, first, last)
+    tasks = [dev.tasks[0]] * len(texts)
+    blocks = encode_blocks(model, collator, "key", texts, tasks, world.is_main,
+                           "encoding the corpus")
+    blocks = ((first + start, vectors) for start, vectors in blocks)
+    # cosines are inner products of encode's vectors
+    metric = "l2" if model.metric == "l2" else "ip"
+    doc_indices, scores = search_blocks(query_vectors, blocks, k, metric)
+    doc_indices, _ = merge_processes(doc_indices.cpu().numpy(), scores.cpu().numpy(), k, world)
+
+    rankings = []
+    if world.is_main:  # -1 fills the rows of a corpus of fewer than k documents
+        rankings = [[doc_index for doc_index in row if doc_index >= 0]
+                    for row in doc_indices.tolist()]
+    return gather_lists(rankings, world)

@@ -1,0 +1,349 @@
+"""Training examples of a retriever, from any of the field's files, and the group of keys that a
+visit of one trains on.
+
+LLM-Embedder's records (query, pos, neg, history, teacher_scores, task), DPR's (question,
+positive_ctxs, hard_negative_ctxs, negative_ctxs), or a corpus, queries and TREC or BEIR qrels with
+Trove's filters. A key is a text, a dictionary for the key template, or the index of a document
+whose text stays in the corpus's file.
+"""
+import argparse
+import math
+from typing import NamedTuple
+
+from files import read_json
+from records import make_question
+from retrieval.qrels import merge_qrels
+from utils import InputError
+
+# what LLM-Embedder sets for each task (its TASK_CONFIG), used with --use_train_config
+TRAIN_CONFIG = {
+    "qa": {"contrastive_weight": 0, "stable_distill": True},
+    "convsearch": {"distill_weight": 0},
+    "tool": {"distill_weight": 0},
+    "icl": {"select_positive": "random", "contrastive_weight": 0, "stable_distill": True},
+    "chat": {"select_positive": "teacher", "contrastive_weight": 0, "teacher_temperature": 0.1},
+    "lrlm": {"select_positive": "teacher", "contrastive_weight": 0, "teacher_temperature": 0.1,
+             "teacher_scores_margin": 0.1, "max_sample_num": 10000},
+}
+# and its defaults for what a task does not set
+TRAIN_CONFIG_DEFAULTS = {"select_positive": "first", "select_negative": "random",
+                         "stable_distill": False, "teacher_scores_margin": None,
+                         "teacher_scores_min": None, "max_sample_num": None}
+
+
+class Example(NamedTuple):
+    """A query with its pools of keys.
+
+    scores: one per key, those of pos first, or None. They are a teacher's, or relevance labels if
+    pos is empty.
+    """
+    query: str
+    pos: list
+    neg: list
+    scores: list | None = None
+    task: str = ""
+    location: str = ""
+
+
+class GroupRule(NamedTuple):
+    """How the group of a visit is chosen, see choose_group."""
+    group_size: int
+    select_positive: str
+    select_negative: str
+    stable: bool
+
+
+class TrainingData(NamedTuple):
+    """All examples, dataset after dataset, and what holds for them."""
+    examples: list
+    group_rules: list     # a GroupRule per example
+    dataset_sizes: list   # the number of examples of each dataset
+    task_flags: dict      # {task: the flags, as a Namespace, that its loss is computed with}
+
+
+# ---------------------------------------------------------------- qrels
+
+def to_doc_indices(qrels, corpus, queries):
+    """The qrels {query id: {document id: score}} with doc indices in place of ids. Raises
+    InputError for an unknown id.
+    """
+    indexed = {}
+    for query_id, scores in qrels.items():
+        if query_id not in queries:
+            raise InputError(f"the qrels name query {query_id!r}, which is in none of the query "
+                             "files; give its file with --queries")
+        indexed[query_id] = {}
+    # one call for all documents: a call for each query's would take longer
+    pairs = [(query_id, document_id) for query_id, scores in qrels.items()
+             for document_id in scores]
+    doc_indices = corpus.indices([document_id for _, document_id in pairs])
+    for (query_id, document_id), doc_index in zip(pairs, doc_indices):
+        if doc_index < 0:
+            raise InputError(f"the qrels name document {document_id!r} (query {query_id!r}), which "
+                             "the corpus does not have; give its file with --corpus, or mend the "
+                             "qrels")
+        indexed[query_id][doc_index] = qrels[query_id][document_id]
+    return indexed
+
+
+def qrels_examples(corpus, queries, positives, negatives):
+    """Examples of qrels of positives and of negatives; a document that is both counts as a
+    positive.
+    """
+    positives = to_doc_indices(positives, corpus, queries)
+    negatives = to_doc_indices(negatives, corpus, queries)
+    examples = []
+    for query_id, positive_scores in positives.items():
+        pos = list(positive_scores)
+        neg = [doc_index for doc_index in negatives.get(query_id, {})
+               if doc_index not in positive_scores]
+        examples.append(Example(queries[query_id], pos, neg, location=f"query {query_id}"))
+    return examples
+
+
+def graded_examples(corpus, queries, graded, group_size):
+    """Examples of graded qrels: all labelled documents of a query are in neg, their labels are the
+    scores.
+    """
+    examples = []
+    for query_id, labels in to_doc_indices(graded, corpus, queries).items():
+        if len(labels) < group_size:
+            raise InputError(f"query {query_id!r} has {len(labels)} labelled documents, "
+                             f"--group_size wants {group_size}; lower it, or leave such queries "
+                             "out with query_subset")
+        neg, scores = list(labels), list(labels.values())
+        examples.append(Example(queries[query_id], [], neg, scores, location=f"query {query_id}"))
+    return examples
+
+
+# ---------------------------------------------------------------- records
+
+def read_examples(path):
+    """The examples of a file of LLM-Embedder's or DPR's records. Raises InputError with the
+    location of a wrong field.
+    """
+    examples = [make_example(record, location, index) for index,
+                (record, location) in enumerate(read_json(path))]
+    if not examples:
+        raise InputError(f"{path}: holds no records")
+    return examples
+
+
+def make_example(record, location, index):
+    """The Example of a record. Raises InputError."""
+    question = make_question(record, location, index)
+    if record.get("positive_ctxs") is not None:  # DPR's
+        pos = record["positive_ctxs"][:1]
+        neg = record.get("hard_negative_ctxs") or record.get("negative_ctxs")
+        scores = None
+    # LLM-Embedder's chat and lrlm: the teacher will choose the positive
+    elif record.get("history") is not None:
+        pos = []
+        neg = record["history"]
+        scores = record.get("teacher_scores")
+    else:                                        # LLM-Embedder's other tasks
+        pos = record.get("pos")
+        neg = record.get("neg")
+        scores = record.get("teacher_scores")
+    pos, neg = pos or [], neg or []
+    check_keys(pos, neg, scores, location)
+    return Example(question.text, pos, neg, scores, question.task, location)
+
+
+def check_keys(pos, neg, scores, location):
+    """Raises InputError for keys that are no texts or objects with a text, or scores that are not
+    one per key.
+    """
+    # only `history` can be: make_question has checked the other fields
+    if not isinstance(neg, list):
+        raise InputError(f"{location}: 'history' must be a list, it is a {type(neg).__name__}")
+    for key in pos + neg:
+        text = key.get("text") if isinstance(key, dict) else key
+        if not isinstance(text, str):
+            raise InputError(f"{location}: every positive and negative must be a text or an object "
+                             "with a 'text'")
+    if scores is None:
+        return
+    if not isinstance(scores, list):
+        raise InputError(f"{location}: 'teacher_scores' must be a list, it is a "
+                         f"{type(scores).__name__}")
+    if len(scores) != len(pos) + len(neg):
+        raise InputError(f"{location}: {len(scores)} teacher_scores for {len(pos)} positives and "
+                         f"{len(neg)} negatives (or history); there must be one per key, "
+                         "positives first")
+
+
+# ---------------------------------------------------------------- what can be trained on
+
+def filter_examples(examples, group_size, select_positive, margin=None, least=None,
+                    in_batch_only=False):
+    """(the examples that can be trained on, {reason: (number of the others, location of the
+    first)}), by LLM-Embedder's rules.
+    """
+    kept, dropped = [], {}
+    for example in examples:
+        reason = reason_to_drop(example, group_size, select_positive, margin, least, in_batch_only)
+        if reason is None:
+            kept.append(example)
+        else:
+            count, first_location = dropped.get(reason, (0, example.location))
+            dropped[reason] = (count + 1, first_location)
+    return kept, dropped
+
+
+def reason_to_drop(example, group_size, select_positive, margin, least, in_batch_only):
+    """Why an example cannot be trained on, or None if it can."""
+    has_scores = bool(example.scores)
+    positive_from_neg = select_positive == "teacher" and has_scores and bool(example.neg)
+    if not example.pos and not positive_from_neg:
+        return "no positive"
+    least_negatives = 1 if example.pos else 2  # one of the two becomes the positive
+    if group_size > 1 and not in_batch_only and len(example.neg) < least_negatives:
+        return "no negative"
+    if has_scores and least is not None and max(example.scores) < least:
+        return "highest teacher score below --teacher_scores_min"
+    if has_scores and margin is not None and max(example.scores) - min(example.scores) < margin:
+        return "teacher scores closer than --teacher_scores_margin"
+    return None
+
+
+def read_training(args, corpus, queries, log):
+    """The TrainingData of the flags; logs what is dropped. Raises InputError if nothing is left, or
+    teacher scores are missing.
+    """
+    if args.train_data:
+        datasets = [read_examples(path) for path in args.train_data]
+    else:
+        datasets = [read_qrels_examples(args, corpus, queries)]
+    tasks = {examples[0].task for examples in datasets if examples}
+    if args.use_train_config and len(tasks) > 1 and args.inbatch_same_dataset is None:
+        raise InputError("--use_train_config with several tasks needs --inbatch_same_dataset epoch")
+
+    data = TrainingData([], [], [], {})
+    for index, examples in enumerate(datasets):
+        task = examples[0].task if examples else ""
+        flags = choose_flags(args, task)
+        examples = drop_examples(examples, args, flags, log)
+        if not examples:
+            source = args.train_data[index] if args.train_data else "the qrels"
+            raise InputError(f"{source}: no example is left to train on")
+        check_teacher(examples, flags)
+        data.examples.extend(examples)
+        data.group_rules.extend([make_group_rule(args, flags)] * len(examples))
+        data.dataset_sizes.append(len(examples))
+        data.task_flags.update({example.task: flags for example in examples})
+    return data
+
+
+def read_qrels_examples(args, corpus, queries):
+    """The examples of --positives and --negatives, or of --graded."""
+    if args.graded:
+        return graded_examples(corpus, queries, merge_qrels(args.graded, args.seed),
+                               args.train_group_size)
+    positives = merge_qrels(args.positives, args.seed)
+    negatives = merge_qrels(args.negatives, args.seed)
+    return qrels_examples(corpus, queries, positives, negatives)
+
+
+def choose_flags(args, task):
+    """The flags of a task: those given or, with --use_train_config, LLM-Embedder's own for what it
+    sets.
+    """
+    flags = dict(vars(args))
+    if args.graded and not args.loss:
+        flags["loss"] = "kl"
+    if args.use_train_config:
+        flags |= TRAIN_CONFIG_DEFAULTS
+        flags |= TRAIN_CONFIG.get(task, {})
+    return argparse.Namespace(**flags)
+
+
+def has_only_in_batch_negatives(args):
+    """True if the flags name positives only: the other queries' positives are the negatives."""
+    return not (args.train_data or args.negatives or args.graded)
+
+
+def drop_examples(examples, args, flags, log):
+    """The examples of a dataset that are trained on, at most --max_sample_num; logs why others are
+    dropped.
+    """
+    if not args.graded:
+        examples, dropped = filter_examples(examples, args.train_group_size, flags.select_positive,
+                                            flags.teacher_scores_margin, flags.teacher_scores_min,
+                                            has_only_in_batch_negatives(args))
+        for reason, (count, first_location) in dropped.items():
+            log(f"{count} records dropped: {reason}, first {first_location}")
+    return examples[:flags.max_sample_num]
+
+
+def check_teacher(examples, flags):
+    """Raises InputError if the loss needs teacher scores and no example has any."""
+    if flags.loss:
+        needs_teacher = flags.loss in ("kl", "fid-kd")
+    else:
+        needs_teacher = not flags.contrastive_weight
+    if needs_teacher and not any(example.scores for example in examples):
+        raise InputError(f"{examples[0].location}: without teacher_scores only InfoNCE can be "
+                         "trained; give --loss infonce")
+
+
+def make_group_rule(args, flags):
+    """The GroupRule of the examples of a dataset with these flags."""
+    group_size = 1 if has_only_in_batch_negatives(args) else args.train_group_size
+    select_positive = "graded" if args.graded else flags.select_positive
+    return GroupRule(group_size, select_positive, flags.select_negative, flags.stable_distill)
+
+
+# ---------------------------------------------------------------- the group of one visit
+
+def choose_group(example, rule, rng):
+    """(keys, their scores or None) of one visit: a positive and group_size - 1 negatives, by
+    LLM-Embedder's rules.
+
+    select_positive   first or random of pos; teacher: the highest score of all keys; teacher-pos:
+                      the highest of pos; graded: no positive, but a random group of the labelled
+                      keys
+    select_negative   first, random, teacher+ (highest scores) or teacher- (lowest); scarce
+                      negatives are repeated
+    stable            sorts the negatives by falling score, as stabilized distillation expects them
+    """
+    keys = example.pos + example.neg
+    scores = example.scores
+    if rule.select_positive == "graded":
+        group = rng.sample(range(len(keys)), rule.group_size)
+    else:
+        positive = choose_positive(example, rule.select_positive, rng)
+        candidates = [index for index in range(len(example.pos), len(keys)) if index != positive]
+        negatives = choose_negatives(candidates, scores, rule.group_size - 1, rule.select_negative,
+                                     rng)
+        if rule.stable and scores is not None:
+            negatives.sort(key=lambda index: scores[index], reverse=True)
+        group = [positive] + negatives
+    group_scores = None if scores is None else [scores[index] for index in group]
+    return [keys[index] for index in group], group_scores
+
+
+def choose_positive(example, select_positive, rng):
+    """The index of a visit's positive among pos + neg."""
+    if select_positive == "random":
+        return rng.randrange(len(example.pos))
+    if select_positive == "first" or example.scores is None:
+        return 0
+    count = len(example.pos) if select_positive == "teacher-pos" else len(example.scores)
+    return max(range(count), key=lambda index: example.scores[index])
+
+
+def choose_negatives(candidates, scores, count, select_negative, rng):
+    """`count` of the candidates, indices of keys; each as often as the others (give or take one) if
+    there are too few.
+    """
+    if not candidates:
+        return []
+    if len(candidates) < count:
+        candidates = candidates * math.ceil(count / len(candidates))
+    if select_negative in ("teacher+", "teacher-") and scores is not None:
+        candidates = sorted(candidates, key=lambda index: scores[index],
+                            reverse=select_negative == "teacher+")
+    elif select_negative != "first":
+        rng.shuffle(candidates)
+    return candidates[:count]

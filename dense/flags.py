@@ -1,0 +1,234 @@
+"""The flags of train_dense.py, named as in LLM-Embedder's, Trove's and minDPR's commands, and their
+checks.
+"""
+import argparse
+import math
+
+from dense.instructions import INSTRUCTIONS
+from metrics import METRICS
+from retrieval.corpus import check_templates
+from utils import SWITCH, HelpFormatter, InputError, check_at_least, find_files, resolve_path
+
+
+def parse_args(description):
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    add_data_flags(parser)
+    add_evaluation_flags(parser)
+    add_text_flags(parser)
+    add_model_flags(parser)
+    add_loss_flags(parser)
+    add_optimisation_flags(parser)
+    add_run_flags(parser)
+    return parser.parse_args()
+
+
+def add_data_flags(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data", nargs="+", default=[], metavar="FILE",
+        help="records of LLM-Embedder or DPR; named twice, a file counts twice")
+    add("--corpus", nargs="+", metavar="FILE",
+        help="documents: .tsv, BEIR's .jsonl or JSON lines, may end in .gz")
+    add("--queries", nargs="+", default=[], metavar="FILE",
+        help="queries that the qrels name: BEIR's .jsonl, or .tsv of id and text")
+    add("--positives", action="append", default=[], metavar="qrels=FILE,min_score=1",
+        help="positive documents, with Trove's filters min_score, max_score (exclusive), first_k, "
+        "random_k, top_k, bottom_k, score=NUMBER|floor|ceil, query_subset; repeatable")
+    add("--negatives", action="append", default=[], metavar="qrels=FILE,max_score=1",
+        help="negative documents, likewise")
+    add("--graded", action="append", default=[], metavar="qrels=FILE",
+        help="documents with graded labels, likewise; trained by KL")
+    add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
+    add("--max_sample_num", type=int, help="examples of a dataset that are used at most")
+    add("--inbatch_same_dataset", choices=["epoch", "random"],
+        help="one dataset per batch: epoch uses every example once, random draws datasets by size")
+    add("--num_workers", type=int, default=0, help="processes that tokenise")
+    add("--no_shuffle", action="store_true", help="keep the order of the examples")
+
+
+def add_evaluation_flags(parser):
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval_data", metavar="FILE",
+        help="records to measure on: DPR's by average rank, others by retrieval from --corpus")
+    add("--eval_qrels", action="append", default=[], metavar="qrels=FILE",
+        help="qrels to measure on; repeatable")
+    add("--eval_method", choices=["annotated", "retrieval"], default="annotated",
+        help="how --eval_qrels measures: ranking each query's annotated documents, or searching "
+        "the whole corpus")
+    add("--eval_group_size", type=int, default=100,
+        help="annotated documents per query, the most relevant ones")
+    add("--metrics", nargs="+", default=["mrr", "recall", "ndcg"], metavar="NAME",
+        help=f"of {', '.join(METRICS)}")
+    add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K",
+        help="ranks that the metrics look at")
+    add("--best_metric", metavar="NAME@K",
+        help="what the kept checkpoint is the best of; not given: the first metric at the first "
+        "cutoff from 10 on, or the average rank")
+
+
+def add_text_flags(parser):
+    add = parser.add_argument_group("texts").add_argument
+    add("--query_template", default="{query}", help="the text of a query")
+    add("--key_template", default="{title} {text}",
+        help="the text of a document; DPR's pair is '{title} [SEP] {text}'")
+    add("--pair_types", action="store_true",
+        help="token type 1 after a text's first [SEP], as minDPR has for pairs")
+    add("--query_max_length", type=int, default=256,
+        help="tokens per query, truncated on the right")
+    add("--key_max_length", type=int, default=256, help="tokens per key, truncated on the right")
+    add("--add_instruction", default=True,
+        help="put --version's instruction before the texts of records with a task", **SWITCH)
+    add("--version", choices=INSTRUCTIONS, default="bge", help="whose instructions")
+
+
+def add_model_flags(parser):
+    add = parser.add_argument_group("model").add_argument
+    add("--query_encoder", default="BAAI/bge-base-en",
+        help="checkpoint to start from: hub name, folder, minDPR's or DPR's file")
+    add("--key_encoder",
+        help="checkpoint of the second encoder of --tie_encoders false; not given: as "
+        "--query_encoder")
+    add("--tie_encoders", default=True, help="one encoder for queries and keys", **SWITCH)
+    add("--pooling_method", choices=["cls", "mean", "last"],
+        help="not given: the checkpoint's, else cls")
+    add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
+    add("--cos_temperature", type=float, default=0.01,
+        help="what cosines are divided by in training")
+    add("--dropout", type=float, help="dropout rate; not given: the checkpoint's")
+    add("--lora", type=int, metavar="R",
+        help="train LoRA adapters of rank R, merged when saved (needs the package peft)")
+    add("--ranker", action="store_true",
+        help="train a cross-encoder that reads query and key together")
+
+
+def add_loss_flags(parser):
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=["infonce", "kl", "fid-kd"],
+        help="one loss alone; not given: the weighted sum of what the records allow")
+    add("--contrastive_weight", type=float, default=0.2,
+        help="weight of InfoNCE beside distillation")
+    add("--distill_weight", type=float, default=1.0, help="weight of distillation beside InfoNCE")
+    add("--teacher_temperature", type=float, default=1.0,
+        help="what teacher scores or labels are divided by")
+    add("--student_temperature", type=float, default=1.0,
+        help="what the model's scores are divided by in distillation")
+    add("--stable_distill", default=False, help="LLM-Embedder's stabilized distillation", **SWITCH)
+    add("--mask_duplicates", action="store_true",
+        help="leave copies of a query's positive out of its negatives")
+    add("--train_group_size", "--group_size", type=int, default=8,
+        help="keys per query: a positive and its negatives")
+    add("--select_positive", choices=["first", "random", "teacher", "teacher-pos"], default="first",
+        help="which positive")
+    add("--select_negative", choices=["first", "random", "teacher+", "teacher-"], default="random",
+        help="which negatives")
+    add("--teacher_scores_margin", type=float, help="drop records whose teacher scores lie closer")
+    add("--teacher_scores_min", type=float,
+        help="drop records whose highest teacher score is lower")
+    add("--use_train_config", default=False, help="LLM-Embedder's own settings for each task",
+        **SWITCH)
+
+
+def add_optimisation_flags(parser):
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size", "--per_device_train_batch_size", type=int, default=16,
+        help="queries per process and micro-batch")
+    add("--grad_accumulation", "--gradient_accumulation_steps", type=int, default=1, metavar="N",
+        help="micro-batches per update; they share no negatives")
+    add("--chunk_size", type=int, default=0,
+        help="GradCache: texts encoded at a time, so that a batch of any size fits; 0: all")
+    add("--gradient_checkpointing", default=False, help="the same as --chunk_size 32", **SWITCH)
+    add("--epochs", "--num_train_epochs", type=int, default=3, help="passes over the examples")
+    add("--max_steps", type=int, default=0,
+        help="updates in all, whatever the epochs; 0: as many as the epochs have")
+    add("--early_exit_steps", type=int, default=0,
+        help="stop after so many updates of the schedule; 0: do not")
+    add("--lr", "--learning_rate", type=float, default=5e-6,
+        help="highest learning rate of the linear schedule")
+    add("--warmup_ratio", type=float, default=0.1, help="share of the updates that is warm-up")
+    add("--num_warmup_steps", type=int, help="updates of warm-up, in place of the share")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay, on all weights")
+    add("--adam_eps", type=float, default=1e-8, help="AdamW's epsilon")
+    add("--clip", "--max_grad_norm", type=float, default=1.0, help="largest gradient norm")
+    add("--bf16", default=False, help="bfloat16 autocast; weights and optimizer stay float32",
+        **SWITCH)
+    add("--deepspeed", metavar="FILE",
+        help="accepted for LLM-Embedder's commands, not used: its stage 0 is what DDP does")
+
+
+def add_run_flags(parser):
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", required=True,
+        help="folder to write the best retriever to; OUT.jsonl and OUT.state lie beside it")
+    add("--save_steps", type=int, default=2000,
+        help="save OUT.state, and OUT if nothing is measured, every that many updates")
+    add("--eval_steps", type=int, default=0,
+        help="measure every that many updates; 0: as --save_steps")
+    add("--logging_steps", type=int, default=100, help="print the loss every that many updates")
+    add("--seed", type=int, default=42,
+        help="seed of the order, the groups and (plus the rank) dropout")
+    add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
+    add("--tqdm", action="store_true",
+        help="show progress bars even if the output is not a terminal")
+    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
+
+
+# ---------------------------------------------------------------- checks
+
+def check_args(args):
+    """Raises InputError for flags that cannot work; resolves paths and what one flag says for
+    another.
+    """
+    check_numbers(args)
+    check_templates(args)
+    check_metrics(args)
+    check_training_data(args)
+    check_evaluation(args)
+    args.output_dir = args.output_dir.rstrip("/")
+    args.stop_at = args.early_exit_steps or math.inf
+    if args.gradient_checkpointing and not args.chunk_size:
+        args.chunk_size = 32
+    args.train_data = find_all_files(args.train_data, args.data_root)
+    if args.corpus:
+        args.corpus = find_all_files(args.corpus, args.data_root)
+    args.eval_data = resolve_path(args.eval_data, args.data_root)
+
+
+def find_all_files(paths, data_root):
+    """The files of all paths, which may be patterns."""
+    return [file for path in paths for file in find_files(path, data_root)]
+
+
+def check_numbers(args):
+    check_at_least(args, {"train_group_size": 1, "batch_size": 1, "grad_accumulation": 1,
+                          "epochs": 1, "save_steps": 1, "logging_steps": 1, "query_max_length": 3,
+                          "key_max_length": 3, "eval_group_size": 1, "chunk_size": 0,
+                          "max_steps": 0, "eval_steps": 0, "early_exit_steps": 0, "num_workers": 0})
+    positive = (args.lr, args.clip, args.cos_temperature, args.teacher_temperature,
+                args.student_temperature)
+    if min(positive) <= 0:
+        raise InputError("--lr, --clip and the temperatures must be above 0")
+
+
+def check_metrics(args):
+    for name in args.metrics:
+        if name not in METRICS:
+            raise InputError(f"--metrics {name}: unknown, choose of {', '.join(METRICS)}")
+    if min(args.cutoffs) < 1:
+        raise InputError("--cutoffs must be 1 or more")
+
+
+def check_training_data(args):
+    if not (args.train_data or args.positives or args.graded):
+        raise InputError("nothing to train on: give --train_data, or --corpus, --queries and "
+                         "--positives or --graded")
+    names_qrels = args.positives or args.graded or args.eval_qrels
+    if names_qrels and not (args.corpus and args.queries):
+        raise InputError("qrels need --corpus and --queries, the files that hold the texts")
+    if args.graded and (args.positives or args.train_data or args.loss == "infonce"):
+        raise InputError("--graded trains by KL on labels of its own; leave out --positives, "
+                         "--train_data and --loss infonce")
+
+
+def check_evaluation(args):
+    if args.ranker and (args.eval_data or args.eval_method == "retrieval"):
+        raise InputError("a ranker is measured on annotated documents: --eval_qrels without "
+                         "--eval_method retrieval")

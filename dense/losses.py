@@ -1,0 +1,69 @@
+"""The losses of retriever training: pure functions of scores, each with the paper it comes from.
+
+Q queries; K keys of all queries side by side; G keys in a query's own group (K = Q * G). The scores
+are already divided by the temperature of the metric. Every loss is a scalar, the mean over the
+queries.
+"""
+import torch
+import torch.nn.functional as F
+
+LOWEST = -1e9  # stands for -inf where it would be multiplied by a probability of 0, which gives nan
+
+
+def contrastive(scores, positives, masked=None):
+    """InfoNCE with in-batch and hard negatives: the mean of -log softmax(scores)[positive] (DPR,
+    arXiv 2004.04906, eq. 2).
+
+    scores (Q, K); positives (Q) column indices; masked (Q, K) bool, True at keys that are left out.
+    """
+    if masked is not None:
+        scores = scores.masked_fill(masked, LOWEST)
+    return F.cross_entropy(scores, positives)
+
+
+def distillation(scores, teacher_scores, teacher_temperature=1.0, student_temperature=1.0):
+    """KL(softmax(teacher / Tt) || softmax(student / Ts)) over each query's own group (LLM-Embedder,
+    arXiv 2310.07554).
+
+    scores, teacher_scores (Q, G). With relevance labels as the teacher it is ListNet's listwise
+    loss.
+    """
+    target = torch.softmax(teacher_scores / teacher_temperature, -1)
+    log_student = torch.log_softmax(scores / student_temperature, -1)
+    return F.kl_div(log_student, target, reduction="batchmean")
+
+
+def stable_distillation(scores, groups, teacher_scores, teacher_temperature=1.0):
+    """LLM-Embedder's stabilized distillation (arXiv 2310.07554): a contrastive loss per candidate,
+    weighted by its teacher.
+
+    A query's candidates come in falling order of their teacher scores. The i-th contrasts with all
+    keys except the candidates above it: -log(exp(s_i) / (sum of exp over candidates from i on + sum
+    of exp over all other keys)). scores (Q, K); groups (Q, G) the columns of each query's
+    candidates; teacher_scores (Q, G).
+    """
+    weights = torch.softmax(teacher_scores / teacher_temperature, -1)                   # (Q, G)
+    candidates = scores.gather(1, groups)                                               # (Q, G)
+    others = scores.scatter(1, groups, LOWEST).logsumexp(1, keepdim=True)               # (Q, 1)
+    from_here_on = candidates.flip(1).logcumsumexp(1).flip(1)                           # (Q, G)
+    losses = torch.logaddexp(from_here_on, others) - candidates                         # (Q, G)
+    return (weights * losses).sum(1).mean()
+
+
+def fid_kd(scores, reader_scores):
+    """Distillation from the reader's cross-attention, averaged over queries and keys as FiD's code
+    does (arXiv 2012.04584).
+
+    scores, reader_scores (Q, G). It is distillation() divided by G.
+    """
+    return distillation(scores, reader_scores) / scores.shape[1]
+
+
+def duplicates(identities, positives):
+    """(Q, K) bool: True at keys that are the same document as the query's positive, but not at the
+    positive itself.
+
+    identities (K) int64, equal for equal documents; positives (Q) column indices.
+    """
+    is_same = identities[positives][:, None] == identities[None]                        # (Q, K)
+    return is_same.scatter(1, positives[:, None], False)

@@ -1,0 +1,170 @@
+"""Retrievers and rankers: BiEncoder (one vector per text) and CrossEncoder (one score per pair of
+query and key).
+
+Which files a folder holds, and how they are opened and saved, stands in dense/checkpoints.py.
+"""
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dense.checkpoints import open_encoders, open_ranker, save_encoder
+from dense.grad_cache import run_in_chunks
+
+
+class BiEncoder(nn.Module):
+    """An encoder of queries, an encoder of keys (or one for both), and the metric that compares
+    their vectors.
+
+    metric: ip (inner product), cos (inner product of vectors of length 1) or l2 (minus the squared
+    distance). Scores are divided by the temperature.
+    """
+
+    def __init__(self, query_encoder, key_encoder=None, metric="cos", temperature=1.0):
+        super().__init__()
+        self.query_encoder = query_encoder
+        if key_encoder is not None:
+            self.key_encoder = key_encoder
+        self.metric = metric
+        self.temperature = temperature
+
+    @property
+    def encoders(self):
+        """{role: encoder}; one encoder for both roles has the empty role."""
+        if hasattr(self, "key_encoder"):
+            return {"query": self.query_encoder, "key": self.key_encoder}
+        return {"": self.query_encoder}
+
+    def encode(self, texts, role, chunk_size=0):
+        """Vectors (n, D) of n lists of token ids; role is query or key; chunk_size: see
+        dense/grad_cache.py.
+        """
+        encoder = self.encoders.get(role, self.query_encoder)
+        vectors = encoder(texts, role, chunk_size)
+        if self.metric == "cos":
+            vectors = F.normalize(vectors, dim=-1)
+        return vectors
+
+    def forward(self, queries, keys, chunk_size=0):
+        """Vectors (Q, D) and (K, D) of lists of token ids."""
+        return self.encode(queries, "query", chunk_size), self.encode(keys, "key", chunk_size)
+
+    def score(self, queries, keys):
+        """Scores (Q, K) of vectors (Q, D) and (K, D); in float32 also under autocast: a temperature
+        of 0.01 magnifies rounding.
+        """
+        with torch.autocast(queries.device.type, enabled=False):
+            queries, keys = queries.float(), keys.float()
+            scores = queries @ keys.t()
+            if self.metric == "l2":  # -(q - k)^2 = 2qk - q^2 - k^2
+                scores = 2 * scores - queries.square().sum(1, keepdim=True) - keys.square().sum(1)
+            return scores / self.temperature
+
+    def save_pretrained(self, folder, max_length, prompts=None):
+        """Writes the folder; sentence-transformers will use max_length and the prompts {query,
+        document}.
+        """
+        for role, encoder in self.encoders.items():
+            save_encoder(os.path.join(folder, role), encoder, self.metric, max_length, prompts
+                         or {})
+
+    @classmethod
+    def open(cls, name, key_name=None, *, metric=None, pooling=None, temperature=None, dropout=None,
+             trained=False):
+        """The retriever of a folder or hub name (ours, sentence-transformers', transformers',
+        FiD's), or of minDPR's or DPR's file; key_name opens a second encoder for the keys.
+
+        What is None is as the checkpoint states, else cos, cls, 1 and its own dropout. Raises
+        InputError, with `trained` also for a folder without weights.
+        """
+        query_encoder, key_encoder, stated = open_encoders(str(name), key_name, pooling, dropout,
+                                                           trained)
+        if metric is None:
+            metric = stated.get("metric", "cos")
+        if temperature is None:
+            temperature = stated.get("temperature", 1.0)
+        model = cls(query_encoder, key_encoder, metric, temperature)
+        for encoder in model.encoders.values():
+            encoder.separator = stated.get("separator")
+        return model
+
+
+class CrossEncoder(nn.Module):
+    """A ranker: a transformer reads query and key together, and its head gives the pair one number.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pairs, chunk_size=0):
+        """Scores (n) of n pairs given as (token ids, token types); chunk_size: see
+        dense/grad_cache.py.
+        """
+        device = next(self.parameters()).device
+        pad = self.model.config.pad_token_id
+
+        def make_inputs(indices):
+            ids = [torch.tensor(pairs[index][0]) for index in indices]
+            types = [torch.tensor(pairs[index][1]) for index in indices]
+            ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)   # (n, L)
+            types = nn.utils.rnn.pad_sequence(types, batch_first=True)                  # (n, L)
+            return [ids.to(device), types.to(device)]
+
+        lengths = [len(ids) for ids, _ in pairs]
+        return run_in_chunks(self.score_chunk, make_inputs, lengths, chunk_size, device)
+
+    def score_chunk(self, ids, types, lengths):
+        """Scores (n) of padded ids and types (n, L) of pairs of these lengths."""
+        lengths = torch.tensor(lengths, device=ids.device)
+        is_real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]      # (n, L)
+        inputs = {"input_ids": ids, "attention_mask": is_real.long()}
+        if getattr(self.model.config, "type_vocab_size", 1) > 1:
+            inputs["token_type_ids"] = types
+        return self.model(**inputs).logits[:, 0].float()
+
+    def save_pretrained(self, folder, *_):
+        """Writes the folder; further arguments are BiEncoder's, and not used."""
+        self.model.save_pretrained(folder)
+
+    @classmethod
+    def open(cls, name, dropout=None, trained=False):
+        """The ranker of a folder or hub name; an encoder without a ranking head gets a random one.
+
+        Raises InputError, with `trained` also for a folder that is no trained ranker.
+        """
+        return cls(open_ranker(name, dropout, trained))
+
+
+def limit_lengths(args, encoders, log):
+    """Lowers --query_max_length and --key_max_length to what the positions of the encoders (or of
+    [the ranker]) allow.
+
+    A ranker reads query and key together: they share its positions.
+    """
+    for encoder in encoders:
+        positions = count_positions(encoder.model.config)
+        if positions is None:
+            continue
+        limit_length(args, "query_max_length", positions, positions, log)
+        left = positions - args.query_max_length if args.ranker else positions
+        limit_length(args, "key_max_length", left, positions, log)
+
+
+def limit_length(args, name, allowed, positions, log):
+    """Lowers one length to `allowed`, and logs it."""
+    if getattr(args, name) > allowed:
+        log(f"note: the model has {positions} positions; --{name} is {allowed}, not "
+            f"{getattr(args, name)}")
+        setattr(args, name, allowed)
+
+
+def count_positions(config):
+    """The number of tokens that a transformer has positions for, or None if there is no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return None
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= config.pad_token_id + 1  # their positions start behind the padding's
+    return positions

@@ -1,0 +1,203 @@
+"""Files: JSON and lines read with errors that name FILE:LINE; files and folders written whole or
+not at all.
+"""
+import codecs
+import fcntl
+import gzip
+import io
+import json
+import os
+import shutil
+import zlib
+from contextlib import contextmanager
+
+from utils import InputError
+
+# ---------------------------------------------------------------- reading
+
+def open_text(path):
+    """A text file object, gunzipped where the name ends in .gz."""
+    opener = gzip.open if str(path).endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig")  # -sig: some files begin with a byte order mark
+
+
+def read_json(path):
+    """[(object, location)] of a list of objects, or of one object per line (.jsonl, or .json).
+
+    A location is 'FILE:LINE' or 'FILE, record N'. Raises InputError for a missing, unreadable,
+    empty or malformed file.
+    """
+    path = str(path)
+    try:
+        with open_text(path) as file:
+            if path.removesuffix(".gz").endswith(".jsonl"):
+                return parse_lines(file, path)
+            text = file.read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); is it a whole .json or .jsonl file, "
+                         "or one gzipped?") from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty; it must hold a list of records")
+    if text.lstrip().startswith("{"):  # LLM-Embedder's .json files hold lines
+        return parse_lines(text.split("\n"), path)  # splitlines would also split at U+2028
+    objects = parse_json(text, path, 1)
+    if not isinstance(objects, list):
+        raise InputError(f"{path}: holds one {type(objects).__name__}, not a list of records or "
+                         "one record per line")
+    return [(item, f"{path}, record {index}") for index, item in enumerate(objects)]
+
+
+def parse_lines(lines, path):
+    """[(object, 'FILE:LINE')] of JSON lines; empty ones are skipped."""
+    parsed = []
+    for line_number, line in enumerate(lines, 1):
+        if line.strip():
+            item = parse_json(line.rstrip("\n"), path, line_number)
+            parsed.append((item, f"{path}:{line_number}"))
+    return parsed
+
+
+def parse_json(text, path, first_line):
+    """The object that `text` spells. Raises InputError with file, line and column where it spells
+    none.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise InputError(f"{path}:{line}: not valid JSON at column {error.colno} ({error.msg}); "
+                         "the file may be cut off there: fetch it again or mend the line") from None
+
+
+def read_lines(path):
+    """Yields the lines of a file as bytes, gunzipped; a JSON list yields one line per item. Raises
+    InputError.
+    """
+    try:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            beginning = file.peek(4)[:4].removeprefix(codecs.BOM_UTF8)
+            if beginning.startswith(b"["):
+                for item, _ in read_json(path):
+                    yield json.dumps(item).encode() + b"\n"
+                return
+            for index, line in enumerate(file):
+                yield line.removeprefix(codecs.BOM_UTF8) if index == 0 else line
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); check the path, or fetch the file "
+                         "again") from None
+
+
+# ---------------------------------------------------------------- writing
+
+@contextmanager
+def new_file(path, mode="w"):
+    """Yields a file that takes its name only when it is whole: after kill -9 the old one stands.
+
+    Text for a name that ends in .gz is gzipped. Raises InputError if the file cannot be written.
+    """
+    path = os.path.abspath(path)
+    temporary = f"{path}.{os.getpid()}.writing"
+    is_text = "b" not in mode
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(temporary, mode, encoding="utf-8" if is_text else None) as file:
+            if is_text and path.endswith(".gz"):
+                packed = gzip.GzipFile("", "wb", fileobj=file.buffer, mtime=0)
+                with io.TextIOWrapper(packed, "utf-8") as text:
+                    yield text
+            else:
+                yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error, "choose another path or make room") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def unwritable(path, error, remedy):
+    """The InputError for a path that cannot be written."""
+    return InputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
+
+
+def save_folder(folder, *writers):
+    """Calls each writer(temporary folder), then moves the files into `folder`, the weights last.
+
+    What else lies in the folder stays. Raises InputError if it cannot be written.
+    """
+    temporary = os.path.join(folder, ".writing")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        for writer in writers:
+            writer(temporary)
+        paths = []
+        for directory, _, names in os.walk(temporary):
+            paths += [os.path.relpath(os.path.join(directory, name), temporary) for name in names]
+        for path in sorted(paths, key=lambda path: path.endswith(".safetensors")):
+            os.makedirs(os.path.dirname(os.path.join(folder, path)), exist_ok=True)
+            os.replace(os.path.join(temporary, path), os.path.join(folder, path))
+        shutil.rmtree(temporary)
+    except OSError as error:
+        raise unwritable(folder, error, "choose another path or make room") from None
+
+
+def check_writable(folder):
+    """Raises InputError, before an epoch is spent, if the model folder or the files beside it
+    cannot be written.
+    """
+    folder = folder.rstrip("/")
+    try:
+        os.makedirs(os.path.join(folder, ".writing"), exist_ok=True)
+        os.rmdir(os.path.join(folder, ".writing"))
+    except OSError as error:
+        raise unwritable(folder, error, "choose another path") from None
+    with new_file(f"{folder}.probe"):
+        pass
+    os.remove(f"{folder}.probe")
+
+
+@contextmanager
+def lock(folder):
+    """Lets one process at a time make what the folder is for; others wait, and find it made."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, ".lock"), "w")
+    except OSError as error:
+        raise InputError(f"{folder}: is not whole yet, and cannot be written ({error.strerror}); "
+                         "give another --index folder") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another process is making it; waiting", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def write_json(path, content):
+    """Writes `content` as indented JSON, whole or not at all."""
+    with new_file(path) as file:
+        json.dump(content, file, indent=2)
+
+
+def read_args(folder):
+    """The content of a checkpoint's args.json, or {} where it has none. Raises InputError if it is
+    no JSON.
+    """
+    path = os.path.join(str(folder), "args.json")
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); mend it, or delete it to do "
+                         "without") from None

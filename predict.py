@@ -1,0 +1,107 @@
+"""What a reader answers: predictions for all records over all processes, their scores, and the
+files that hold them.
+"""
+import json
+from typing import NamedTuple
+
+import torch
+
+from data import Collator, eval_loader
+from files import new_file
+from metrics import exact_match, f1
+from utils import gather_lists, progress_bar
+
+
+class Prediction(NamedTuple):
+    """A reader's answer to the record of this index; em and f1 are None for a record without
+    answers.
+    """
+    index: int
+    text: str
+    em: object
+    f1: object
+    context_scores: object  # cross-attention score of each context, or None if not asked for
+
+
+class Summary(NamedTuple):
+    """Means in per cent over the records that have answers."""
+    em: float
+    f1: float
+    correct: int
+    count: int
+
+
+def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch_size,
+            num_workers=0, answer_maxlength=50, num_beams=1, bf16=False, with_scores=False):
+    """The Predictions for all records, in their order, on every process.
+
+    Every record is answered once, in the same batch for any number of processes.
+    """
+    collator = Collator(tokenizer, num_contexts, max_length)
+    loader = eval_loader(records, batch_size, collator, num_workers, world.rank, world.size)
+    model.eval()
+    predictions = []
+    for batch in progress_bar(loader, desc=f"answering, {num_contexts} contexts",
+                              is_main=world.is_main):
+        ids, mask = batch["input_ids"].to(world.device), batch["attention_mask"].to(world.device)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+            output = model.generate(ids, mask, answer_maxlength, num_beams,
+                                    return_scores=with_scores)
+        if with_scores:
+            generated, scores = output[0], output[1].tolist()
+        else:
+            generated, scores = output, [None] * len(output)
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        for index, text, context_scores in zip(batch["indices"], texts, scores):
+            predictions.append(score_prediction(index, text, records[index]["answers"],
+                                                context_scores))
+    return sorted(gather_lists(predictions, world), key=lambda prediction: prediction.index)
+
+
+def score_prediction(index, text, answers, context_scores):
+    """The Prediction with its exact match and F1, where there are answers."""
+    if not answers:
+        return Prediction(index, text, None, None, context_scores)
+    return Prediction(index, text, exact_match(text, answers), f1(text, answers), context_scores)
+
+
+def summarize(predictions):
+    """The Summary of predictions."""
+    scored = [prediction for prediction in predictions if prediction.em is not None]
+    count = len(scored)
+    correct = sum(prediction.em for prediction in scored)
+    f1_sum = sum(prediction.f1 for prediction in scored)
+    return Summary(100 * correct / max(count, 1), 100 * f1_sum / max(count, 1), int(correct), count)
+
+
+def write_predictions(path, predictions, records):
+    """Writes minFiD's tab-separated lines (index, prediction, answers, em), or JSONL if the path
+    ends in .jsonl.
+    """
+    with new_file(path) as file:
+        for prediction in predictions:
+            record = records[prediction.index]
+            if path.endswith(".jsonl"):
+                row = {"index": prediction.index, "id": record["id"], "prediction": prediction.text,
+                       "answers": record["answers"], "em": prediction.em, "f1": prediction.f1}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            else:
+                em = "nan" if prediction.em is None else prediction.em
+                file.write(f"{prediction.index}\t{prediction.text}\t{record['answers']}\t{em}\n")
+
+
+def write_scores(path, predictions, records):
+    """Writes the records with the cross-attention score of each context that was read; the contexts
+    keep their order.
+    """
+    for prediction in predictions:
+        contexts = records[prediction.index]["ctxs"]
+        for context, score in zip(contexts, prediction.context_scores):
+            context["retrieval_score"] = context.get("score")
+            context["score"] = score
+    with new_file(path) as file:
+        if path.endswith(".jsonl"):
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        else:
+            json.dump(records, file, ensure_ascii=False, indent=1)

@@ -1,0 +1,238 @@
+"""Questions and their fields, in every file form of the field: one rule for the reader, the
+retriever and retrieval.
+
+A record is a JSON object per question: `question` (or `query`, or BEIR's `text`), an id, `answers`
+(or `answer`, `target`), `ctxs` (ranked passages {title, text, score}). Files: a `.json` list or
+`.jsonl`; tables of question and answers (DPR's nq-test.csv) or of id and text; any of them gzipped.
+"""
+import ast
+import csv
+import json
+import sys
+from typing import NamedTuple
+
+from files import read_json, read_lines
+from utils import InputError
+
+ID_FIELDS = ("id", "_id", "query_id", "qid")
+TEXT_FIELDS = ("question", "query", "text")
+LIST_FIELDS = ("pos", "neg", "pos_index", "neg_index", "positive_ctxs", "negative_ctxs",
+               "hard_negative_ctxs")
+
+
+# ---------------------------------------------------------------- fields of a record
+
+def question_text(record, location):
+    """The question's text. Raises InputError for a record that is no object or has none."""
+    if not isinstance(record, dict):
+        raise InputError(f"{location}: a record must be a JSON object, this is a "
+                         f"{type(record).__name__}")
+    field = next((name for name in TEXT_FIELDS if name in record), None)
+    text = record.get(field)
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{location}: no 'question' (or 'query') text; its fields are "
+                         f"{sorted(record)}")
+    return text
+
+
+def record_id(record):
+    """The identifier that a record carries, or None."""
+    return next((record[name] for name in ID_FIELDS if record.get(name) is not None), None)
+
+
+def gold_answers(record, location):
+    """(answers, target or None) of `answers`, or of `answer`: a text, NQ-open's list or TriviaQA's
+    object.
+
+    TriviaQA's target is the value, in title case if it is all upper case; every alias is right
+    (FiD, src/preprocess.py). Raises InputError.
+    """
+    answers, answer, target = record.get("answers"), record.get("answer"), None
+    if isinstance(answer, dict):
+        value = answer.get("Value", answer.get("value"))
+        if isinstance(value, str):
+            target = value.title() if value.isupper() else value
+            answer = answer.get("Aliases", answer.get("aliases", [value]))
+    if answers is None:
+        if isinstance(answer, str):
+            answers = [answer]
+        elif isinstance(answer, (list, dict)):
+            answers = answer
+        else:
+            answers = []  # a number or true is the index of a choice, no text to look for
+    if not isinstance(answers, list) or not all(isinstance(item, str) for item in answers):
+        raise InputError(f"{location}: 'answers' must be a list of strings (or 'answer' one, or "
+                         f"TriviaQA's object), it is {json.dumps(answers)[:80]}")
+    return answers, target
+
+
+def check_types(record, location, names=LIST_FIELDS):
+    """Raises InputError for a record whose fields of these names are no lists, or whose task is no
+    text.
+    """
+    for name in names:
+        if not isinstance(record.get(name) or [], list):
+            raise InputError(f"{location}: '{name}' must be a list, it is "
+                             f"{json.dumps(record[name])[:60]}")
+    if not isinstance(record.get("task") or "", str):
+        raise InputError(f"{location}: 'task' must be a text such as 'qa', it is "
+                         f"{json.dumps(record['task'])[:60]}")
+
+
+# ---------------------------------------------------------------- records for the reader
+
+def read_records(path, keep_contexts=None):
+    """The records of a file, checked, their contexts in the reader's order.
+
+    Every record gets `question`, `answers` (may be empty), `ctxs` and `id`; other fields are kept.
+    Contexts are sorted by descending score, ties in file order, if the file's first context has one
+    (FiD, src/data.py: sort_data); those without a score come last then. `keep_contexts` drops the
+    contexts after that many, to save memory. Raises InputError.
+    """
+    records = [check_record(item, location, index) for index,
+               (item, location) in enumerate(read_json(path))]
+    if not records:
+        raise InputError(f"{path}: holds no records")
+    first_context = next((record["ctxs"][0] for record in records if record["ctxs"]), {})
+    for record in records:
+        if "score" in first_context:
+            record["ctxs"].sort(key=context_score, reverse=True)
+        record["ctxs"] = record["ctxs"][:keep_contexts]
+    return records
+
+
+def context_score(context):
+    """A context's score as a number; -inf for one without."""
+    score = context.get("score")
+    return float("-inf") if score is None else float(score)
+
+
+def check_record(record, location, index):
+    """A copy of the record with the fields that the reader uses; `index` is its id if it has none.
+    Raises InputError.
+    """
+    question = question_text(record, location)
+    record = dict(record, question=question)
+    identifier = record_id(record)
+    record["id"] = index if identifier is None else identifier
+    record["answers"], target = gold_answers(record, location)
+    if target is not None:
+        record.setdefault("target", target)
+    record["ctxs"] = list(record.get("ctxs") or [])
+    for context in record["ctxs"]:
+        if not isinstance(context, dict) or not isinstance(context.get("text"), str):
+            raise InputError(f"{location}: every entry of 'ctxs' must be an object with a 'text' "
+                             "string")
+        try:
+            context_score(context)
+        except (TypeError, ValueError):
+            score = context["score"]
+            raise InputError(f"{location}: a context's score {score!r} is not a number") from None
+    return record
+
+
+# ---------------------------------------------------------------- questions for retrieval
+
+class Question(NamedTuple):
+    """A question for the retriever: its record as it was read, identifier, text, task, gold answers
+    and FILE:LINE.
+    """
+    record: dict
+    id: str
+    text: str
+    task: str
+    answers: list
+    location: str
+
+
+def make_question(record, location, index, task=""):
+    """The Question of a record; `index` is its id if it has none, `task` its task. Raises
+    InputError.
+    """
+    text = question_text(record, location)
+    check_types(record, location)
+    identifier = record_id(record)
+    if identifier is None:
+        identifier = index
+    answers, _ = gold_answers(record, location)
+    return Question(record, str(identifier), text, record.get("task") or task, answers, location)
+
+
+def read_questions(path, task=""):
+    """Questions of records, BEIR's queries.jsonl, DPR's question <tab> list of answers, or id <tab>
+    text.
+
+    `task` is that of questions that name none. Raises InputError.
+    """
+    if str(path).removesuffix(".gz").endswith((".csv", ".tsv")):
+        rows = read_table(path)
+    else:
+        rows = read_json(path)
+    if not rows:
+        raise InputError(f"{path}: holds no questions")
+    return [make_question(record, location, index, task) for index,
+            (record, location) in enumerate(rows)]
+
+
+def read_table(path):
+    """[(record, 'FILE:LINE')] of a table of two columns: question and answers, or id and text.
+    Raises InputError.
+    """
+    rows = []
+    for line_number, line in enumerate(read_lines(path), 1):
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        cells = split_cells(text)
+        if not cells or line_number == 1 and is_header(cells):
+            continue
+        location = f"{path}:{line_number}"
+        if len(cells) != 2:
+            raise InputError(f"{location}: {len(cells)} columns instead of two: question and "
+                             "answers, or id and text")
+        if cells[1].startswith("["):
+            record = {"id": str(len(rows)), "question": cells[0],
+                      "answers": parse_answers(cells[1], location)}
+        else:
+            record = {"id": cells[0], "question": cells[1]}
+        rows.append((record, location))
+    return rows
+
+
+def split_cells(line):
+    """The cells of a tab-separated line, quoted as csv does; [] of an empty line."""
+    csv.field_size_limit(sys.maxsize)  # a document may be longer than csv's 131,072 characters
+    return next(csv.reader([line], delimiter="\t"), [])
+
+
+def is_header(cells):
+    """True for the cells of a first line that names the columns: id and query, or question and
+    answers.
+    """
+    names = [cell.strip().lower() for cell in cells]
+    if names == ["question", "answers"]:
+        return True
+    return len(names) == 2 and names[0] in (*ID_FIELDS, "docid",
+                                            "doc_id") and names[1] in TEXT_FIELDS
+
+
+def parse_answers(text, location):
+    """The answers that a Python list spells, as DPR's files have them. Raises InputError."""
+    try:
+        return [str(answer) for answer in ast.literal_eval(text)]
+    except (SyntaxError, ValueError):
+        raise InputError(f"{location}: {text[:60]!r} is not a list of answers") from None
+
+
+def read_queries(paths):
+    """{id: text} of the queries that qrels name, from any form of read_questions. Raises
+    InputError.
+    """
+    queries = {}
+    for path in paths:
+        for question in read_questions(path):
+            if record_id(question.record) is None:
+                raise InputError(f"{question.location}: a query that qrels name needs an id; its "
+                                 f"fields are {sorted(question.record)}")
+            if queries.setdefault(question.id, question.text) != question.text:
+                raise InputError(f"{question.location}: the id {question.id!r} is another query's "
+                                 "already; make ids unique")
+    return queries

@@ -1,0 +1,99 @@
+"""BM25 by bm25s: the index of a corpus, built, kept as a folder, opened and searched."""
+import sys
+from array import array
+
+import bm25s
+import numpy as np
+import torch
+
+from files import save_folder
+from retrieval.exact_search import top_k
+from utils import InputError, progress_bar
+
+
+def open_words(stopwords, stemmer):
+    """{stopwords, stemmer} for bm25s's tokenizers, by their languages. Raises InputError.
+
+    stopwords may be 'none', the stemmer None.
+    """
+    stopwords = None if stopwords == "none" else stopwords
+    try:
+        bm25s.tokenize([""], stopwords=stopwords, show_progress=False)
+    except ValueError as error:
+        raise InputError(f"--stopwords {error}; or say none") from None
+    if not stemmer:
+        return {"stopwords": stopwords, "stemmer": None}
+    try:
+        import Stemmer
+    except ImportError:
+        raise InputError("--stemmer needs the package PyStemmer: pip install PyStemmer") from None
+    try:
+        return {"stopwords": stopwords, "stemmer": Stemmer.Stemmer(stemmer)}
+    except KeyError:
+        languages = ", ".join(Stemmer.algorithms())
+        raise InputError(f"--stemmer {stemmer}: choose of {languages}") from None
+
+
+class TokenLists:
+    """A corpus as bm25s takes it: the documents' token ids, 4 bytes each, and a vocabulary."""
+
+    def __init__(self, tokenizer, corpus):
+        self.flat = array("i")       # the token ids of all documents, one after another
+        self.ends = array("q", [0])  # where in it each document ends
+        indices = progress_bar(range(len(corpus)), desc="tokenizing")
+        texts = (corpus.text(doc_index) for doc_index in indices)
+        for token_ids in tokenizer.streaming_tokenize(texts, allow_empty=False):
+            self.flat.extend(token_ids)
+            self.ends.append(len(self.flat))
+        self.ids = self  # the names that bm25s asks for
+        self.vocab = tokenizer.get_vocab_dict()
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __iter__(self):
+        for start, end in zip(self.ends, self.ends[1:]):
+            yield self.flat[start:end]
+
+
+def build_index(folder, corpus, words, k1, b):
+    """Makes the index of a corpus in a folder.
+
+    Raises InputError if no document has a word, or the index cannot be written whole.
+    """
+    tokens = TokenLists(bm25s.tokenization.Tokenizer(**words), corpus)
+    if not tokens.flat:
+        raise InputError(f"{corpus.parts[0].path}: no document has a word besides stop words; use "
+                         "--stopwords none, or another --key_template")
+    index = bm25s.BM25(k1=k1, b=b)
+    index.index(tokens, show_progress=sys.stderr.isatty())
+
+    def save(temporary):
+        index.save(temporary)
+        bm25s.BM25.load(temporary, mmap=True)  # np.save, which it uses, does not notice a full disk
+    try:
+        save_folder(folder, save)
+    except ValueError:
+        raise InputError(f"{folder}: the index could not be written whole; make room") from None
+
+
+def load_index(folder):
+    """The index of a folder, its arrays mapped. Raises InputError if it is broken."""
+    try:
+        return bm25s.BM25.load(folder, mmap=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: bm25s cannot open the index ({error}); copy it again, or "
+                         "delete the folder") from None
+
+
+def tokenize_texts(texts, words):
+    """The words of each text (lists of strings)."""
+    return bm25s.tokenize(texts, return_ids=False, show_progress=False, **words)
+
+
+def search_index(index, query_words, k):
+    """(doc_indices, scores), numpy arrays, of the k best documents with a word of the query."""
+    scores = index.get_scores_from_ids(index.get_tokens_ids(query_words))
+    candidates = np.flatnonzero(scores > 0)
+    values, columns = top_k(torch.from_numpy(scores[candidates])[None], k)
+    return candidates[columns[0].numpy()], values[0].numpy()

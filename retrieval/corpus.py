@@ -1,0 +1,345 @@
+"""Corpora of all the field's formats, gzipped or not: documents by index or id, read from disk."""
+import codecs
+import json
+import mmap
+import os
+from array import array
+from collections import defaultdict
+from string import Formatter
+from typing import NamedTuple
+
+import numpy as np
+
+from files import new_file, parse_json, read_lines, write_json
+from records import split_cells
+from utils import InputError, progress_bar, wait_for_all
+
+ID_COLUMNS = ("_id", "id", "docid", "doc_id", "passage_id")
+TEXT_COLUMNS = ("text", "content", "contents")
+CHUNK = 65536  # documents after which a scan packs their ids and moves its bar
+
+# From this many bytes on a file's table of lines is kept beside it, in FILE.table. Making one takes
+# 5.2 us a passage (measured on 400,000), which is 110 s for 21 million passages, at every start;
+# opening the kept one takes 0.02 s.
+KEEP_TABLE = 2 ** 26
+
+
+class Part(NamedTuple):
+    """One file of a corpus, N documents."""
+    path: str           # as the user gave it
+    content: mmap.mmap  # its bytes, mapped
+    header: list        # the names of its columns if it is a table, None for JSON lines
+    starts: np.ndarray  # (N + 1): the byte at which each document starts, and the file's end
+    ids: np.ndarray     # (N) as bytes; empty where no column holds ids
+    order: np.ndarray   # (N): the sort order of the ids
+    first: int          # the index, in the corpus, of its first document
+
+
+class Corpus:
+    """Documents by index or id; in memory are 16 bytes and the id per document.
+
+    Files: psgs_w100.tsv (id, text, title, with a header), BEIR's corpus.jsonl (_id, title, text),
+    or JSON lines with any columns. Where no column is named as in ID_COLUMNS, the ids are the
+    indices. A gzipped file or a JSON list is written out once as FILE.lines; a large file's table
+    of lines is kept in FILE.table. `template` is the text of a document, with columns in braces.
+    Raises InputError for a line that is no document, lacks a column or repeats an id.
+    """
+
+    def __init__(self, paths, template):
+        self.template = template
+        self.parts = []
+        self.size = 0
+        paths = [paths] if isinstance(paths, str) else paths
+        for path in paths:
+            self.open_part(path)
+        self.has_ids = len(self.parts[0].ids) > 0
+        names = ", ".join(paths)
+        if any((len(part.ids) > 0) != self.has_ids for part in self.parts):
+            raise InputError(f"{names}: some files name ids, others do not; give all of them an id "
+                             "column")
+        if len(self.parts) > 1 and self.has_ids:  # within a part, scan has checked it
+            all_ids = np.concatenate([part.ids[part.order] for part in self.parts])
+            check_unique(np.sort(all_ids, kind="stable"), names)
+
+    def __len__(self):
+        return self.size
+
+    # ---------------------------------------------------------------- opening
+
+    def open_part(self, path):
+        """Adds a file: maps its bytes, and reads or makes its table of lines."""
+        plain_path = plain_lines(path)
+        with open(plain_path, "rb") as file:
+            is_empty = os.path.getsize(plain_path) == 0  # an empty file cannot be mapped
+            content = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header = read_header(path, content)
+
+        table_folder = f"{path}.table"
+        stamp = {"size": len(content), "changed": os.stat(plain_path).st_mtime_ns}
+        if read_stamp(table_folder) == stamp:
+            starts, ids, order = open_table(table_folder)
+        else:
+            starts, ids, order = self.scan(path, content, header)
+            if len(content) >= KEEP_TABLE:
+                keep_table(table_folder, stamp, starts=starts, ids=ids, order=order)
+        self.parts.append(Part(path, content, header, starts, ids, order, self.size))
+        self.size += len(starts) - 1
+
+    def scan(self, path, content, header):
+        """(starts, ids, order) of a file, each line of which is checked."""
+        starts = array("q")
+        id_column = None
+        ids, packed_ids = [], []  # numpy packs ids into a fraction of a list's memory
+        end = 0
+        bar = progress_bar(total=len(content), unit="B", unit_scale=True,
+                           desc=f"reading {os.path.basename(path)}")
+        lines = iter(content.readline, b"") if content else ()
+        for line_number, line in enumerate(lines, 1):
+            start, end = end, end + len(line)
+            if line.isspace() or (header and line_number == 1):
+                continue
+            row = parse_row(line, header, path, line_number)
+            is_first = not starts
+            if is_first:
+                id_column = next((name for name in ID_COLUMNS if name in row), None)
+            if is_first or header is None:  # all lines of a table have the columns of the first
+                self.format(row, f"{path}:{line_number}")
+            starts.append(start)
+            if id_column is not None:
+                if row.get(id_column) in (None, ""):
+                    raise InputError(f"{path}:{line_number}: no '{id_column}', which other "
+                                     "documents have; add it")
+                ids.append(str(row[id_column]).encode())
+            if len(starts) % CHUNK == 0:
+                packed_ids.append(np.array(ids, "S"))
+                ids = []
+                bar.update(end - bar.n)
+        bar.close()
+        if not starts:
+            raise InputError(f"{path}: holds no documents")
+        starts.append(end)
+        packed_ids.append(np.array(ids, "S"))
+        all_ids = np.concatenate(packed_ids)
+        order = np.argsort(all_ids, kind="stable")
+        check_unique(all_ids[order], path)
+        return np.frombuffer(starts, np.int64), all_ids, order
+
+    # ---------------------------------------------------------------- documents
+
+    def format(self, row, location):
+        """The text of a row by the template. Raises InputError if it lacks a column."""
+        try:
+            return format_key(row, self.template)
+        except KeyError as error:
+            raise InputError(f"{location}: no column {error} for --key_template '{self.template}'; "
+                             f"its columns are {sorted(row)}") from None
+
+    def row(self, doc_index):
+        """(columns {name: value}, location) of a document."""
+        part = next(part for part in reversed(self.parts) if part.first <= doc_index)
+        index = doc_index - part.first
+        lines = part.content[part.starts[index]:part.starts[index + 1]]
+        line = lines.split(b"\n", 1)[0]  # blank lines may follow it
+        line_number = index + 2 if part.header else index + 1
+        return parse_row(line, part.header, part.path, line_number), f"{part.path}:{line_number}"
+
+    def text(self, doc_index):
+        """The key text of a document, by the template."""
+        row, location = self.row(doc_index)
+        return self.format(row, location)
+
+    def passage(self, doc_index):
+        """{id, title, text} of a document; answers are searched in the text alone."""
+        row, location = self.row(doc_index)
+        column = next((name for name in TEXT_COLUMNS if name in row), None)
+        if column is None:
+            text = self.format(row, location)
+        else:
+            text = row[column] or ""
+        return {"id": self.ids([doc_index])[0], "title": row.get("title") or "", "text": text}
+
+    # ---------------------------------------------------------------- ids
+
+    def ids(self, doc_indices):
+        """The ids of documents (a list) by their indices; without an id column, these as text."""
+        if not self.has_ids:
+            return [str(doc_index) for doc_index in doc_indices]
+        doc_indices = np.asarray(doc_indices, np.int64)
+        ids = np.empty(len(doc_indices), object)
+        for part in self.parts:
+            in_part = (part.first <= doc_indices) & (doc_indices < part.first + len(part.ids))
+            ids[in_part] = part.ids[doc_indices[in_part] - part.first]
+        return [document_id.decode() for document_id in ids]
+
+    def indices(self, ids):
+        """The indices of documents (a list) by their ids, -1 for an unknown id."""
+        if not self.has_ids:
+            return [self.index_of_number(document_id) for document_id in ids]
+        if not ids:
+            return []
+        expected = np.array([document_id.encode() for document_id in ids])
+        indices = np.full(len(ids), -1)
+        for part in self.parts:
+            # numpy searches values of one width only and would widen a copy of all the part's ids,
+            # so that the few searched for are cut instead; one that loses letters is unequal below
+            cut = expected.astype(part.ids.dtype)
+            rank = np.searchsorted(part.ids, cut, sorter=part.order).clip(max=len(part.ids) - 1)
+            nearest = part.order[rank]
+            is_equal = part.ids[nearest] == expected
+            indices[is_equal] = nearest[is_equal] + part.first
+        return indices.tolist()
+
+    def index_of_number(self, text):
+        """The index that a text spells as str() does, or -1 if it is none of a document."""
+        is_index = text.isdecimal() and str(int(text)) == text and int(text) < self.size
+        return int(text) if is_index else -1
+
+
+def open_corpus(paths, template, world):
+    """The Corpus on every process, or None without paths."""
+    if not paths:
+        return None
+    # the main process goes first: what it writes beside the files serves the others
+    corpus = Corpus(paths, template) if world.is_main else None
+    wait_for_all(world)
+    if corpus is None:
+        corpus = Corpus(paths, template)
+    return corpus
+
+
+def check_unique(sorted_ids, location):
+    """Raises InputError if two of the ids are equal."""
+    repeated = sorted_ids[1:][sorted_ids[1:] == sorted_ids[:-1]]
+    if len(repeated):
+        raise InputError(f"{location}: the id {repeated[0].decode()!r} occurs twice in the corpus; "
+                         "make ids unique")
+
+
+# ---------------------------------------------------------------- lines of a file
+
+def read_header(path, content):
+    """A table's column names, or None for JSON lines. Raises InputError for anything else."""
+    if not content:
+        raise InputError(f"{path}: holds no documents")
+    line_end = content.find(b"\n")
+    first_line = content[:line_end] if line_end >= 0 else content[:]
+    if first_line.startswith(b"{"):
+        return None
+    header = first_line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+    if not {"id", "text"} <= set(header):
+        raise InputError(f"{path}:1: neither JSON lines nor a table whose header names id and text")
+    return header
+
+
+def parse_row(line, header, path, line_number):
+    """The columns {name: value} of a line of bytes. Raises InputError."""
+    text = line.decode("utf-8", "replace").rstrip("\r\n")
+    if header is None:
+        row = parse_json(text, path, line_number)
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{line_number}: a document must be a JSON object, this is a "
+                             f"{type(row).__name__}")
+        return row
+    cells = split_cells(text)
+    if len(cells) != len(header):
+        raise InputError(f"{path}:{line_number}: {len(cells)} columns, the header names "
+                         f"{len(header)}; the line may be cut off")
+    return dict(zip(header, cells))
+
+
+def plain_lines(path):
+    """The path of a file of plain lines: `path` itself or, made of it, PATH.lines.
+
+    The latter for a file that is gzipped, a JSON list or begins with a byte order mark.
+    """
+    try:
+        with open(path, "rb") as file:
+            beginning = file.peek(3)
+        changed = os.stat(path).st_mtime_ns
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if not (str(path).endswith(".gz") or beginning.startswith((b"[", codecs.BOM_UTF8))):
+        return path
+    unpacked = f"{path}.lines"
+    if not os.path.exists(unpacked) or os.stat(unpacked).st_mtime_ns != changed:
+        write_plain_lines(path, unpacked, changed)
+    return unpacked
+
+
+def write_plain_lines(path, unpacked, changed):
+    """Writes a file's lines; they get the file's own date, by which plain_lines knows them."""
+    if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        raise InputError(f"{path}: must be made plain lines, and its folder cannot be written; "
+                         "unpack it elsewhere, and give that file")
+    lines = progress_bar(read_lines(path), unit=" lines",
+                         desc=f"unpacking {os.path.basename(path)}")
+    with new_file(unpacked, "wb") as file:
+        file.writelines(lines)
+        file.flush()
+        os.utime(file.name, ns=(changed, changed))
+
+
+# ---------------------------------------------------------------- kept tables of lines
+
+def open_table(folder):
+    """(starts, ids, order), mapped, of a table that keep_table saved."""
+    paths = [os.path.join(folder, f"{name}.npy") for name in ("starts", "ids", "order")]
+    return [np.load(path, mmap_mode="r") for path in paths]
+
+
+def read_stamp(folder):
+    """What keep_table stamped a table with, or None."""
+    try:
+        with open(os.path.join(folder, "stamp.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
+def keep_table(folder, stamp, **arrays):
+    """Saves a file's table of lines, the stamp last: it makes the table valid.
+
+    A table that cannot be written is made again next time.
+    """
+    stamp_path = os.path.join(folder, "stamp.json")
+    try:
+        if os.path.exists(stamp_path):
+            os.remove(stamp_path)
+        for name, values in arrays.items():
+            with new_file(os.path.join(folder, f"{name}.npy"), "wb") as file:
+                # as np.save, which does not notice a full disk
+                header = np.lib.format.header_data_from_array_1_0(values)
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(values.tobytes())
+        write_json(stamp_path, stamp)
+    except (InputError, OSError):
+        pass
+
+
+# ---------------------------------------------------------------- templates
+
+def format_key(key, template):
+    """The text of a key: itself, or its columns in the template (KeyError if it lacks one)."""
+    if isinstance(key, str):
+        return key
+    columns = {"title": ""}
+    for name, value in key.items():
+        columns[name] = "" if value is None else value
+    return template.format_map(columns).strip()
+
+
+def check_templates(args):
+    """Raises InputError for a --key_template or --query_template that cannot be used."""
+    check_template("key_template", args.key_template, defaultdict(str))
+    check_template("query_template", args.query_template, {"query": ""})
+
+
+def check_template(flag, template, columns):
+    """Raises InputError for a template that names none of these columns, or others."""
+    try:
+        template.format_map(columns)
+        if not any(column for _, column, _, _ in Formatter().parse(template)):
+            raise ValueError("it names no column")
+    except (ValueError, IndexError, AttributeError, KeyError) as error:
+        raise InputError(f"--{flag} '{template}' cannot be used ({error}); name columns in braces, "
+                         "as in '{title} {text}' for keys and '{query}' for queries") from None

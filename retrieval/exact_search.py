@@ -1,0 +1,145 @@
+"""Exact search: the documents with the best scores among all vectors, a block of them at a time.
+
+Equal scores are ranked by document index everywhere, so that the result is the same for any block
+size and any number of processes.
+"""
+import warnings
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from utils import progress_bar
+
+BLOCK = 16384   # vectors that are scored at once (measured best)
+QUERIES = 1024  # queries that a block is scored for at once, so that memory does not grow with them
+MERGED = 4096   # queries whose results are merged over the processes at once
+# A process's part is a multiple of so many vectors. It is a multiple of BLOCK too, so that scores,
+# whose last bits depend on the shape of the product, do not depend on the number of processes. The
+# files of faiss indices go by these parts.
+PART = 65536
+
+
+def top_k(scores, k):
+    """(values, columns), each (n, k'), of each row's k highest scores (n, K), in order.
+
+    Equal scores are ordered by rising column. k' is less than k where K is.
+    """
+    width = scores.shape[1]
+    k = min(k, width)
+    # torch.topk breaks ties in any way; one value more than k shows whether a tie is cut
+    values, columns = scores.topk(min(k + 1, width))
+    if k < width:
+        is_cut_tie = values[:, k - 1] == values[:, k]
+        values, columns = values[:, :k], columns[:, :k]
+        for row in is_cut_tie.nonzero().flatten().tolist():
+            # all candidates of the row, by rising column; a stable sort keeps that order among ties
+            candidates = (scores[row] >= values[row, -1]).nonzero().flatten()
+            best = scores[row, candidates].sort(descending=True, stable=True).indices[:k]
+            columns[row] = candidates[best]
+            values[row] = scores[row, columns[row]]
+    # by column first, then stably by score: equal scores end up by rising column
+    columns, order = columns.sort(dim=1)
+    values, by_score = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, by_score)
+
+
+@torch.no_grad()
+def search_blocks(query_vectors, blocks, k, metric="ip"):
+    """(doc_indices (Q, k'), scores (Q, k')) of the k best documents for query_vectors (Q, D), on
+    their device.
+
+    blocks: an iterable, in the order of the corpus, of (first document's index, vectors (n, D) of
+    any float type). metric: ip (inner product; of unit vectors, the cosine) or l2 (the scores are
+    minus squared distances). k' is less than k where there are fewer documents.
+    """
+    device = query_vectors.device
+    query_vectors = query_vectors.float()
+    slices = query_vectors.split(QUERIES)
+    best_scores = [torch.zeros(len(part), 0, device=device) for part in slices]
+    best_indices = [torch.zeros(len(part), 0, dtype=torch.int64, device=device) for part in slices]
+    for first, vectors in blocks:
+        vectors = vectors.to(device).float()
+        for i, part in enumerate(slices):
+            values, columns = top_k(score_vectors(part, vectors, metric), k)
+            # the best so far stand first: their indices are lower, so that they win ties
+            values = torch.cat([best_scores[i], values], dim=1)
+            indices = torch.cat([best_indices[i], columns + first], dim=1)
+            best_scores[i], columns = top_k(values, k)
+            best_indices[i] = indices.gather(1, columns)
+    return torch.cat(best_indices), torch.cat(best_scores)
+
+
+def score_vectors(query_vectors, vectors, metric):
+    """The scores (Q, n) of float32 vectors (n, D) for query_vectors (Q, D)."""
+    # in float32 also where the model runs in bfloat16
+    with torch.autocast(query_vectors.device.type, enabled=False):
+        scores = query_vectors @ vectors.T
+    if metric == "l2":  # -|q - v|^2 = 2 q.v - |v|^2 - |q|^2
+        scores.mul_(2)
+        scores.sub_(vectors.square().sum(1))
+        scores.sub_(query_vectors.square().sum(1, keepdim=True))
+    return scores
+
+
+def search_vectors(vectors, query_vectors, first, last, k, metric, is_main=True):
+    """search_blocks of vectors[first:last], a memory-mapped array; returns numpy arrays."""
+    with warnings.catch_warnings():
+        # torch warns of a mapping that cannot be written: it is only read
+        warnings.simplefilter("ignore")
+        vectors = torch.from_numpy(vectors)
+    starts = progress_bar(range(first, last, BLOCK), desc="searching", is_main=is_main)
+    blocks = ((start, vectors[start:min(start + BLOCK, last)]) for start in starts)
+    doc_indices, scores = search_blocks(query_vectors, blocks, k, metric)
+    return doc_indices.cpu().numpy(), scores.cpu().numpy()
+
+
+# ---------------------------------------------------------------- parts
+
+def part_range(count, rank, size):
+    """(first, last) of one process's part of `count` vectors; of few vectors it may be empty."""
+    units = -(-count // PART)
+    first = min(count, PART * (units * rank // size))
+    last = min(count, PART * (units * (rank + 1) // size))
+    return first, last
+
+
+def merge(parts, k):
+    """The k best of several (doc_indices, scores), each (n, k_i); -1, no document, comes last."""
+    doc_indices = np.concatenate([indices for indices, _ in parts], axis=1)
+    scores = np.concatenate([scores for _, scores in parts], axis=1)
+    scores = np.where(doc_indices < 0, -np.inf, scores)
+    order = np.lexsort((doc_indices, -scores), axis=1)[:, :k]
+    return np.take_along_axis(doc_indices, order, 1), np.take_along_axis(scores, order, 1)
+
+
+def merge_processes(doc_indices, scores, k, world):
+    """The k best of all processes' (doc_indices, scores), numpy arrays (Q, at most k).
+
+    Returns them on the main process, (None, None) on the others. Where all parts together have
+    fewer than k documents, the index is -1.
+    """
+    if world.size == 1:
+        return doc_indices, scores
+    missing = k - doc_indices.shape[1]  # a part may have fewer than k documents
+    doc_indices = np.pad(doc_indices, [(0, 0), (0, missing)], constant_values=-1)
+    scores = np.pad(scores, [(0, 0), (0, missing)])
+    merged = []
+    for start in range(0, len(doc_indices), MERGED):
+        end = start + MERGED
+        all_indices = gather_arrays(doc_indices[start:end], world)
+        all_scores = gather_arrays(scores[start:end], world)
+        if world.is_main:
+            merged.append(merge(list(zip(all_indices, all_scores)), k))
+    if not world.is_main:
+        return None, None
+    doc_indices = np.concatenate([indices for indices, _ in merged])
+    return doc_indices, np.concatenate([scores for _, scores in merged])
+
+
+def gather_arrays(array, world):
+    """Every process's array, all of one shape, on the main process; None on the others."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(world.device)
+    tensors = [torch.empty_like(tensor) for _ in range(world.size)] if world.is_main else None
+    dist.gather(tensor, tensors)
+    return [tensor.cpu().numpy() for tensor in tensors] if world.is_main else None

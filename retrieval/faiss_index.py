@@ -1,0 +1,173 @@
+"""Approximate search with faiss: indices of parts of the corpus, built, kept as files, searched."""
+import os
+import re
+
+import faiss
+import numpy as np
+
+from files import new_file
+from retrieval.exact_search import merge, part_range
+from utils import InputError, gather_lists, progress_bar
+
+ADDED = 16384  # vectors that an index takes at once
+FAISS_METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
+
+
+# ---------------------------------------------------------------- opening
+
+def open_indices(folder, vectors, factory, metric, train_sample, seed, world):
+    """[(index of the first vector, faiss index)] that this process searches.
+
+    A folder holds an index in parts, as many as processes made it; parts made by any number of
+    processes serve any other number. Without a whole set of parts each process builds its own.
+
+    factory       faiss's string, such as IVF4096,PQ64
+    metric        ip or l2
+    train_sample  vectors that a part is trained on at most; None: 40 per list, 200,000 at least
+
+    Raises InputError for a factory that faiss cannot make of these vectors, or a broken file.
+    """
+    if train_sample is None:
+        train_sample = default_train_sample(factory)
+    stem = f"{factory.replace(',', '_')}.{train_sample}.{seed}"
+    # as the main process sees it, before one of them writes
+    size = gather_lists([find_parts(folder, stem, len(vectors), world.size)], world)[0]
+    indices = []
+    for rank in range(world.rank, size, world.size):
+        first, last = part_range(len(vectors), rank, size)
+        if first == last:
+            continue  # few vectors leave parts empty
+        path = part_path(folder, stem, rank, size)
+        if not os.path.exists(path):
+            index = build_index(vectors, first, last, factory, metric, train_sample, seed,
+                                world.is_main)
+            write_index(index, path)
+        indices.append((first, read_index(path)))
+    return indices
+
+
+def default_train_sample(factory):
+    """Vectors that faiss needs to train: 40 per list of an IVF index, 200,000 at least."""
+    lists = re.search(r"IVF(\d+)", factory)
+    return max(200_000, 40 * int(lists[1])) if lists else 200_000
+
+
+def part_path(folder, stem, rank, size):
+    """The path of one of `size` parts of an index."""
+    return os.path.join(folder, f"{stem}.{rank}-of-{size}.faiss")
+
+
+def find_parts(folder, stem, count, preferred_size):
+    """The number of parts that the folder's index of `count` vectors has.
+
+    That is preferred_size if its parts are all there, or if no number of parts is.
+    """
+    names = re.compile(re.escape(stem) + r"\.\d+-of-(\d+)\.faiss")
+    sizes = {int(match[1]) for match in map(names.fullmatch, os.listdir(folder)) if match}
+    for size in [preferred_size, *sorted(sizes)]:
+        if has_all_parts(folder, stem, count, size):
+            return size
+    return preferred_size
+
+
+def has_all_parts(folder, stem, count, size):
+    """True if each of `size` parts is in the folder, but for those without vectors."""
+    for rank in range(size):
+        first, last = part_range(count, rank, size)
+        if first < last and not os.path.exists(part_path(folder, stem, rank, size)):
+            return False
+    return True
+
+
+def write_index(index, path):
+    """Writes a faiss index, whole or not at all."""
+    with new_file(path, "wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+
+
+def read_index(path):
+    """The faiss index of a file. Raises InputError if it is broken."""
+    try:
+        return faiss.read_index(path)
+    except RuntimeError as error:
+        raise InputError(f"{path}: faiss cannot read it ({reason(error)}); delete it, the same "
+                         "command makes it again") from None
+
+
+def reason(error):
+    """The end of faiss's message, which says what was wrong."""
+    return str(error).splitlines()[-1][-120:]
+
+
+# ---------------------------------------------------------------- building
+
+def build_index(vectors, first, last, factory, metric, train_sample, seed, is_main):
+    """The trained and filled faiss index of vectors[first:last]. Raises InputError.
+
+    Of the vectors themselves no more than the sample is in memory.
+    """
+    count, width = last - first, vectors.shape[1]
+    flag = f"--faiss_index_factory {factory}"
+    try:
+        index = faiss.index_factory(width, factory, FAISS_METRICS[metric])
+    except RuntimeError as error:
+        raise InputError(f"{flag}: faiss makes no such index of {width} numbers "
+                         f"({reason(error)})") from None
+    if "OPQ" in factory and min(train_sample, count) < width:  # faiss would abort
+        raise InputError(f"{flag}: {min(train_sample, count):,} vectors are too few to train a "
+                         f"rotation of {width} numbers; use Flat, or a factory without OPQ")
+    if not index.is_trained:
+        try:
+            index.train(draw_sample(vectors, first, last, train_sample, seed))
+        except RuntimeError as error:
+            raise InputError(f"{flag}: {count:,} vectors are too few to train it "
+                             f"({reason(error)}); use Flat, or fewer lists") from None
+    for start in progress_bar(range(first, last, ADDED), desc="indexing", is_main=is_main):
+        try:
+            index.add(vectors[start:min(start + ADDED, last)].astype(np.float32))
+        except RuntimeError as error:
+            raise InputError(f"{flag}: takes no vectors without ids ({reason(error)})") from None
+    return index
+
+
+def draw_sample(vectors, first, last, train_sample, seed):
+    """At most train_sample of vectors[first:last], drawn by the seed, in file order, as float32."""
+    drawn = np.random.default_rng(seed).permutation(last - first)[:train_sample]
+    rows = first + np.sort(drawn)
+    sample = np.empty((len(rows), vectors.shape[1]), np.float32)
+    for start in range(0, len(rows), ADDED):
+        sample[start:start + ADDED] = vectors[rows[start:start + ADDED]]
+    return sample
+
+
+# ---------------------------------------------------------------- searching
+
+def search_indices(indices, query_vectors, k, metric, settings):
+    """(doc_indices (Q, k), scores), numpy arrays, of the k best documents; -1 where none is left.
+
+    indices: what open_indices returns. settings: {nprobe, efSearch}; None leaves an index's own.
+    Raises InputError for a setting that an index does not have.
+    """
+    query_vectors = query_vectors.cpu().numpy()
+    # what a process without a part has to merge: no document for any query
+    shape = (len(query_vectors), 1)
+    results = [(np.full(shape, -1), np.zeros(shape, np.float32))]
+    for first, index in indices:
+        set_parameters(index, settings)
+        scores, rows = index.search(query_vectors, k)
+        if metric == "l2":
+            scores = -scores
+        results.append((np.where(rows < 0, -1, rows + first), scores))
+    return merge(results, k)
+
+
+def set_parameters(index, settings):
+    """Sets a faiss index's search parameters. Raises InputError for one that it does not have."""
+    for name, value in settings.items():
+        if value is None:
+            continue
+        try:
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
+        except RuntimeError:
+            raise InputError(f"--{name} is no setting of this index; leave it out, or name another "
+                             "--faiss_index_factory") from None

@@ -1,0 +1,94 @@
+"""The fingerprint of an index: what it was made of, compared before the index is used."""
+import hashlib
+import json
+import os
+
+from utils import InputError, gather_lists, wait_for_all
+
+WINDOW = 65536        # bytes
+CORPUS_WINDOWS = 256  # windows of a corpus's file that are hashed: it may have many gigabytes
+WEIGHT_ENDINGS = (".safetensors", ".bin", "config.json")
+TOKENIZER_BEGINNINGS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens")
+
+
+def fingerprint(corpus, model, settings, world):
+    """{name: value} of what an index depends on: the corpus's and the model's files, and settings.
+
+    Files are known by size and content. model: a folder or file, or a hub name; None where the
+    settings say what takes its place. The main process reads the files; all get the result.
+    """
+    if not world.is_main:
+        return gather_lists([], world)[0]  # what the main process gathers below
+    files = []
+    for part in corpus.parts:  # without its name: a corpus may be renamed
+        files.append(["", os.path.getsize(part.path), hash_windows(part.path, CORPUS_WINDOWS)])
+    for path in [] if model is None else model_files(model):
+        files.append([os.path.basename(path), os.path.getsize(path), hash_file(path)])
+    is_hub_name = model is not None and not os.path.exists(model)
+    description = {"documents": len(corpus), "model": str(model) if is_hub_name else "",
+                   "files": files, **settings}
+    return gather_lists([description], world)[0]
+
+
+def model_files(model):
+    """The paths of a model's weights, configurations and tokenizers, in order; [] of a hub name."""
+    if os.path.isfile(model):
+        return [model]
+    paths = []
+    for folder, _, names in sorted(os.walk(model)):
+        for name in sorted(names):
+            if name.endswith(WEIGHT_ENDINGS) or name.startswith(TOKENIZER_BEGINNINGS):
+                paths.append(os.path.join(folder, name))
+    return paths
+
+
+def hash_file(path):
+    """A hash of a whole file."""
+    digest = hashlib.blake2b(digest_size=12)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
+
+
+def hash_windows(path, count):
+    """A hash of so many evenly spaced windows of a file."""
+    digest = hashlib.blake2b(digest_size=12)
+    last_start = max(0, os.path.getsize(path) - WINDOW)
+    with open(path, "rb") as file:
+        for i in range(count):
+            file.seek(last_start * i // (count - 1))
+            digest.update(file.read(WINDOW))
+    return digest.hexdigest()
+
+
+def check_fingerprint(folder, expected):
+    """True if the folder's index has this fingerprint, False if there is no index.
+
+    Raises InputError if it has another one.
+    """
+    path = os.path.join(folder, "index.json")
+    if not os.path.exists(path):
+        return False
+    try:
+        with open(path, encoding="utf-8") as file:
+            given = json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give another --index folder, or "
+                         "delete this one") from None
+    changed = [name for name in expected if given.get(name) != expected[name]]
+    if changed:
+        first = changed[0]
+        raise InputError(f"{folder} holds an index of another {', '.join(changed)} ({first}: "
+                         f"{str(given.get(first))[:80]}, now {str(expected[first])[:80]}); give "
+                         "the flags it was made with, another --index folder, or delete this one")
+    return True
+
+
+def await_index(folder, expected, world):
+    """Returns when the main process has made the folder's index.
+
+    Raises InputError on a process that does not see it.
+    """
+    wait_for_all(world)
+    if not check_fingerprint(folder, expected):
+        raise InputError(f"{folder}: process {world.rank} does not see the index that process 0 "
+                         "made; it must lie on a shared disk")

@@ -1,0 +1,201 @@
+"""Candidates that records bring along, and LLM-Embedder's collated files made of results.
+
+The files hold mined negatives, keys, or teacher scores. A candidate is known by its index among
+the record's candidates; it may also be a document of the corpus.
+"""
+import json
+import os
+
+from files import new_file
+from records import check_types
+from retrieval.corpus import format_key
+from retrieval.results import stack
+from utils import InputError
+
+# {what --metrics asks for: the middle of the file's name}
+COLLATED = {"collate_neg": "neg", "collate_key": "key", "collate_score": "scored"}
+
+
+# ---------------------------------------------------------------- candidates
+
+def list_candidates(record, scored=False):
+    """(keys, document indices) of a record's candidates, the first of these fields that it has:
+
+        keys            document indices
+        key             key_index
+        history         history_index
+        pos and neg     pos_index and neg_index
+
+    The indices are None unless every candidate has one. With `scored` the candidates are those
+    that teacher_scores belong to in training: `key` then comes last.
+    """
+    has_others = any(record.get(field) for field in ("history", "pos", "neg"))
+    if record.get("key") is not None and not (scored and has_others):
+        fields = ["key"]
+    elif record.get("history") is not None:
+        fields = ["history"]
+    else:
+        fields = ["pos", "neg"]
+    keys, doc_indices = [], []
+    for field in fields:
+        keys += record.get(field) or []
+        doc_indices += record.get(f"{field}_index") or []
+    return keys, doc_indices if len(doc_indices) == len(keys) else None
+
+
+def check_candidates(questions, corpus, template, need_indices, scored=False):
+    """Raises InputError for candidates that are no keys, or lack a document index they need."""
+    if questions and not any(has_candidates(question.record) for question in questions):
+        raise InputError("no question has candidates, in 'key', 'history', or 'pos' and 'neg'; "
+                         "give some, or rank an earlier result with --results")
+    for question in questions:
+        check_types(question.record, f"question {question.id!r}",
+                    ["key", "key_index", "history", "history_index"])
+        keys, doc_indices = list_candidates(question.record, scored)
+        key_texts(question, keys, template)
+        if need_indices and keys and doc_indices is None:
+            raise InputError(f"question {question.id!r}: not every candidate has its index in "
+                             "'key_index', or 'pos_index' and 'neg_index'; only the collated files "
+                             "can do without, or rank an earlier result with --results")
+        if need_indices or corpus:
+            check_indices(question, doc_indices or [], corpus)
+
+
+def has_candidates(record):
+    """True if one of the fields of list_candidates holds some."""
+    return any(record.get(field) for field in ("key", "history", "pos", "neg"))
+
+
+def check_indices(question, doc_indices, corpus):
+    """Raises InputError for an index that is none of a document of the corpus."""
+    for doc_index in doc_indices:
+        is_index = isinstance(doc_index, int) and doc_index >= 0
+        if not is_index or (corpus and doc_index >= len(corpus)):
+            raise InputError(f"question {question.id!r}: {doc_index!r} is the index of no document "
+                             "of the corpus; is it the corpus of this file?")
+
+
+def key_texts(question, keys, template):
+    """The texts of a question's keys. Raises InputError for one that does not fit the template."""
+    try:
+        return [format_key(key, template) for key in keys]
+    except (KeyError, AttributeError) as error:
+        raise InputError(f"question {question.id!r}: a candidate or positive is neither a text nor "
+                         f"an object with the columns of --key_template '{template}' "
+                         f"({error})") from None
+
+
+def list_positives(record):
+    """The keys that a record names as its positives, LLM-Embedder's or DPR's."""
+    return [*(record.get("pos") or []), *(record.get("positive_ctxs") or [])]
+
+
+def to_documents(questions, results):
+    """Results by document index, of results by index among each record's candidates."""
+    rows = []
+    for i, question in enumerate(questions):
+        indices, scores = results.row(i)
+        _, doc_indices = list_candidates(question.record)
+        rows.append((i, [doc_indices[index] for index in indices], scores))
+    return stack(rows)
+
+
+# ---------------------------------------------------------------- collated files
+
+def collated_paths(args):
+    """{kind of collated file: path}, as in LLM-Embedder: records.json to records.neg.NAME.json."""
+    stem, ending = os.path.splitext(str(args.eval_data).removesuffix(".gz"))
+    name = args.save_name or args.retrieval_method
+    return {kind: f"{stem}.{middle}.{name}{ending}" for kind, middle in COLLATED.items()}
+
+
+def write_collated(kind, path, questions, results, corpus, labels, args, are_candidates):
+    """Writes one of LLM-Embedder's files: each question's record with fields replaced.
+
+        kind           the record gets
+        collate_key    the hits as `key`
+        collate_neg    the hits that are no positives as `neg` (as `hard_negative_ctxs` in a record
+                       in DPR's form); old teacher_scores are dropped, and questions without hits
+        collate_score  the scores of all candidates as `teacher_scores`
+
+    labels: {document index: label} per question. are_candidates: the results go by index among each
+    record's candidates, not by document. args: key_template, max_neg_num, filter_answers.
+    """
+    with new_file(path) as file:
+        for i, question in enumerate(questions):
+            record = dict(question.record)
+            indices, scores = results.row(i)
+            if kind == "collate_score":
+                by_candidate = sorted(zip(indices, scores))
+                record["teacher_scores"] = [score for _, score in by_candidate]
+            elif kind == "collate_key":
+                hits = read_hits(question, indices, corpus, are_candidates, args.key_template)
+                put_hits(record, "key", hits)
+            else:
+                hits = read_hits(question, indices, corpus, are_candidates, args.key_template)
+                if not hits:
+                    continue
+                negatives = keep_negatives(question, hits, corpus, labels[i], args.key_template,
+                                           args.filter_answers)
+                put_negatives(record, negatives[:args.max_neg_num], corpus)
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_hits(question, indices, corpus, are_candidates, template):
+    """[(document index or None, text)] of hits: documents, or candidates of the record."""
+    if not are_candidates:
+        return [(doc_index, corpus.text(doc_index)) for doc_index in indices]
+    keys, doc_indices = list_candidates(question.record)
+    if doc_indices is None:
+        doc_indices = [None] * len(keys)
+    texts = key_texts(question, [keys[index] for index in indices], template)
+    return [(doc_indices[index], text) for index, text in zip(indices, texts)]
+
+
+def put_hits(record, field, hits):
+    """Sets a record's neg or key, and their document indices if all have one."""
+    record.pop(f"{field}_index", None)
+    record[field] = [text for _, text in hits]
+    if all(doc_index is not None for doc_index, _ in hits):
+        record[f"{field}_index"] = [doc_index for doc_index, _ in hits]
+
+
+def put_negatives(record, negatives, corpus):
+    """Sets a record's negatives, in LLM-Embedder's form or, if the record is in it, in DPR's."""
+    record.pop("teacher_scores", None)  # they were of the old negatives
+    if "positive_ctxs" in record:
+        record["hard_negative_ctxs"] = [dpr_context(*negative, corpus) for negative in negatives]
+    else:
+        put_hits(record, "neg", negatives)
+
+
+def dpr_context(doc_index, text, corpus):
+    """A hit as DPR's files have it."""
+    if doc_index is None or not corpus:
+        return {"title": "", "text": text}
+    passage = corpus.passage(doc_index)
+    return {"title": passage["title"], "text": passage["text"], "passage_id": passage["id"]}
+
+
+def keep_negatives(question, hits, corpus, labels, template, filter_answers):
+    """The hits [(document index, text)] that are no positives; with filter_answers, hold no answer.
+
+    A positive is known by its text, its index in `pos_index`, its label or its passage_id. A text
+    holds an answer, as in LLM-Embedder, if the answer is a substring of it, both in lower case.
+    """
+    positive_texts = set(key_texts(question, list_positives(question.record), template))
+    positive_indices = {doc_index for doc_index, label in labels.items() if label > 0}
+    positive_indices.update(question.record.get("pos_index") or [])
+    if corpus:
+        contexts = question.record.get("positive_ctxs") or []
+        ids = [context.get("passage_id", context.get("psg_id")) for context in contexts]
+        ids = [str(passage_id) for passage_id in ids if passage_id is not None]
+        positive_indices.update(corpus.indices(ids))
+    answers = [answer.lower() for answer in question.answers] if filter_answers else []
+    kept = []
+    for doc_index, text in hits:
+        is_positive = doc_index in positive_indices or text in positive_texts
+        holds_answer = any(answer in text.lower() for answer in answers)
+        if not is_positive and not holds_answer:
+            kept.append((doc_index, text))
+    return kept

@@ -1,0 +1,196 @@
+"""Results: each question's documents by rank; written as records or TREC runs, read back, fused."""
+import itertools
+import json
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+from files import new_file, read_json, read_lines
+from records import make_question
+from utils import InputError
+
+READ = 2 ** 20      # lines of a run whose documents are looked up in the corpus at once
+RRF_CONSTANT = 60   # of reciprocal rank fusion (Cormack et al., SIGIR 2009)
+
+
+class Results(NamedTuple):
+    """The documents of n questions by rank: their indices (n, k), -1 where there are fewer, and
+    scores (n, k).
+    """
+    indices: np.ndarray
+    scores: np.ndarray
+
+    def row(self, i):
+        """([document indices], [scores]) of one question, without the padding."""
+        is_document = self.indices[i] >= 0
+        return self.indices[i][is_document].tolist(), self.scores[i][is_document].tolist()
+
+
+def stack(rows):
+    """Results of [(question's index, document indices, scores)], of any lengths, in any order."""
+    width = max(1, max(len(indices) for _, indices, _ in rows))
+    results = Results(np.full((len(rows), width), -1), np.zeros((len(rows), width), np.float32))
+    for i, indices, scores in rows:
+        results.indices[i, :len(indices)] = indices
+        results.scores[i, :len(indices)] = scores
+    return results
+
+
+def from_dictionaries(rows, hits):
+    """Results of one {document index: score} per question; equal scores by index."""
+    ranked_rows = []
+    for i, scores in enumerate(rows):
+        ranking = sorted(scores, key=lambda doc_index: (-scores[doc_index], doc_index))[:hits]
+        ranked_rows.append((i, ranking, [scores[doc_index] for doc_index in ranking]))
+    return stack(ranked_rows)
+
+
+# ---------------------------------------------------------------- writing
+
+def write_contexts(path, questions, results, corpus, marks):
+    """Writes reader records, each with its ctxs by rank: a list for .json, else one per line.
+
+    marks: per question, has_answer of each document by rank, or None (measures.mark_answers).
+    """
+    is_list = str(path).removesuffix(".gz").endswith(".json")
+    with new_file(path) as file:
+        for i, question in enumerate(questions):
+            ctxs = read_contexts(results, i, corpus, marks[i])
+            record = {"id": question.id, "question": question.text, **question.record, "ctxs": ctxs}
+            line = json.dumps(record, ensure_ascii=False)
+            if is_list:
+                file.write("[\n" if i == 0 else ",\n")
+                file.write(line)
+            else:
+                file.write(line + "\n")
+        if is_list:
+            file.write("\n]\n")
+
+
+def read_contexts(results, i, corpus, marks):
+    """The ctxs of one question: [{id, title, text, score, has_answer if there are marks}]."""
+    ctxs = []
+    for doc_index, score in zip(*results.row(i)):
+        ctxs.append(corpus.passage(doc_index) | {"score": round(score, 6)})
+    if marks is not None:
+        for context, mark in zip(ctxs, marks):
+            context["has_answer"] = mark
+    return ctxs
+
+
+def write_run(path, questions, results, corpus, name):
+    """Writes a TREC run: query, Q0, document, rank, score, name.
+
+    Raises InputError for a document's id with a blank.
+    """
+    with new_file(path) as file:
+        for i, question in enumerate(questions):
+            doc_indices, scores = results.row(i)
+            ids = corpus.ids(doc_indices)
+            if len(" ".join(ids).split()) != len(ids):
+                raise InputError(f"{path}: a TREC run cannot hold the blanks in ids of question "
+                                 f"{question.id!r}'s documents; use --output")
+            for rank, (document_id, score) in enumerate(zip(ids, scores), 1):
+                file.write(f"{question.id} Q0 {document_id} {rank} {score:.6f} {name}\n")
+
+
+# ---------------------------------------------------------------- reading back
+
+class RunLine(NamedTuple):
+    """One hit of an earlier result."""
+    query_id: str
+    document_id: str
+    score: float
+    location: str
+
+
+def read_run(path, questions, corpus, log=print):
+    """Results of a TREC run, or of records with ctxs, whose order stands in for missing scores.
+
+    Raises InputError for a broken line, a document that the corpus does not have, or a result of
+    other questions.
+    """
+    scores = {question.id: {} for question in questions}  # {query id: {document index: score}}
+    if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
+        lines = context_lines(path, {question.id: question.text for question in questions})
+    else:
+        lines = run_lines(path)
+    while chunk := list(itertools.islice(lines, READ)):
+        doc_indices = corpus.indices([line.document_id for line in chunk])
+        for line, doc_index in zip(chunk, doc_indices):
+            if doc_index < 0:
+                raise InputError(f"{line.location}: document {line.document_id!r} is not in the "
+                                 "corpus; is it a result of another one?")
+            if line.query_id in scores:
+                scores[line.query_id][doc_index] = line.score
+    shared = len([row for row in scores.values() if row])
+    if shared < len(questions):
+        log(f"note: {path} has documents for {shared} of the {len(questions)} questions")
+    if not shared:
+        raise InputError(f"{path}: holds no document for any of the questions (the first is "
+                         f"{questions[0].id!r}); is it of others?")
+    return from_dictionaries([scores[question.id] for question in questions], corpus.size)
+
+
+def run_lines(path):
+    """Yields the RunLines of a TREC run. Raises InputError."""
+    for line_number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        location = f"{path}:{line_number}"
+        cells = line.decode("utf-8", "replace").split()
+        try:
+            yield RunLine(cells[0], cells[2], float(cells[4]), location)
+        except (IndexError, ValueError):
+            raise InputError(f"{location}: not a line of a TREC run (query Q0 document rank score "
+                             "name)") from None
+
+
+def context_lines(path, texts):
+    """Yields the RunLines of records with ctxs; texts: the questions' by id. Raises InputError."""
+    for index, (record, location) in enumerate(read_json(path)):
+        question = make_question(record, location, index)
+        expected = texts.get(question.id, question.text)
+        if question.text != expected:
+            raise InputError(f"{location}: question {question.id!r} is {question.text[:60]!r} here "
+                             f"and {expected[:60]!r} in the questions; give theirs")
+        for rank, context in enumerate(record.get("ctxs") or []):
+            try:
+                score = context.get("score")
+                score = -rank if score is None else score
+                yield RunLine(question.id, str(context["id"]), float(score), location)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                raise InputError(f"{location}: ctxs[{rank}] is no object with an id and, if any, a "
+                                 "score that is a number") from None
+
+
+# ---------------------------------------------------------------- fusing
+
+def fuse(results, how, weights, hits):
+    """One Results of several.
+
+    rrf sums weight / (60 + rank), weighted sums weight * score, the scores scaled to 0 .. 1.
+    """
+    rows = []
+    for i in range(len(results[0].indices)):
+        totals = defaultdict(float)
+        for weight, result in zip(weights, results):
+            doc_indices, scores = result.row(i)
+            values = reciprocal_ranks(scores) if how == "rrf" else scale_scores(scores)
+            for doc_index, value in zip(doc_indices, values):
+                totals[doc_index] += weight * value
+        rows.append(totals)
+    return from_dictionaries(rows, hits)
+
+
+def reciprocal_ranks(scores):
+    """1 / (60 + rank) of ranked scores."""
+    return [1 / (RRF_CONSTANT + rank) for rank in range(1, len(scores) + 1)]
+
+
+def scale_scores(scores):
+    """Scores moved and scaled to 0 .. 1; equal ones all become 0."""
+    least = min(scores, default=0)
+    spread = max(scores, default=0) - least
+    return [(score - least) / (spread or 1) for score in scores]

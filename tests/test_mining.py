@@ -1,0 +1,101 @@
+"""Candidates that records bring along, and LLM-Embedder's collated files."""
+import json
+
+import pytest
+
+from retrieval.corpus import Corpus
+from retrieval.mining import check_candidates, list_candidates, to_documents, write_collated
+from retrieval_helpers import make_flags, make_questions, make_results, write_corpus
+from utils import InputError
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return Corpus(write_corpus(tmp_path / "corpus.jsonl"), "{title} {text}")
+
+
+def collated(tmp_path, kind, questions, results, corpus, are_candidates=False, labels=None,
+             **changes):
+    """The records of the file that write_collated writes."""
+    path, labels = tmp_path / "out.json", labels or [{}] * len(questions)
+    write_collated(kind, path, questions, results, corpus, labels, make_flags(**changes),
+                   are_candidates)
+    return [json.loads(line) for line in open(path)]
+
+
+def test_given_candidates_need_indices_where_documents_are_written(corpus):
+    good = {"pos": ["a"], "pos_index": [3], "neg": ["b"], "neg_index": [1]}
+    check_candidates(make_questions(good), corpus, "{text}", True)
+    assert to_documents(make_questions(good), make_results([1, 0])).row(0)[0] == [1, 3]
+    assert list_candidates({"pos": ["a"], "neg": ["b"], "neg_index": [1]}) == (["a", "b"], None)
+    check_candidates(make_questions({"pos": ["a"], "neg": ["b"]}), None, "{text}", False)
+    both = {"pos": ["a"], "neg": ["b"], "key": ["b", "a"]}
+    assert list_candidates(both)[0] == ["b", "a"]
+    assert list_candidates(both, scored=True)[0] == ["a", "b"]  # what teacher_scores are of
+    assert list_candidates({"key": ["b", "a"]}, scored=True)[0] == ["b", "a"]
+    nulls = {"history": None, "key": None, "pos": ["a"], "pos_index": [4]}
+    assert list_candidates(nulls) == (["a"], [4])
+    chat = {"history": ["a", "b"], "teacher_scores": [1, 2]}  # LLM-Embedder's
+    assert list_candidates(chat) == (["a", "b"], None)
+    with pytest.raises(InputError, match="no question has candidates"):
+        check_candidates(make_questions({}, {"pos": []}), None, "{text}", False)
+    for bad, message in (({"pos": ["a"], "neg": ["b"]}, "not every candidate"),
+                         ({**good, "neg_index": [8]}, "8 is the index of no document"),
+                         ({**good, "neg_index": ["d1"]}, "'d1' is the index"),
+                         ({"key": ["a", "b"], "key_index": [1]}, "not every candidate"),
+                         ({"key": [3], "key_index": [1]}, "neither a text nor"),
+                         ({"key": "a"}, "'key' must be a list"),
+                         ({"key": [{"title": "x"}], "key_index": [1]},
+                          r"--key_template '{text}' \('text'\)")):
+        with pytest.raises(InputError, match=f"question '0': .*{message}"):
+            check_candidates(make_questions(bad), corpus, "{text}", True)
+
+
+def test_collated_candidates_keep_their_texts(tmp_path):
+    """Without document indices they get none: an index among the candidates is no document's."""
+    questions = make_questions({"key": ["a", {"text": "b"}, "c"]},
+                               {"key": ["a", "b", "c"], "key_index": [7, 5, 6]})
+    ranked = make_results([2, 0, 1], [1, 2, 0])
+    rows = collated(tmp_path, "collate_key", questions, ranked, None, are_candidates=True)
+    assert rows[0]["key"] == ["c", "a", "b"] and "key_index" not in rows[0]
+    assert rows[1]["key"] == ["b", "c", "a"] and rows[1]["key_index"] == [5, 6, 7]
+    rows = collated(tmp_path, "collate_score", questions, ranked, None, are_candidates=True)
+    assert rows[0]["teacher_scores"] == [-1, -2, 0] and rows[1]["teacher_scores"] == [-2, 0, -1]
+
+
+def test_positives_are_never_mined(corpus, tmp_path):
+    hits = make_results([0, 1, 2, 3, 4, 5])
+    second = {"title": "t2", "text": "text 2"}
+    for record, labels, left in (({"pos": ["t1 text 1"]}, {}, [0, 2, 3, 4, 5]),
+                                 ({"pos": [second]}, {}, [0, 1, 3, 4, 5]),
+                                 ({"pos_index": [4], "pos": ["other"]}, {}, [0, 1, 2, 3, 5]),
+                                 ({}, {3: 1, 5: 0, -2: 1}, [0, 1, 2, 4, 5]),
+                                 ({"answers": ["Text 4"]}, {}, [0, 1, 2, 3, 5])):
+        questions = make_questions(record)
+        row, = collated(tmp_path, "collate_neg", questions, hits, corpus, labels=[labels],
+                        filter_answers=True)
+        assert row["neg_index"] == left
+        assert row["neg"] == [corpus.text(doc_index) for doc_index in left]
+
+
+def test_questions_without_hits_and_old_teacher_scores_are_dropped(corpus, tmp_path):
+    questions = make_questions({"id": "a", "teacher_scores": [1]}, {"id": "b"})
+    row, = collated(tmp_path, "collate_neg", questions, make_results([0, 1], [-1, -1]), corpus)
+    assert row["id"] == "a" and row["neg_index"] == [0, 1] and "teacher_scores" not in row
+
+
+def test_mined_negatives_of_dpr_records_are_dpr_records(corpus, tmp_path):
+    """train_dense.py reads them as it reads DPR's own."""
+    from dense.examples import read_examples
+    passage = {"title": "other", "text": "words", "passage_id": "d2"}
+    record = {"positive_ctxs": [passage, {"title": "t1", "text": "text 1"}],
+              "hard_negative_ctxs": [{"title": "old", "text": "old"}]}
+    results = make_results([1, 2, 0, 5])
+    row, = collated(tmp_path, "collate_neg", make_questions(record), results, corpus, max_neg_num=1)
+    assert row["hard_negative_ctxs"] == [{"title": "", "text": "text 0", "passage_id": "d0"}]
+    assert "neg" not in row
+    assert read_examples(tmp_path / "out.json")[0].neg == row["hard_negative_ctxs"]
+    ranked = make_questions(record | {"key": ["a", "t1 text 1", "c"]})
+    row, = collated(tmp_path, "collate_neg", ranked, make_results([2, 1, 0]), None,
+                    are_candidates=True)
+    assert row["hard_negative_ctxs"] == [{"title": "", "text": "c"}, {"title": "", "text": "a"}]

@@ -1,0 +1,129 @@
+"""Records of all file forms, and the originals' order of contexts."""
+import gzip
+import json
+
+import pytest
+
+from records import check_record, make_question, read_queries, read_questions, read_records
+from utils import InputError
+
+CONTEXT = {"title": "T", "text": "some text"}
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.jsonl", "r.json.gz", "r.jsonl.gz"])
+def test_reads_all_forms(tmp_path, name):
+    records = [{"question": "q0", "answers": ["a"], "ctxs": [CONTEXT], "extra": 7}, {"query": "q1", "query_id": "x"}]
+    text = json.dumps(records, indent=1) if "jsonl" not in name else "\n".join(map(json.dumps, records)) + "\n\n"
+    path = tmp_path / name
+    if name.endswith(".gz"):
+        with gzip.open(path, "wt") as file:
+            file.write(text)
+    else:
+        path.write_text(text)
+    first, second = read_records(path)
+    assert first["extra"] == 7 and first["id"] == 0 and first["ctxs"] == [CONTEXT]
+    assert (second["question"], second["id"], second["answers"], second["ctxs"]) == ("q1", "x", [], [])
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("r.json", '[{"question": "q"},\n {"question": ', "r.json:2: not valid JSON"),
+    ("r.jsonl", '{"question": "q"}\n{"question": "q"\n{"question": "q"}\n', "r.jsonl:2: not valid JSON"),
+    ("r.json", '[{"question": "q"}, {"answers": ["a"]}]', "record 1: no 'question'"),
+    ("r.json", '[{"question": " "}]', "record 0: no 'question'"),
+    ("r.json", "", "the file is empty"),
+    ("r.json", "[]", "holds no records"),
+    ("r.jsonl", "\n", "holds no records"),
+    ("r.json", '"q"', "not a list of records"),
+    ("r.json", '["q"]', "must be a JSON object"),
+    ("r.json", '[{"question": "q", "answers": "a"}]', "'answers' must be a list of strings"),
+    ("r.json", '[{"question": "q", "ctxs": [{"title": "t"}]}]', "'text' string"),
+    ("r.json", '[{"question": "q", "ctxs": [{"text": "t", "score": "high"}]}]', "is not a number"),
+    ("r.json.gz", None, "cannot be read"),
+])
+def test_bad_files_are_one_clear_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b'[{"question": "q"}]')[:-9] if text is None else text.encode())
+    with pytest.raises(InputError) as error:
+        read_records(path)
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read_records(tmp_path / "none.json")
+
+
+def scored(*scores):
+    return [{"text": str(i)} | ({} if s is None else {"score": s}) for i, s in enumerate(scores)]
+
+
+def order(path, records):
+    path.write_text(json.dumps(records))
+    return ["".join(c["text"] for c in r["ctxs"]) for r in read_records(path)]
+
+
+def test_contexts_are_sorted_by_score_if_the_first_has_one(tmp_path):
+    records = [{"question": "q", "ctxs": scored(1, 3, 3, "2.5")}, {"question": "q", "ctxs": scored(None, 0.5, None, 1)}]
+    assert order(tmp_path / "a.json", records) == ["1230", "3102"]         # ties keep their order, scoreless ones come last
+    assert order(tmp_path / "b.json", records[::-1]) == ["0123", "0123"]   # the first context of the file has none
+
+
+def test_keep_contexts_is_after_sorting(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps([{"question": "q", "ctxs": scored(1, 2, 3)}]))
+    assert [c["text"] for c in read_records(path, 2)[0]["ctxs"]] == ["2", "1"]
+
+
+# ---------------------------------------------------------------- questions for retrieval
+
+def test_answers_of_every_form():
+    """The reader and retrieval read the same answers; a number is the index of a choice."""
+    trivia = {"answer": {"Value": "ROME", "Aliases": ["Rome", "Roma"]}}
+    for fields, answers in (({"answers": ["a"]}, ["a"]), ({"answer": "a"}, ["a"]),
+                            ({"answer": ["a", "b"]}, ["a", "b"]), ({}, []),
+                            (trivia, ["Rome", "Roma"]), ({"answers": None, "answer": "a"}, ["a"]),
+                            ({"answer": 3}, []), ({"answer": True}, []),
+                            ({"answers": ["a"], "answer": {}}, ["a"])):
+        record = {"question": "who", **fields}
+        assert make_question(record, "f:1", 0).answers == answers
+        assert check_record(record, "f:1", 0)["answers"] == answers
+    assert check_record({"question": "who", **trivia}, "f:1", 0)["target"] == "Rome"
+    for bad in ({"answers": "a"}, {"answer": [3]}, {"answer": {"Aliases": ["x"]}}):
+        for read in (make_question, check_record):
+            with pytest.raises(InputError, match="answer"):
+                read({"question": "who", **bad}, "f:1", 0)
+
+
+def test_questions_of_every_form(tmp_path):
+    (tmp_path / "nq.csv").write_text("who was it\t['a', \"b's\"]\nwhere\t['c']\n")
+    questions = read_questions(tmp_path / "nq.csv")
+    assert [question.id for question in questions] == ["0", "1"]
+    assert [question.text for question in questions] == ["who was it", "where"]
+    assert [question.answers for question in questions] == [["a", "b's"], ["c"]]
+    (tmp_path / "q.tsv").write_text("7\twhat\n")
+    question, = read_questions(tmp_path / "q.tsv", task="qa")
+    assert (question.id, question.text, question.task) == ("7", "what", "qa")
+    (tmp_path / "q.jsonl").write_text('{"_id": "8", "text": "what"}\n')
+    assert read_queries([tmp_path / "q.tsv", tmp_path / "q.jsonl"]) == {"7": "what", "8": "what"}
+    (tmp_path / "bad.csv").write_text("who\t['a'\n")
+    with pytest.raises(InputError, match="bad.csv:1: .* is not a list of answers"):
+        read_questions(tmp_path / "bad.csv")
+    (tmp_path / "long.csv").write_text("q" * 200_000 + "\t['a']\n")
+    assert len(read_questions(tmp_path / "long.csv")[0].text) == 200_000
+
+
+def test_lines_are_cut_at_line_ends_only(tmp_path):
+    """U+2028 and U+0085 are letters of a text; a mark of the encoding at the start is none."""
+    text = "\ufeff" + '{"question": "a\u2028b\u0085c"}\n{"question": "d"}\n'
+    (tmp_path / "r.json").write_text(text)
+    texts = [question.text for question in read_questions(tmp_path / "r.json")]
+    assert texts == ["a\u2028b\u0085c", "d"]
+    (tmp_path / "q.tsv").write_text("\ufeffqid\tquery\n7\twho\n")
+    question, = read_questions(tmp_path / "q.tsv")
+    assert (question.id, question.text) == ("7", "who")
+    assert read_queries([tmp_path / "q.tsv"]) == {"7": "who"}
+    (tmp_path / "q.csv").write_text("question\tanswers\nwho\t['a']\n")
+    assert [question.answers for question in read_questions(tmp_path / "q.csv")] == [["a"]]
+    (tmp_path / "q.tsv").write_text("7\twho\n7\twhat\n")
+    with pytest.raises(InputError, match="q.tsv:2: the id '7' is another query's"):
+        read_queries([tmp_path / "q.tsv"])

@@ -1,0 +1,260 @@
+"""What the training loops of the reader and of the retriever share: the run, its progress, its log,
+and its resume state.
+
+The loops themselves stand in train_epoch.py and train_dense.py.
+"""
+import argparse
+import json
+import math
+import os
+import random
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoints import load_torch_file, versions
+from files import new_file
+from utils import InputError, World, gather_lists
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything in it is in the resume state."""
+    epoch: int = 0
+    update: int = 0            # updates done in this epoch
+    total_updates: int = 0
+    best: float = -math.inf    # the chosen measure's best value, higher being better
+    best_at: str = ""
+    rows: int = 0              # rows of the log that are written
+    # since the last report:
+    losses: list = field(default_factory=list)  # (loss summed, its weight) of each update
+    examples: float = 0.0
+    seconds: float = 0.0
+
+    def count_update(self, loss_sum, weight, examples, seconds):
+        """Adds one update over all processes; its loss is loss_sum / weight."""
+        self.losses.append((loss_sum, weight))
+        self.examples += examples
+        self.seconds += seconds
+        self.update += 1
+        self.total_updates += 1
+
+    @property
+    def last_loss(self):
+        loss_sum, weight = self.losses[-1]
+        return loss_sum / weight
+
+    def summary(self):
+        """{loss, examples_per_second, seconds, loss_curve} since the last report."""
+        total_weight = sum(weight for _, weight in self.losses)
+        return {"loss": sum(loss_sum for loss_sum, _ in self.losses) / max(total_weight, 1),
+                "examples_per_second": self.examples / max(self.seconds, 1e-9),
+                "seconds": self.seconds,
+                "loss_curve": [round(loss_sum / weight, 5) for loss_sum, weight in self.losses]}
+
+    def start_report(self):
+        """Forgets what the last report has written."""
+        self.losses, self.examples, self.seconds = [], 0.0, 0.0
+
+    def start_epoch(self):
+        self.epoch += 1
+        self.update = 0
+
+
+@dataclass
+class Run:
+    """What the functions of a training script share."""
+    args: argparse.Namespace
+    world: World
+    out: str                   # path of the model; OUT.jsonl and OUT.state lie beside it
+    model: torch.nn.Module     # inside DistributedDataParallel if there are several processes
+    tokenizer: object
+    train_set: torch.utils.data.Dataset
+    dev: object                # what the best checkpoint is chosen on, or None
+    collator: object
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    last_update: int           # the update that the run ends with
+    log: "RunLog"
+    progress: Progress
+
+    @property
+    def unwrapped(self):
+        """The model itself, without DistributedDataParallel."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def accumulate(self, is_last):
+        """Context of one micro-batch: gradients are exchanged between processes at an update's last
+        one only.
+        """
+        return nullcontext() if is_last or self.world.size == 1 else self.model.no_sync()
+
+
+# ---------------------------------------------------------------- setting up
+
+def make_optimizer(model, lr, weight_decay, eps, warmup, updates):
+    """(AdamW over the weights that are trained, linear warm-up and decay to 0 at the last update).
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, eps=eps, fused=True)
+    return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, warmup, updates)
+
+
+def wrap_model(model, world):
+    """The model inside DistributedDataParallel if there are several processes."""
+    if world.size == 1:
+        return model
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+
+
+def describe_machine(world, gpus):
+    """The line that a run starts with: processes, device, versions."""
+    device = f"cpu, {torch.get_num_threads()} threads"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+    line = f"{world.size} process(es) on {device}; " + ", ".join(f"{name} {v}" for name,
+                                                                 v in versions().items())
+    if gpus == "" and os.path.exists("/dev/nvidia0"):
+        line += "; a GPU is here but unused: --gpus 0"
+    return line
+
+
+# ---------------------------------------------------------------- one update
+
+def step_optimizer(run, loss):
+    """Clips the gradient and steps; returns None, or what is not finite ("loss", "gradient"): the
+    weights are untouched then.
+    """
+    parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
+    if not math.isfinite(loss):
+        return "loss"
+    if not math.isfinite(norm):
+        return "gradient"
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad()
+    return None
+
+
+# ---------------------------------------------------------------- log
+
+class RunLog:
+    """Lines on the console, rows in a JSONL file and, if asked for, TensorBoard; silent on all but
+    the main process.
+    """
+
+    def __init__(self, path, is_main, keep_rows=0, tensorboard=None):
+        """Keeps the first `keep_rows` rows of the file, those that a resumed run has already
+        written.
+        """
+        self.path, self.is_main, self.board = path, is_main, None
+        if not is_main:
+            return
+        rows = []
+        if keep_rows and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                rows = file.read().split("\n")[:keep_rows]
+        with new_file(path) as file:
+            file.writelines(row + "\n" for row in rows)
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("--tensorboard needs the package tensorboard: pip install "
+                                 "tensorboard") from None
+            self.board = SummaryWriter(tensorboard)
+
+    def line(self, text):
+        """Prints a line."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def row(self, row, step):
+        """Appends a JSON row; its numbers go to TensorBoard at `step`."""
+        if not self.is_main:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if self.board and isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
+
+
+# ---------------------------------------------------------------- random states
+
+def set_seed(seed, rank=0):
+    """Seeds dropout with seed + rank; the order of examples and the choice of answers have seeds of
+    their own.
+    """
+    random.seed(seed + rank)
+    torch.manual_seed(seed + rank)
+
+
+def random_states(device):
+    """This process's random states."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_states(states, device):
+    """Sets what random_states() returned."""
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+# ---------------------------------------------------------------- resume state
+
+def save_state(run):
+    """Writes OUT.state: weights, optimizer, schedule, every process's random states, progress. All
+    processes call it.
+    """
+    states = gather_lists([random_states(run.world.device)], run.world)
+    if run.world.is_main:
+        with new_file(f"{run.out}.state", "wb") as file:
+            torch.save({"model": run.unwrapped.state_dict(),
+                        "optimizer": run.optimizer.state_dict(),
+                        "scheduler": run.scheduler.state_dict(), "random": states,
+                        "progress": asdict(run.progress), "args": vars(run.args),
+                        "world_size": run.world.size}, file)
+
+
+def load_state(out, args, world, free_flags):
+    """The resume state of this command, or None where there is none or --resume is not given.
+
+    Raises InputError if it is of a run with other flags; `free_flags` may differ, since they do not
+    change the weights.
+    """
+    path = f"{out}.state"
+    if not args.resume or not os.path.exists(path):
+        return None
+    state = load_torch_file(path)
+    now = vars(args) | {"number of processes": world.size}
+    then = state["args"] | {"number of processes": state["world_size"]}
+    changed = [name for name in now if name not in free_flags and then.get(name) != now[name]]
+    if changed:
+        flags = ", ".join(f"--{name} {then.get(name)} (now {now[name]})" for name in changed)
+        raise InputError(f"{path} is of a run with {flags}; give the same flags, or leave out "
+                         "--resume to start anew")
+    return state
+
+
+def restore_state(run, state):
+    """Sets what save_state wrote, but for the progress; the random states come last, building a
+    model draws from them.
+    """
+    try:
+        run.unwrapped.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise InputError(f"{run.out}.state holds the weights of another model ({reason}); leave "
+                         "out --resume to start anew") from None
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    restore_random_states(state["random"][run.world.rank], run.world.device)
