@@ -88,8 +88,8 @@ class Collator:
                 input_ids[b, n, :len(ids)] = torch.tensor(ids, dtype=torch.long)
                 attention_mask[b, n, :len(ids)] = True
         return {"indices": [index for index, _, _ in samples], "input_ids": input_ids,
-                "attention_mask": attention_mask, "labels": self.labels([target for _, _,
-                                                                         target in samples])}
+                "attention_mask": attention_mask,
+                "labels": self.labels([target for _, _, target in samples])}
 
     def labels(self, targets):
         """(B, T) ids ending in </s>, -100 after it; a target of None is all -100 (no loss); None if

@@ -48,8 +48,8 @@ def group_texts(lengths, device):
             is_real = torch.arange(L, device=device) < limits                        # (n, L)
             padded_rows = is_real.flatten().cumsum(0) - 1
             real_positions = is_real.flatten().nonzero().squeeze(1)
-            padding = torch.zeros(n, L, device=device).masked_fill(~is_real, float("-inf"))[:, None,
-                                                                                            None]
+            padding = torch.zeros(n, L,
+                                  device=device).masked_fill(~is_real, float("-inf"))[:, None, None]
         groups.append(Group(start, end, n, L, padded_rows, real_positions, padding))
         first, start = first + n, end
     return groups

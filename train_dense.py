@@ -343,8 +343,8 @@ def remove_other_layout(folder, has_two_encoders):
     """Removes an earlier run's files of the other layout: one encoder, or two in folders of their
     own.
     """
-    names = ("config.json", "modules.json", "model.safetensors") if has_two_encoders else ("query",
-                                                                                           "key")
+    names = ("config.json", "modules.json",
+             "model.safetensors") if has_two_encoders else ("query", "key")
     for name in names:
         path = os.path.join(folder, name)
         if os.path.isdir(path):
@@ -447,8 +447,8 @@ def set_up(args, world):
     progress = Progress(**state["progress"]) if state else Progress()
     log = RunLog(f"{args.output_dir}.jsonl", world.is_main, progress.rows)
     run = RetrieverRun(args=args, world=world, out=args.output_dir, model=wrap_model(model, world),
-                       tokenizer=tokenizer, train_set=GroupSet(data.examples, data.group_rules,
-                                                               args.seed), dev=dev,
+                       tokenizer=tokenizer,
+                       train_set=GroupSet(data.examples, data.group_rules, args.seed), dev=dev,
                        collator=GroupCollator(tokenizer, args, corpus, instructions),
                        optimizer=None, scheduler=None, last_update=0, log=log, progress=progress,
                        corpus=corpus, dataset_sizes=data.dataset_sizes, task_flags=data.task_flags)

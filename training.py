@@ -116,8 +116,8 @@ def describe_machine(world, gpus):
     device = f"cpu, {torch.get_num_threads()} threads"
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
-    line = f"{world.size} process(es) on {device}; " + ", ".join(f"{name} {v}" for name,
-                                                                 v in versions().items())
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    line = f"{world.size} process(es) on {device}; {packages}"
     if gpus == "" and os.path.exists("/dev/nvidia0"):
         line += "; a GPU is here but unused: --gpus 0"
     return line

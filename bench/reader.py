@@ -89,7 +89,7 @@ def parse_args():
     return parser.parse_args()
 
 
-# ------------------------------------------------------------------------------------------ batches
+# ---------------------------------------------------------------- batches
 
 def make_batch(args, num_contexts, seed, device):
     """(input_ids (B, N, L), attention_mask (B, N, L) bool, labels (B, T)) of random tokens."""
@@ -104,7 +104,7 @@ def make_batch(args, num_contexts, seed, device):
     return ids.to(device), mask.to(device), labels.to(device)
 
 
-# ------------------------------------------------------------------------------------------ readers
+# ---------------------------------------------------------------- readers
 
 class Padded:
     """The plain reader: transformers' T5 over passages padded to max_length, as in FiD."""
@@ -190,7 +190,7 @@ def value_gradient(t5):
             return parameter.grad
 
 
-# --------------------------------------------------------------------------------------------- time
+# ---------------------------------------------------------------- time
 
 def run_once(reader, batch, mode, precision):
     """Runs one training step or one evaluation; returns the seconds it takes."""
@@ -288,7 +288,7 @@ def dropout_costs(device):
     return [1e9 * statistics.median(seconds) / x.numel() for seconds in times.values()]
 
 
-# ------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------- memory
 
 def peak_memory(args, name, cell, device):
     """Bytes above the weights at the peak of one step.
@@ -337,7 +337,7 @@ def resident(field):
     return 1024 * int(line.split()[1])
 
 
-# -------------------------------------------------------------------------------------------- table
+# ---------------------------------------------------------------- table
 
 def measure(args, device):
     """([row] of all cells and readers, {precision: peak of matrix products})."""
@@ -409,7 +409,7 @@ def print_row(row):
     print(line, flush=True)
 
 
-# ------------------------------------------------------------------------------------------ picture
+# ---------------------------------------------------------------- picture
 
 def draw(rows, path):
     """Draws questions per second and peak memory against contexts: training, first shape."""
@@ -443,7 +443,7 @@ def draw_lines(axis, rows, key, scale, title):
     axis.grid(alpha=0.3)
 
 
-# --------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------- main
 
 def main(args):
     device = start_processes(args.gpus).device

@@ -2,7 +2,7 @@
 
     layout                            opened by            recognised by
     ours, sentence-transformers'      open_encoder         modules.json
-    ours with two encoders            open_encoders        folder/query and folder/key, each as above
+    ours with two encoders            open_encoders        folder/query and folder/key
     transformers'                     open_encoder         no modules.json: no head, cls pooling
     FiD's distilled retriever         open_fid_retriever   indexing_dimension in config.json
     minDPR's file, DPR's file         open_dpr_file        a file instead of a folder

@@ -68,7 +68,7 @@ def to_doc_indices(qrels, corpus, queries):
     InputError for an unknown id.
     """
     indexed = {}
-    for query_id, scores in qrels.items():
+    for query_id in qrels:
         if query_id not in queries:
             raise InputError(f"the qrels name query {query_id!r}, which is in none of the query "
                              "files; give its file with --queries")

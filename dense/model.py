@@ -78,8 +78,8 @@ class BiEncoder(nn.Module):
         What is None is as the checkpoint states, else cos, cls, 1 and its own dropout. Raises
         InputError, with `trained` also for a folder without weights.
         """
-        query_encoder, key_encoder, stated = open_encoders(str(name), key_name, pooling, dropout,
-                                                           trained)
+        encoders = open_encoders(str(name), key_name, pooling, dropout, trained)
+        query_encoder, key_encoder, stated = encoders
         if metric is None:
             metric = stated.get("metric", "cos")
         if temperature is None:

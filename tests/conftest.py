@@ -31,7 +31,7 @@ did keep which animal lives with this one other two three
 """.split()
 
 
-# --------------------------------------------------------------------------------------- models
+# ---------------------------------------------------------------- models
 
 def make_t5(folder, **changes):
     """A T5 folder with random weights and the toy tokenizer."""
@@ -73,7 +73,7 @@ def tiny(tmp_path_factory):
     return str(make_t5(tmp_path_factory.mktemp("tiny")))
 
 
-# -------------------------------------------------------------------------------------- records
+# ---------------------------------------------------------------- records
 
 def make_records(count, contexts=3, seed=0):
     """Records of a small embedded world."""
@@ -96,7 +96,7 @@ def records_file(tmp_path_factory):
     return str(path)
 
 
-# -------------------------------------------------------------------------------------- scripts
+# ---------------------------------------------------------------- scripts
 
 def command(script, *args, processes=1):
     """The command line of a script, under torchrun where there are several processes."""

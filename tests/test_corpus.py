@@ -105,8 +105,8 @@ def test_a_mark_of_the_encoding_is_no_letter(tmp_path):
     (tmp_path / "c.tsv").write_text("\ufeffid\ttext\ttitle\n1\ta\tb\n")
     (tmp_path / "c.json").write_text('\ufeff[{"id": "1", "text": "a", "title": "b"}]')
     for name in ("c.tsv", "c.json"):
-        assert Corpus(str(tmp_path / name), "{text}").passage(0) == {"id": "1", "title": "b",
-                                                                     "text": "a"}
+        assert Corpus(str(tmp_path / name),
+                      "{text}").passage(0) == {"id": "1", "title": "b", "text": "a"}
 
 
 def test_long_cells_are_read(tmp_path):

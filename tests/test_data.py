@@ -7,7 +7,15 @@ import torch
 from transformers import AutoTokenizer
 
 from conftest import TOKENIZER
-from data import Collator, TrainSet, check_targets, choose_target, eval_loader, input_texts, plan_epoch
+from data import (
+    Collator,
+    TrainSet,
+    check_targets,
+    choose_target,
+    eval_loader,
+    input_texts,
+    plan_epoch,
+)
 from records import read_records
 from utils import InputError
 
@@ -22,7 +30,8 @@ def tokenizer():
 def test_input_text_of_the_original():
     assert input_texts({"question": "q", "ctxs": [CONTEXT, {"text": "no title"}, CONTEXT]}, 2) == [
         "question: q title: T context: some text", "question: q context: no title"]
-    assert input_texts({"question": "q", "ctxs": []}, 2) == input_texts({"question": "q", "ctxs": [CONTEXT]}, 0) == ["question: q"]
+    assert input_texts({"question": "q", "ctxs": []},
+                       2) == input_texts({"question": "q", "ctxs": [CONTEXT]}, 0) == ["question: q"]
 
 
 def test_targets(tmp_path):
@@ -30,11 +39,14 @@ def test_targets(tmp_path):
     assert choose_target(record | {"target": "t"}, "seed") == "t"
     assert choose_target(record) == "a"
     assert len({choose_target(record, f"s{i}") for i in range(40)}) == 6
-    trivia = {"Question": "", "question": "q", "answer": {"Value": "PARIS", "Aliases": ["Paris", "City of Light"]}}
+    trivia = {"Question": "", "question": "q",
+              "answer": {"Value": "PARIS", "Aliases": ["Paris", "City of Light"]}}
     path = tmp_path / "r.json"
-    path.write_text(json.dumps([trivia, trivia | {"answer": {"value": "McCoy", "aliases": ["McCoy"]}}]))
+    path.write_text(json.dumps([trivia, trivia
+                                | {"answer": {"value": "McCoy", "aliases": ["McCoy"]}}]))
     first, second = read_records(path)
-    assert (first["target"], first["answers"], second["target"]) == ("Paris", ["Paris", "City of Light"], "McCoy")
+    assert (first["target"], first["answers"],
+            second["target"]) == ("Paris", ["Paris", "City of Light"], "McCoy")
 
 
 def test_answers_are_drawn_anew_each_epoch_and_alike_on_every_process():
@@ -48,13 +60,16 @@ def test_answers_are_drawn_anew_each_epoch_and_alike_on_every_process():
 
 
 def test_collator_masks_what_is_absent(tokenizer):
-    records = [{"question": "who?", "ctxs": [CONTEXT] * 3}, {"question": "who?", "ctxs": [CONTEXT]}, {"question": "who?", "ctxs": []}]
-    batch = Collator(tokenizer, 3, 250)([(i, r, "one town" if i < 2 else None) for i, r in enumerate(records)])
+    records = [{"question": "who?", "ctxs": [CONTEXT] * 3}, {"question": "who?", "ctxs": [CONTEXT]},
+               {"question": "who?", "ctxs": []}]
+    batch = Collator(tokenizer, 3, 250)([(i, r, "one town" if i < 2 else None) for i,
+                                         r in enumerate(records)])
     mask = batch["attention_mask"]
     assert mask.any(2).tolist() == [[True] * 3, [True, False, False], [True, False, False]]
-    assert mask.shape[2] == len(tokenizer("question: who? title: T context: some text", add_special_tokens=False).input_ids)
+    assert mask.shape[2] == len(tokenizer("question: who? title: T context: some text",
+                                          add_special_tokens=False).input_ids)
     assert (batch["input_ids"][~mask] == tokenizer.pad_token_id).all()
-    assert tokenizer.eos_token_id not in batch["input_ids"]                       # passages end without </s>
+    assert tokenizer.eos_token_id not in batch["input_ids"]  # passages end without </s>
     labels = batch["labels"].tolist()
     assert labels[0][-1] == tokenizer.eos_token_id and labels[0].count(tokenizer.eos_token_id) == 1
     assert set(labels[2]) == {-100}
@@ -63,7 +78,9 @@ def test_collator_masks_what_is_absent(tokenizer):
 def test_collator_truncates_on_the_right(tokenizer):
     batch = Collator(tokenizer, 1, 5)([(0, {"question": "who?", "ctxs": [CONTEXT]}, None)])
     assert batch["labels"] is None
-    assert batch["input_ids"][0, 0].tolist() == tokenizer("question: who? title: T", add_special_tokens=False).input_ids[:5]
+    assert batch["input_ids"][0,
+                              0].tolist() == tokenizer("question: who? title: T",
+                              add_special_tokens=False).input_ids[:5]
 
 
 def test_a_target_with_an_end_of_sequence_gets_no_second_one(tokenizer):
@@ -74,36 +91,50 @@ def test_a_target_with_an_end_of_sequence_gets_no_second_one(tokenizer):
 def test_too_long_and_missing_answers_are_named(tokenizer):
     records = [{"id": "r7", "question": "q", "answers": ["town", "a very long answer indeed"]}]
     check_targets(records, tokenizer, -1, "f.json")
-    with pytest.raises(InputError, match="'r7'.*'a very long answer indeed' takes .* tokens, --answer_maxlength allows 4"):
+    with pytest.raises(InputError,
+                       match="'r7'.*'a very long answer indeed' takes .* tokens, "
+                       "--answer_maxlength allows 4"):
         check_targets(records, tokenizer, 4, "f.json")
     with pytest.raises(InputError, match="'r7' has neither"):
         check_targets([{"id": "r7", "answers": []}], tokenizer, -1, "f.json")
 
 
-@pytest.mark.parametrize("count, batch, accumulation, world", [(11, 2, 1, 3), (11, 1, 4, 1), (9, 2, 2, 2), (1, 2, 2, 3)])
+def flatten(plan):
+    """The entries (index, is_real) of a plan, one after another."""
+    return [entry for update in plan for micro_batch in update for entry in micro_batch]
+
+
+@pytest.mark.parametrize("count, batch, accumulation, world",
+                         [(11, 2, 1, 3), (11, 1, 4, 1), (9, 2, 2, 2), (1, 2, 2, 3)])
 def test_plan_covers_every_record_once(count, batch, accumulation, world):
-    plans = [plan_epoch(count, 3, 5, True, batch, accumulation, rank, world) for rank in range(world)]
-    assert len({len(plan) for plan in plans}) == 1                                # as many updates on every process
-    seen = [index for plan in plans for update in plan for micro in update for index, is_real in micro if is_real]
+    plans = [plan_epoch(count, 3, 5, True, batch, accumulation, rank, world)
+             for rank in range(world)]
+    assert len({len(plan) for plan in plans}) == 1  # as many updates on every process
+    seen = [index for plan in plans for index, is_real in flatten(plan) if is_real]
     assert sorted(seen) == list(range(count))
     assert all(1 <= len(micro) <= batch for plan in plans for update in plan for micro in update)
     assert all(1 <= len(update) <= accumulation for plan in plans for update in plan)
     # update by update, the records are those of one process with the same effective batch
     single = plan_epoch(count, 3, 5, True, batch * accumulation * world, 1)
     for number, update in enumerate(single):
-        here = sorted(p for plan in plans for micro in plan[number] for p, is_real in micro if is_real)
+        here = sorted(p for plan in plans for micro in plan[number] for p, is_real in micro
+                      if is_real)
         assert here == sorted(p for micro in update for p, _ in micro)
 
 
 def test_plan_shuffles_by_epoch_unless_told_not_to():
-    flat = lambda plan: [index for update in plan for micro in update for index, _ in micro]
-    assert flat(plan_epoch(50, 0, 1, True, 5, 1)) != flat(plan_epoch(50, 1, 1, True, 5, 1))
-    assert flat(plan_epoch(50, 0, 1, False, 5, 1)) == list(range(50))
+    assert flatten(plan_epoch(50, 0, 1, True, 5, 1)) != flatten(plan_epoch(50, 1, 1, True, 5, 1))
+    assert flatten(plan_epoch(50, 0, 1, False, 5, 1)) == [(index, True) for index in range(50)]
 
 
 def test_evaluation_batches_are_the_same_for_any_number_of_processes(tokenizer):
     records = [{"question": f"q {i}", "answers": [], "ctxs": [CONTEXT]} for i in range(11)]
-    batches = lambda rank, world: [b["indices"] for b in eval_loader(records, 2, Collator(tokenizer, 1, 9), 0, rank, world)]
+    collator = Collator(tokenizer, 1, 9)
+
+    def batches(rank, world_size):
+        loader = eval_loader(records, 2, collator, 0, rank, world_size)
+        return [batch["indices"] for batch in loader]
+
     together = sorted(batches(0, 3) + batches(1, 3) + batches(2, 3))
     assert together == batches(0, 1) and sorted(sum(together, [])) == list(range(11))
 

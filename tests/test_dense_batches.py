@@ -1,4 +1,6 @@
-"""Batches of a retriever's training: the plan of an epoch over processes and datasets, and the collator's token ids."""
+"""Batches of a retriever's training: the plan of an epoch over processes and datasets, and the
+collator's token ids.
+"""
 import argparse
 
 import pytest
@@ -13,8 +15,10 @@ from dense.examples import Example, GroupRule
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_plan_batches(same, world_size):
     sizes = [10, 3, 7]
-    plans = [plan_batches(sizes, 1, 42, True, 2, 2, same, rank, world_size) for rank in range(world_size)]
-    real = [index for plan in plans for update in plan for batch in update for index, is_real in batch if is_real]
+    plans = [plan_batches(sizes, 1, 42, True, 2, 2, same, rank, world_size)
+             for rank in range(world_size)]
+    real = [index for plan in plans for update in plan for batch in update for index,
+            is_real in batch if is_real]
     if same != "random":
         assert sorted(real) == list(range(20))  # each once, whatever the number of processes
     if same:
@@ -24,15 +28,18 @@ def test_plan_batches(same, world_size):
                 assert len({dataset[index] for batch in batches for index, _ in batch}) == 1
     assert all(len(update) == len(plans[0][i]) for plan in plans for i, update in enumerate(plan))
     assert plans[0] != plan_batches(sizes, 2, 42, True, 2, 2, same, 0, world_size)
-    assert plan_batches(sizes, 0, 1, False, 4, 1)[0] == [[(0, True), (1, True), (2, True), (3, True)]]
+    assert plan_batches(sizes, 0, 1, False, 4,
+                        1)[0] == [[(0, True), (1, True), (2, True), (3, True)]]
 
 
 def test_collator(tmp_path):
     tokenizer = load_tokenizer(make_bert(tmp_path / "b"), "")
-    args = argparse.Namespace(query_template="{query}", key_template="{title} [SEP] {text}", query_max_length=20,
-                              key_max_length=6, pooling_method="cls", ranker=False)
+    args = argparse.Namespace(query_template="{query}", key_template="{title} [SEP] {text}",
+                              query_max_length=20, key_max_length=6, pooling_method="cls",
+                              ranker=False)
     passage = {"title": "a", "text": "town in the river of it", "passage_id": "1"}
-    examples = [Example("who", [passage], ["it", "it"], None, "qa"), Example("what", ["it"], ["in", "of"], [3.0, 2.0, 1.0])]
+    examples = [Example("who", [passage], ["it", "it"], None, "qa"),
+                Example("what", ["it"], ["in", "of"], [3.0, 2.0, 1.0])]
     rule = GroupRule(3, "first", "first", False)
     groups = GroupSet(examples, [rule, rule], 0)
     collator = GroupCollator(tokenizer, args, None, {"qa": ("who wrote ", "the ")})
@@ -40,7 +47,8 @@ def test_collator(tmp_path):
     assert batch["indices"] == [0, 1] and batch["is_real"] is True and batch["task"] == "qa"
     texts = [tokenizer.decode(ids) for ids in batch["queries"] + batch["keys"]]
     assert texts[0] == "[CLS] who wrote who [SEP]" and texts[3] == "[CLS] the it [SEP]"
-    assert texts[2] == "[CLS] the a [SEP] town [SEP]"  # title and text as a pair, truncated on the right
+    # title and text as a pair, truncated on the right
+    assert texts[2] == "[CLS] the a [SEP] town [SEP]"
     assert batch["teacher"][0].isnan().all() and batch["teacher"][1].tolist() == [3, 2, 1]
     same = batch["identities"].tolist()
     assert same[1] == same[2] == same[3] and len(set(same)) == 4
@@ -49,7 +57,8 @@ def test_collator(tmp_path):
 
 def test_a_rankers_batch_has_pairs(tmp_path):
     tokenizer = load_tokenizer(make_bert(tmp_path / "b"), "")
-    args = argparse.Namespace(key_template="{text}", query_max_length=4, key_max_length=6, ranker=True)
+    args = argparse.Namespace(key_template="{text}", query_max_length=4, key_max_length=6,
+                              ranker=True)
     groups = GroupSet([Example("who", ["it"], ["town"]), Example("what", ["in"], ["of"])],
                       [GroupRule(2, "first", "first", False)] * 2, 0)
     batch = GroupCollator(tokenizer, args)([groups[(0, True)], groups[(1, False)]])

@@ -1,4 +1,6 @@
-"""The folders of retrievers and rankers: sentence-transformers and transformers open them, and wrong ones are refused."""
+"""The folders of retrievers and rankers: sentence-transformers and transformers open them, and
+wrong ones are refused.
+"""
 import argparse
 import importlib.resources
 import json
@@ -34,7 +36,8 @@ def test_minilm_equals_sentence_transformers_before_and_after_saving(minilm, tmp
     tokenizer.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
         ours = model.encode(tokenize(tokenizer, TEXTS, 256), "key")
-        again = BiEncoder.open(tmp_path / "saved").eval().encode(tokenize(tokenizer, TEXTS, 256), "key")
+        saved = BiEncoder.open(tmp_path / "saved").eval()
+        again = saved.encode(tokenize(tokenizer, TEXTS, 256), "key")
         batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
         states = AutoModel.from_pretrained(tmp_path / "saved")(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None]
@@ -90,7 +93,8 @@ def test_wrong_checkpoints_are_refused(tmp_path):
     path = mindpr_file(tmp_path / "x")
     with pytest.raises(InputError, match="has an encoder of the keys already"):
         BiEncoder.open(path, "another")
-    (path.parent / "bert-base-uncased" / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 64}))
+    other_shape = json.dumps(CONFIG | {"hidden_size": 64})
+    (path.parent / "bert-base-uncased" / "config.json").write_text(other_shape)
     with pytest.raises(InputError, match="do not match config.json"):
         BiEncoder.open(path)
     torch.save({"model_dict": {"other": torch.zeros(2)}}, path)

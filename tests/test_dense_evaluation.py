@@ -1,4 +1,6 @@
-"""Measures of a retriever: minDPR's average rank, the search of a corpus, dev sets that are refused."""
+"""Measures of a retriever: minDPR's average rank, the search of a corpus, dev sets that are
+refused.
+"""
 import json
 
 import pytest
@@ -38,11 +40,13 @@ def test_search_equals_sorted_scores(metric, tmp_path, monkeypatch):
     dev = DevSet("retrieval", texts[:2], ["", ""], [], [], [])
     with torch.no_grad():
         queries, keys = model.encode(texts[:2], "query"), model.encode(texts, "key")
-        expected = {"ip": queries @ keys.t(), "cos": F.cosine_similarity(queries[:, None], keys[None], dim=-1),
+        expected = {"ip": queries @ keys.t(),
+                    "cos": F.cosine_similarity(queries[:, None], keys[None], dim=-1),
                     "l2": -torch.cdist(queries, keys).square()}[metric]
         rankings = search_corpus(model, dev, Ids(), ListCorpus(texts + texts), 6, ALONE)
         everything = search_corpus(model, dev, Ids(), ListCorpus(texts), 100, ALONE)
-    twice = torch.cat([expected, expected], 1)  # every document is there twice: the first of them comes first
+    # every document is there twice: the first of them comes first
+    twice = torch.cat([expected, expected], 1)
     order = twice.sort(dim=1, descending=True, stable=True).indices
     assert rankings == order[:, :6].tolist()
     assert everything == expected.sort(dim=1, descending=True).indices.tolist()
@@ -57,7 +61,8 @@ def test_annotated_sets_keep_the_most_relevant_documents():
     qrels = {"a": {"d0": 1.0, "d4": 3.0, "d2": 1.0}, "b": {"d1": 0.0}}
     dev = annotated_set(qrels, FiveDocuments(range(5)), {"a": "who", "b": "what"}, 2)
     assert dev.queries == ["who", "what"] and dev.labels == [{4: 3.0, 0: 1.0}, {1: 0.0}]
-    assert len(annotated_set(qrels, FiveDocuments(range(5)), {"a": "who", "b": "what"}, None).labels[0]) == 3
+    assert len(annotated_set(qrels, FiveDocuments(range(5)), {"a": "who", "b": "what"},
+                             None).labels[0]) == 3
 
 
 @pytest.mark.parametrize("record, metrics, message", [

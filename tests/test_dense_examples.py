@@ -6,8 +6,17 @@ from collections import Counter
 
 import pytest
 
-from dense.examples import (Example, GroupRule, choose_flags, choose_group, filter_examples, graded_examples,
-                            qrels_examples, read_examples, read_training)
+from dense.examples import (
+    Example,
+    GroupRule,
+    choose_flags,
+    choose_group,
+    filter_examples,
+    graded_examples,
+    qrels_examples,
+    read_examples,
+    read_training,
+)
 from retrieval.corpus import Corpus
 from retrieval.qrels import select_qrels
 from utils import InputError
@@ -16,7 +25,8 @@ EXAMPLE = Example("q", ["p0", "p1"], ["n0", "n1", "n2"], [0.1, 0.5, 0.9, 0.2, 0.
 
 
 def lines(path, rows):
-    path.write_text("\n".join(json.dumps(row) if isinstance(row, dict) else row for row in rows) + "\n")
+    path.write_text("\n".join(json.dumps(row) if isinstance(row, dict) else row for row in rows)
+                    + "\n")
     return str(path)
 
 
@@ -24,9 +34,10 @@ def group(example, size=3, positive="first", negative="first", stable=False, see
     return choose_group(example, GroupRule(size, positive, negative, stable), random.Random(seed))
 
 
-# ---------------------------------------------------------------------------------------------- groups
+# ---------------------------------------------------------------- groups
 
-@pytest.mark.parametrize("positive, expected", [("first", ("p0", 0.1)), ("teacher", ("n0", 0.9)), ("teacher-pos", ("p1", 0.5))])
+@pytest.mark.parametrize("positive, expected", [("first", ("p0", 0.1)), ("teacher", ("n0", 0.9)),
+                                                ("teacher-pos", ("p1", 0.5))])
 def test_select_positive(positive, expected):
     keys, scores = group(EXAMPLE, 3, positive)
     assert (keys[0], scores[0]) == expected
@@ -34,7 +45,8 @@ def test_select_positive(positive, expected):
     assert keys[1:] == (["n1", "n2"] if positive == "teacher" else ["n0", "n1"])
 
 
-@pytest.mark.parametrize("negative, expected", [("first", ["n0", "n1"]), ("teacher+", ["n0", "n2"]), ("teacher-", ["n1", "n2"])])
+@pytest.mark.parametrize("negative, expected", [("first", ["n0", "n1"]), ("teacher+", ["n0", "n2"]),
+                                                ("teacher-", ["n1", "n2"])])
 def test_select_negative(negative, expected):
     keys, scores = group(EXAMPLE, 3, negative=negative)
     assert keys[1:] == expected
@@ -42,21 +54,25 @@ def test_select_negative(negative, expected):
 
 
 def test_random_selection_scarce_negatives_and_stable_order():
-    seen = {group(EXAMPLE, 2, "random", "random", seed=seed)[0][i] for seed in range(40) for i in (0, 1)}
+    seen = {group(EXAMPLE, 2, "random", "random", seed=seed)[0][i] for seed in range(40)
+            for i in (0, 1)}
     assert seen == {"p0", "p1", "n0", "n1", "n2"}
     keys, _ = group(EXAMPLE._replace(scores=None), 9, negative="random")
     assert len(keys) == 9
-    assert set(Counter(keys[1:]).values()) <= {2, 3}  # three negatives, repeated thrice, eight of them
+    # three negatives, repeated thrice, eight of them
+    assert set(Counter(keys[1:]).values()) <= {2, 3}
     keys, scores = group(EXAMPLE, 4, negative="random", stable=True)
     assert keys == ["p0", "n0", "n2", "n1"] and scores == [0.1, 0.9, 0.4, 0.2]
 
 
-# ---------------------------------------------------------------------------------------------- records
+# ---------------------------------------------------------------- records
 
 def test_chat_takes_its_positive_from_the_history(tmp_path):
-    record = {"query": "q", "history": ["a", "b", "c"], "teacher_scores": [0.1, 0.7, 0.2], "task": "chat"}
+    record = {"query": "q", "history": ["a", "b", "c"], "teacher_scores": [0.1, 0.7, 0.2],
+              "task": "chat"}
     example = read_examples(lines(tmp_path / "chat.json", [record]))[0]
-    assert example.task == "chat" and group(example, 3, "teacher") == (["b", "a", "c"], [0.7, 0.1, 0.2])
+    assert example.task == "chat" and group(example, 3,
+                                            "teacher") == (["b", "a", "c"], [0.7, 0.1, 0.2])
 
 
 def test_dpr_records(tmp_path):
@@ -72,23 +88,28 @@ def test_dpr_records(tmp_path):
 
 
 def test_filters_by_teacher_scores():
-    examples = [EXAMPLE, EXAMPLE._replace(scores=[0.5] * 5), EXAMPLE._replace(scores=[-3, -4, -5, -6, -7.0]),
+    examples = [EXAMPLE, EXAMPLE._replace(scores=[0.5] * 5),
+                EXAMPLE._replace(scores=[-3, -4, -5, -6, -7.0]),
                 EXAMPLE._replace(neg=[], scores=None)]
     kept, dropped = filter_examples(examples, 3, "first", margin=0.1, least=-1)
     assert kept == [EXAMPLE] and [count for count, _ in dropped.values()] == [1, 1, 1]
     assert len(filter_examples([EXAMPLE._replace(pos=[])], 3, "first")[0]) == 0
-    assert len(filter_examples([EXAMPLE._replace(pos=[], scores=[1, 2, 3.0])], 3, "teacher")[0]) == 1
+    assert len(filter_examples([EXAMPLE._replace(pos=[], scores=[1, 2, 3.0])], 3,
+                               "teacher")[0]) == 1
 
 
-@pytest.mark.parametrize("record, message", [
-    ({"query": "q", "pos": ["a"], "neg": ["b"], "teacher_scores": [1.0]},
-     "1 teacher_scores for 1 positives and 1 negatives"),
-    ({"query": "q", "pos": ["a"], "neg": ["b"], "teacher_scores": 1.0}, "'teacher_scores' must be a list"),
-    ({"query": "q", "history": "a"}, "'history' must be a list"),
-    ({"query": "q", "pos": "a"}, "'pos' must be a list"),
-    ({"pos": ["a"]}, "no 'question'"),
-    ({"query": "q", "pos": [3]}, "must be a text or an object"),
-])
+@pytest.mark.parametrize("record, message", [({"query": "q", "pos": ["a"], "neg": ["b"],
+                                               "teacher_scores": [1.0]},
+                                              "1 teacher_scores for 1 positives and 1 negatives"),
+                                             ({"query": "q", "pos": ["a"], "neg": ["b"],
+                                               "teacher_scores": 1.0},
+                                              "'teacher_scores' must be a list"),
+                                             ({"query": "q", "history": "a"},
+                                              "'history' must be a list"),
+                                             ({"query": "q", "pos": "a"}, "'pos' must be a list"),
+                                             ({"pos": ["a"]}, "no 'question'"),
+                                             ({"query": "q", "pos": [3]},
+                                              "must be a text or an object"),])
 def test_bad_records(tmp_path, record, message):
     with pytest.raises(InputError, match=message) as error:
         read_examples(lines(tmp_path / "r.jsonl", [record]))
@@ -96,10 +117,11 @@ def test_bad_records(tmp_path, record, message):
 
 
 def training_flags(*paths, **changes):
-    flags = {"train_data": paths, "negatives": [], "graded": [], "loss": None, "use_train_config": False,
-             "inbatch_same_dataset": "epoch", "train_group_size": 2, "contrastive_weight": 0.2, "stable_distill": False,
-             "select_positive": "first", "select_negative": "random", "teacher_scores_margin": None,
-             "teacher_scores_min": None, "max_sample_num": None, "teacher_temperature": 1.0}
+    flags = {"train_data": paths, "negatives": [], "graded": [], "loss": None,
+             "use_train_config": False, "inbatch_same_dataset": "epoch", "train_group_size": 2,
+             "contrastive_weight": 0.2, "stable_distill": False, "select_positive": "first",
+             "select_negative": "random", "teacher_scores_margin": None, "teacher_scores_min": None,
+             "max_sample_num": None, "teacher_temperature": 1.0}
     return Namespace(**flags | changes)
 
 
@@ -110,13 +132,16 @@ def test_training_data_of_several_tasks(tmp_path):
              lines(tmp_path / "chat.json", [chat])]
     logged = []
     data = read_training(training_flags(*paths, use_train_config=True), None, {}, logged.append)
-    assert data.dataset_sizes == [2, 1] and [example.task for example in data.examples] == ["qa", "qa", "chat"]
+    assert data.dataset_sizes == [2, 1] and [example.task
+                                             for example in data.examples] == ["qa", "qa", "chat"]
     assert data.group_rules[0] == GroupRule(2, "first", "random", True)
     assert data.group_rules[2] == GroupRule(2, "teacher", "random", False)
-    assert data.task_flags["chat"].teacher_temperature == 0.1 and data.task_flags["qa"].contrastive_weight == 0
+    assert data.task_flags["chat"].teacher_temperature == 0.1
+    assert data.task_flags["qa"].contrastive_weight == 0
     assert logged == [f"1 records dropped: no positive, first {paths[0]}:3"]
     with pytest.raises(InputError, match="needs --inbatch_same_dataset epoch"):
-        read_training(training_flags(*paths, use_train_config=True, inbatch_same_dataset=None), None, {}, logged.append)
+        read_training(training_flags(*paths, use_train_config=True, inbatch_same_dataset=None),
+                      None, {}, logged.append)
 
 
 def test_flags_without_llm_embedders_settings_are_those_given():
@@ -124,15 +149,16 @@ def test_flags_without_llm_embedders_settings_are_those_given():
     assert vars(choose_flags(flags, "chat")) == vars(flags) | {"loss": "kl"}
 
 
-# ---------------------------------------------------------------------------------------------- qrels
+# ---------------------------------------------------------------- qrels
 
 def test_examples_from_merged_qrels(tmp_path):
-    qrels_file = lines(tmp_path / "qrels.tsv", ["query-id\tcorpus-id\tscore", "1\ta\t3", "1\tb\t1", "1\tc\t0",
-                                                "1\td\t2", "2\ta\t0.5"])
+    qrels_file = lines(tmp_path / "qrels.tsv", ["query-id\tcorpus-id\tscore", "1\ta\t3", "1\tb\t1",
+                                                "1\tc\t0", "1\td\t2", "2\ta\t0.5"])
     documents = [{"_id": name, "title": name.upper(), "text": f"text {name}"} for name in "abcd"]
     corpus = Corpus([lines(tmp_path / "corpus.jsonl", documents)], "{title} {text}")
     queries = {"1": "one", "2": "two"}
-    positives, negatives = select_qrels(f"qrels={qrels_file},min_score=2"), select_qrels(f"qrels={qrels_file}")
+    positives = select_qrels(f"qrels={qrels_file},min_score=2")
+    negatives = select_qrels(f"qrels={qrels_file}")
     example, = qrels_examples(corpus, queries, positives, negatives)
     # doc indices; what is positive is no negative
     assert (example.query, example.pos, example.neg) == ("one", [0, 3], [1, 2])

@@ -1,4 +1,6 @@
-"""Bi-encoders and rankers: the originals' outputs, losses, gradients and training curves; scores; length limits."""
+"""Bi-encoders and rankers: the originals' outputs, losses, gradients and training curves; scores;
+length limits.
+"""
 import argparse
 import json
 
@@ -35,9 +37,11 @@ def test_mindpr_vectors_loss_and_gradients(tmp_path, layout):
     np.testing.assert_allclose(scores.detach(), GOLDEN["mindpr/scores"], atol=1e-4)
     loss = losses.contrastive(scores, torch.from_numpy(GOLDEN["mindpr/labels"]))
     assert loss.item() == pytest.approx(GOLDEN["mindpr/loss"].item(), abs=1e-5)
-    assert (scores.argmax(1) == torch.from_numpy(GOLDEN["mindpr/labels"])).sum() == GOLDEN["mindpr/num_correct"]
+    is_correct = scores.argmax(1) == torch.from_numpy(GOLDEN["mindpr/labels"])
+    assert is_correct.sum() == GOLDEN["mindpr/num_correct"]
     loss.backward()
-    encoders = {"query_encoder.encoder.": model.query_encoder.model, "passage_encoder.encoder.": model.key_encoder.model}
+    encoders = {"query_encoder.encoder.": model.query_encoder.model,
+                "passage_encoder.encoder.": model.key_encoder.model}
     for key, value in GOLDEN.items():
         if key.startswith("mindpr/grad/"):
             prefix = next(prefix for prefix in encoders if key[12:].startswith(prefix))
@@ -53,7 +57,8 @@ def test_mindpr_training_curve(tmp_path):
     queries, passages = mindpr_queries(), mindpr_passages()
     curve, norms, rates = [], [], []
     for _ in range(8):
-        loss = losses.contrastive(model.score(*model(queries, passages)), torch.from_numpy(GOLDEN["mindpr/labels"]))
+        loss = losses.contrastive(model.score(*model(queries, passages)),
+                                  torch.from_numpy(GOLDEN["mindpr/labels"]))
         loss.backward()
         curve.append(loss.item())
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), 2.0).item())
@@ -75,12 +80,13 @@ def test_mindpr_training_curve(tmp_path):
 def test_fid_retriever(tmp_path, name, flags):
     torch.save(weights_of("fid_weight/"), tmp_path / "pytorch_model.bin")
     config = CONFIG | {"indexing_dimension": 32, "projection": True, "extract_cls": False,
-                       "apply_question_mask": False, "apply_passage_mask": False, "question_maxlength": 12,
-                       "passage_maxlength": 20} | flags
+                       "apply_question_mask": False, "apply_passage_mask": False,
+                       "question_maxlength": 12, "passage_maxlength": 20} | flags
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = BiEncoder.open(tmp_path)
     questions = token_ids(GOLDEN["fid/question_ids"], GOLDEN["fid/question_mask"])
-    keys = token_ids(GOLDEN["fid/passage_ids"].reshape(12, 20), GOLDEN["fid/passage_mask"].reshape(12, 20))
+    keys = token_ids(GOLDEN["fid/passage_ids"].reshape(12, 20),
+                     GOLDEN["fid/passage_mask"].reshape(12, 20))
     q, k = model(questions, keys)
     np.testing.assert_allclose(q.detach(), GOLDEN[f"fid/{name}question_output"], atol=1e-5)
     np.testing.assert_allclose(k.detach(), GOLDEN[f"fid/{name}passage_output"], atol=1e-5)
@@ -88,13 +94,15 @@ def test_fid_retriever(tmp_path, name, flags):
     np.testing.assert_allclose(scores.detach(), GOLDEN[f"fid/{name}score"], atol=1e-5)
     model.save_pretrained(tmp_path / "again", 20)
     with torch.no_grad():
-        torch.testing.assert_close(BiEncoder.open(tmp_path / "again")(keys, keys)[1], k, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(BiEncoder.open(tmp_path / "again")(keys, keys)[1], k, atol=1e-5,
+                                   rtol=1e-5)
     loss = losses.fid_kd(scores, torch.from_numpy(GOLDEN["fid/gold_score"]))
     assert loss.item() == pytest.approx(GOLDEN[f"fid/{name}loss"].item(), abs=1e-6)
     loss.backward()
     encoder = model.query_encoder
     value = "encoder.layer.0.attention.self.value.weight"
-    for key, parameter in (("proj.weight", encoder.head[0].weight), ("norm.weight", encoder.head[1].weight),
+    for key, parameter in (("proj.weight", encoder.head[0].weight),
+                           ("norm.weight", encoder.head[1].weight),
                            (f"model.{value}", encoder.model.get_parameter(value))):
         np.testing.assert_allclose(parameter.grad, GOLDEN[f"fid/{name}grad/{key}"], atol=1e-6)
 
@@ -105,11 +113,13 @@ def test_scores_of_every_metric(metric, tmp_path):
     texts = [torch.randint(6, 30, (n,)).tolist() for n in (5, 9, 3, 7, 7, 2)]
     with torch.no_grad():
         queries, keys = model.encode(texts[:2], "query"), model.encode(texts, "key")
-        expected = {"ip": queries @ keys.t(), "cos": F.cosine_similarity(queries[:, None], keys[None], dim=-1),
+        expected = {"ip": queries @ keys.t(),
+                    "cos": F.cosine_similarity(queries[:, None], keys[None], dim=-1),
                     "l2": -torch.cdist(queries, keys).square()}[metric] / 0.5
         torch.testing.assert_close(model.score(queries, keys), expected, atol=1e-3, rtol=1e-4)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(model.score(queries, keys), model.score(queries.float(), keys.float()))
+            assert torch.equal(model.score(queries, keys),
+                               model.score(queries.float(), keys.float()))
             assert model.score(queries, keys).dtype == torch.float32
 
 

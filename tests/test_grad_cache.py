@@ -16,11 +16,13 @@ def test_gradcache_equals_the_plain_batch_with_dropout(kind, tmp_path, monkeypat
     for plain in (True, False):
         model = (BiEncoder if kind == "bi" else CrossEncoder).open(folder).train()
         if kind == "cross":
-            nn.init.normal_(model.model.classifier.weight, generator=torch.Generator().manual_seed(1))
+            nn.init.normal_(model.model.classifier.weight,
+                            generator=torch.Generator().manual_seed(1))
         torch.manual_seed(3)
         with monkeypatch.context() as patch:
             if plain:  # the same chunks, all activations kept
-                patch.setattr(grad_cache, "checkpoint", lambda function, *args, **_: function(*args))
+                patch.setattr(grad_cache, "checkpoint", lambda function, *args,
+                              **_: function(*args))
             if kind == "bi":
                 scores = model.score(*model(texts[:4], texts, chunk_size=3))
             else:

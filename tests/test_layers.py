@@ -1,4 +1,6 @@
-"""The packed encoder, the folded cross-attention and greedy decoding against the plain forms: a padded Hugging Face T5."""
+"""The packed encoder, the folded cross-attention and greedy decoding against the plain forms: a
+padded Hugging Face T5.
+"""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,10 +22,12 @@ def gradients(loss, module):
 @pytest.mark.parametrize("tokens", [(4096, 1024), (15, 10)], ids=["one chunk", "many chunks"])
 @pytest.mark.parametrize("targets", [5, 60])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_loss_and_gradients_equal_the_padded_model(name, targets, tokens, attention, tmp_path, monkeypatch):
+def test_loss_and_gradients_equal_the_padded_model(name, targets, tokens, attention, tmp_path,
+                                                   monkeypatch):
     monkeypatch.setitem(model_file.CHUNK_TOKENS, "cpu", tokens[0])
     monkeypatch.setitem(packed_attention.GROUP_TOKENS, "cpu", tokens[1])
-    monkeypatch.setattr(packed_attention, "attention", getattr(packed_attention, f"{attention}_attention"))
+    monkeypatch.setattr(packed_attention, "attention",
+                        getattr(packed_attention, f"{attention}_attention"))
     kind, folder = family_folder(name, tmp_path / "hub")
     ids, mask, labels = random_batch()
     labels = labels.repeat(1, targets // 5)
@@ -34,11 +38,13 @@ def test_loss_and_gradients_equal_the_padded_model(name, targets, tokens, attent
     expected, got = gradients(plain_loss, plain), gradients(loss, reader.t5)
     assert expected.keys() == got.keys()
     for key in expected:
-        torch.testing.assert_close(got[key], expected[key], atol=2e-6, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(got[key], expected[key], atol=2e-6, rtol=1e-3, msg=lambda text,
+                                   key=key: f"{key}: {text}")
 
 
 def test_cross_attention_equals_its_plain_form(tiny):
-    """The same result, raw scores and gradients as with a key and a value for every memory token."""
+    """The same result, raw scores and gradients as with a key and a value for every memory token.
+    """
     attention = FiDT5.from_pretrained(tiny).t5.decoder.block[0].layer[1].EncDecAttention
     B, T, M, D = 2, 5, 30, 32
     torch.manual_seed(0)
@@ -47,7 +53,8 @@ def test_cross_attention_equals_its_plain_form(tiny):
     results = []
     for function in (layers.plain_cross_attention, layers.cross_attention):
         torch.manual_seed(1)
-        x, memory = torch.randn(B, T, D, requires_grad=True), torch.randn(B, M, D, requires_grad=True)
+        x, memory = torch.randn(B, T, D,
+                                requires_grad=True), torch.randn(B, M, D, requires_grad=True)
         raw_scores = []
         y = function(attention, x, memory, bias, 0.0, raw_scores)
         inputs = [x, memory, attention.q.weight, attention.k.weight, attention.v.weight]
@@ -58,7 +65,9 @@ def test_cross_attention_equals_its_plain_form(tiny):
 
 
 def test_training_dropout_is_unbiased(tiny):
-    """The mean of many dropped encodings nears the encoding without dropout, as with Hugging Face's own."""
+    """The mean of many dropped encodings nears the encoding without dropout, as with Hugging Face's
+    own.
+    """
     ids, mask, _ = random_batch()
     reader = FiDT5.from_pretrained(tiny, dropout=0.1)
     with torch.no_grad():
@@ -68,7 +77,8 @@ def test_training_dropout_is_unbiased(tiny):
         ours = torch.stack([reader.encode(ids, mask).states for _ in range(300)])
         stack = reader.t5.encoder.encoder.module
         passage, real = ids[0, 2:], mask[0, 2:]
-        theirs = torch.stack([stack(input_ids=passage, attention_mask=real).last_hidden_state[0] for _ in range(300)])
+        theirs = torch.stack([stack(input_ids=passage, attention_mask=real).last_hidden_state[0]
+                              for _ in range(300)])
     ours, exact = ours[:, 0, 12:24], exact[0, 12:24]
     assert (ours.mean(0) - exact).abs().mean() < 1.5 * (theirs.mean(0) - exact).abs().mean()
     assert 0.9 < (ours.std(0) / theirs.std(0)).mean() < 1.1
@@ -89,7 +99,9 @@ def test_finished_questions_leave_and_change_nothing(tiny):
     decode = reader.decode
     reader.decode = lambda tokens, *rest: widths.append(len(tokens)) or decode(tokens, *rest)
     got = reader.generate(ids, mask, 12)
-    assert torch.equal(got, want[:, :got.shape[1]]) and (want[:, got.shape[1]:] == reader.config.pad_token_id).all()
+    width = got.shape[1]
+    assert torch.equal(got, want[:, :width])
+    assert (want[:, width:] == reader.config.pad_token_id).all()
     assert widths[0] == 3 and widths[-1] < 3
 
 
@@ -146,10 +158,13 @@ def test_a_mask_with_holes_is_refused(tiny):
 
 
 def test_beams_attend_as_greedy_does(tiny):
-    """Beam search runs through transformers' decoder: with one beam it must find what our greedy loop finds."""
+    """Beam search runs through transformers' decoder: with one beam it must find what our greedy
+    loop finds.
+    """
     ids, mask, _ = random_batch()
     reader = FiDT5.from_pretrained(tiny).eval()
     memory = reader.encode(ids, mask)
-    want = reader.t5.generate(encoder_outputs=BaseModelOutput(memory.states), attention_mask=memory.mask, max_length=10,
-                              num_beams=1, do_sample=False)
+    want = reader.t5.generate(encoder_outputs=BaseModelOutput(memory.states),
+                              attention_mask=memory.mask, max_length=10, num_beams=1,
+                              do_sample=False)
     assert torch.equal(reader.generate(ids, mask, 10), want)

@@ -1,4 +1,6 @@
-"""FiDT5 against the originals' outputs, against a plain padded T5, and through every checkpoint format."""
+"""FiDT5 against the originals' outputs, against a plain padded T5, and through every checkpoint
+format.
+"""
 import argparse
 import json
 
@@ -21,33 +23,43 @@ from conftest import ROOT, make_t5
 from model import CROSS_BIAS, FiDT5, plain_fid, plain_key
 from utils import InputError
 
-CONFIG = {"model_type": "t5", "architectures": ["FiDT5"], "d_ff": 128, "d_kv": 16, "d_model": 64, "num_heads": 4, "num_layers": 3,
-          "vocab_size": 384, "decoder_start_token_id": 0, "dropout_rate": 0.0, "eos_token_id": 1, "pad_token_id": 0}
+CONFIG = {"model_type": "t5", "architectures": ["FiDT5"], "d_ff": 128, "d_kv": 16, "d_model": 64,
+          "num_heads": 4, "num_layers": 3, "vocab_size": 384, "decoder_start_token_id": 0,
+          "dropout_rate": 0.0, "eos_token_id": 1, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module")
 def golden():
-    """Outputs of facebookresearch/FiD (torch 1.6, transformers 3.0.2) and minFiD (1.10, 4.17) on one random tiny model."""
+    """Outputs of facebookresearch/FiD (torch 1.6, transformers 3.0.2) and minFiD (1.10, 4.17) on
+    one random tiny model.
+    """
     return dict(np.load(ROOT / "tests" / "golden" / "readers.npz"))
 
 
 def released_folder(golden, folder):
-    """The folder format of FiD's released readers: wrapped keys, tied aliases, .bin, a cross-attention bias, no tokenizer."""
+    """The folder format of FiD's released readers: wrapped keys, tied aliases, .bin, a
+    cross-attention bias, no tokenizer.
+    """
     folder.mkdir()
-    weights = {key[7:]: torch.from_numpy(value) for key, value in golden.items() if key.startswith("weight/")}
+    weights = {key[7:]: torch.from_numpy(value) for key, value in golden.items()
+               if key.startswith("weight/")}
     shared = weights["shared.weight"]
-    weights |= dict.fromkeys(("encoder.encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"), shared)
+    weights |= dict.fromkeys(("encoder.encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+                              "lm_head.weight"), shared)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     torch.save(weights, folder / "pytorch_model.bin")
     return folder
 
 
 def minfid_file(golden, folder):
-    """minFiD's file: {'sd': t5.*, 'args': Namespace}, the configuration's folder beside it under the name in args.t5_name."""
+    """minFiD's file: {'sd': t5.*, 'args': Namespace}, the configuration's folder beside it under
+    the name in args.t5_name.
+    """
     (folder / "t5_tiny").mkdir(parents=True)
     (folder / "t5_tiny" / "config.json").write_text(json.dumps(CONFIG))
-    weights = {"t5." + key[7:].replace(".module.", ".t5block."): torch.from_numpy(value)
-               for key, value in golden.items() if key.startswith("weight/") and not key.endswith(CROSS_BIAS)}
+    weights = {"t5." + key[7:].replace(".module.", ".t5block."): torch.from_numpy(value) for key,
+               value in golden.items() if key.startswith("weight/")
+               and not key.endswith(CROSS_BIAS)}
     args = argparse.Namespace(t5_name="t5_tiny", num_contexts=5, max_length=24)
     torch.save({"sd": weights, "args": args}, folder / "model")
     return folder / "model"
@@ -59,7 +71,8 @@ def peer(request, golden, tmp_path_factory):
     folder = tmp_path_factory.mktemp("peer") / "checkpoint"
     path = (released_folder if request.param == "fid" else minfid_file)(golden, folder)
     batch = [torch.from_numpy(golden[key]) for key in ("input_ids", "attention_mask", "labels")]
-    return request.param, str(path), {k.split("/", 1)[1]: v for k, v in golden.items() if k.startswith(request.param + "/")}, batch
+    return request.param, str(path), {k.split("/", 1)[1]: v for k, v in golden.items()
+                                      if k.startswith(request.param + "/")}, batch
 
 
 @pytest.mark.parametrize("chunk_tokens", [4096, 30])
@@ -69,7 +82,8 @@ def test_golden_outputs_and_gradients(peer, chunk_tokens, monkeypatch):
     reader = FiDT5.from_pretrained(path).train()
     assert (reader.cross_bias is not None) == (name == "fid")
     memory = reader.encode(ids, mask)
-    np.testing.assert_allclose(memory.states[memory.mask].detach(), want["encoder_output"], atol=3e-5)
+    np.testing.assert_allclose(memory.states[memory.mask].detach(), want["encoder_output"],
+                               atol=3e-5)
     loss, logits = reader(ids, mask, labels)
     np.testing.assert_allclose(logits.detach(), want["logits"], atol=1e-4)
     assert abs(loss.item() - want["loss_train"]) < 1e-5
@@ -107,10 +121,14 @@ def test_golden_training_curve(peer):
 
 
 def test_bias_counts_the_originals_padded_offsets(golden, tmp_path):
-    """Cut to their longest passage, inputs give what they give padded to max_length, if passage_stride tells the length."""
+    """Cut to their longest passage, inputs give what they give padded to max_length, if
+    passage_stride tells the length.
+    """
     reader = FiDT5.from_pretrained(released_folder(golden, tmp_path / "r")).eval()
-    ids, mask, labels = (torch.from_numpy(golden[key]) for key in ("input_ids", "attention_mask", "labels"))
-    labels = labels.clamp(min=3).repeat(1, 5)  # 35 targets: later ones see the second passage's offsets with stride 24
+    ids, mask, labels = (torch.from_numpy(golden[key])
+                         for key in ("input_ids", "attention_mask", "labels"))
+    # 35 targets: later ones see the second passage's offsets with stride 24
+    labels = labels.clamp(min=3).repeat(1, 5)
     padded = [torch.nn.functional.pad(x, (0, 30)) for x in (ids, mask)]
     want = reader(*padded, labels)[1]
     assert (reader(ids, mask, labels)[1] - want).abs().max() > 1e-3
@@ -128,20 +146,25 @@ def random_batch(seed=0, vocab=300):
     return ids, mask, labels
 
 
-FAMILIES = {
-    "t5": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "relu"}),
-    "v1.1": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-    "flan-relu": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "gated-relu", "num_decoder_layers": 1}),
-    "mt5": (MT5ForConditionalGeneration, MT5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-}
+FAMILIES = {"t5": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "relu"}),
+            "v1.1": (T5ForConditionalGeneration, T5Config,
+                     {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+            "flan-relu": (T5ForConditionalGeneration, T5Config,
+                          {"feed_forward_proj": "gated-relu", "num_decoder_layers": 1}),
+            "mt5": (MT5ForConditionalGeneration, MT5Config,
+                    {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),}
 
 
 def family_folder(name, folder):
-    """A folder as the hub has it: for v1.1 and mT5 an output layer of its own and tie_word_embeddings false."""
+    """A folder as the hub has it: for v1.1 and mT5 an output layer of its own and
+    tie_word_embeddings false.
+    """
     kind, config_kind, changes = FAMILIES[name]
     torch.manual_seed(1)
-    t5 = kind(config_kind(vocab_size=320, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, decoder_start_token_id=0, **changes))
-    weights = {k: v.clone().contiguous() for k, v in t5.state_dict().items() if "embed_tokens" not in k}
+    t5 = kind(config_kind(vocab_size=320, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2,
+                          decoder_start_token_id=0, **changes))
+    weights = {k: v.clone().contiguous() for k, v in t5.state_dict().items()
+               if "embed_tokens" not in k}
     if changes.get("tie_word_embeddings") is False:
         weights["lm_head.weight"] = torch.randn(320, 32)
     else:
@@ -165,12 +188,15 @@ def test_families_equal_a_plain_padded_t5_and_survive_saving(name, tmp_path):
         torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=0)
         torch.testing.assert_close(loss, want_loss, atol=1e-5, rtol=0)
     again = kind.from_pretrained(tmp_path / "ours").eval()  # what an ecosystem user opens
-    torch.testing.assert_close(plain_fid(again, ids, mask, labels)[1], want_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain_fid(again, ids, mask, labels)[1], want_logits, atol=1e-5,
+                               rtol=0)
     # the reader's generation equals transformers' on the padded memory
-    states = plain.encoder(input_ids=ids.view(9, 12), attention_mask=mask.view(9, 12)).last_hidden_state.view(3, 36, -1)
+    states = plain.encoder(input_ids=ids.view(9, 12),
+                           attention_mask=mask.view(9, 12)).last_hidden_state.view(3, 36, -1)
     for beams in (1, 3):
-        want = plain.generate(encoder_outputs=model_file.BaseModelOutput(states), attention_mask=mask.view(3, 36), max_length=12,
-                              num_beams=beams, do_sample=False)
+        want = plain.generate(encoder_outputs=model_file.BaseModelOutput(states),
+                              attention_mask=mask.view(3, 36), max_length=12, num_beams=beams,
+                              do_sample=False)
         assert torch.equal(reader.generate(ids, mask, 12, beams), want)
 
 
@@ -193,7 +219,10 @@ def test_checkpointing_keeps_less(tiny):
         reader, total = FiDT5.from_pretrained(tiny).train(), []
         reader.set_checkpoint(use_checkpoint)
         ids = torch.randint(3, 300, (2, 20, 60))
-        pack = lambda x: total.append(x.numel() * x.element_size()) or x
+
+        def pack(x):
+            total.append(x.numel() * x.element_size())
+            return x
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             reader(ids, torch.ones_like(ids), torch.full((2, 4), 5))
         return sum(total)
@@ -206,7 +235,8 @@ def test_an_empty_question_is_finite(tiny):
     reader = FiDT5.from_pretrained(tiny).train()
     loss, logits = reader(ids, mask, labels)
     loss.backward()
-    assert logits.isfinite().all() and all(p.grad.isfinite().all() for p in reader.parameters() if p.grad is not None)
+    assert logits.isfinite().all() and all(p.grad.isfinite().all() for p in reader.parameters()
+                                           if p.grad is not None)
     assert reader(ids, torch.zeros_like(mask), labels)[1].isfinite().all()
     _, scores = reader.eval().generate(ids, mask, 5, return_scores=True)
     assert scores[1].tolist() == [float("-inf")] * 3 and scores[0].isfinite().all()
@@ -246,7 +276,8 @@ def test_training_args_and_tokenizers(tiny, golden, tmp_path):
     path = minfid_file(golden, tmp_path / "m")
     assert read_training_args(path)["max_length"] == 24
     assert read_training_args(tiny) == {}
-    assert load_tokenizer(path, tiny)("the").input_ids == load_tokenizer(tiny, "nowhere")("the").input_ids
+    assert load_tokenizer(path,
+                          tiny)("the").input_ids == load_tokenizer(tiny, "nowhere")("the").input_ids
 
 
 def test_byt5_tokenizer_reads(tmp_path):
@@ -273,10 +304,12 @@ def test_bad_checkpoints_are_one_clear_line(tiny, tmp_path, capsys):
     config = json.load(open(f"{tiny}/config.json"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"d_ff": 96}))
     save_file(load_file(f"{tiny}/model.safetensors"), tmp_path / "model.safetensors")
-    refuse(tmp_path, "DenseReluDense.wi.weight is (64, 32) in the file, (96, 32) by the configuration")
+    refuse(tmp_path,
+           "DenseReluDense.wi.weight is (64, 32) in the file, (96, 32) by the configuration")
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
     refuse(tmp_path, "missing in the file")
-    (tmp_path / "model.safetensors").write_bytes(open(f"{tiny}/model.safetensors", "rb").read()[:5000])
+    (tmp_path / "model.safetensors").write_bytes(open(f"{tiny}/model.safetensors",
+                                                      "rb").read()[:5000])
     refuse(tmp_path, "cannot be read")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     refuse(tmp_path, "is a bert model")

@@ -1,4 +1,6 @@
-"""Packed self-attention against textbook attention of each text by itself, with replayed dropout masks."""
+"""Packed self-attention against textbook attention of each text by itself, with replayed dropout
+masks.
+"""
 import pytest
 import torch
 
@@ -17,11 +19,13 @@ def test_packed_attention_with_a_replayed_mask(lengths, with_bias, monkeypatch):
     monkeypatch.setattr(dropout, "keep_mask", lambda shape, p: keep)
     groups = group_texts(lengths, torch.device("cpu"))
     inputs = [torch.randn(S, H, d, requires_grad=True) for _ in range(3)]
-    bias = torch.randn(H, L, L, requires_grad=True) if with_bias else torch.zeros(H, L, L, requires_grad=True)
+    bias = torch.randn(H, L, L,
+                       requires_grad=True) if with_bias else torch.zeros(H, L, L,
+                       requires_grad=True)
 
     outputs, start = [], 0
     for i, length in enumerate(lengths):
-        q, k, v = (x[start:start + length].transpose(0, 1) for x in inputs)                  # (H, length, d)
+        q, k, v = (x[start:start + length].transpose(0, 1) for x in inputs)  # (H, length, d)
         scores = 0.5 * q @ k.transpose(1, 2) + bias[:, :length, :length]
         probs = torch.softmax(scores, -1) * keep[i, :, :length, :length] / (1 - P)
         outputs.append((probs @ v).transpose(0, 1).flatten(1))

@@ -12,8 +12,11 @@ CONTEXT = {"title": "T", "text": "some text"}
 
 @pytest.mark.parametrize("name", ["r.json", "r.jsonl", "r.json.gz", "r.jsonl.gz"])
 def test_reads_all_forms(tmp_path, name):
-    records = [{"question": "q0", "answers": ["a"], "ctxs": [CONTEXT], "extra": 7}, {"query": "q1", "query_id": "x"}]
-    text = json.dumps(records, indent=1) if "jsonl" not in name else "\n".join(map(json.dumps, records)) + "\n\n"
+    records = [{"question": "q0", "answers": ["a"], "ctxs": [CONTEXT], "extra": 7},
+               {"query": "q1", "query_id": "x"}]
+    text = json.dumps(records, indent=1)
+    if "jsonl" in name:
+        text = "\n".join(map(json.dumps, records)) + "\n\n"
     path = tmp_path / name
     if name.endswith(".gz"):
         with gzip.open(path, "wt") as file:
@@ -22,30 +25,42 @@ def test_reads_all_forms(tmp_path, name):
         path.write_text(text)
     first, second = read_records(path)
     assert first["extra"] == 7 and first["id"] == 0 and first["ctxs"] == [CONTEXT]
-    assert (second["question"], second["id"], second["answers"], second["ctxs"]) == ("q1", "x", [], [])
+    assert (second["question"], second["id"], second["answers"],
+            second["ctxs"]) == ("q1", "x", [], [])
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("r.json", '[{"question": "q"},\n {"question": ', "r.json:2: not valid JSON"),
-    ("r.jsonl", '{"question": "q"}\n{"question": "q"\n{"question": "q"}\n', "r.jsonl:2: not valid JSON"),
-    ("r.json", '[{"question": "q"}, {"answers": ["a"]}]', "record 1: no 'question'"),
-    ("r.json", '[{"question": " "}]', "record 0: no 'question'"),
-    ("r.json", "", "the file is empty"),
-    ("r.json", "[]", "holds no records"),
-    ("r.jsonl", "\n", "holds no records"),
-    ("r.json", '"q"', "not a list of records"),
-    ("r.json", '["q"]', "must be a JSON object"),
-    ("r.json", '[{"question": "q", "answers": "a"}]', "'answers' must be a list of strings"),
-    ("r.json", '[{"question": "q", "ctxs": [{"title": "t"}]}]', "'text' string"),
-    ("r.json", '[{"question": "q", "ctxs": [{"text": "t", "score": "high"}]}]', "is not a number"),
-    ("r.json.gz", None, "cannot be read"),
-])
+@pytest.mark.parametrize("name, text, message", [("r.json", '[{"question": "q"},\n {"question": ',
+                                                  "r.json:2: not valid JSON"),
+                                                 ("r.jsonl",
+                                                  '{"question": "q"}\n{"question": '
+                                                  '"q"\n{"question": "q"}\n',
+                                                  "r.jsonl:2: not valid JSON"),
+                                                 ("r.json",
+                                                  '[{"question": "q"}, {"answers": ["a"]}]',
+                                                  "record 1: no 'question'"),
+                                                 ("r.json", '[{"question": " "}]',
+                                                  "record 0: no 'question'"),
+                                                 ("r.json", "", "the file is empty"),
+                                                 ("r.json", "[]", "holds no records"),
+                                                 ("r.jsonl", "\n", "holds no records"),
+                                                 ("r.json", '"q"', "not a list of records"),
+                                                 ("r.json", '["q"]', "must be a JSON object"),
+                                                 ("r.json", '[{"question": "q", "answers": "a"}]',
+                                                  "'answers' must be a list of strings"),
+                                                 ("r.json",
+                                                  '[{"question": "q", "ctxs": [{"title": "t"}]}]',
+                                                  "'text' string"),
+                                                 ("r.json",
+                                                  '[{"question": "q", "ctxs": [{"text": "t", '
+                                                  '"score": "high"}]}]', "is not a number"),
+                                                 ("r.json.gz", None, "cannot be read"),])
 def test_bad_files_are_one_clear_line(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_bytes(gzip.compress(b'[{"question": "q"}]')[:-9] if text is None else text.encode())
     with pytest.raises(InputError) as error:
         read_records(path)
-    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    text = str(error.value)
+    assert message in text and str(path) in text and "\n" not in text
 
 
 def test_missing_file(tmp_path):
@@ -63,9 +78,12 @@ def order(path, records):
 
 
 def test_contexts_are_sorted_by_score_if_the_first_has_one(tmp_path):
-    records = [{"question": "q", "ctxs": scored(1, 3, 3, "2.5")}, {"question": "q", "ctxs": scored(None, 0.5, None, 1)}]
-    assert order(tmp_path / "a.json", records) == ["1230", "3102"]         # ties keep their order, scoreless ones come last
-    assert order(tmp_path / "b.json", records[::-1]) == ["0123", "0123"]   # the first context of the file has none
+    records = [{"question": "q", "ctxs": scored(1, 3, 3, "2.5")},
+               {"question": "q", "ctxs": scored(None, 0.5, None, 1)}]
+    # ties keep their order, scoreless ones come last
+    assert order(tmp_path / "a.json", records) == ["1230", "3102"]
+    # the first context of the file has none
+    assert order(tmp_path / "b.json", records[::-1]) == ["0123", "0123"]
 
 
 def test_keep_contexts_is_after_sorting(tmp_path):

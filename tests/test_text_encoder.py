@@ -19,7 +19,8 @@ def test_packed_encoder_equals_padded_model(pooling, way, monkeypatch):
     encoder = TextEncoder(model, pooling).train()
     if way == "sdpa":  # the form that runs on a GPU
         def fused(q, k, v, bias, p, scale):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=scale)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias,
+                                                                    dropout_p=p, scale=scale)
         monkeypatch.setattr(packed_attention, "plain_attention", fused)
     if way == "transformers":
         monkeypatch.setattr(text_encoder, "is_packable", lambda model: False)
@@ -42,7 +43,8 @@ def test_packed_encoder_equals_padded_model(pooling, way, monkeypatch):
 
 def test_dropout_of_packed_encoder_has_the_right_mean_and_spread():
     torch.manual_seed(0)
-    model = BertModel(BertConfig(**CONFIG | {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}))
+    model = BertModel(BertConfig(**CONFIG | {"hidden_dropout_prob": 0.2,
+                                             "attention_probs_dropout_prob": 0.2}))
     encoder = TextEncoder(model, "mean").train()
     text = torch.randint(3, 120, (12,)).tolist()
     with torch.no_grad():
@@ -73,11 +75,13 @@ def test_token_types_behind_the_first_separator(tmp_path):
 
 def test_other_architectures_run_in_transformers(tmp_path):
     torch.manual_seed(0)
-    model = RobertaModel(RobertaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                       intermediate_size=64, max_position_embeddings=64, pad_token_id=1)).eval()
+    model = RobertaModel(RobertaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=2,
+                                       num_attention_heads=4, intermediate_size=64,
+                                       max_position_embeddings=64, pad_token_id=1)).eval()
     model.save_pretrained(tmp_path)
     ours = BiEncoder.open(tmp_path, pooling="mean", metric="ip").eval()
     texts = [[0, 5, 6, 7, 2], [0, 9, 2]]
     with torch.no_grad():
-        expected = torch.stack([model(input_ids=torch.tensor([text])).last_hidden_state[0].mean(0) for text in texts])
+        expected = torch.stack([model(input_ids=torch.tensor([text])).last_hidden_state[0].mean(0)
+                                for text in texts])
         torch.testing.assert_close(ours.encode(texts, "key"), expected, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,6 @@
-"""train_epoch.py and test.py as a user runs them: one and two processes, killed and resumed, with bad input."""
+"""train_epoch.py and test.py as a user runs them: one and two processes, killed and resumed, with
+bad input.
+"""
 import json
 import os
 import signal
@@ -26,55 +28,67 @@ def assert_same_run(out, other):
     for index, slots in a["optimizer"]["state"].items():
         assert all(torch.equal(slots[k], b["optimizer"]["state"][index][k]) for k in slots)
     assert a["progress"] == b["progress"]
-    rows = [[{k: v for k, v in json.loads(line).items() if "second" not in k} for line in open(f"{path}.jsonl")]
-            for path in (out, other)]
+    rows = [[{k: v for k, v in json.loads(line).items() if "second" not in k}
+             for line in open(f"{path}.jsonl")] for path in (out, other)]
     assert rows[0] == rows[1]
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------- training
 
 def test_memorises_then_evaluates_alike_with_one_and_two_processes(tiny, tmp_path):
     records = make_records(5)
     data = tmp_path / "r.json"
     data.write_text(json.dumps(records))
-    out, _ = run("train_epoch.py", tmp_path / "m", data, data, *FAST, "--t5_name", tiny, "--epochs", 60, "--batch_size", 2, "--lr",
-                 "1e-2", "--dropout", 0, "--no_shuffle", "--data_test", data, "--gpus", "")
+    out, _ = run("train_epoch.py", tmp_path / "m", data, data, *FAST, "--t5_name", tiny, "--epochs",
+                 60, "--batch_size", 2, "--lr", "1e-2", "--dropout", 0, "--no_shuffle",
+                 "--data_test", data, "--gpus", "")
     assert "best dev EM 100.00" in out and "test EM 100.00 (5/5)" in out
-    assert "effective batch 2 = 2 questions x 1 micro-batches x 1 processes (mean); 3 updates per epoch, 180 in all, 2 of" in out
+    assert ("effective batch 2 = 2 questions x 1 micro-batches x 1 processes (mean); "
+            "3 updates per epoch, 180 in all, 2 of") in out
     saved = json.load(open(tmp_path / "m" / "args.json"))
     assert (saved["dev_em"], saved["num_contexts"], saved["args"]["epochs"]) == (100.0, 3, 60)
     rows = [json.loads(line) for line in open(tmp_path / "m.jsonl")]
-    assert len(rows) == 60 and len(rows[0]["loss_curve"]) == 3 and rows[-1]["loss"] < rows[0]["loss"]
+    assert len(rows) == 60 and len(rows[0]["loss_curve"]) == 3
+    assert rows[-1]["loss"] < rows[0]["loss"]
     T5ForConditionalGeneration.from_pretrained(tmp_path / "m")  # what the ecosystem opens
     del records[1]["answers"]
     data.write_text(json.dumps(records))
     for processes in (1, 2):
-        out, _ = run("test.py", tmp_path / "m", data, "--pred", tmp_path / f"p{processes}.tsv", "--batch_size", 2, processes=processes)
-        assert "100.00 100.00      4/4" in out and "1 of them without answers: predicted, not scored" in out
+        out, _ = run("test.py", tmp_path / "m", data, "--pred", tmp_path / f"p{processes}.tsv",
+                     "--batch_size", 2, processes=processes)
+        assert "100.00 100.00      4/4" in out
+        assert "1 of them without answers: predicted, not scored" in out
     assert (tmp_path / "p1.tsv").read_text() == (tmp_path / "p2.tsv").read_text()
     lines = [line.split("\t") for line in (tmp_path / "p1.tsv").read_text().splitlines()]
-    assert [line[0] for line in lines] == list("01234") and lines[1][2:] == ["[]", "nan"] and lines[0][3] == "1.0"
+    assert [line[0] for line in lines] == list("01234")
+    assert lines[1][2:] == ["[]", "nan"] and lines[0][3] == "1.0"
     assert lines[0][2] == str(records[0]["answers"])
 
 
 def test_three_processes_with_more_batches_than_records(tiny, tmp_path):
     data = tmp_path / "r.json"
     data.write_text(json.dumps(make_records(4)))
-    out, _ = run("train_epoch.py", tmp_path / "m", data, data, *FAST, "--t5_name", tiny, "--epochs", 2, "--bf16", "--use_checkpoint",
-                 "--num_workers", 1, "--accumulate", "sum", processes=3)
+    out, _ = run("train_epoch.py", tmp_path / "m", data, data, *FAST, "--t5_name", tiny, "--epochs",
+                 2, "--bf16", "--use_checkpoint", "--num_workers", 1, "--accumulate", "sum",
+                 processes=3)
     assert "(0/4)" in out or "/4)" in out and "4 updates in all" in out
-    assert state(tmp_path / "m")["progress"]["total_updates"] == 4  # 4 records over 3 processes: a full update and a part
+    # 4 records over 3 processes: a full update and a part
+    assert state(tmp_path / "m")["progress"]["total_updates"] == 4
 
 
 @pytest.mark.parametrize("accumulate", ["mean", "sum"])
 def test_the_split_of_a_batch_does_not_matter(tiny, records_file, tmp_path, accumulate):
-    """1 x batch 4, 2 processes x batch 2 and accumulation end with the same weights; the last update of an epoch has 3 records."""
+    """1 x batch 4, 2 processes x batch 2 and accumulation end with the same weights; the last
+    update of an epoch has 3 records.
+    """
     splits = {"one": (4, 1, 1), "processes": (2, 1, 2), "accumulated": (1, 4, 1), "both": (1, 2, 2)}
-    if accumulate == "sum":  # the originals' scale: equal only if the loss's mean is taken over one record everywhere
+    # the originals' scale: equal only if the loss's mean is taken over one record everywhere
+    if accumulate == "sum":
         splits = {"accumulated": (1, 4, 1), "again": (1, 4, 1)}
     for name, (batch, accumulation, processes) in splits.items():
-        run("train_epoch.py", tmp_path / name, records_file, records_file, *FAST, "--t5_name", tiny, "--epochs", 2, "--dropout", 0,
-            "--batch_size", batch, "--grad_accumulation", accumulation, "--accumulate", accumulate, processes=processes)
+        run("train_epoch.py", tmp_path / name, records_file, records_file, *FAST, "--t5_name", tiny,
+            "--epochs", 2, "--dropout", 0, "--batch_size", batch, "--grad_accumulation",
+            accumulation, "--accumulate", accumulate, processes=processes)
     first, *others = [state(tmp_path / name) for name in splits]
     assert first["progress"]["total_updates"] == 6
     for other in others:
@@ -82,43 +96,52 @@ def test_the_split_of_a_batch_does_not_matter(tiny, records_file, tmp_path, accu
             torch.testing.assert_close(other["model"][key], value, atol=2e-5, rtol=0)
 
 
-def test_sum_is_the_originals_gradient_scale(tiny, records_file, tmp_path):
-    """Without clipping in reach, k accumulated micro-batches have k times the gradient of their mean (FiD, minFiD)."""
+def test_sum_is_the_originals_gradient_scale(tiny, records_file, tmp_path, monkeypatch):
+    """Without clipping in reach, k accumulated micro-batches have k times the gradient of their
+    mean (FiD, minFiD).
+    """
     import train_epoch as script
     from data import plan_epoch, train_loader
-    norms = {}
+    seen_norms, norms = [], {}
+    clip_grad_norm = torch.nn.utils.clip_grad_norm_
+
+    def keep_norm(parameters, max_norm):
+        seen_norms.append(clip_grad_norm(parameters, max_norm))
+        return seen_norms[-1]
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep_norm)
     for accumulate in ("mean", "sum"):
-        sys.argv = ["train_epoch.py", str(tmp_path / "m"), records_file, records_file, "--t5_name", tiny, "--dropout", "0",
-                    "--accumulate", accumulate, "--grad_accumulation", "4", "--clip", "1e9", "--no_shuffle"]
+        sys.argv = ["train_epoch.py", str(tmp_path / "m"), records_file, records_file, "--t5_name",
+                    tiny, "--dropout", "0", "--accumulate", accumulate, "--grad_accumulation", "4",
+                    "--clip", "1e9", "--no_shuffle"]
         run_ = script.set_up(script.parse_args(), script.start_processes(""))
         records = run_.train_set.records
         for record in records:
-            record["answers"] = ["town"]  # equally long targets: the mean over tokens is the mean over records
+            # equally long targets: the mean over tokens is the mean over records
+            record["answers"] = ["town"]
         plan = plan_epoch(4, 0, 0, False, 1, 4)
-        captured = []
-        real = torch.nn.utils.clip_grad_norm_
-        torch.nn.utils.clip_grad_norm_ = lambda parameters, clip: captured.append(real(parameters, clip)) or captured[-1]
-        try:
-            script.train_update(run_, iter(train_loader(run_.train_set, plan, run_.collator, 0)), 4)
-        finally:
-            torch.nn.utils.clip_grad_norm_ = real
-        norms[accumulate] = captured[0].item()
+        batches = iter(train_loader(run_.train_set, plan, run_.collator, 0))
+        script.train_update(run_, batches, 4)
+        norms[accumulate] = seen_norms[-1].item()
     assert norms["sum"] == pytest.approx(4 * norms["mean"], rel=1e-3)
 
 
 def test_rounds_can_be_driven_from_outside(tiny, records_file, tmp_path, monkeypatch):
-    """set_up, train_epoch and evaluate, called one after another, end with what the script ends with."""
+    """set_up, train_epoch and evaluate, called one after another, end with what the script ends
+    with.
+    """
     import train_epoch as script
     flags = [*map(str, FAST), "--t5_name", tiny, "--epochs", "2", "--batch_size", "4"]
     run("train_epoch.py", tmp_path / "whole", records_file, records_file, *flags)
-    monkeypatch.setattr(sys, "argv", ["train_epoch.py", str(tmp_path / "m"), records_file, records_file, *flags])
+    monkeypatch.setattr(sys, "argv", ["train_epoch.py", str(tmp_path / "m"), records_file,
+                                      records_file, *flags])
     args = script.parse_args()
     script.check_args(args)
     torch.set_num_threads(1)
     script.set_seed(args.seed)
     driven = script.set_up(args, script.start_processes(""))
     before = script.evaluate(driven)
-    assert driven.progress.epoch == 0 and driven.progress.total_updates == 0  # evaluating advances nothing
+    # evaluating advances nothing
+    assert driven.progress.epoch == 0 and driven.progress.total_updates == 0
     assert set(before) == {"dev_em", "dev_f1", "correct", "count", "eval_seconds"}
     for round_index in range(2):
         script.train_epoch(driven)
@@ -128,12 +151,14 @@ def test_rounds_can_be_driven_from_outside(tiny, records_file, tmp_path, monkeyp
         torch.testing.assert_close(driven.unwrapped.state_dict()[key], value, atol=1e-6, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------- kill and resume
+# ---------------------------------------------------------------- kill and resume
 
 def kill_after(args, out, saves, processes):
-    """Starts a training command and kills all of it once OUT.state has been written `saves` times."""
-    process = subprocess.Popen(command("train_epoch.py", *args, processes=processes), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """Starts a training command and kills all of it once OUT.state has been written `saves` times.
+    """
+    process = subprocess.Popen(command("train_epoch.py", *args, processes=processes),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     seen, last, deadline = 0, None, time.time() + 120
     while seen < saves and time.time() < deadline:
         now = os.stat(f"{out}.state").st_mtime_ns if os.path.exists(f"{out}.state") else None
@@ -149,8 +174,9 @@ def kill_after(args, out, saves, processes):
 
 @pytest.mark.parametrize("processes, kills", [(1, (1, 3, 2)), (2, (2,))])
 def test_killed_and_resumed_equals_uninterrupted(tiny, records_file, tmp_path, processes, kills):
-    common = [records_file, records_file, *FAST, "--t5_name", tiny, "--epochs", 3, "--batch_size", 2, "--dropout", 0.2,
-              "--save_every", 1, "--eval_every", 4, "--grad_accumulation", 2 // processes]
+    common = [records_file, records_file, *FAST, "--t5_name", tiny, "--epochs", 3, "--batch_size",
+              2, "--dropout", 0.2, "--save_every", 1, "--eval_every", 4, "--grad_accumulation",
+              2 // processes]
     run("train_epoch.py", tmp_path / "whole", *common, processes=processes)
     out = tmp_path / "killed"
     for saves in kills:
@@ -160,47 +186,58 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, records_file, tmp_path, p
     assert_same_run(tmp_path / "whole", out)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (out / name).read_bytes()
-    again, _ = run("train_epoch.py", out, *common, "--resume", processes=processes)  # a finished run stays as it is
+    # a finished run stays as it is
+    again, _ = run("train_epoch.py", out, *common, "--resume", processes=processes)
     assert "done in 0 s" in again
     assert_same_run(tmp_path / "whole", out)
-    _, error = run("train_epoch.py", out, *common, "--resume", "--seed", 7, code=1, processes=processes)
+    _, error = run("train_epoch.py", out, *common, "--resume", "--seed", 7, code=1,
+                   processes=processes)
     assert "is of a run with --seed 42 (now 7)" in error
 
 
 def test_a_dead_process_ends_the_run(tiny, records_file, tmp_path):
-    args = [tmp_path / "m", records_file, records_file, *FAST, "--t5_name", tiny, "--epochs", 100000]
-    process = subprocess.Popen(command("train_epoch.py", *args, processes=2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    args = [tmp_path / "m", records_file, records_file, *FAST, "--t5_name", tiny, "--epochs",
+            100000]
+    process = subprocess.Popen(command("train_epoch.py", *args, processes=2),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     while "epoch   0" not in process.stdout.readline():
         assert process.poll() is None
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                              text=True).stdout.split()
     os.kill(int(children[1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in output or "another process ended" in output
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------- evaluation
 
 def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
-    run("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST, "--t5_name", tiny, "--epochs", 1)
-    out, _ = run("test.py", tmp_path / "m", records_file, "--num_contexts", 0, 2, "--max_length", 50, "--pred", tmp_path / "p.jsonl",
-                 "--scores", tmp_path / "s.jsonl", "--num_beams", 2)
+    run("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST, "--t5_name", tiny,
+        "--epochs", 1)
+    out, _ = run("test.py", tmp_path / "m", records_file, "--num_contexts", 0, 2, "--max_length",
+                 50, "--pred", tmp_path / "p.jsonl", "--scores", tmp_path / "s.jsonl",
+                 "--num_beams", 2)
     assert "warning: --num_contexts 0, 2, but the checkpoint was trained with 3" in out
     assert "warning: --max_length 50, but the checkpoint was trained with 60" in out
     rows = [json.loads(line) for line in open(tmp_path / "p.2.jsonl")]
-    assert len(rows) == 11 and (tmp_path / "p.0.jsonl").exists() and set(rows[0]) == {"index", "id", "prediction", "answers", "em", "f1"}
-    given, scored = json.load(open(records_file)), [json.loads(line) for line in open(tmp_path / "s.jsonl")]
+    assert len(rows) == 11 and (tmp_path / "p.0.jsonl").exists()
+    assert set(rows[0]) == {"index", "id", "prediction", "answers", "em", "f1"}
+    given = json.load(open(records_file))
+    scored = [json.loads(line) for line in open(tmp_path / "s.jsonl")]
     for before, after in zip(given, scored):
-        assert [c["text"] for c in after["ctxs"]] == [c["text"] for c in before["ctxs"]] and after["question"] == before["question"]
-        assert [c["retrieval_score"] for c in after["ctxs"][:2]] == [c["score"] for c in before["ctxs"][:2]]
+        assert after["question"] == before["question"]
+        assert [c["text"] for c in after["ctxs"]] == [c["text"] for c in before["ctxs"]]
+        given_scores = [c["score"] for c in before["ctxs"][:2]]
+        assert [c["retrieval_score"] for c in after["ctxs"][:2]] == given_scores
         assert after["ctxs"][2] == before["ctxs"][2]  # not read, not scored
         assert all(-100 < c["score"] < 100 for c in after["ctxs"][:2])
     out, _ = run("test.py", tiny, records_file)
     assert "does not tell its num_contexts; taking 5" in out
 
 
-# ---------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- bad input
 
 def refuse(script, *args):
     """The one line that a script ends with; fails on a traceback or another exit code."""
@@ -213,8 +250,10 @@ def refuse(script, *args):
 def test_bad_input_is_one_line_and_exit_code_1(tiny, records_file, tmp_path):
     cut = tmp_path / "cut.json"
     cut.write_text(open(records_file).read()[:900])
-    train = lambda *args, data=records_file, out=tmp_path / "m", t5=tiny: refuse(
-        "train_epoch.py", out, data, records_file, "--t5_name", t5, *args)
+
+    def train(*args, data=records_file, out=tmp_path / "m", t5=tiny):
+        return refuse("train_epoch.py", out, data, records_file, "--t5_name", t5, *args)
+
     assert f"{cut}:1: not valid JSON at column" in train(data=cut)
     assert "none.json: no such file" in train(data=tmp_path / "none.json")
     assert "no such folder or file" in train(t5="google/no-such-t5")
@@ -226,17 +265,21 @@ def test_bad_input_is_one_line_and_exit_code_1(tiny, records_file, tmp_path):
     assert "no CUDA device" in train("--gpus", "0") or torch.cuda.is_available()
     assert not (tmp_path / "m").exists() or not os.listdir(tmp_path / "m")
     assert "no such folder or file" in refuse("test.py", tmp_path / "nowhere", records_file)
-    assert "--num_contexts must be 0 or more" in refuse("test.py", tiny, records_file, "--num_contexts", -1)
+    error = refuse("test.py", tiny, records_file, "--num_contexts", -1)
+    assert "--num_contexts must be 0 or more" in error
     config = json.load(open(f"{tiny}/config.json"))
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 384}))
-    assert "the model embeds 384" in refuse("test.py", tmp_path / "small", records_file, "--t5_name", tiny)
-    assert "cannot be written" in refuse("test.py", tiny, records_file, "--pred", tmp_path / "file" / "p.tsv")
+    assert "the model embeds 384" in refuse("test.py", tmp_path / "small", records_file,
+                                            "--t5_name", tiny)
+    assert "cannot be written" in refuse("test.py", tiny, records_file, "--pred",
+                                         tmp_path / "file" / "p.tsv")
 
 
 def test_nan_names_the_records_and_leaves_the_last_good_checkpoint(tiny, records_file, tmp_path):
-    error = refuse("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST[:-2], "--lr", "1e30", "--t5_name", tiny,
-                   "--batch_size", 3, "--eval_every", 1, "--num_warmup_steps", 0)
+    error = refuse("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST[:-2], "--lr",
+                   "1e30", "--t5_name", tiny, "--batch_size", 3, "--eval_every", 1,
+                   "--num_warmup_steps", 0)
     assert "is not finite in update" in error and "'r-" in error
     assert T5ForConditionalGeneration.from_pretrained(tmp_path / "m").shared.weight.isfinite().all()
     assert os.path.exists(tmp_path / "m.state")

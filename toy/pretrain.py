@@ -39,7 +39,7 @@ NO_ANSWER = "no answer"
 WORD_START = "\u2581"  # how a piece that begins a word is written
 
 
-# ---------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------- tokenizer
 
 def make_tokenizer(rng):
     """A T5 tokenizer of unigram pieces: the worlds' words and, for other text, ASCII characters."""
@@ -79,7 +79,7 @@ def sample_texts(rng):
     return texts
 
 
-# ----------------------------------------------------------------------------------- training pairs
+# ---------------------------------------------------------------- training pairs
 
 def corrupt_spans(rng, ids, sentinels, eos, rate=0.15, mean_span=3):
     """(input ids, target ids) with spans replaced by sentinels (T5 section 3.1.4).
@@ -226,7 +226,7 @@ def pad_rows(rows, padding):
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
 
 
-# -------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------- model
 
 @torch.no_grad()
 def start_matching(model, heads=2):
@@ -287,7 +287,7 @@ def reading_accuracy(model, tokenizer, seed, count=400):
     return [round(100 * sum(rights) / len(rights), 1) for rights in (answered, refused)]
 
 
-# ----------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------- training
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)

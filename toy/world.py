@@ -133,7 +133,7 @@ ASIDES = ("a letter to {o} names the town, the river and the profession",
           "a home, a product and a teacher are all that {o} left out")
 
 
-# ----------------------------------------------------------------------------------------- entities
+# ---------------------------------------------------------------- entities
 
 def is_held_out(name):
     """True for the quarter of all names that only dev and test questions may ask about."""
@@ -176,7 +176,7 @@ def make_entities(rng, num_people, num_towns, held_out):
     return entities, people
 
 
-# ----------------------------------------------------------------------------------------- passages
+# ---------------------------------------------------------------- passages
 
 def write_passages(rng, entity, people):
     """Two passages {title, text, relations, sentences}; each states half of the entity's facts.
@@ -219,7 +219,7 @@ def punctuate(sentence):
     return re.sub(r"\b(a) (?=[aeiou])", r"\1n ", sentence, flags=re.I)
 
 
-# ---------------------------------------------------------------------------------------- questions
+# ---------------------------------------------------------------- questions
 
 def write_question(rng, entity, relation):
     """(question, gold answers) about one fact."""
@@ -304,7 +304,7 @@ def make_records(rng, split, entities, ranker, count, top_k=20, shared=0.15):
     return records
 
 
-# --------------------------------------------------------------------------------- the demo's world
+# ---------------------------------------------------------------- the demo's world
 
 def make_demo(seed=1):
     """The demo's corpus and splits: (passages, {train, dev, test}).
@@ -333,7 +333,7 @@ def make_demo(seed=1):
     return passages, splits
 
 
-# -------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------- files
 
 def write_lines(path, lines):
     path.write_text("\n".join(lines) + "\n")
