@@ -27,7 +27,7 @@ from dense.instructions import INSTRUCTIONS, named_version
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from files import lock, read_args, write_json
 from metrics import METRICS
-from records import make_question, read_queries, read_questions
+from questions import make_question, read_queries, read_questions
 from retrieval import bm25
 from retrieval.corpus import check_templates, open_corpus
 from retrieval.exact_search import merge_processes, part_range, search_vectors

@@ -16,7 +16,7 @@ import time
 from checkpoints import load_tokenizer, read_training_args
 from model import FiDT5
 from predict import predict, summarize, write_predictions, write_scores
-from records import read_records
+from questions import read_records
 from utils import HelpFormatter, InputError, check_at_least, run_script, start_processes
 
 # minFiD's defaults, for checkpoints that do not say

@@ -33,7 +33,8 @@ from dense.gather import gather_rows
 from dense.instructions import INSTRUCTIONS
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from files import check_writable, save_folder, write_json
-from records import read_queries
+from questions import read_queries
+from resume import load_state, restore_state, save_state
 from retrieval.corpus import Corpus, open_corpus
 from retrieval.qrels import merge_qrels
 from training import (
@@ -41,10 +42,7 @@ from training import (
     Run,
     RunLog,
     describe_machine,
-    load_state,
     make_optimizer,
-    restore_state,
-    save_state,
     set_seed,
     step_optimizer,
     wrap_model,

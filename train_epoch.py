@@ -21,16 +21,14 @@ from data import Collator, TrainSet, check_targets, plan_epoch, train_loader
 from files import check_writable, save_folder, write_json
 from model import FiDT5
 from predict import predict, summarize
-from records import read_records
+from questions import read_records
+from resume import load_state, restore_state, save_state
 from training import (
     Progress,
     Run,
     RunLog,
     describe_machine,
-    load_state,
     make_optimizer,
-    restore_state,
-    save_state,
     set_seed,
     step_optimizer,
     wrap_model,

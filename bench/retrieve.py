@@ -34,7 +34,7 @@ from bi_encoder import ratio, time_rounds
 from checkpoints import load_tokenizer
 from dense.batches import tokenize
 from dense.model import BiEncoder
-from records import read_questions
+from questions import read_questions
 from retrieval.corpus import Corpus
 from retrieval.exact_search import search_vectors
 from retrieval.faiss_index import open_indices, search_indices

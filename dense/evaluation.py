@@ -11,7 +11,7 @@ import torch
 from dense.examples import to_doc_indices
 from dense.gather import gather_tensors
 from metrics import has_answer, rank_documents, ranking_metrics, topk_accuracy
-from records import read_questions
+from questions import read_questions
 from retrieval.corpus import format_key
 from retrieval.exact_search import merge_processes, search_blocks
 from utils import InputError, gather_lists, progress_bar, sum_over_processes

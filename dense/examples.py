@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from files import read_json
-from records import make_question
+from questions import make_question
 from retrieval.qrels import merge_qrels
 from utils import InputError
 

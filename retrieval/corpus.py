@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from files import new_file, parse_json, read_lines, write_json
-from records import split_cells
+from questions import split_cells
 from utils import InputError, progress_bar, wait_for_all
 
 ID_COLUMNS = ("_id", "id", "docid", "doc_id", "passage_id")

@@ -7,7 +7,7 @@ import json
 import os
 
 from files import new_file
-from records import check_types
+from questions import check_types
 from retrieval.corpus import format_key
 from retrieval.results import stack
 from utils import InputError

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from files import new_file, read_json, read_lines
-from records import make_question
+from questions import make_question
 from utils import InputError
 
 READ = 2 ** 20      # lines of a run whose documents are looked up in the corpus at once

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from records import make_question
+from questions import make_question
 from retrieval.results import Results
 
 

@@ -16,7 +16,7 @@ from data import (
     input_texts,
     plan_epoch,
 )
-from records import read_records
+from questions import read_records
 from utils import InputError
 
 CONTEXT = {"title": "T", "text": "some text"}

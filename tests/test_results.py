@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from records import make_question, read_questions
+from questions import make_question, read_questions
 from retrieval.corpus import Corpus
 from retrieval.results import Results, from_dictionaries, fuse, read_run, write_contexts, write_run
 from retrieval_helpers import make_questions, make_results, write_corpus

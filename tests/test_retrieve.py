@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 
 from conftest import ROOT, WORDS, command, make_bert, run
 from dense.instructions import named_version
-from records import read_questions
+from questions import read_questions
 from retrieval.corpus import Corpus
 from retrieval_helpers import make_flags, make_questions, write_corpus, write_rows
 from retrieve import check_records

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from records import check_record, make_question, read_queries, read_questions, read_records
+from questions import check_record, make_question, read_queries, read_questions, read_records
 from utils import InputError
 
 CONTEXT = {"title": "T", "text": "some text"}
