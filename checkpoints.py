@@ -43,6 +43,7 @@ def find_model(path_or_name):
 
 def open_model_file(path):
     """(name of the model that it was trained from, weights) of a file of minFiD, minDPR or DPR.
+
     Raises InputError.
     """
     saved = load_torch_file(path)
@@ -147,8 +148,9 @@ def read_training_args(path):
 
 
 def read_config(folder, kind="T5"):
-    """The configuration of a model folder. Raises InputError where there is none that transformers
-    knows.
+    """The configuration of a model folder.
+
+    Raises InputError where there is none that transformers knows.
     """
     try:
         return AutoConfig.from_pretrained(folder)

@@ -22,7 +22,7 @@ def open_text(path):
 
 
 def read_json(path):
-    """[(object, location)] of a list of objects, or of one object per line (.jsonl, or .json).
+    """[(object, location)] of a list of objects, or of one object per line; either may be .json.
 
     A location is 'FILE:LINE' or 'FILE, record N'. Raises InputError for a missing, unreadable,
     empty or malformed file.
@@ -30,18 +30,18 @@ def read_json(path):
     path = str(path)
     try:
         with open_text(path) as file:
-            if path.removesuffix(".gz").endswith(".jsonl"):
-                return parse_lines(file, path)
             text = file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); is it a whole .json or .jsonl file, "
                          "or one gzipped?") from None
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty; it must hold a list of records")
-    if text.lstrip().startswith("{"):  # LLM-Embedder's .json files hold lines
+    beginning = text.lstrip()[:1]
+    is_lines = path.removesuffix(".gz").endswith(".jsonl") and beginning != "["
+    if is_lines or beginning == "{":  # LLM-Embedder's .json files hold lines
         return parse_lines(text.split("\n"), path)  # splitlines would also split at U+2028
+    if not beginning:
+        raise InputError(f"{path}: the file is empty; it must hold a list of records")
     objects = parse_json(text, path, 1)
     if not isinstance(objects, list):
         raise InputError(f"{path}: holds one {type(objects).__name__}, not a list of records or "
@@ -60,8 +60,9 @@ def parse_lines(lines, path):
 
 
 def parse_json(text, path, first_line):
-    """The object that `text` spells. Raises InputError with file, line and column where it spells
-    none.
+    """The object that `text` spells.
+
+    Raises InputError with file, line and column where it spells none.
     """
     try:
         return json.loads(text)
@@ -72,8 +73,9 @@ def parse_json(text, path, first_line):
 
 
 def read_lines(path):
-    """Yields the lines of a file as bytes, gunzipped; a JSON list yields one line per item. Raises
-    InputError.
+    """Yields the lines of a file as bytes, gunzipped; a JSON list yields one line per item.
+
+    Raises InputError.
     """
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
@@ -189,8 +191,9 @@ def write_json(path, content):
 
 
 def read_args(folder):
-    """The content of a checkpoint's args.json, or {} where it has none. Raises InputError if it is
-    no JSON.
+    """The content of a checkpoint's args.json, or {} where it has none.
+
+    Raises InputError if it is no JSON.
     """
     path = os.path.join(str(folder), "args.json")
     if not os.path.exists(path):

@@ -23,10 +23,10 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from checkpoints import announce_random_start, check_shapes, find_model, read_config, read_weights
 from layers import decode, encode
-from packed_attention import group_texts
+from packed_attention import group_texts, split_by_length
 from utils import InputError
 
-CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}  # encoded at a time
+CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}  # encoded at a time, counted with padding
 # a finite mask: a question without a token attends to all of its padding
 LOWEST = torch.finfo(torch.float32).min
 CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -36,17 +36,14 @@ CLASSES = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
 
 
 def plain_fid(t5, input_ids, attention_mask, labels):
-    """(loss, logits) of Fusion-in-Decoder on a plain Hugging Face T5, everything padded; FiDT5 is
-    tested against it.
-    """
+    """(loss, logits) of Fusion-in-Decoder on a plain T5, all padded; FiDT5 is tested against it."""
     B, N, L = input_ids.shape
-    # (B, N, L) -> (B * N, L)
-    passages, mask = input_ids.view(B * N, L), attention_mask.view(B * N, L)
-    # each passage by itself
-    states = t5.encoder(input_ids=passages, attention_mask=mask).last_hidden_state
-    memory = states.view(B, N * L, -1)  # (B * N, L, D) -> (B, N * L, D)
-    output = t5(encoder_outputs=(memory,), attention_mask=attention_mask.view(B, N * L),
-                labels=labels)
+    ids = input_ids.view(B * N, L)                                  # (B, N, L) -> (B * N, L)
+    mask = attention_mask.view(B * N, L)
+    states = t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # each by itself
+    memory = states.view(B, N * L, -1)                              # (B * N, L, D) -> (B, N * L, D)
+    memory_mask = mask.view(B, N * L)
+    output = t5(encoder_outputs=(memory,), attention_mask=memory_mask, labels=labels)
     return output.loss, output.logits
 
 
@@ -85,7 +82,7 @@ class EncoderWrapper(nn.Module):
     """Encodes (B, N, L) passages independently and concatenates their real tokens for the decoder
     (FiD section 3).
 
-    Passages are sorted by length and encoded in chunks of about CHUNK_TOKENS real tokens, side by
+    Passages are sorted by length and encoded in chunks of at most CHUNK_TOKENS tokens, side by
     side and without padding. The result equals that of the padded batch, whose padding is masked.
     Two questions with passages of [3, 1] and [2, 0] tokens (B = 2, N = 2, L = 3):
 
@@ -106,56 +103,45 @@ class EncoderWrapper(nn.Module):
         at least.
         """
         B, N, L = input_ids.shape
-        device, mask = input_ids.device, attention_mask.bool()
+        device, mask = input_ids.device, attention_mask.bool().contiguous()
         if not (mask[..., 1:] <= mask[..., :-1]).all():
             raise ValueError("attention_mask must have each passage's real tokens first and its "
                              "padding after them")
 
         # pack: the real tokens of all passages in one row, longest passage first
-        lengths, order = mask.sum(2).flatten().sort(descending=True, stable=True)  # (B * N) both
-        sorted_mask = mask.view(B * N, L)[order]
-
-        def pack(grid):
-            """(B, N, L) -> (S), in the order of encoding."""
-            return grid.reshape(B * N, L)[order][sorted_mask]
+        lengths, order = mask.sum(2).flatten().sort(descending=True, stable=True)   # (B * N) both
+        positions = torch.arange(B * N * L, device=device).view(B * N, L)
+        packed = positions[order][mask.view(B * N, L)[order]]   # (S) positions of the real tokens
 
         # where each token goes: its question's row of the memory, after the real tokens before it
-        question_lengths = mask.sum((1, 2))                                              # (B)
+        question_lengths = mask.sum((1, 2))                                         # (B)
         M = max(1, int(question_lengths.max()))
-        columns = mask.view(B, N * L).cumsum(1) - 1  # (B, N * L)
-        # (S) of the memory laid flat
-        memory_rows = pack(columns + M * torch.arange(B, device=device)[:, None])
-        passage_offsets = torch.arange(N, device=device) * max(stride or 0, L)
-        offset_grid = passage_offsets[:, None] + torch.arange(L, device=device)          # (N, L)
-        offsets = torch.zeros(B * M, dtype=torch.long, device=device)
-        offsets[memory_rows] = pack(offset_grid.expand(B, N, L))
+        columns = mask.view(B, N * L).cumsum(1) - 1                                 # (B, N * L)
+        rows = M * torch.arange(B, device=device)[:, None] + columns   # of the memory laid flat
+        memory_rows = rows.flatten()[packed]                                        # (S)
 
-        states = self.encode_chunks(pack(input_ids), lengths[lengths > 0].tolist())      # (S, D)
+        # encode, and put every token into its place; index_put keeps no second copy of the states
+        ids = input_ids.flatten()[packed]                                           # (S)
+        states = self.encode_chunks(ids, lengths[lengths > 0].tolist())             # (S, D)
         memory = states.new_zeros(B * M, states.shape[1]).index_put((memory_rows,), states)
-        memory_mask = torch.arange(M, device=device) < question_lengths[:, None]
+        memory_mask = torch.arange(M, device=device) < question_lengths[:, None]    # (B, M)
+
+        # the offset that the token has where every passage is padded to the stride
+        passage, token = packed % (N * L) // L, packed % L                          # (S) both
+        offsets = torch.zeros(B * M, dtype=torch.long, device=device)
+        offsets[memory_rows] = passage * max(stride or 0, L) + token
         return Memory(memory.view(B, M, -1), memory_mask, offsets.view(B, M))
 
     def encode_chunks(self, ids, lengths):
         """States (S, D) of packed token ids (S) of passages of falling lengths, a chunk at a time.
         """
         states, start = [torch.zeros(0, self.encoder.module.config.d_model, device=ids.device)], 0
-        for chunk_lengths in split_chunks(lengths, CHUNK_TOKENS[ids.device.type]):
+        for first, last in split_by_length(lengths, CHUNK_TOKENS[ids.device.type]):
+            chunk_lengths = lengths[first:last]
             end = start + sum(chunk_lengths)
             states.append(self.encoder(ids[start:end], group_texts(chunk_lengths, ids.device)))
             start = end
         return torch.cat(states)
-
-
-def split_chunks(lengths, most_tokens):
-    """Splits a list of lengths into runs that sum to at most `most_tokens` (or hold one length)."""
-    runs, tokens = [], most_tokens
-    for length in lengths:
-        if tokens + length > most_tokens:
-            runs.append([])
-            tokens = 0
-        runs[-1].append(length)
-        tokens += length
-    return runs
 
 
 # ---------------------------------------------------------------- decoder
@@ -372,8 +358,9 @@ class FiDT5(nn.Module):
         transformers does.
         """
         os.makedirs(folder, exist_ok=True)
-        weights = {plain_key(key): value.detach().contiguous() for key,
-                   value in self.t5.state_dict().items()}
+        weights = {}
+        for key, value in self.t5.state_dict().items():
+            weights[plain_key(key)] = value.detach().contiguous()
         is_tied = self.t5.lm_head.weight is self.t5.shared.weight
         copies = [*EMBEDDINGS[1:], "lm_head.weight"] if is_tied else EMBEDDINGS[1:]
         for key in copies:

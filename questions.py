@@ -1,8 +1,7 @@
-"""Questions and their fields, in every file form of the field: one rule for the reader, the
-retriever and retrieval.
+"""Questions and their fields, in every file form of the field: one rule for reader and retriever.
 
 A record is a JSON object per question: `question` (or `query`, or BEIR's `text`), an id, `answers`
-(or `answer`, `target`), `ctxs` (ranked passages {title, text, score}). Files: a `.json` list or
+(or `answer`), `target`, `ctxs` (ranked passages {title, text, score}). Files: a `.json` list or
 `.jsonl`; tables of question and answers (DPR's nq-test.csv) or of id and text; any of them gzipped.
 """
 import ast
@@ -16,6 +15,7 @@ from utils import InputError
 
 ID_FIELDS = ("id", "_id", "query_id", "qid")
 TEXT_FIELDS = ("question", "query", "text")
+ID_COLUMNS = (*ID_FIELDS, "docid", "doc_id", "passage_id")  # of a table's header
 LIST_FIELDS = ("pos", "neg", "pos_index", "neg_index", "positive_ctxs", "negative_ctxs",
                "hard_negative_ctxs")
 
@@ -27,10 +27,9 @@ def question_text(record, location):
     if not isinstance(record, dict):
         raise InputError(f"{location}: a record must be a JSON object, this is a "
                          f"{type(record).__name__}")
-    field = next((name for name in TEXT_FIELDS if name in record), None)
-    text = record.get(field)
+    text = next((record[name] for name in TEXT_FIELDS if record.get(name) is not None), None)
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{location}: no 'question' (or 'query') text; its fields are "
+        raise InputError(f"{location}: no 'question' (or 'query', 'text') text; its fields are "
                          f"{sorted(record)}")
     return text
 
@@ -89,8 +88,9 @@ def read_records(path, keep_contexts=None):
     (FiD, src/data.py: sort_data); those without a score come last then. `keep_contexts` drops the
     contexts after that many, to save memory. Raises InputError.
     """
-    records = [check_record(item, location, index) for index,
-               (item, location) in enumerate(read_json(path))]
+    records = []
+    for index, (item, location) in enumerate(read_json(path)):
+        records.append(check_record(item, location, index))
     if not records:
         raise InputError(f"{path}: holds no records")
     first_context = next((record["ctxs"][0] for record in records if record["ctxs"]), {})
@@ -109,6 +109,7 @@ def context_score(context):
 
 def check_record(record, location, index):
     """A copy of the record with the fields that the reader uses; `index` is its id if it has none.
+
     Raises InputError.
     """
     question = question_text(record, location)
@@ -146,8 +147,9 @@ class Question(NamedTuple):
 
 
 def make_question(record, location, index, task=""):
-    """The Question of a record; `index` is its id if it has none, `task` its task. Raises
-    InputError.
+    """The Question of a record; `index` is its id if it has none, `task` its task.
+
+    Raises InputError.
     """
     text = question_text(record, location)
     check_types(record, location)
@@ -159,42 +161,57 @@ def make_question(record, location, index, task=""):
 
 
 def read_questions(path, task=""):
-    """Questions of records, BEIR's queries.jsonl, DPR's question <tab> list of answers, or id <tab>
-    text.
+    """The Questions of a file, whose first line tells its form; see the module's docstring.
 
     `task` is that of questions that name none. Raises InputError.
     """
-    if str(path).removesuffix(".gz").endswith((".csv", ".tsv")):
-        rows = read_table(path)
-    else:
-        rows = read_json(path)
+    rows = read_json(path) if holds_json(path) else read_table(path)
     if not rows:
         raise InputError(f"{path}: holds no questions")
-    return [make_question(record, location, index, task) for index,
-            (record, location) in enumerate(rows)]
+    questions = []
+    for index, (record, location) in enumerate(rows):
+        questions.append(make_question(record, location, index, task))
+    return questions
+
+
+def holds_json(path):
+    """True for a file named .json or .jsonl, or whose first line with text begins as JSON does."""
+    if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
+        return True
+    first_line = next((line for line in read_lines(path) if line.strip()), b"")
+    return first_line.lstrip().startswith((b"{", b"[{"))
 
 
 def read_table(path):
-    """[(record, 'FILE:LINE')] of a table of two columns: question and answers, or id and text.
+    """[(record, 'FILE:LINE')] of a table of question and answers, or of id and text.
+
+    A second column that is a Python list of texts holds answers, as in DPR's files, whose cells are
+    quoted as csv does. Any other line is an id and, as it stands after the first tab, a text.
     Raises InputError.
     """
     rows = []
     for line_number, line in enumerate(read_lines(path), 1):
         text = line.decode("utf-8", "replace").rstrip("\r\n")
         cells = split_cells(text)
-        if not cells or line_number == 1 and is_header(cells):
+        if not text.strip() or line_number == 1 and is_header(cells):
             continue
         location = f"{path}:{line_number}"
-        if len(cells) != 2:
-            raise InputError(f"{location}: {len(cells)} columns instead of two: question and "
-                             "answers, or id and text")
-        if cells[1].startswith("["):
-            record = {"id": str(len(rows)), "question": cells[0],
-                      "answers": parse_answers(cells[1], location)}
+        if "\t" not in text:
+            raise InputError(f"{location}: one column instead of two: question and answers, or id "
+                             "and text, with a tab between them")
+        if len(cells) == 2 and holds_answers(cells[1], path):
+            record = {"question": cells[0], "answers": parse_answers(cells[1], location)}
         else:
-            record = {"id": cells[0], "question": cells[1]}
+            identifier, _, question = text.partition("\t")
+            record = {"id": identifier, "question": question}
         rows.append((record, location))
     return rows
+
+
+def holds_answers(cell, path):
+    """True for a second column that is meant as a list of answers, not as a text."""
+    is_csv = str(path).removesuffix(".gz").endswith(".csv")  # DPR's, where a list may be cut off
+    return cell.startswith("[") and (cell.endswith("]") or is_csv)
 
 
 def split_cells(line):
@@ -204,14 +221,11 @@ def split_cells(line):
 
 
 def is_header(cells):
-    """True for the cells of a first line that names the columns: id and query, or question and
-    answers.
-    """
+    """True for a first line's cells that name columns: id and text, or question and answers."""
     names = [cell.strip().lower() for cell in cells]
     if names == ["question", "answers"]:
         return True
-    return len(names) == 2 and names[0] in (*ID_FIELDS, "docid",
-                                            "doc_id") and names[1] in TEXT_FIELDS
+    return len(names) == 2 and names[0] in ID_COLUMNS and names[1] in TEXT_FIELDS
 
 
 def parse_answers(text, location):
@@ -222,17 +236,24 @@ def parse_answers(text, location):
         raise InputError(f"{location}: {text[:60]!r} is not a list of answers") from None
 
 
-def read_queries(paths):
-    """{id: text} of the queries that qrels name, from any form of read_questions. Raises
-    InputError.
+def read_unique_questions(paths, task=""):
+    """{id: Question} of the questions that qrels name, which need ids of their own.
+
+    Raises InputError for a question without an id, or an id with two texts.
     """
-    queries = {}
+    questions = {}
     for path in paths:
-        for question in read_questions(path):
+        for question in read_questions(path, task):
             if record_id(question.record) is None:
                 raise InputError(f"{question.location}: a query that qrels name needs an id; its "
                                  f"fields are {sorted(question.record)}")
-            if queries.setdefault(question.id, question.text) != question.text:
+            first = questions.setdefault(question.id, question)
+            if first.text != question.text:
                 raise InputError(f"{question.location}: the id {question.id!r} is another query's "
                                  "already; make ids unique")
-    return queries
+    return questions
+
+
+def read_queries(paths):
+    """{id: text} of read_unique_questions."""
+    return {question.id: question.text for question in read_unique_questions(paths).values()}

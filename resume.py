@@ -1,12 +1,13 @@
 """The resume state OUT.state: what a training run needs to end as if it had never been stopped."""
 import os
 import random
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 
 from checkpoints import load_torch_file
 from files import new_file
+from training import Progress
 from utils import InputError, gather_lists
 
 # ---------------------------------------------------------------- random states
@@ -28,8 +29,9 @@ def restore_random_states(states, device):
 # ---------------------------------------------------------------- resume state
 
 def save_state(run):
-    """Writes OUT.state: weights, optimizer, schedule, every process's random states, progress. All
-    processes call it.
+    """Writes OUT.state: weights, optimizer, schedule, every process's random states, progress.
+
+    All processes call it.
     """
     states = gather_lists([random_states(run.world.device)], run.world)
     if run.world.is_main:
@@ -51,6 +53,9 @@ def load_state(out, args, world, free_flags):
     if not args.resume or not os.path.exists(path):
         return None
     state = load_torch_file(path)
+    if set(state["progress"]) != {field.name for field in fields(Progress)}:
+        raise InputError(f"{path} was written by another version of this code; leave out --resume "
+                         "to start anew")
     now = vars(args) | {"number of processes": world.size}
     then = state["args"] | {"number of processes": state["world_size"]}
     changed = [name for name in now if name not in free_flags and then.get(name) != now[name]]

@@ -11,7 +11,6 @@ it exactly (Flat), a block of the memory-mapped vectors at a time, or with the f
 --faiss_index_factory names. Equal scores are ranked by the documents' order in the corpus. Without
 questions only the index is made.
 """
-import argparse
 import os
 import time
 from collections import Counter
@@ -23,19 +22,18 @@ import transformers
 
 from checkpoints import load_tokenizer
 from dense.batches import GroupCollator
-from dense.instructions import INSTRUCTIONS, named_version
+from dense.instructions import INSTRUCTIONS
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
-from files import lock, read_args, write_json
-from metrics import METRICS
-from questions import make_question, read_queries, read_questions
+from files import lock, write_json
+from questions import read_questions, read_unique_questions
 from retrieval import bm25
-from retrieval.corpus import check_templates, open_corpus
+from retrieval.corpus import open_corpus
 from retrieval.exact_search import merge_processes, part_range, search_vectors
 from retrieval.faiss_index import open_indices, search_indices
 from retrieval.fingerprint import await_index, check_fingerprint, fingerprint
+from retrieval.flags import check_args, list_measures, parse_args, settle_defaults
 from retrieval.measures import mark_answers, measure, read_labels
 from retrieval.mining import (
-    COLLATED,
     check_candidates,
     check_indices,
     collated_paths,
@@ -49,13 +47,9 @@ from retrieval.qrels import merge_qrels
 from retrieval.results import Results, fuse, read_run, stack, write_contexts, write_run
 from retrieval.vectors import encode_corpus
 from utils import (
-    SWITCH,
-    HelpFormatter,
     InputError,
-    check_at_least,
     gather_lists,
     progress_bar,
-    resolve_path,
     run_script,
     start_processes,
     wait_for_all,
@@ -64,237 +58,6 @@ from utils import (
 QUESTIONS = 512  # questions that are encoded at once
 PATIENCE = timedelta(days=2)  # a large BM25 index is made by one process while the others wait
 
-# what no flag says, and no checkpoint
-DEFAULTS = {"query_max_length": 256, "key_max_length": 256, "query_template": "{query}",
-            "key_template": "{title} {text}", "add_instruction": True}
-
-
-# ---------------------------------------------------------------- flags
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_data_flags(parser)
-    add_method_flags(parser)
-    add_output_flags(parser)
-    add_run_flags(parser)
-    return parser.parse_args()
-
-
-def add_data_flags(parser):
-    add = parser.add_argument_group("data").add_argument
-    add("--eval_data", metavar="FILE",
-        help="questions: records, DPR's .csv of questions and answers, or id and text")
-    add("--queries", nargs="+", default=[], metavar="FILE",
-        help="queries in BEIR's form, in place of --eval_data")
-    add("--qrels", action="append", default=[], metavar="qrels=FILE",
-        help="labels to measure with, with train_dense.py's filters")
-    add("--corpus", nargs="+", metavar="FILE",
-        help="documents: psgs_w100.tsv, BEIR's .jsonl or JSON lines, may end in .gz")
-    add("--key_template",
-        help="the text of a document; not given: the checkpoint's, else '{title} {text}'")
-    add("--task", default="",
-        help="task (qa, chat ...) whose instruction questions that name none get, and the "
-             "documents")
-    add("--query_max_length", type=int,
-        help="tokens per query; not given: the checkpoint's, else 256")
-    add("--key_max_length", type=int,
-        help="tokens per document; not given: the checkpoint's, else 256")
-    add("--add_instruction", **SWITCH,
-        help="--version's instruction before texts whose query has a task; not given: as in "
-             "training")
-    add("--version", choices=INSTRUCTIONS,
-        help="whose instructions; not given: the checkpoint's, else by its name")
-    add("--pair_types", action="store_true",
-        help="token type 1 after a text's first [SEP], for minDPR's file; our folders state it")
-
-
-def add_method_flags(parser):
-    add = parser.add_argument_group("method").add_argument
-    add("--retrieval_method", choices=METHODS, default="dense",
-        help="rank orders given candidates: the records' key, history, or pos and neg, or an "
-             "earlier result; fuse merges earlier results")
-    add("--results", nargs="+", default=[], metavar="FILE",
-        help="earlier results to rank or fuse: TREC runs or records with ctxs")
-    add("--hits", type=int, default=200, help="documents per query")
-    add("--query_encoder", default="BAAI/bge-base-en",
-        help="retriever (dense, rank) or, with --ranker, cross-encoder")
-    add("--key_encoder", help="encoder of the documents, if it is a checkpoint of its own")
-    add("--ranker", action="store_true", help="rank with a cross-encoder")
-    add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
-    add("--pooling_method", choices=["cls", "mean", "last"],
-        help="not given: the checkpoint's, else cls")
-    add("--index", metavar="DIR",
-        help="folder of the corpus's vectors and index, made or reused; not given: beside the "
-             "corpus")
-    add("--dtype", choices=["float16", "float32"], default="float16",
-        help="numbers of the stored vectors")
-    add("--faiss_index_factory", default="Flat",
-        help="Flat (exact) or a faiss factory string: IVF4096,PQ64, HNSW32, OPQ16,PQ16 ...")
-    add("--train_sample", type=int,
-        help="vectors that an index, or each process's part, is trained on at most; not given: 40 "
-             "per list of an IVF index, 200,000 at least")
-    add("--nprobe", type=int, help="lists that an IVF index searches")
-    add("--efSearch", type=int, help="breadth of an HNSW search")
-    add("--k1", type=float, default=0.9, help="BM25's k1")
-    add("--b", type=float, default=0.4, help="BM25's b")
-    add("--stopwords", default="en",
-        help="words that BM25 leaves out: a language of bm25s, or none")
-    add("--stemmer",
-        help="language whose PyStemmer stemmer BM25 uses (needs the package PyStemmer)")
-    add("--fusion", choices=["rrf", "weighted"], default="rrf",
-        help="reciprocal rank, or sum of scores scaled to 0 .. 1")
-    add("--fusion_weights", type=float, nargs="+", help="one per result; not given: equal")
-
-
-def add_output_flags(parser):
-    add = parser.add_argument_group("outputs").add_argument
-    add("--output", metavar="FILE", help="reader records with ctxs, .json or .jsonl")
-    add("--trec", metavar="FILE", help="TREC run")
-    add("--metrics", nargs="+", default=[], metavar="NAME",
-        help=f"{', '.join(METRICS)}; {', '.join(COLLATED)} write LLM-Embedder's files")
-    add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K",
-        help="ranks that the metrics look at")
-    add("--save_name", help="name in the collated files: train.json becomes train.neg.NAME.json")
-    add("--max_neg_num", type=int, default=100, help="negatives per query that collate_neg keeps")
-    add("--filter_answers", default=False, **SWITCH,
-        help="collate_neg leaves out passages that hold an answer")
-    add("--measures", metavar="FILE", help="write the measures as JSON")
-    add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
-
-
-def add_run_flags(parser):
-    add = parser.add_argument_group("run").add_argument
-    add("--num_workers", type=int, default=0, help="processes that read and tokenise")
-    add("--bf16", default=False, help="encode in bfloat16", **SWITCH)
-    add("--seed", type=int, default=42, help="seed of random retrieval and of the training sample")
-    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
-
-
-def settle_defaults(args):
-    """Resolves paths; what no flag says is as in the checkpoint's training, else as in DEFAULTS."""
-    args.eval_data = resolve_path(args.eval_data, args.data_root)
-    args.corpus = [resolve_path(path, args.data_root) for path in args.corpus or []]
-    if args.index is None and args.corpus:
-        args.index = f"{args.corpus[0]}.{args.retrieval_method}-index"
-
-    stated = {}  # the flags of the checkpoint's training
-    if args.retrieval_method in ("dense", "rank"):
-        stated = read_args(args.query_encoder).get("args", {})
-    by_name = named_version(args.query_encoder)
-    # where a flag or the model's name, not the checkpoint, asks for instructions, a run without
-    # them is worth a note
-    if args.version:
-        args.expects_instructions = args.version != "none"
-    else:
-        args.expects_instructions = by_name != "none" and not stated.get("version")
-    for name, default in (DEFAULTS | {"version": by_name}).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, stated.get(name, default))
-
-
-def check_args(args):
-    """Rejects invalid combinations of flags before anything is read. Raises InputError."""
-    check_templates(args)
-    counts = ("hits", "max_neg_num", "train_sample", "nprobe", "efSearch")
-    check_at_least(args, dict.fromkeys(counts, 1))
-    if min(args.cutoffs) < 1:
-        raise InputError("--cutoffs must be 1 or more")
-    check_metrics(args)
-    check_questions(args)
-    check_corpus(args)
-    check_method(args)
-    check_collated(args)
-    check_paths(args)
-
-
-def list_measures(args):
-    """The names in --metrics that are measures."""
-    return [name for name in args.metrics if name in METRICS]
-
-
-def list_collated(args):
-    """The names in --metrics that are collated files."""
-    return [name for name in args.metrics if name in COLLATED]
-
-
-def check_metrics(args):
-    """Raises InputError for an unknown name, or a file of measures without a measure."""
-    for name in args.metrics:
-        if name not in METRICS and name not in COLLATED:
-            raise InputError(f"--metrics {name}: unknown, choose of "
-                             f"{', '.join([*METRICS, *COLLATED])}")
-    if args.measures and not list_measures(args):
-        raise InputError("--measures writes measures, and none is asked for: give --metrics, of "
-                         f"{', '.join(METRICS)}")
-
-
-def check_questions(args):
-    """Raises InputError for questions without outputs, or outputs without questions."""
-    has_questions = bool(args.eval_data or args.queries)
-    has_outputs = bool(args.output or args.trec or args.metrics)
-    makes_index = args.retrieval_method in ("bm25", "dense")
-    if args.eval_data and args.queries:
-        raise InputError("--eval_data and --queries both name questions; give one of them")
-    if not has_questions and (has_outputs or not makes_index):
-        raise InputError("no questions: give --eval_data, or --queries; without them and without "
-                         "outputs bm25 and dense make the index, no more")
-    if has_questions and not has_outputs:
-        raise InputError("nothing to do with the result: give --output, --trec or --metrics")
-
-
-def check_corpus(args):
-    """Raises InputError if the documents are needed and --corpus is missing."""
-    if args.corpus:
-        return
-    if args.retrieval_method != "rank" or args.results:
-        raise InputError(f"--retrieval_method {args.retrieval_method} needs --corpus")
-    if args.output or args.trec or args.qrels or "nq" in args.metrics:
-        raise InputError("--output, --trec, --qrels and the metric nq need the passages: give "
-                         "--corpus")
-
-
-def check_method(args):
-    """Raises InputError for flags that are for another --retrieval_method."""
-    method = args.retrieval_method
-    if args.faiss_index_factory == "Flat" and (args.nprobe or args.efSearch):
-        raise InputError("--nprobe and --efSearch are for approximate indices; name one with "
-                         "--faiss_index_factory")
-    if args.ranker and method != "rank":
-        raise InputError("--ranker scores given candidates: use --retrieval_method rank")
-    if args.results and method not in ("rank", "fuse"):
-        raise InputError("--results are for --retrieval_method rank (one) and fuse (two or more)")
-    if method == "rank" and len(args.results) > 1:
-        raise InputError("--retrieval_method rank orders one of --results; fuse merges two or more")
-    if method == "fuse":
-        has_other_weights = args.fusion_weights and len(args.fusion_weights) != len(args.results)
-        if len(args.results) < 2 or has_other_weights:
-            raise InputError("--retrieval_method fuse needs two or more --results, and one of "
-                             "--fusion_weights for each")
-
-
-def check_collated(args):
-    """Raises InputError for collated files that cannot be written or would not be what they say."""
-    if list_collated(args) and not args.eval_data:
-        raise InputError("collated files are written beside --eval_data, which is missing")
-    if "collate_score" not in args.metrics:
-        return
-    if args.retrieval_method != "rank" or args.results:
-        raise InputError("collate_score scores the records' own candidates: use --retrieval_method "
-                         "rank without --results")
-    if args.output or args.trec or len(args.metrics) > 1:
-        raise InputError("collate_score may score other candidates than are ranked; ask for it "
-                         "alone")
-
-
-def check_paths(args):
-    """Raises InputError for an output whose folder cannot be written."""
-    paths = [path for path in (args.output, args.trec, args.measures) if path]
-    paths += [collated_paths(args)[kind] for kind in list_collated(args)]
-    for path in paths:
-        if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
-            raise InputError(f"{path}: its folder does not exist or cannot be written; make it "
-                             "first, or choose another")
-
 
 # ---------------------------------------------------------------- questions
 
@@ -302,12 +65,7 @@ def open_questions(args):
     """The Questions of --eval_data or --queries, [] without either. Raises InputError."""
     if args.eval_data:
         return read_questions(args.eval_data, args.task)
-    location = ", ".join(args.queries)
-    questions = []
-    for index, (query_id, text) in enumerate(read_queries(args.queries).items()):
-        record = {"id": query_id, "question": text}
-        questions.append(make_question(record, location, index, args.task))
-    return questions
+    return list(read_unique_questions(args.queries, args.task).values())
 
 
 def check_records(questions, labels, corpus, args):
@@ -394,6 +152,7 @@ def search_dense(args, corpus, questions, world):
     check_one_instruction(collator, tasks)
     log_instructions(args, collator, tasks, world.log)
 
+    # any task will do for the documents: all have the same instruction before them
     vectors = open_vectors(args, corpus, model, collator, tasks[0], world)
     metric = "l2" if model.metric == "l2" else "ip"  # the vectors of cos have length 1
     is_exact = args.faiss_index_factory == "Flat"
@@ -479,13 +238,13 @@ def encode_questions(args, model, collator, questions, world):
         token_ids = collator.queries([question.text for question in chunk],
                                      [question.task for question in chunk])
         vectors.append(model.encode(token_ids, "query").float())
-    vectors = torch.cat(vectors)
-    is_finite = vectors.isfinite().all(dim=1)
+    query_vectors = torch.cat(vectors)
+    is_finite = query_vectors.isfinite().all(dim=1)
     if not is_finite.all():
-        index = int(is_finite.int().argmin())
-        raise InputError(f"{args.query_encoder}: question {index} gets a vector that is not "
-                         "finite; the checkpoint is broken")
-    return vectors
+        question = questions[int(is_finite.int().argmin())]
+        raise InputError(f"{args.query_encoder}: question {question.id!r} gets a vector that is "
+                         "not finite; the checkpoint is broken")
+    return query_vectors
 
 
 # ---------------------------------------------------------------- ranking candidates
@@ -564,7 +323,7 @@ def fuse_results(args, corpus, questions, world):
 
 # {--retrieval_method: function(args, corpus, questions, world)}; a function returns Results on the
 # main process, or None if there are no questions
-METHODS = {"dense": search_dense, "bm25": search_bm25, "rank": rank_candidates,
+SEARCHES = {"dense": search_dense, "bm25": search_bm25, "rank": rank_candidates,
            "random": draw_random, "fuse": fuse_results}
 
 
@@ -618,7 +377,7 @@ def main(args):
     limit_hits(args, corpus, questions, world.log)
 
     start = time.time()
-    results = METHODS[args.retrieval_method](args, corpus, questions, world)
+    results = SEARCHES[args.retrieval_method](args, corpus, questions, world)
     seconds = time.time() - start
     if not questions:
         world.log(f"{args.index}: {len(corpus):,} documents, {args.retrieval_method}: "
@@ -632,4 +391,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args(__doc__))

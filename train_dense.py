@@ -69,27 +69,30 @@ def compute_loss(run, batch):
     see dense/gather.py.
     """
     flags = run.task_flags[batch["task"]]
-    # rows of a batch that only takes part in the gather are left out of it
+    # a batch that is not real takes part in the gather with no rows
     count = len(batch["indices"]) if batch["is_real"] else 0
     teacher = gather_rows(batch["teacher"][:count].to(run.world.device))                 # (Q, G)
     if flags.ranker:
-        scores, groups, connected = score_with_ranker(run, batch, count)
+        scores, groups, zero = score_with_ranker(run, batch, count)
     else:
-        scores, groups, connected = score_with_retriever(run, batch, count)
+        scores, groups, zero = score_with_retriever(run, batch, count)
     positives = groups[:, 0]
 
     weighted_losses = []
-    if flags.loss == "infonce" or not flags.loss and flags.contrastive_weight:
-        masked = mask_duplicates(flags, batch, count, positives)
+    if flags.loss:  # one loss alone
+        contrasts, distills = flags.loss == "infonce", flags.loss != "infonce"
+    else:
+        contrasts, distills = flags.contrastive_weight, flags.distill_weight
+    if contrasts:
+        masked = duplicate_mask(flags, batch, count, positives)
         weighted_losses.append((flags.contrastive_weight,
                                 losses.contrastive(scores, positives, masked)))
     has_teacher = ~teacher.isnan().any(1)                                                # (Q)
-    distills = flags.loss != "infonce" and (flags.loss or flags.distill_weight)
     if distills and has_teacher.any():
         loss = distillation_loss(flags, scores[has_teacher], groups[has_teacher],
                                  teacher[has_teacher])
         weighted_losses.append((flags.distill_weight, loss))
-    return combine_losses(weighted_losses) + connected, len(teacher)
+    return combine_losses(weighted_losses) + zero, len(teacher)
 
 
 def score_with_retriever(run, batch, count):
@@ -117,7 +120,7 @@ def score_with_ranker(run, batch, count):
     return scores, groups, pair_scores.sum() * 0
 
 
-def mask_duplicates(flags, batch, count, positives):
+def duplicate_mask(flags, batch, count, positives):
     """(Q, K) bool, True at copies of a query's positive, or None if they are not looked for."""
     if not flags.mask_duplicates or flags.ranker:
         return None
@@ -162,7 +165,7 @@ def train_update(run, batches, micro_batches):
         batch = next(batches)
 
         # forward and backward pass; gradients add up in the weights' .grad
-        with run.accumulate(is_last=i == micro_batches - 1):
+        with run.exchange_gradients(is_last=i == micro_batches - 1):
             with torch.autocast(world.device.type, torch.bfloat16, enabled=args.bf16):
                 loss, count = compute_loss(run, batch)
             (loss / micro_batches).backward()
@@ -188,10 +191,9 @@ def refuse_update(run, not_finite, indices):
                      f"left in {run.out}")
 
 
-def plan_epoch(run, epoch):
+def plan_epoch(args, dataset_sizes, epoch, world):
     """This process's part of an epoch: [update][micro-batch][(index, is_real)]."""
-    args, world = run.args, run.world
-    return plan_batches(run.dataset_sizes, epoch, args.seed, not args.no_shuffle, args.batch_size,
+    return plan_batches(dataset_sizes, epoch, args.seed, not args.no_shuffle, args.batch_size,
                         args.grad_accumulation, args.inbatch_same_dataset, world.rank, world.size)
 
 
@@ -202,7 +204,7 @@ def train_epoch(run):
     args, world, progress = run.args, run.world, run.progress
 
     # who reads what is planned anew for each epoch, alike on all processes
-    plan = plan_epoch(run, progress.epoch)
+    plan = plan_epoch(args, run.dataset_sizes, progress.epoch, world)
     remaining = plan[progress.update:]  # a resumed run goes on inside the epoch
     run.train_set.epoch = progress.epoch
     batches = iter(train_loader(run.train_set, remaining, run.collator, args.num_workers))
@@ -261,8 +263,9 @@ def best_metric(args, dev):
 
 
 def report(run, measures=None):
-    """Logs a line and a row of the updates since the last report; with measures, keeps the
-    retriever if it is the best.
+    """Logs a line and a row of the updates since the last report.
+
+    With measures, also these, and keeps the retriever if it is the best so far.
     """
     progress = run.progress
     summary = progress.summary()
@@ -272,22 +275,28 @@ def report(run, measures=None):
     row = {"update": progress.total_updates, "epoch": progress.epoch, "lr": lr, **summary}
     is_best = False
     if measures:
-        name = best_metric(run.args, run.dev)
-        # a lower average rank is better
-        value = -measures[name] if name == "rank" else measures[name]
-        is_best = value > progress.best
+        is_best = count_measures(run, measures)
         row |= measures | {"best": is_best}
         values = " ".join(f"{key} {measures[key]:.4f}" for key in measures if key != "eval_seconds")
         line += f" | {values} | {measures['eval_seconds']:.0f} s"
-    run.log.line(line + " | best" if is_best else line)
+    run.world.log(line + " | best" if is_best else line)
     run.log.row(row, progress.total_updates)
     progress.rows += 1
     progress.start_report()
-    if is_best:
-        progress.best = value
-        progress.best_at = f"{name} {measures[name]:.4f} at update {progress.total_updates}"
-        if run.world.is_main:
-            save_best(run)
+    if is_best and run.world.is_main:
+        save_best(run)
+
+
+def count_measures(run, measures):
+    """True if the measures are the best so far, which the progress then remembers."""
+    name = best_metric(run.args, run.dev)
+    # a lower average rank is better
+    value = -measures[name] if name == "rank" else measures[name]
+    if value <= run.progress.best:
+        return False
+    run.progress.best = value
+    run.progress.best_at = f"{name} {measures[name]:.4f} at update {run.progress.total_updates}"
+    return True
 
 
 # ---------------------------------------------------------------- saving
@@ -341,8 +350,9 @@ def remove_other_layout(folder, has_two_encoders):
     """Removes an earlier run's files of the other layout: one encoder, or two in folders of their
     own.
     """
-    names = ("config.json", "modules.json",
-             "model.safetensors") if has_two_encoders else ("query", "key")
+    names = ["query", "key"]
+    if has_two_encoders:
+        names = ["config.json", "modules.json", "model.safetensors"]
     for name in names:
         path = os.path.join(folder, name)
         if os.path.isdir(path):
@@ -351,7 +361,7 @@ def remove_other_layout(folder, has_two_encoders):
             os.remove(path)
 
 
-def transformers_of(model, args):
+def encoders_of(model, args):
     """The modules that hold a transformer as `.model`: the encoders, or the ranker itself."""
     return [model] if args.ranker else list(model.encoders.values())
 
@@ -359,7 +369,7 @@ def transformers_of(model, args):
 def merge_adapters(model, args):
     """A copy of the model whose LoRA adapters are merged into the weights."""
     model = copy.deepcopy(model)
-    for module in transformers_of(model, args):
+    for module in encoders_of(model, args):
         module.model = module.model.merge_and_unload()
     return model
 
@@ -394,16 +404,21 @@ def open_retriever(args, tokenizer):
 
 
 def add_adapters(model, args):
-    """Freezes the transformers and adds LoRA adapters of rank --lora (arXiv 2106.09685). Raises
-    InputError without peft.
+    """Freezes the transformers and adds LoRA adapters of rank --lora (arXiv 2106.09685).
+
+    Raises InputError without peft.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise InputError("--lora needs the package peft: pip install peft") from None
-    for module in transformers_of(model, args):
+    for module in encoders_of(model, args):
         adapters = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
         module.model = get_peft_model(module.model, adapters)
+        if not args.ranker:  # no vector passes through a pooler; DDP would wait for its gradient
+            for name, parameter in module.model.named_parameters():
+                if ".pooler." in name:
+                    parameter.requires_grad_(False)
 
 
 def read_dev(args, corpus, queries):
@@ -424,6 +439,7 @@ def read_dev(args, corpus, queries):
 
 def set_up(args, world):
     """The RetrieverRun of these flags: everything read and built, from the start or from OUT.state.
+
     Raises InputError.
     """
     # data
@@ -437,37 +453,38 @@ def set_up(args, world):
     # model
     tokenizer = load_tokenizer(args.query_encoder, args.query_encoder)
     model = open_model(args, tokenizer, world.device)
-    limit_lengths(args, transformers_of(model, args), world.log)
+    limit_lengths(args, encoders_of(model, args), world.log)
     state = load_state(args.output_dir, args, world, FREE_FLAGS)
     instructions = INSTRUCTIONS[args.version] if args.add_instruction else {}
+
+    # optimizer and schedule; --early_exit_steps ends the run before its schedule ends
+    updates_per_epoch = len(plan_epoch(args, data.dataset_sizes, 0, world))
+    updates = args.max_steps or updates_per_epoch * args.epochs
+    warmup = args.num_warmup_steps
+    if warmup is None:
+        warmup = math.ceil(updates * args.warmup_ratio)
+    optimizer, scheduler = make_optimizer(model, args.lr, args.weight_decay, args.adam_eps, warmup,
+                                          updates)
 
     # the run, where it stands
     progress = Progress(**state["progress"]) if state else Progress()
     log = RunLog(f"{args.output_dir}.jsonl", world.is_main, progress.rows)
     run = RetrieverRun(args=args, world=world, out=args.output_dir, model=wrap_model(model, world),
-                       tokenizer=tokenizer,
-                       train_set=GroupSet(data.examples, data.group_rules, args.seed), dev=dev,
+                       tokenizer=tokenizer, dev=dev, corpus=corpus,
+                       train_set=GroupSet(data.examples, data.group_rules, args.seed),
                        collator=GroupCollator(tokenizer, args, corpus, instructions),
-                       optimizer=None, scheduler=None, last_update=0, log=log, progress=progress,
-                       corpus=corpus, dataset_sizes=data.dataset_sizes, task_flags=data.task_flags)
-
-    # optimizer and schedule; --early_exit_steps ends the run before its schedule ends
-    updates = args.max_steps or len(plan_epoch(run, 0)) * args.epochs
-    warmup = args.num_warmup_steps
-    if warmup is None:
-        warmup = math.ceil(updates * args.warmup_ratio)
-    run.optimizer, run.scheduler = make_optimizer(model, args.lr, args.weight_decay, args.adam_eps,
-                                                  warmup, updates)
-    run.last_update = min(updates, args.stop_at)
-    describe(run, updates, warmup)
+                       optimizer=optimizer, scheduler=scheduler,
+                       last_update=min(updates, args.stop_at), log=log, progress=progress,
+                       dataset_sizes=data.dataset_sizes, task_flags=data.task_flags)
     if state:
         restore_state(run, state)
+    describe(run, updates, warmup)
     return run
 
 
 def describe(run, updates, warmup):
     """Logs the lines that a run starts with."""
-    args, log = run.args, run.log.line
+    args, log = run.args, run.world.log
     log(describe_machine(run.world, args.gpus))
     kind = f"retriever, metric {args.dense_metric}, pooling {args.pooling_method}"
     if args.ranker:
@@ -492,7 +509,7 @@ def main(args):
     while run.progress.total_updates < run.last_update:
         train_epoch(run)
     best = f"; best {run.progress.best_at}" if run.progress.best_at else ""
-    run.log.line(f"done in {time.time() - start:.0f} s{best}; in {run.out}")
+    run.world.log(f"done in {time.time() - start:.0f} s{best}; in {run.out}")
 
 
 if __name__ == "__main__":

@@ -135,14 +135,14 @@ def train_update(run, batches, micro_batches):
             labels = torch.full((len(batch["indices"]), 1), -100)
 
         # forward and backward pass; gradients add up in the weights' .grad
-        with run.accumulate(is_last=i == micro_batches - 1):
+        with run.exchange_gradients(is_last=i == micro_batches - 1):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loss, _ = run.model(batch["input_ids"].to(device),
                                     batch["attention_mask"].to(device), labels.to(device),
                                     reduction="sum" if by_token else "mean")
             loss.backward()
 
-        # what the loss is the mean of
+        # what is added up over the micro-batches
         losses.append(loss.detach())
         indices.append(batch["indices"])
         if is_real:
@@ -165,8 +165,8 @@ def train_update(run, batches, micro_batches):
 
 
 def refuse_update(run, not_finite, losses, indices):
-    """Raises InputError naming the records whose loss, or the whole update's, whose gradient is not
-    finite.
+    """Raises InputError naming the records whose loss is not finite or, if only the gradient is
+    not, all records of the update.
     """
     suspects = []
     for loss, batch_indices in zip(losses, indices):
@@ -199,8 +199,7 @@ def train_epoch(run):
         bar.update()
         bar.set_postfix(loss=f"{progress.last_loss:.3f}")
 
-        # evaluate at the end of the epoch and when --eval_every says so; the state is saved after
-        # it
+        # evaluate when it is due; save the state after it, and when --save_every says so
         is_end = progress.update == len(plan)
         eval_is_due = args.eval_every and progress.total_updates % args.eval_every == 0
         save_is_due = args.save_every and progress.total_updates % args.save_every == 0
@@ -248,7 +247,7 @@ def report(run, measures):
             f"({measures['correct']}/{measures['count']}) | lr {lr:.2e} | "
             f"{summary['examples_per_second']:.1f} questions/s | {summary['seconds']:.0f} s + "
             f"{measures['eval_seconds']:.0f} s")
-    run.log.line(line + " | best" if is_best else line)
+    run.world.log(line + " | best" if is_best else line)
     row = {"epoch": progress.epoch, "update": progress.total_updates, "lr": lr, **summary,
            **measures, "best": is_best}
     run.log.row(row, progress.total_updates)
@@ -276,8 +275,9 @@ def save_best(run):
 # ---------------------------------------------------------------- setting up
 
 def set_up(args, world):
-    """The Run of these flags: everything read and built, from the start or from OUT.state. Raises
-    InputError.
+    """The Run of these flags: everything read and built, from the start or from OUT.state.
+
+    Raises InputError.
     """
     # data
     train = read_records(args.data_train, args.num_contexts)
@@ -321,7 +321,7 @@ def set_up(args, world):
 
 def describe(run):
     """Logs the lines that a run starts with."""
-    args, world, log = run.args, run.world, run.log.line
+    args, world, log = run.args, run.world, run.world.log
     parameters = sum(parameter.numel() for parameter in run.unwrapped.parameters())
     log(describe_machine(world, args.gpus))
     log(f"{len(run.train_set.records)} training and {len(run.dev)} dev questions, "
@@ -352,12 +352,12 @@ def main(args):
     start = time.time()
     while run.progress.total_updates < run.last_update:
         train_epoch(run)
-    run.log.line(f"done in {time.time() - start:.0f} s; best dev EM {run.progress.best:.2f} "
+    run.world.log(f"done in {time.time() - start:.0f} s; best dev EM {run.progress.best:.2f} "
                  f"({run.progress.best_at}) in {run.out}")
     if test:
         best_reader = FiDT5.from_pretrained(run.out).to(world.device)
         summary = answer(run, best_reader, test)
-        run.log.line(f"test EM {summary.em:.2f} ({summary.correct}/{summary.count}), F1 "
+        run.world.log(f"test EM {summary.em:.2f} ({summary.correct}/{summary.count}), F1 "
                      f"{summary.f1:.2f} with the best checkpoint on {args.data_test}")
 
 

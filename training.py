@@ -25,7 +25,7 @@ class Progress:
     epoch: int = 0
     update: int = 0            # updates done in this epoch
     total_updates: int = 0
-    best: float = -math.inf    # the chosen measure's best value, higher being better
+    best: float = -math.inf    # the chosen measure's best value; minus it where lower is better
     best_at: str = ""
     rows: int = 0              # rows of the log that are written
     # since the last report:
@@ -85,10 +85,8 @@ class Run:
         """The model itself, without DistributedDataParallel."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
-    def accumulate(self, is_last):
-        """Context of one micro-batch: gradients are exchanged between processes at an update's last
-        one only.
-        """
+    def exchange_gradients(self, is_last):
+        """Context of one micro-batch: processes exchange gradients at an update's last one only."""
         return nullcontext() if is_last or self.world.size == 1 else self.model.no_sync()
 
 
@@ -143,9 +141,7 @@ def step_optimizer(run, loss):
 # ---------------------------------------------------------------- log
 
 class RunLog:
-    """Lines on the console, rows in a JSONL file and, if asked for, TensorBoard; silent on all but
-    the main process.
-    """
+    """Rows in a JSONL file and, if asked for, TensorBoard, written by the main process."""
 
     def __init__(self, path, is_main, keep_rows=0, tensorboard=None):
         """Keeps the first `keep_rows` rows of the file, those that a resumed run has already
@@ -167,11 +163,6 @@ class RunLog:
                 raise InputError("--tensorboard needs the package tensorboard: pip install "
                                  "tensorboard") from None
             self.board = SummaryWriter(tensorboard)
-
-    def line(self, text):
-        """Prints a line."""
-        if self.is_main:
-            print(text, flush=True)
 
     def row(self, row, step):
         """Appends a JSON row; its numbers go to TensorBoard at `step`."""

@@ -132,7 +132,8 @@ class GroupCollator:
             "indices": [visit.index for visit in visits],
             "is_real": visits[0].is_real,
             "task": tasks[0],
-            "teacher": torch.tensor([visit.teacher_scores or no_scores for visit in visits]),
+            "teacher": torch.tensor([visit.teacher_scores or no_scores for visit in visits],
+                                    dtype=torch.float32),
             "identities": torch.tensor([identity(key, text) for key, text in zip(keys, key_texts)]),
         }
         if self.args.ranker:

@@ -100,8 +100,10 @@ def open_encoder(folder, pooling=None, dropout=None, trained=False):
 
 
 def open_transformer(folder, dropout=None, trained=False):
-    """The transformer of a folder in float32. One without weights starts from random ones, which is
-    printed, or is refused if it must be `trained`.
+    """The transformer of a folder in float32.
+
+    One without weights starts from random ones, which is printed, or is refused if it must be
+    `trained`.
     """
     config = read_config(folder, "encoder")
     set_dropout(config, dropout)
@@ -123,8 +125,9 @@ def set_dropout(config, dropout):
 
 
 def read_optional_json(path, default):
-    """The content of a JSON file, or the default if there is no such file. Raises InputError if it
-    is no JSON.
+    """The content of a JSON file, or the default if there is no such file.
+
+    Raises InputError if it is no JSON.
     """
     if not os.path.exists(path):
         return default
@@ -137,7 +140,9 @@ def read_optional_json(path, default):
 
 def read_pooling(path):
     """Our name of the pooling that a sentence-transformers configuration, of any of its versions,
-    states. Raises InputError.
+    states.
+
+    Raises InputError.
     """
     config = read_optional_json(path, {})
     modes = config.get("pooling_mode")
@@ -208,8 +213,9 @@ def build_dpr_encoder(folder, weights, prefixes, path, dropout):
 
 
 def build_bert(folder, weights, source, dropout=None):
-    """A transformer of the folder's configuration with these weights. Raises InputError, naming
-    `source`, if they do not fit.
+    """A transformer of the folder's configuration with these weights.
+
+    Raises InputError, naming `source`, if they do not fit.
     """
     config = read_config(folder, "encoder")
     set_dropout(config, dropout)
@@ -253,6 +259,7 @@ def open_fid_retriever(folder, config, dropout=None):
 
 def open_ranker(name, dropout=None, trained=False):
     """transformers' sequence classifier with one score; for the arguments see CrossEncoder.open.
+
     Raises InputError.
     """
     folder = find_model(name)[0]
@@ -297,9 +304,10 @@ def save_encoder(folder, encoder, metric, max_length, prompts):
         write_json(os.path.join(folder, path, "config.json"), {})
         modules.append(("Normalize", path))
 
-    listed = [{"idx": index, "name": str(index), "path": path,
-               "type": f"sentence_transformers.models.{kind}"} for index,
-              (kind, path) in enumerate(modules)]
+    listed = []
+    for index, (kind, path) in enumerate(modules):
+        listed.append({"idx": index, "name": str(index), "path": path,
+                       "type": f"sentence_transformers.models.{kind}"})
     write_json(os.path.join(folder, "modules.json"), listed)
     write_json(os.path.join(folder, "sentence_bert_config.json"),
                {"max_seq_length": max_length, "do_lower_case": False})

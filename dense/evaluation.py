@@ -22,8 +22,9 @@ RANKED_QUERIES = 256    # queries that are scored against all pooled passages at
 
 
 class DevSet(NamedTuple):
-    """What a retriever is measured on, a list entry per query. The method is annotated, rank or
-    retrieval.
+    """What a retriever is measured on, a list entry per query.
+
+    The method is annotated, rank or retrieval.
     """
     method: str
     queries: list  # texts
@@ -123,7 +124,7 @@ def evaluate(model, dev, collator, corpus, metrics, cutoffs, world):
         all_rankings = search_corpus(model, dev, collator, corpus, max(cutoffs), world)
         rankings = [all_rankings[query_index] for query_index in share]
 
-    names = [f"{name}@{k}" for name in metrics for k in cutoffs]
+    names = list(dict.fromkeys(f"{name}@{k}" for name in metrics for k in cutoffs))
     sums = dict.fromkeys(names, 0.0)
     for query_index, ranking in zip(share, rankings):
         values = measure_ranking(ranking, dev, query_index, corpus, metrics, cutoffs)
@@ -267,8 +268,10 @@ def search_corpus(model, dev, collator, corpus, k, world):
     Each process encodes and searches its part of the corpus for all queries.
     """
     query_vectors = encode_texts(model, collator, "query", dev.queries, dev.tasks)
-    first = len(corpus) * world.rank // world.size
-    last = len(corpus) * (world.rank + 1) // world.size
+    # whole blocks, so that the products' shapes do not depend on the number of processes
+    num_blocks = -(-len(corpus) // BLOCK)
+    first = min(len(corpus), BLOCK * (num_blocks * world.rank // world.size))
+    last = min(len(corpus), BLOCK * (num_blocks * (world.rank + 1) // world.size))
     texts = CorpusTexts(corpus, first, last)
     tasks = [dev.tasks[0]] * len(texts)
     blocks = encode_blocks(model, collator, "key", texts, tasks, world.is_main,
@@ -280,7 +283,9 @@ def search_corpus(model, dev, collator, corpus, k, world):
     doc_indices, _ = merge_processes(doc_indices.cpu().numpy(), scores.cpu().numpy(), k, world)
 
     rankings = []
-    if world.is_main:  # -1 fills the rows of a corpus of fewer than k documents
+    # the others add nothing: the gather sends them the main one's; -1 fills the rows of a corpus of
+    # fewer than k documents
+    if world.is_main:
         rankings = [[doc_index for doc_index in row if doc_index >= 0]
                     for row in doc_indices.tolist()]
     return gather_lists(rankings, world)

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from files import read_json
-from questions import make_question
+from questions import check_types, question_text
 from retrieval.qrels import merge_qrels
 from utils import InputError
 
@@ -64,8 +64,9 @@ class TrainingData(NamedTuple):
 # ---------------------------------------------------------------- qrels
 
 def to_doc_indices(qrels, corpus, queries):
-    """The qrels {query id: {document id: score}} with doc indices in place of ids. Raises
-    InputError for an unknown id.
+    """The qrels {query id: {document id: score}} with doc indices in place of ids.
+
+    Raises InputError for an unknown id.
     """
     indexed = {}
     for query_id in qrels:
@@ -119,26 +120,26 @@ def graded_examples(corpus, queries, graded, group_size):
 # ---------------------------------------------------------------- records
 
 def read_examples(path):
-    """The examples of a file of LLM-Embedder's or DPR's records. Raises InputError with the
-    location of a wrong field.
+    """The examples of a file of LLM-Embedder's or DPR's records.
+
+    Raises InputError with the location of a wrong field.
     """
-    examples = [make_example(record, location, index) for index,
-                (record, location) in enumerate(read_json(path))]
+    examples = [make_example(record, location) for record, location in read_json(path)]
     if not examples:
         raise InputError(f"{path}: holds no records")
     return examples
 
 
-def make_example(record, location, index):
+def make_example(record, location):
     """The Example of a record. Raises InputError."""
-    question = make_question(record, location, index)
+    query = question_text(record, location)
+    check_types(record, location)
     if record.get("positive_ctxs") is not None:  # DPR's
         pos = record["positive_ctxs"][:1]
         neg = record.get("hard_negative_ctxs") or record.get("negative_ctxs")
         scores = None
-    # LLM-Embedder's chat and lrlm: the teacher will choose the positive
-    elif record.get("history") is not None:
-        pos = []
+    elif record.get("history") is not None:      # LLM-Embedder's chat and lrlm
+        pos = []  # the teacher will choose the positive
         neg = record["history"]
         scores = record.get("teacher_scores")
     else:                                        # LLM-Embedder's other tasks
@@ -147,7 +148,7 @@ def make_example(record, location, index):
         scores = record.get("teacher_scores")
     pos, neg = pos or [], neg or []
     check_keys(pos, neg, scores, location)
-    return Example(question.text, pos, neg, scores, question.task, location)
+    return Example(query, pos, neg, scores, record.get("task") or "", location)
 
 
 def check_keys(pos, neg, scores, location):
@@ -208,8 +209,9 @@ def reason_to_drop(example, group_size, select_positive, margin, least, in_batch
 
 
 def read_training(args, corpus, queries, log):
-    """The TrainingData of the flags; logs what is dropped. Raises InputError if nothing is left, or
-    teacher scores are missing.
+    """The TrainingData of the flags; logs what is dropped.
+
+    Raises InputError if nothing is left, or teacher scores are missing.
     """
     if args.train_data:
         datasets = [read_examples(path) for path in args.train_data]

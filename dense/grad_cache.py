@@ -20,6 +20,8 @@ dropout drops the same units in both passes.
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from packed_attention import split_by_length
+
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # tokens encoded at a time, padding included
 
 
@@ -33,26 +35,15 @@ def run_in_chunks(compute, make_inputs, lengths, chunk_size, device):
     number of texts. 0 keeps all activations.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    sorted_lengths = [lengths[index] for index in order]
     rows = []
-    most_tokens, most_texts = CHUNK_TOKENS[device.type], chunk_size or len(lengths)
-    for indices in split_chunks(order, lengths, most_tokens, most_texts):
-        inputs = make_inputs(indices)
-        chunk_lengths = [lengths[index] for index in indices]
+    most_texts = chunk_size or None
+    for first, last in split_by_length(sorted_lengths, CHUNK_TOKENS[device.type], most_texts):
+        inputs = make_inputs(order[first:last])
+        chunk_lengths = sorted_lengths[first:last]
         if chunk_size and torch.is_grad_enabled():
             rows.append(checkpoint(compute, *inputs, chunk_lengths, use_reentrant=False))
         else:
             rows.append(compute(*inputs, chunk_lengths))
     ranks = torch.tensor(order, device=device).argsort()  # where each text lies in the sorted order
     return torch.cat(rows)[ranks]
-
-
-def split_chunks(order, lengths, most_tokens, most_texts):
-    """Yields runs of `order` (indices of texts of falling lengths): at most most_texts texts and,
-    unless a text alone is longer, most_tokens tokens when padded to the run's longest.
-    """
-    start = 0
-    while start < len(order):
-        longest = lengths[order[start]]
-        size = min(most_texts, max(1, most_tokens // longest))
-        yield order[start:start + size]
-        start += size

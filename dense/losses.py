@@ -7,7 +7,7 @@ queries.
 import torch
 import torch.nn.functional as F
 
-LOWEST = -1e9  # stands for -inf where it would be multiplied by a probability of 0, which gives nan
+LOWEST = -1e9  # for -inf, whose logsumexp has no gradient where nothing else is left
 
 
 def contrastive(scores, positives, masked=None):

@@ -103,6 +103,8 @@ class CrossEncoder(nn.Module):
         dense/grad_cache.py.
         """
         device = next(self.parameters()).device
+        if not pairs:
+            return torch.zeros(0, device=device)
         pad = self.model.config.pad_token_id
 
         def make_inputs(indices):

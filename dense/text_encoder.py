@@ -112,7 +112,7 @@ def encode_bert(bert, ids, types, offsets, groups):
     """Last hidden states (S, D) of packed token ids, their types and their offsets in their text,
     all (S).
 
-    The computation is BertModel's (arXiv 1810.04805) on its own modules; tests/test_dense_model.py
+    The computation is BertModel's (arXiv 1810.04805) on its own modules; tests/test_text_encoder.py
     compares the two.
     """
     config = bert.config

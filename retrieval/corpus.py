@@ -53,7 +53,7 @@ class Corpus:
         for path in paths:
             self.open_part(path)
         self.has_ids = len(self.parts[0].ids) > 0
-        names = ", ".join(paths)
+        names = ", ".join(map(str, paths))
         if any((len(part.ids) > 0) != self.has_ids for part in self.parts):
             raise InputError(f"{names}: some files name ids, others do not; give all of them an id "
                              "column")
@@ -92,7 +92,8 @@ class Corpus:
         ids, packed_ids = [], []  # numpy packs ids into a fraction of a list's memory
         end = 0
         bar = progress_bar(total=len(content), unit="B", unit_scale=True,
-                           desc=f"reading {os.path.basename(path)}")
+                           desc=f"reading {os.path.basename(path)}",
+                           is_main=len(content) >= KEEP_TABLE)  # a small file is read at once
         lines = iter(content.readline, b"") if content else ()
         for line_number, line in enumerate(lines, 1):
             start, end = end, end + len(line)
@@ -168,7 +169,7 @@ class Corpus:
         ids = np.empty(len(doc_indices), object)
         for part in self.parts:
             in_part = (part.first <= doc_indices) & (doc_indices < part.first + len(part.ids))
-            ids[in_part] = part.ids[doc_indices[in_part] - part.first]
+            ids[in_part] = np.asarray(part.ids)[doc_indices[in_part] - part.first]
         return [document_id.decode() for document_id in ids]
 
     def indices(self, ids):
@@ -307,7 +308,7 @@ def keep_table(folder, stamp, **arrays):
             os.remove(stamp_path)
         for name, values in arrays.items():
             with new_file(os.path.join(folder, f"{name}.npy"), "wb") as file:
-                # as np.save, which does not notice a full disk
+                # not np.save: it does not notice a full disk
                 header = np.lib.format.header_data_from_array_1_0(values)
                 np.lib.format.write_array_header_1_0(file, header)
                 file.write(values.tobytes())

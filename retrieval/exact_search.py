@@ -1,7 +1,7 @@
 """Exact search: the documents with the best scores among all vectors, a block of them at a time.
 
-Equal scores are ranked by document index everywhere, so that the result is the same for any block
-size and any number of processes.
+Equal scores are ranked by document index, and processes take whole blocks, so that the result is
+the same for any number of processes.
 """
 import warnings
 
@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from utils import progress_bar
 
-BLOCK = 16384   # vectors that are scored at once (measured best)
-QUERIES = 1024  # queries that a block is scored for at once, so that memory does not grow with them
+BLOCK = 16384   # vectors that are scored at once
+QUERIES = 1024  # queries that a block is scored for at once
 MERGED = 4096   # queries whose results are merged over the processes at once
 # A process's part is a multiple of so many vectors. It is a multiple of BLOCK too, so that scores,
 # whose last bits depend on the shape of the product, do not depend on the number of processes. The

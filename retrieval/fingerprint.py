@@ -15,19 +15,20 @@ def fingerprint(corpus, model, settings, world):
     """{name: value} of what an index depends on: the corpus's and the model's files, and settings.
 
     Files are known by size and content. model: a folder or file, or a hub name; None where the
-    settings say what takes its place. The main process reads the files; all get the result.
+    settings say what takes its place. The main process hashes the model's files for all; every
+    process hashes a little of its own corpus, which may be another one on another machine.
     """
-    if not world.is_main:
-        return gather_lists([], world)[0]  # what the main process gathers below
     files = []
     for part in corpus.parts:  # without its name: a corpus may be renamed
         files.append(["", os.path.getsize(part.path), hash_windows(part.path, CORPUS_WINDOWS)])
-    for path in [] if model is None else model_files(model):
-        files.append([os.path.basename(path), os.path.getsize(path), hash_file(path)])
+    hashes = []
+    if world.is_main and model is not None:
+        for path in model_files(model):
+            hashes.append([os.path.basename(path), os.path.getsize(path), hash_file(path)])
+    files += gather_lists(hashes, world)  # those of the main process
     is_hub_name = model is not None and not os.path.exists(model)
-    description = {"documents": len(corpus), "model": str(model) if is_hub_name else "",
-                   "files": files, **settings}
-    return gather_lists([description], world)[0]
+    return {"documents": len(corpus), "model": str(model) if is_hub_name else "", "files": files,
+            **settings}
 
 
 def model_files(model):

@@ -70,7 +70,7 @@ def select_qrels(spec, seed=0):
     for query, labels in qrels.items():
         pairs = [(document, score) for document, score in labels.items() if least <= score < most]
         for name, count in cuts.items():
-            pairs = cut_pairs(pairs, name, count, random.Random(f"{seed}/{query}"))
+            pairs = cut_pairs(pairs, name, count, f"{seed}/{query}")
         if pairs:
             rule = options.get("score")
             selected[query] = {document: relabel(score, rule) for document, score in pairs}
@@ -94,10 +94,10 @@ def parse_spec(spec):
     return options, limits, cuts
 
 
-def cut_pairs(pairs, name, count, rng):
+def cut_pairs(pairs, name, count, seed):
     """At most `count` of a query's (document, score)."""
     if name == "random_k":
-        return rng.sample(pairs, min(count, len(pairs)))
+        return random.Random(seed).sample(pairs, min(count, len(pairs)))
     if name in ("top_k", "bottom_k"):
         pairs = sorted(pairs, key=lambda pair: pair[1], reverse=name == "top_k")
     return pairs[:count]

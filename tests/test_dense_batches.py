@@ -17,8 +17,8 @@ def test_plan_batches(same, world_size):
     sizes = [10, 3, 7]
     plans = [plan_batches(sizes, 1, 42, True, 2, 2, same, rank, world_size)
              for rank in range(world_size)]
-    real = [index for plan in plans for update in plan for batch in update for index,
-            is_real in batch if is_real]
+    entries = [entry for plan in plans for update in plan for batch in update for entry in batch]
+    real = [index for index, is_real in entries if is_real]
     if same != "random":
         assert sorted(real) == list(range(20))  # each once, whatever the number of processes
     if same:

@@ -92,3 +92,13 @@ def test_average_rank_pools_a_positive_and_thirty_of_each_kind(tmp_path):
     dev = read_dev_set(tmp_path / "dev.json", None, ["mrr"], "{text}")
     assert dev.queries == ["q"]
     assert dev.pools == [["0"] + [str(i) for i in (*range(2, 32), *range(40, 70))]]
+
+
+def test_repeated_metrics_and_cutoffs_change_nothing(monkeypatch):
+    """Named twice, a measure is computed once."""
+    dev = DevSet("annotated", ["q"], [""], [{0: 1, 1: 0}], [], [])
+    monkeypatch.setattr(evaluation, "rank_annotated", lambda *_: [[1, 0]])
+    model = torch.nn.Linear(1, 1)
+    once = evaluation.evaluate(model, dev, None, None, ["mrr", "recall"], [1, 2], ALONE)
+    twice = evaluation.evaluate(model, dev, None, None, ["mrr", "recall", "mrr"], [1, 2, 2], ALONE)
+    assert once == twice == {"mrr@1": 0.0, "mrr@2": 0.5, "recall@1": 0.0, "recall@2": 1.0}

@@ -34,10 +34,3 @@ def test_gradcache_equals_the_plain_batch_with_dropout(kind, tmp_path, monkeypat
     assert torch.equal(plain_loss, loss) and len(plain_grads) == len(grads) > 20
     for a, b in zip(plain_grads, grads):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-
-
-def test_chunks_hold_the_tokens_and_texts_they_may():
-    lengths = [9, 2, 30, 8, 3, 2]
-    order = [2, 0, 3, 4, 1, 5]  # by falling length
-    assert list(grad_cache.split_chunks(order, lengths, 20, 2)) == [[2], [0, 3], [4, 1], [5]]
-    assert list(grad_cache.split_chunks(order, lengths, 1000, 6)) == [order]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import dropout
-from packed_attention import group_texts, packed_attention
+from packed_attention import group_texts, packed_attention, split_by_length
 
 P = 0.25
 
@@ -47,3 +47,10 @@ def test_groups_cover_all_rows(monkeypatch):
     assert [group.start for group in groups] == [0] + [group.end for group in groups[:-1]]
     assert groups[-1].end == sum(lengths) and sum(group.n for group in groups) == len(lengths)
     assert all(group.n * group.L <= 1024 for group in groups)
+
+
+def test_runs_hold_the_tokens_and_texts_they_may():
+    lengths = [30, 9, 8, 3, 2, 2]
+    assert list(split_by_length(lengths, 20, 2)) == [(0, 1), (1, 3), (3, 5), (5, 6)]
+    assert list(split_by_length(lengths, 1000)) == [(0, 6)]
+    assert list(split_by_length([], 20)) == []

@@ -145,3 +145,27 @@ def test_lines_are_cut_at_line_ends_only(tmp_path):
     (tmp_path / "q.tsv").write_text("7\twho\n7\twhat\n")
     with pytest.raises(InputError, match="q.tsv:2: the id '7' is another query's"):
         read_queries([tmp_path / "q.tsv"])
+
+
+def test_the_text_of_a_query_stays_as_it_is(tmp_path):
+    """Quotes, brackets and further tabs belong to the text; the content tells the form."""
+    lines = ['1\t"brown bear" population', '2\t"unbalanced', "3\t[abc] meaning", "4\ta\tb",
+             "   "]
+    expected = {"1": '"brown bear" population', "2": '"unbalanced', "3": "[abc] meaning",
+                "4": "a\tb"}
+    for name in ("q.tsv", "queries.txt"):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        assert read_queries([tmp_path / name]) == expected
+    (tmp_path / "list.jsonl").write_text('[{"_id": "7", "question": null, "query": "who"}]')
+    (tmp_path / "lines.tsv").write_text('{"_id": "8", "text": "what"}\n')
+    paths = [tmp_path / "list.jsonl", tmp_path / "lines.tsv"]
+    assert read_queries(paths) == {"7": "who", "8": "what"}
+
+
+def test_queries_that_qrels_name_need_ids(tmp_path):
+    (tmp_path / "nq.csv").write_text("who was it\t['a']\n")
+    (tmp_path / "one.tsv").write_text("who was it\n")
+    with pytest.raises(InputError, match="nq.csv:1: a query that qrels name needs an id"):
+        read_queries([tmp_path / "nq.csv"])
+    with pytest.raises(InputError, match="one.tsv:1: one column instead of two"):
+        read_queries([tmp_path / "one.tsv"])

@@ -1,0 +1,1 @@
+"""Retrieval: corpora, indices, searches, and what their results are written as."""
