@@ -1,9 +1,9 @@
 """Dropout whose random numbers cost a CPU little.
 
-torch draws 5.6 ns of random numbers per unit on a CPU, which makes dropout a third of a training
-step of FiD in float32 and more in bfloat16. numpy's SFC64 yields four units per draw. Measured on
-t5-small with 10 passages, 2 cores: a training step is 1.3 (float32) to 1.45 (bfloat16) times as
-fast as with F.dropout, the dropout itself 3.5 to 5 times.
+torch draws random numbers for each unit one by one; numpy's SFC64 yields four units per draw. It
+takes 4.0 ns a unit in place of 6.6 on an AMD EPYC (bench/reader.py prints both). A training step of
+t5-small with 10 passages is 1.1 to 1.5 times as fast as with F.dropout, depending on the machine's
+load (bench/reader.py, readers ours and "torch's dropout").
 """
 import math
 
@@ -13,10 +13,8 @@ import torch.nn.functional as F
 
 
 def dropout(x, p):
-    """F.dropout(x, p), of other units with the same seed: x unchanged if p is 0, else zeros with
-    probability p.
-
-    The probability is rounded to a multiple of 2 ** -16.
+    """F.dropout(x, p); on a CPU with random numbers of its own, and p rounded to a multiple of
+    2 ** -16.
     """
     if p == 0:
         return x

@@ -141,7 +141,9 @@ def cross_attention(attention, x, memory, bias, p, raw_scores=None):
 
     Folding takes H T D multiplications per memory token instead of H d D for its key, less while
     there are T < d targets. No layer keeps keys and values, and generation needs no cache of them.
-    Measured gain: see below.
+    Measured on t5-small with 10 passages, 2 cores (bench/reader.py, readers ours and "plain
+    cross-attention"): a training step is 1.1 times as fast. That alone would not pay; that nothing
+    of the memory's size is kept per layer does.
     """
     H, d, D = attention.n_heads, attention.key_value_proj_dim, memory.shape[-1]
     wk = attention.k.weight.view(H, d, D)  # (H * d, D) -> (H, d, D)

@@ -202,7 +202,7 @@ def check_numbers(args):
                           "epochs": 1, "save_steps": 1, "logging_steps": 1, "query_max_length": 3,
                           "key_max_length": 3, "eval_group_size": 1, "chunk_size": 0,
                           "max_steps": 0, "eval_steps": 0, "early_exit_steps": 0, "num_workers": 0})
-    check_at_least(args, {"lora": 1, "max_sample_num": 1, "num_warmup_steps": 0})
+    check_at_least(args, {"lora": 1, "max_sample_num": 0, "num_warmup_steps": 0})
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
     if not 0 <= args.warmup_ratio <= 1:
