@@ -354,6 +354,8 @@ def main(args):
                "faiss": faiss.__version__, "bm25s": bm25s.__version__, "numpy": np.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     rows = []
+    if args.folder:
+        os.makedirs(args.folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         make_vectors(args, folder)
         make_passages(args, folder)
