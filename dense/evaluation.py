@@ -13,7 +13,7 @@ from dense.gather import gather_tensors
 from metrics import has_answer, rank_documents, ranking_metrics, topk_accuracy
 from questions import read_questions
 from retrieval.corpus import format_key
-from retrieval.exact_search import merge_processes, search_blocks
+from retrieval.exact_search import merge_processes, part_range, search_blocks
 from utils import InputError, gather_lists, progress_bar, sum_over_processes
 
 BLOCK = 2048            # texts tokenised and encoded at a time
@@ -269,9 +269,7 @@ def search_corpus(model, dev, collator, corpus, k, world):
     """
     query_vectors = encode_texts(model, collator, "query", dev.queries, dev.tasks)
     # whole blocks, so that the products' shapes do not depend on the number of processes
-    num_blocks = -(-len(corpus) // BLOCK)
-    first = min(len(corpus), BLOCK * (num_blocks * world.rank // world.size))
-    last = min(len(corpus), BLOCK * (num_blocks * (world.rank + 1) // world.size))
+    first, last = part_range(len(corpus), world.rank, world.size, BLOCK)
     texts = CorpusTexts(corpus, first, last)
     tasks = [dev.tasks[0]] * len(texts)
     blocks = encode_blocks(model, collator, "key", texts, tasks, world.is_main,

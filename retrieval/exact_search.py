@@ -96,11 +96,11 @@ def search_vectors(vectors, query_vectors, first, last, k, metric, is_main=True)
 
 # ---------------------------------------------------------------- parts
 
-def part_range(count, rank, size):
+def part_range(count, rank, size, unit=PART):
     """(first, last) of one process's part of `count` vectors; of few vectors it may be empty."""
-    units = -(-count // PART)
-    first = min(count, PART * (units * rank // size))
-    last = min(count, PART * (units * (rank + 1) // size))
+    units = -(-count // unit)
+    first = min(count, unit * (units * rank // size))
+    last = min(count, unit * (units * (rank + 1) // size))
     return first, last
 
 
