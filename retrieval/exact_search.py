@@ -96,8 +96,12 @@ def search_vectors(vectors, query_vectors, first, last, k, metric, is_main=True)
 
 # ---------------------------------------------------------------- parts
 
-def part_range(count, rank, size, unit=PART):
-    """(first, last) of one process's part of `count` vectors; of few vectors it may be empty."""
+def part_range(count, rank, size, unit=None):
+    """(first, last) of one process's part of `count` vectors; of few vectors it may be empty.
+
+    A part is a multiple of `unit` vectors, PART unless given.
+    """
+    unit = unit or PART  # read here, not as a default: the tests make it small
     units = -(-count // unit)
     first = min(count, unit * (units * rank // size))
     last = min(count, unit * (units * (rank + 1) // size))
