@@ -11,7 +11,7 @@ DEMO = out/demo
 CORPUS = --corpus toy/data/corpus.tsv
 RECALL = --metrics recall --cutoffs
 READER = --t5_name toy/t5-tiny --num_contexts 10 --max_length 100 --batch_size 8 --batch_size_val 64 \
-	--epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0
+	--epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0 --overwrite
 
 .PHONY: demo demo-dense demo-loop lint test clean
 
@@ -28,7 +28,7 @@ demo-dense: .venv/ready
 		--group_size 6 --eval_qrels qrels=toy/data/qrels.dev.tsv --eval_method retrieval \
 		$(RECALL) 1 5 20 --best_metric recall@5 --eval_steps 100 \
 		--query_encoder toy/bert-tiny --pooling_method mean --cos_temperature 0.05 \
-		--batch_size 64 --epochs 10 --lr 2e-3 --key_max_length 100
+		--batch_size 64 --epochs 10 --lr 2e-3 --key_max_length 100 --overwrite
 	$(BIN)/python retrieve.py --retrieval_method bm25 --k1 1.5 --b 0.75 \
 		$(CORPUS) --index out/toy-index/bm25 --eval_data toy/data/test.json --hits 20 \
 		$(RECALL) 1 5 20 --qrels qrels=toy/data/qrels.test.tsv

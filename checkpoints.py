@@ -1,8 +1,13 @@
-"""Finding and opening checkpoints of every layout: what readers, retrievers and rankers share."""
+"""Checkpoints, what readers, retrievers and rankers share: finding and opening those of every
+layout, and the folder that a run writes.
+"""
 import argparse
 import json
 import os
+import shutil
 import sys
+import time
+from contextlib import contextmanager, suppress
 
 import torch
 import transformers
@@ -12,7 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from files import read_args
+from files import (
+    list_files,
+    move_files,
+    read_args,
+    remove_leftovers,
+    take_lock,
+    unwritable,
+    write_json,
+)
 from utils import InputError
 
 
@@ -177,3 +190,124 @@ def versions():
     """What a checkpoint was made with."""
     return {"python": sys.version.split()[0], "torch": torch.__version__,
             "transformers": transformers.__version__}
+
+
+# ---------------------------------------------------------------- the folder that a run writes
+
+@contextmanager
+def claim_folder(out, resume, overwrite, world):
+    """Keeps OUT for this run as long as it lasts; what killed runs left half-written there goes.
+
+    An earlier run's model, state and log are replaced only where `resume` or `overwrite` says so,
+    anything else never. Raises InputError, on the main process, otherwise, if another run is using
+    OUT, or if it cannot be written.
+    """
+    if not world.is_main:
+        yield
+        return
+    check_claim(out, resume, overwrite)
+    try:
+        os.makedirs(out, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+        if not os.access(out, os.W_OK):
+            raise PermissionError("its permissions forbid it")
+    except OSError as error:
+        raise unwritable(out, error, "choose another path") from None
+    try:
+        await_folder(descriptor, out)
+        finish_saving(out)
+        for path in (f"{out}.state", f"{out}.jsonl"):
+            remove_leftovers(os.path.realpath(path))
+        if resume and not os.path.exists(f"{out}.state"):
+            world.log(f"note: there is no {out}.state to resume from; starting anew")
+        yield
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            os.rmdir(out)  # if nothing was saved
+
+
+def check_claim(out, resume, overwrite):
+    """Raises InputError if a run that writes OUT, OUT.state and OUT.jsonl would replace anything
+    that it must not.
+    """
+    if resume and overwrite:
+        raise InputError("--resume goes on with a run, --overwrite starts anew; leave one out")
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise InputError(f"{out}: is a file, the model goes into a folder; choose another path")
+    names = os.listdir(out) if os.path.isdir(out) else []
+    holds_checkpoint = "files" in read_args(out) or ".writing" in names
+    if names and not holds_checkpoint:
+        raise InputError(f"{out}: holds files that no run has written, such as {min(names)}; they "
+                         "are not touched: choose another folder")
+    if not is_log(f"{out}.jsonl"):
+        raise InputError(f"{out}.jsonl: is no log of a run, and the run would replace it; choose "
+                         "another name for the folder")
+    is_used = holds_checkpoint or os.path.exists(f"{out}.state")
+    if is_used and not (resume or overwrite):
+        raise InputError(f"{out}: holds an earlier run; --resume goes on with it, --overwrite "
+                         "replaces it, or choose another folder")
+
+
+def is_log(path):
+    """True if the log of a run may be written there: there is one, an empty file, or none."""
+    if not os.path.exists(path):
+        return True
+    with open(path, "rb") as file:
+        first_line = file.readline(10 ** 6)
+    return not first_line or b'"loss_curve"' in first_line
+
+
+def await_folder(descriptor, out):
+    """Locks an open folder. Raises InputError if another run keeps its lock for ten seconds.
+
+    A killed run's loader processes notice it only after some seconds, and keep the lock till then.
+    """
+    for _ in range(20):
+        if take_lock(descriptor):
+            return
+        time.sleep(0.5)
+    raise InputError(f"{out}: another run is writing there; wait for its end, or choose another "
+                     "folder")
+
+
+def save_checkpoint(folder, info, *writers):
+    """Writes a model folder: what the writers put into it, and args.json with `info` and the list
+    of the files.
+
+    Files of the checkpoint before it go, anything else in the folder stays. A save that is killed
+    is finished by the next run, or has not begun. Raises InputError if the folder cannot be
+    written.
+    """
+    temporary = os.path.join(folder, ".writing")
+    try:
+        finish_saving(folder)
+        os.makedirs(temporary)
+        for writer in writers:
+            writer(temporary)
+        write_json(os.path.join(temporary, "args.json"), info | {"files": list_files(temporary)})
+        finish_saving(folder)
+    except OSError as error:
+        raise unwritable(folder, error, "choose another path or make room") from None
+
+
+def finish_saving(folder):
+    """Moves a whole checkpoint from FOLDER/.writing to its place; removes one that is not whole."""
+    temporary = os.path.join(folder, ".writing")
+    if os.path.exists(os.path.join(temporary, "args.json")):  # it was written last
+        files = read_args(temporary)["files"]
+        move_files(temporary, folder, [path for path in list_files(temporary)
+                                       if path != "args.json"])
+        for path in read_args(folder).get("files", []):
+            if path not in files:
+                remove_file(folder, path)
+        move_files(temporary, folder, ["args.json"])
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_file(folder, path):
+    """Removes a file below a folder, if it is there, and the folders that it leaves empty."""
+    with suppress(OSError):
+        os.remove(os.path.join(folder, path))
+        while path := os.path.dirname(path):
+            os.rmdir(os.path.join(folder, path))

@@ -3,6 +3,7 @@ not at all.
 """
 import codecs
 import fcntl
+import glob
 import gzip
 import io
 import json
@@ -12,6 +13,8 @@ import zlib
 from contextlib import contextmanager
 
 from utils import InputError
+
+STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # and their descriptors
 
 # ---------------------------------------------------------------- reading
 
@@ -98,23 +101,36 @@ def read_lines(path):
 def new_file(path, mode="w"):
     """Yields a file that takes its name only when it is whole: after kill -9 the old one stands.
 
-    Text for a name that ends in .gz is gzipped. Raises InputError if the file cannot be written.
+    Text for a name that ends in .gz is gzipped. A link stays one: the file that it points to is
+    replaced. What is no file (/dev/stdout, a pipe) is written to as it is. Raises InputError if the
+    file cannot be written.
     """
-    path = os.path.abspath(path)
-    temporary = f"{path}.{os.getpid()}.writing"
-    is_text = "b" not in mode
+    encoding = None if "b" in mode else "utf-8"
     try:
+        if is_stream(path):
+            # standard streams by their descriptor: a file opened anew would have a position of its
+            # own, and overwrite what is printed
+            descriptor = os.dup(STREAMS[path]) if path in STREAMS else path
+            with open(descriptor, mode, encoding=encoding) as file:
+                yield file
+            return
+        path = os.path.realpath(path)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(temporary, mode, encoding="utf-8" if is_text else None) as file:
-            if is_text and path.endswith(".gz"):
+        remove_leftovers(path)
+        temporary, file = open_temporary(path, mode, encoding)
+    except OSError as error:
+        raise unwritable(path, error, "choose another path or make room") from None
+    try:
+        with file:
+            if encoding and path.endswith(".gz"):
                 packed = gzip.GzipFile("", "wb", fileobj=file.buffer, mtime=0)
-                with io.TextIOWrapper(packed, "utf-8") as text:
+                with io.TextIOWrapper(packed, encoding) as text:
                     yield text
             else:
                 yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except OSError as error:
         raise unwritable(path, error, "choose another path or make room") from None
     finally:
@@ -122,13 +138,77 @@ def new_file(path, mode="w"):
             os.remove(temporary)
 
 
+def is_stream(path):
+    """True for what is there and no file: a terminal, a pipe, a device.
+
+    /dev/stdout is one even where the shell has redirected it to a file.
+    """
+    is_file_or_folder = os.path.isfile(path) or os.path.isdir(path)
+    return path in STREAMS or os.path.exists(path) and not is_file_or_folder
+
+
+def open_temporary(path, mode, encoding):
+    """(name, open file) that becomes `path` when it is whole; locked as long as its writer lives.
+    """
+    temporary = f"{path}.{os.getpid()}.writing"
+    while True:
+        file = open(temporary, mode, encoding=encoding)
+        take_lock(file, wait=True)
+        if os.path.exists(temporary):
+            return temporary, file
+        # between the two lines another process took it for a leftover
+        file.close()
+
+
+def remove_leftovers(path):
+    """Removes what killed processes left of `path` half-written; a live one's file is locked."""
+    for leftover in glob.glob(f"{glob.escape(path)}.[0-9]*.writing"):
+        try:
+            with open(leftover, "r+b") as file:
+                if take_lock(file):
+                    os.remove(leftover)
+        except FileNotFoundError:
+            pass  # its writer has just finished
+
+
+def take_lock(file, wait=False):
+    """Locks an open file until it is closed, or its process ends.
+
+    Returns False if another process holds the lock and is not waited for, or the file system knows
+    no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def unwritable(path, error, remedy):
     """The InputError for a path that cannot be written."""
     return InputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
 
 
+def check_paths(outputs, inputs):
+    """Raises InputError for an output whose folder cannot be written, or that is also an input.
+
+    Paths that are None or empty are left out.
+    """
+    real_inputs = {os.path.realpath(path) for path in inputs if path}
+    for path in filter(None, outputs):
+        real_path = os.path.realpath(path)
+        if is_stream(path):
+            continue
+        if real_path in real_inputs:
+            raise InputError(f"{path}: is read by this command too, and would be replaced; choose "
+                             "another name")
+        if os.path.isdir(path) or not os.access(os.path.dirname(real_path), os.W_OK):
+            raise InputError(f"{path}: is a folder, or in one that does not exist or cannot be "
+                             "written; make it first, or choose another name")
+
+
 def save_folder(folder, *writers):
-    """Calls each writer(temporary folder), then moves the files into `folder`, the weights last.
+    """Calls each writer(temporary folder), then moves the files into `folder`.
 
     What else lies in the folder stays. Raises InputError if it cannot be written.
     """
@@ -138,30 +218,25 @@ def save_folder(folder, *writers):
         os.makedirs(temporary)
         for writer in writers:
             writer(temporary)
-        paths = []
-        for directory, _, names in os.walk(temporary):
-            paths += [os.path.relpath(os.path.join(directory, name), temporary) for name in names]
-        for path in sorted(paths, key=lambda path: path.endswith(".safetensors")):
-            os.makedirs(os.path.dirname(os.path.join(folder, path)), exist_ok=True)
-            os.replace(os.path.join(temporary, path), os.path.join(folder, path))
+        move_files(temporary, folder, list_files(temporary))
         shutil.rmtree(temporary)
     except OSError as error:
         raise unwritable(folder, error, "choose another path or make room") from None
 
 
-def check_writable(folder):
-    """Raises InputError, before an epoch is spent, if the model folder or the files beside it
-    cannot be written.
-    """
-    folder = folder.rstrip("/")
-    try:
-        os.makedirs(os.path.join(folder, ".writing"), exist_ok=True)
-        os.rmdir(os.path.join(folder, ".writing"))
-    except OSError as error:
-        raise unwritable(folder, error, "choose another path") from None
-    with new_file(f"{folder}.probe"):
-        pass
-    os.remove(f"{folder}.probe")
+def list_files(folder):
+    """The sorted paths of all files below a folder, relative to it."""
+    paths = []
+    for directory, _, names in os.walk(folder):
+        paths += [os.path.relpath(os.path.join(directory, name), folder) for name in names]
+    return sorted(paths)
+
+
+def move_files(source, target, paths):
+    """Moves files from folder to folder."""
+    for path in paths:
+        os.makedirs(os.path.dirname(os.path.join(target, path)), exist_ok=True)
+        os.replace(os.path.join(source, path), os.path.join(target, path))
 
 
 @contextmanager

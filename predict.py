@@ -8,7 +8,7 @@ import torch
 
 from data import Collator, eval_loader
 from files import new_file
-from metrics import exact_match, f1
+from metrics import exact_match, f1, has_answer
 from utils import gather_lists, progress_bar
 
 
@@ -76,7 +76,7 @@ def summarize(predictions):
 
 def write_predictions(path, predictions, records):
     """Writes minFiD's tab-separated lines (index, prediction, answers, em), or JSONL if the path
-    ends in .jsonl.
+    ends in .jsonl: with the contexts that were read, where they have cross-attention scores.
     """
     with new_file(path) as file:
         for prediction in predictions:
@@ -84,10 +84,25 @@ def write_predictions(path, predictions, records):
             if path.endswith(".jsonl"):
                 row = {"index": prediction.index, "id": record["id"], "prediction": prediction.text,
                        "answers": record["answers"], "em": prediction.em, "f1": prediction.f1}
+                if prediction.context_scores is not None:
+                    row |= describe_contexts(record, prediction.context_scores)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             else:
                 em = "nan" if prediction.em is None else prediction.em
                 file.write(f"{prediction.index}\t{prediction.text}\t{record['answers']}\t{em}\n")
+
+
+def describe_contexts(record, scores):
+    """{best_context, contexts} of a prediction: the id of the context with the highest
+    cross-attention score, and every context's id (or index), score and whether it holds an answer.
+    """
+    contexts = []
+    for index, (context, score) in enumerate(zip(record["ctxs"], scores)):
+        holds_answer = has_answer(context["text"], record["answers"])
+        contexts.append({"id": context.get("id", index), "score": score,
+                         "has_answer": holds_answer})
+    best = max(contexts, key=lambda context: context["score"], default={"id": None})
+    return {"best_context": best["id"], "contexts": contexts}
 
 
 def write_scores(path, predictions, records):

@@ -344,14 +344,17 @@ def write_outputs(args, questions, results, corpus, labels, log):
         marks = mark_answers(questions, results, corpus)
     if args.output:
         write_contexts(args.output, questions, results, corpus, marks)
+        log(f"contexts: {args.output}")
     if names:
         values = measure(questions, results, labels, marks, names, args.cutoffs, log)
         log_table(values, names, args.cutoffs, log)
         if args.measures:
             settings = {"method": args.retrieval_method, "queries": len(questions)}
             write_json(args.measures, settings | values)
+            log(f"measures: {args.measures}")
     if args.trec:
         write_run(args.trec, questions, results, corpus, args.retrieval_method)
+        log(f"run: {args.trec}")
 
 
 def log_table(values, names, cutoffs, log):

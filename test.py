@@ -14,6 +14,7 @@ import os
 import time
 
 from checkpoints import load_tokenizer, read_training_args
+from files import check_paths
 from model import FiDT5
 from predict import predict, summarize, write_predictions, write_scores
 from questions import read_records
@@ -43,9 +44,10 @@ def parse_args():
     add("--pred", metavar="FILE",
         help="write predictions: tab-separated index, prediction, golds, score as minFiD does, or "
         "JSONL if FILE ends in .jsonl; with several --num_contexts one file each")
-    add("--scores", metavar="FILE",
-        help="write the records back with each context's cross-attention score as 'score' (the "
-        "given one is kept as 'retrieval_score'); .json or .jsonl")
+    add("--scores", metavar="FILE", nargs="?", const="",
+        help="cross-attention scores of the contexts: into the .jsonl of --pred and, if FILE is "
+        "given (.json or .jsonl), as 'score' into the records (the given one is kept as "
+        "'retrieval_score')")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
     add("--bf16", action="store_true", help="bfloat16 autocast")
@@ -77,6 +79,15 @@ def choose_lengths(args, log):
                           "answer_maxlength": 2})
 
 
+def check_outputs(args):
+    """Raises InputError for an output that cannot be written, or that nothing would be written to.
+    """
+    check_paths([args.pred, args.scores], [args.data])
+    if args.scores == "" and not (args.pred or "").endswith(".jsonl"):
+        raise InputError("--scores: name a FILE for the records, or let the name of --pred end in "
+                         ".jsonl: the scores then go into the predictions")
+
+
 def prediction_path(args, num_contexts):
     """Where the predictions with that many contexts go: --pred, numbered if there are several."""
     if len(args.num_contexts) == 1:
@@ -88,6 +99,7 @@ def prediction_path(args, num_contexts):
 def main(args):
     world = start_processes(args.gpus)
     choose_lengths(args, world.log)
+    check_outputs(args)
     records = read_records(args.data)
     tokenizer = load_tokenizer(args.model, args.t5_name)
     model = FiDT5.from_pretrained(args.model).to(world.device)
@@ -110,9 +122,15 @@ def main(args):
                               with_scores=args.scores is not None)
         em, f1, correct, count = summarize(predictions)
         speed = len(records) / (time.time() - start)
-        bar = "█" * round(em / 2.5)
-        world.log(f"{num_contexts:8d} {em:6.2f} {f1:6.2f} {correct:6d}/{count:<6d} {speed:12.1f}  "
-                  f"{bar}")
+        if count:
+            bar = "█" * round(em / 2.5)
+            world.log(f"{num_contexts:8d} {em:6.2f} {f1:6.2f} {correct:6d}/{count:<6d} "
+                      f"{speed:12.1f}  {bar}")
+        else:  # nothing to score them by: a look at them
+            world.log(f"{num_contexts:8d} {'-':>6} {'-':>6} {'-':>13} {speed:12.1f}")
+            for prediction in predictions[:3]:
+                question = records[prediction.index]["question"]
+                world.log(f"         {question[:60]} -> {prediction.text}")
         if args.pred and world.is_main:
             path = prediction_path(args, num_contexts)
             write_predictions(path, predictions, records)

@@ -14,14 +14,13 @@ folder), OUT.jsonl (a row per report), OUT.state (for --resume).
 import copy
 import math
 import os
-import shutil
 import time
 from dataclasses import dataclass
 
 import torch
 import transformers
 
-from checkpoints import load_tokenizer, versions
+from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
 from data import train_loader
 from dense import losses
 from dense.batches import GroupCollator, GroupSet, plan_batches
@@ -32,7 +31,6 @@ from dense.flags import check_args, parse_args
 from dense.gather import gather_rows
 from dense.instructions import INSTRUCTIONS
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
-from files import check_writable, save_folder, write_json
 from questions import read_queries
 from resume import load_state, restore_state, save_state
 from retrieval.corpus import Corpus, open_corpus
@@ -41,17 +39,19 @@ from training import (
     Progress,
     Run,
     RunLog,
+    count_on_bar,
     describe_machine,
+    epoch_bar,
     make_optimizer,
     set_seed,
     step_optimizer,
     wrap_model,
 )
-from utils import InputError, gather_lists, progress_bar, run_script, start_processes
+from utils import InputError, gather_lists, run_script, start_processes
 
 # flags that may differ between a run and its resumption: they do not change the weights
-FREE_FLAGS = {"resume", "num_workers", "gpus", "tqdm", "logging_steps", "early_exit_steps",
-              "stop_at"}
+FREE_FLAGS = {"resume", "overwrite", "num_workers", "gpus", "tqdm", "logging_steps",
+              "early_exit_steps", "stop_at"}
 
 
 @dataclass
@@ -208,14 +208,12 @@ def train_epoch(run):
     remaining = plan[progress.update:]  # a resumed run goes on inside the epoch
     run.train_set.epoch = progress.epoch
     batches = iter(train_loader(run.train_set, remaining, run.collator, args.num_workers))
-    bar = progress_bar(plan, desc=f"epoch {progress.epoch}", is_main=world.is_main,
-                       always=args.tqdm, initial=progress.update)
+    bar = epoch_bar(run)
     for update in remaining:
         start = time.time()
         loss, queries = train_update(run, batches, len(update))
         progress.count_update(loss, 1, queries, time.time() - start)
-        bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}")
+        count_on_bar(bar, run)
 
         # report, measure and save when it is due, all of it at the end of the run
         done, is_end = progress.total_updates, progress.total_updates >= run.last_update
@@ -275,7 +273,7 @@ def report(run, measures=None):
     row = {"update": progress.total_updates, "epoch": progress.epoch, "lr": lr, **summary}
     is_best = False
     if measures:
-        is_best = count_measures(run, measures)
+        is_best = keep_measures(run, measures)
         row |= measures | {"best": is_best}
         values = " ".join(f"{key} {measures[key]:.4f}" for key in measures if key != "eval_seconds")
         line += f" | {values} | {measures['eval_seconds']:.0f} s"
@@ -287,16 +285,15 @@ def report(run, measures=None):
         save_best(run)
 
 
-def count_measures(run, measures):
+def keep_measures(run, measures):
     """True if the measures are the best so far, which the progress then remembers."""
     name = best_metric(run.args, run.dev)
     # a lower average rank is better
     value = -measures[name] if name == "rank" else measures[name]
-    if value <= run.progress.best:
-        return False
-    run.progress.best = value
-    run.progress.best_at = f"{name} {measures[name]:.4f} at update {run.progress.total_updates}"
-    return True
+    is_best = run.progress.count_measures(value)
+    if is_best:
+        run.progress.best_at = f"{name} {measures[name]:.4f} at update {run.progress.total_updates}"
+    return is_best
 
 
 # ---------------------------------------------------------------- saving
@@ -317,11 +314,7 @@ def save_best(run):
         for role in roles:
             run.tokenizer.save_pretrained(os.path.join(folder, role))
 
-    def save_info(folder):
-        write_json(os.path.join(folder, "args.json"), info)
-
-    save_folder(run.out, save_model, save_tokenizers, save_info)
-    remove_other_layout(run.out, has_two_encoders="query" in roles)
+    save_checkpoint(run.out, info, save_model, save_tokenizers)
 
 
 def describe_retriever(run):
@@ -344,21 +337,6 @@ def sentence_transformers_prompts(run):
         return {}
     before_query, before_key = instructions.pop()
     return {"query": before_query, "document": before_key}
-
-
-def remove_other_layout(folder, has_two_encoders):
-    """Removes an earlier run's files of the other layout: one encoder, or two in folders of their
-    own.
-    """
-    names = ["query", "key"]
-    if has_two_encoders:
-        names = ["config.json", "modules.json", "model.safetensors"]
-    for name in names:
-        path = os.path.join(folder, name)
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        elif os.path.exists(path):
-            os.remove(path)
 
 
 def encoders_of(model, args):
@@ -443,8 +421,6 @@ def set_up(args, world):
     Raises InputError.
     """
     # data
-    if world.is_main:
-        check_writable(args.output_dir)
     corpus = open_corpus(args.corpus, args.key_template, world)
     queries = read_queries(args.queries)
     data = read_training(args, corpus, queries, world.log)
@@ -504,12 +480,13 @@ def main(args):
     world = start_processes(args.gpus)
     set_seed(args.seed, world.rank)
     transformers.utils.logging.disable_progress_bar()
-    run = set_up(args, world)
-    start = time.time()
-    while run.progress.total_updates < run.last_update:
-        train_epoch(run)
+    with claim_folder(args.output_dir, args.resume, args.overwrite, world):
+        run = set_up(args, world)
+        start = time.time()
+        while run.progress.total_updates < run.last_update:
+            train_epoch(run)
     best = f"; best {run.progress.best_at}" if run.progress.best_at else ""
-    run.world.log(f"done in {time.time() - start:.0f} s{best}; in {run.out}")
+    world.log(f"done in {time.time() - start:.0f} s{best}; in {run.out}")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ Written: OUT (the best reader, a T5 folder), OUT.jsonl (one row per evaluation) 
 """
 import argparse
 import math
-import os
 import time
 
 import torch
 
-from checkpoints import load_tokenizer, versions
+from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
 from data import Collator, TrainSet, check_targets, plan_epoch, train_loader
-from files import check_writable, save_folder, write_json
 from model import FiDT5
 from predict import predict, summarize
 from questions import read_records
@@ -27,7 +25,9 @@ from training import (
     Progress,
     Run,
     RunLog,
+    count_on_bar,
     describe_machine,
+    epoch_bar,
     make_optimizer,
     set_seed,
     step_optimizer,
@@ -38,15 +38,14 @@ from utils import (
     InputError,
     check_at_least,
     gather_lists,
-    progress_bar,
     run_script,
     start_processes,
     sum_over_processes,
 )
 
 # flags that may differ between a run and its resumption: they do not change the weights
-FREE_FLAGS = {"resume", "num_workers", "save_every", "gpus", "data_test", "batch_size_val",
-              "tensorboard", "tqdm"}
+FREE_FLAGS = {"resume", "overwrite", "num_workers", "save_every", "logging_steps", "gpus",
+              "data_test", "batch_size_val", "tensorboard", "tqdm"}
 
 
 # ---------------------------------------------------------------- flags
@@ -83,6 +82,8 @@ def parse_args():
     add("--epochs", type=int, default=20, help="passes over the training records")
     add("--lr", type=float, default=1e-5, help="highest learning rate of the linear schedule")
     add("--num_warmup_steps", type=int, default=1000, help="updates of linear warm-up")
+    add("--warmup_ratio", type=float,
+        help="share of the updates that is warm-up, in place of --num_warmup_steps")
     add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay, on all weights")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add = parser.add_argument_group("run").add_argument
@@ -93,6 +94,9 @@ def parse_args():
     add("--save_every", type=int, default=0,
         help="also save OUT.state every that many updates; 0: after evaluations only")
     add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
+    add("--overwrite", action="store_true", help="replace an earlier run's OUT, and start anew")
+    add("--logging_steps", type=int, metavar="N",
+        help="without a terminal a line of progress every N updates; not given: about every minute")
     add("--tensorboard", action="store_true",
         help="write to OUT.tensorboard as well (needs the package)")
     add("--tqdm", action="store_true",
@@ -106,9 +110,12 @@ def check_args(args):
     args.model = args.model.rstrip("/")
     check_at_least(args, {"num_contexts": 1, "max_length": 1, "batch_size": 1, "batch_size_val": 1,
                           "grad_accumulation": 1, "epochs": 1, "num_workers": 0,
-                          "num_warmup_steps": 0, "eval_every": 0, "save_every": 0})
+                          "num_warmup_steps": 0, "eval_every": 0, "save_every": 0,
+                          "logging_steps": 1})
     if not 0 <= args.dropout < 1:
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
+    if args.warmup_ratio is not None and not 0 <= args.warmup_ratio <= 1:
+        raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
     if args.lr <= 0 or args.clip <= 0:
         raise InputError("--lr and --clip must be above 0")
 
@@ -190,14 +197,12 @@ def train_epoch(run):
     remaining = plan[progress.update:]  # a resumed run goes on inside the epoch
     run.train_set.epoch = progress.epoch
     batches = iter(train_loader(run.train_set, remaining, run.collator, args.num_workers))
-    bar = progress_bar(plan, desc=f"epoch {progress.epoch}", is_main=world.is_main,
-                       always=args.tqdm, initial=progress.update)
+    bar = epoch_bar(run, args.logging_steps)
     for update in remaining:
         start = time.time()
         loss_sum, weight, questions = train_update(run, batches, len(update))
         progress.count_update(loss_sum, weight, questions, time.time() - start)
-        bar.update()
-        bar.set_postfix(loss=f"{progress.last_loss:.3f}")
+        count_on_bar(bar, run)
 
         # evaluate when it is due; save the state after it, and when --save_every says so
         is_end = progress.update == len(plan)
@@ -240,7 +245,8 @@ def report(run, measures):
     """
     progress = run.progress
     summary = progress.summary()
-    is_best = measures["dev_em"] > progress.best
+    # EM decides, then F1
+    is_best = progress.count_measures(measures["dev_em"], measures["dev_f1"])
     lr = run.scheduler.get_last_lr()[0]
     line = (f"epoch {progress.epoch:3d} | update {progress.total_updates:6d} | loss "
             f"{summary['loss']:.4f} | dev EM {measures['dev_em']:6.2f} "
@@ -254,7 +260,6 @@ def report(run, measures):
     progress.rows += 1
     progress.start_report()
     if is_best:
-        progress.best = measures["dev_em"]
         progress.best_at = f"epoch {progress.epoch}, update {progress.total_updates}"
         if run.world.is_main:
             save_best(run)
@@ -263,13 +268,12 @@ def report(run, measures):
 def save_best(run):
     """Writes OUT: the reader as a T5 folder with its tokenizer and args.json."""
     args, progress = run.args, run.progress
-    info = {"dev_em": progress.best, "epoch": progress.epoch, "update": progress.total_updates,
-            "num_contexts": args.num_contexts, "max_length": args.max_length,
-            "answer_maxlength": args.answer_maxlength, "args": vars(args), "versions": versions()}
-
-    def save_info(folder):
-        write_json(os.path.join(folder, "args.json"), info)
-    save_folder(run.out, run.unwrapped.save_pretrained, run.tokenizer.save_pretrained, save_info)
+    dev_em, dev_f1 = progress.best
+    info = {"dev_em": dev_em, "dev_f1": dev_f1, "epoch": progress.epoch,
+            "update": progress.total_updates, "num_contexts": args.num_contexts,
+            "max_length": args.max_length, "answer_maxlength": args.answer_maxlength,
+            "args": vars(args), "versions": versions()}
+    save_checkpoint(run.out, info, run.unwrapped.save_pretrained, run.tokenizer.save_pretrained)
 
 
 # ---------------------------------------------------------------- setting up
@@ -285,8 +289,6 @@ def set_up(args, world):
     if not any(record["answers"] for record in dev):
         raise InputError(f"{args.data_val}: no record has 'answers', so no checkpoint can be "
                          "chosen by it")
-    if world.is_main:
-        check_writable(args.model)
     state = load_state(args.model, args, world, FREE_FLAGS)
     tokenizer = load_tokenizer(args.t5_name, args.t5_name)
     check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
@@ -303,7 +305,7 @@ def set_up(args, world):
     updates_per_epoch = math.ceil(len(train) / update_size)
     last_update = updates_per_epoch * args.epochs
     optimizer, scheduler = make_optimizer(reader, args.lr, args.weight_decay, 1e-8,
-                                          args.num_warmup_steps, last_update)
+                                          count_warmup(args, last_update), last_update)
 
     # the run, where it stands
     progress = Progress(**state["progress"]) if state else Progress()
@@ -319,10 +321,18 @@ def set_up(args, world):
     return run
 
 
+def count_warmup(args, last_update):
+    """The updates of warm-up in a run of that many."""
+    if args.warmup_ratio is None:
+        return args.num_warmup_steps
+    return math.ceil(last_update * args.warmup_ratio)
+
+
 def describe(run):
     """Logs the lines that a run starts with."""
     args, world, log = run.args, run.world, run.world.log
     parameters = sum(parameter.numel() for parameter in run.unwrapped.parameters())
+    warmup = count_warmup(args, run.last_update)
     log(describe_machine(world, args.gpus))
     log(f"{len(run.train_set.records)} training and {len(run.dev)} dev questions, "
         f"{args.num_contexts} contexts of at most {args.max_length} tokens; {parameters:,} "
@@ -330,13 +340,10 @@ def describe(run):
     log(f"effective batch {args.batch_size * args.grad_accumulation * world.size} = "
         f"{args.batch_size} questions x {args.grad_accumulation} micro-batches x {world.size} "
         f"processes ({args.accumulate}); {run.last_update // args.epochs} updates per epoch, "
-        f"{run.last_update} in all, {args.num_warmup_steps} of warm-up")
-    if os.path.exists(f"{run.out}.state") and not args.resume:
-        log(f"note: {run.out} is of an earlier run; this one replaces it (--resume would go on "
-            "with it)")
-    if args.num_warmup_steps >= run.last_update:
-        log(f"warning: --num_warmup_steps {args.num_warmup_steps} is not reached, the learning "
-            f"rate never gets to {args.lr:g}")
+        f"{run.last_update} in all, {warmup} of warm-up")
+    if warmup >= run.last_update:
+        log(f"warning: the warm-up of {warmup} updates outlasts the run, the learning rate never "
+            f"gets to {args.lr:g}; --warmup_ratio 0.1 would fit")
     if run.progress.total_updates:
         log(f"resuming after {run.progress.total_updates} updates, in epoch {run.progress.epoch}")
 
@@ -345,20 +352,26 @@ def main(args):
     check_args(args)
     world = start_processes(args.gpus)
     set_seed(args.seed, world.rank)
-    run = set_up(args, world)
-    # now, not after the training
-    test = read_records(args.data_test, args.num_contexts) if args.data_test else None
-    describe(run)
-    start = time.time()
-    while run.progress.total_updates < run.last_update:
-        train_epoch(run)
-    run.world.log(f"done in {time.time() - start:.0f} s; best dev EM {run.progress.best:.2f} "
-                 f"({run.progress.best_at}) in {run.out}")
+    with claim_folder(args.model, args.resume, args.overwrite, world):
+        run = set_up(args, world)
+        # now, not after the training
+        test = read_records(args.data_test, args.num_contexts) if args.data_test else None
+        describe(run)
+        start = time.time()
+        while run.progress.total_updates < run.last_update:
+            train_epoch(run)
+    dev_em, _ = run.progress.best
+    world.log(f"done in {time.time() - start:.0f} s; best dev EM {dev_em:.2f} "
+              f"({run.progress.best_at}) in {run.out}")
+    if dev_em == 0:
+        world.log("warning: no dev question was answered right, so that the checkpoint was chosen "
+                  "by F1 or as the last: train longer or with a higher --lr, and look at what "
+                  "test.py --pred writes")
     if test:
         best_reader = FiDT5.from_pretrained(run.out).to(world.device)
         summary = answer(run, best_reader, test)
-        run.world.log(f"test EM {summary.em:.2f} ({summary.correct}/{summary.count}), F1 "
-                     f"{summary.f1:.2f} with the best checkpoint on {args.data_test}")
+        world.log(f"test EM {summary.em:.2f} ({summary.correct}/{summary.count}), F1 "
+                  f"{summary.f1:.2f} with the best checkpoint on {args.data_test}")
 
 
 if __name__ == "__main__":

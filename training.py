@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import versions
 from files import new_file
-from utils import InputError, World
+from utils import InputError, World, peak_memory, progress_bar
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Progress:
     epoch: int = 0
     update: int = 0            # updates done in this epoch
     total_updates: int = 0
-    best: float = -math.inf    # the chosen measure's best value; minus it where lower is better
+    best: tuple = ()           # the best checkpoint's measures, the one that decides first
     best_at: str = ""
     rows: int = 0              # rows of the log that are written
     # since the last report:
@@ -45,6 +45,15 @@ class Progress:
     def last_loss(self):
         loss_sum, weight = self.losses[-1]
         return loss_sum / weight
+
+    def count_measures(self, *measures):
+        """True if these measures, of which higher is better, are the best so far; ties go to the
+        next measure, then to the later update: the first one has hardly been trained.
+        """
+        is_best = measures >= self.best
+        if is_best:
+            self.best = measures
+        return is_best
 
     def summary(self):
         """{loss, examples_per_second, seconds, loss_curve} since the last report."""
@@ -136,6 +145,26 @@ def step_optimizer(run, loss):
     run.scheduler.step()
     run.optimizer.zero_grad()
     return None
+
+
+# ---------------------------------------------------------------- progress on the screen
+
+def epoch_bar(run, steps=None):
+    """A progress bar over the updates of the whole run: what it says is left is the run's time.
+
+    steps: see progress_bar.
+    """
+    progress = run.progress
+    return progress_bar(desc=f"epoch {progress.epoch}", total=run.last_update, unit=" updates",
+                        initial=progress.total_updates, is_main=run.world.is_main,
+                        always=run.args.tqdm, steps=steps)
+
+
+def count_on_bar(bar, run):
+    """Moves the bar by an update, with its loss and the most memory taken so far."""
+    bar.set_postfix(loss=f"{run.progress.last_loss:.3f}", peak=peak_memory(run.world.device),
+                    refresh=False)
+    bar.update()
 
 
 # ---------------------------------------------------------------- log

@@ -3,6 +3,7 @@ import argparse
 import errno
 import glob
 import os
+import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+LINE_SECONDS = 60  # between the lines that take a progress bar's place
 
 
 class InputError(Exception):
@@ -175,13 +178,70 @@ def print_error(message):
 
 # ---------------------------------------------------------------- progress
 
-def progress_bar(iterable=None, *, desc, is_main=True, always=False, **options):
-    """A tqdm bar that vanishes when done: on the main process, where stderr is a terminal or
-    `always`.
+class LineBar(tqdm):
+    """Takes the place of a bar where there is no terminal: a line about every minute, or every
+    `steps` steps.
     """
-    disable = None  # tqdm's word for: unless stderr is a terminal
-    if always:
-        disable = False
-    if not is_main:
-        disable = True
-    return tqdm(iterable, desc=desc, leave=False, disable=disable, **options)
+
+    def __init__(self, *args, steps=None, **options):
+        # delay: no line at the very start; maxinterval: none from tqdm's thread either
+        timing = {"mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "miniters": 1}
+        if steps:
+            timing = {"mininterval": 0, "delay": 1e-9, "miniters": steps}
+        super().__init__(*args, maxinterval=0, leave=False, **timing, **options)
+
+    def display(self, msg=None, pos=None):
+        if msg is None:  # else it is asked to clear the bar
+            print(describe_progress(self.format_dict), file=sys.stderr, flush=True)
+
+
+def describe_progress(state):
+    """The line of a bar with this tqdm.format_dict, such as "encoding: 50/1,237 documents, 3.1 s
+    each, 1.0 h left".
+    """
+    done, total = state["n"], state["total"]
+    seconds_each = state["elapsed"] / max(done - state["initial"], 1)
+    unit = "" if state["unit"] == "it" else state["unit"]
+    line = f"{state['prefix']}: {done:,}"
+    if total:
+        line += f"/{total:,}"
+    if seconds_each < 0.1:
+        line += f"{unit}, {1 / max(seconds_each, 1e-9):,.0f}/s"
+    else:
+        line += f"{unit}, {format_seconds(seconds_each)} each"
+    if total:
+        line += f", {format_seconds(seconds_each * (total - done))} left"
+    if state["postfix"]:
+        line += f", {state['postfix']}"
+    return line
+
+
+def format_seconds(seconds):
+    """Seconds in the unit that suits them: "0.3 s", "12 min", "1.0 h"."""
+    number, unit = seconds, "s"
+    for larger_unit, size in (("min", 60), ("h", 3600), ("d", 86400)):
+        if seconds >= size:
+            number, unit = seconds / size, larger_unit
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"
+
+
+def peak_memory(device):
+    """The most memory, as "5.3 GiB", that this process has taken so far: of the GPU, else of the
+    machine.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak / 2 ** 30:.1f} GiB"
+
+
+def progress_bar(iterable=None, *, desc, is_main=True, always=False, steps=None, **options):
+    """A tqdm bar on the main process that vanishes when done.
+
+    Where stderr is no terminal, unless `always`, it is a line about every minute, or every `steps`
+    steps.
+    """
+    if always or sys.stderr.isatty():
+        return tqdm(iterable, desc=desc, leave=False, disable=not is_main, **options)
+    return LineBar(iterable, desc=desc, steps=steps, disable=not is_main, **options)

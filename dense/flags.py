@@ -166,6 +166,7 @@ def add_run_flags(parser):
     add("--seed", type=int, default=42,
         help="seed of the order, the groups and (plus the rank) dropout")
     add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
+    add("--overwrite", action="store_true", help="replace an earlier run's OUT, and start anew")
     add("--tqdm", action="store_true",
         help="show progress bars even if the output is not a terminal")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")

@@ -1,9 +1,8 @@
 """The flags of retrieve.py, what they default to, and their checks."""
 import argparse
-import os
 
 from dense.instructions import INSTRUCTIONS, named_version
-from files import read_args
+from files import check_paths, read_args
 from metrics import METRICS
 from retrieval.corpus import check_templates
 from retrieval.mining import COLLATED, collated_paths
@@ -150,7 +149,9 @@ def check_args(args):
     check_corpus(args)
     check_method(args)
     check_collated(args)
-    check_paths(args)
+    outputs = [args.output, args.trec, args.measures]
+    outputs += [collated_paths(args)[kind] for kind in list_collated(args)]
+    check_paths(outputs, [args.eval_data, *args.queries, *args.results, *args.corpus])
 
 
 def list_measures(args):
@@ -230,13 +231,3 @@ def check_collated(args):
     if args.output or args.trec or len(args.metrics) > 1:
         raise InputError("collate_score may score other candidates than are ranked; ask for it "
                          "alone")
-
-
-def check_paths(args):
-    """Raises InputError for an output whose folder cannot be written."""
-    paths = [path for path in (args.output, args.trec, args.measures) if path]
-    paths += [collated_paths(args)[kind] for kind in list_collated(args)]
-    for path in paths:
-        if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
-            raise InputError(f"{path}: its folder does not exist or cannot be written; make it "
-                             "first, or choose another")

@@ -223,7 +223,11 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     assert "warning: --max_length 50, but the checkpoint was trained with 60" in out
     rows = [json.loads(line) for line in open(tmp_path / "p.2.jsonl")]
     assert len(rows) == 11 and (tmp_path / "p.0.jsonl").exists()
-    assert set(rows[0]) == {"index", "id", "prediction", "answers", "em", "f1"}
+    assert set(rows[0]) == {"index", "id", "prediction", "answers", "em", "f1", "best_context",
+                            "contexts"}
+    scores = [context["score"] for context in rows[0]["contexts"]]
+    best = rows[0]["contexts"][scores.index(max(scores))]
+    assert len(scores) == 2 and rows[0]["best_context"] == best["id"]
     given = json.load(open(records_file))
     scored = [json.loads(line) for line in open(tmp_path / "s.jsonl")]
     for before, after in zip(given, scored):

@@ -1,0 +1,158 @@
+"""checkpoints.py: the folder that a run writes, and what it must not touch there."""
+import json
+import os
+
+import pytest
+import torch
+
+from checkpoints import claim_folder, finish_saving, save_checkpoint
+from conftest import run
+from utils import InputError, World
+
+WORLD = World(0, 0, 1, torch.device("cpu"))
+
+
+def write_files(*names):
+    """A writer, for save_checkpoint, of files that hold their own names."""
+    def writer(folder):
+        for name in names:
+            path = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w") as file:
+                file.write(name)
+    return writer
+
+
+def claim(out, resume=False, overwrite=False):
+    with claim_folder(str(out), resume, overwrite, WORLD):
+        pass
+
+
+def names_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder that holds a checkpoint of two encoders, and a file of the user's."""
+    folder = tmp_path / "out"
+    save_checkpoint(str(folder), {"best": 1}, write_files("query/model.safetensors",
+                                                          "key/model.safetensors"))
+    (folder / "query" / "notes.txt").write_text("mine")
+    return folder
+
+
+# ---------------------------------------------------------------- what is claimed
+
+def test_files_of_the_users_are_never_touched(tmp_path):
+    notes = tmp_path / "proj" / "query" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(InputError, match="holds files that no run has written, such as query"):
+            claim(tmp_path / "proj", **flags)
+    assert notes.read_text() == "mine"
+
+
+def test_a_pretrained_model_is_no_output(tiny, records_file, tmp_path):
+    before = {name: os.stat(f"{tiny}/{name}").st_mtime_ns for name in os.listdir(tiny)}
+    _, error = run("train_epoch.py", tiny, records_file, records_file, "--t5_name", tiny,
+                   "--overwrite", code=1)
+    assert "holds files that no run has written" in error
+    _, error = run("train_dense.py", "--output_dir", tiny, "--train_data", records_file, code=1)
+    assert "holds files that no run has written" in error
+    assert before == {name: os.stat(f"{tiny}/{name}").st_mtime_ns for name in os.listdir(tiny)}
+
+
+def test_an_earlier_run_is_replaced_only_when_told(out, tmp_path, capsys):
+    with pytest.raises(InputError, match="--resume goes on with it, --overwrite replaces it"):
+        claim(out)
+    claim(out, overwrite=True)
+    claim(out, resume=True)
+    assert "no {} to resume from".format(f"{out}.state") in capsys.readouterr().out
+    with pytest.raises(InputError, match="leave one out"):
+        claim(out, resume=True, overwrite=True)
+    (tmp_path / "new.state").write_text("a state without a model")
+    with pytest.raises(InputError, match="holds an earlier run"):
+        claim(tmp_path / "new")
+
+
+def test_training_data_beside_the_folder_is_no_log(tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps({"question": "who", "answers": ["x"]}) + "\n")
+    with pytest.raises(InputError, match="train.jsonl: is no log of a run"):
+        claim(tmp_path / "train", overwrite=True)
+    data.write_text(json.dumps({"update": 1, "loss_curve": [1.0]}) + "\n")
+    claim(tmp_path / "train")  # a run that was killed before it saved anything
+
+
+def test_two_runs_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoints.time.sleep", lambda seconds: None)
+    out = tmp_path / "out"
+    with claim_folder(str(out), False, False, WORLD):
+        with pytest.raises(InputError, match="another run is writing there"):
+            claim(out)
+    claim(out)
+    assert not out.exists()  # nothing was saved, nothing is left
+
+
+def test_a_claim_removes_what_killed_runs_left(out):
+    (out / ".writing").mkdir()
+    (out / ".writing" / "model.safetensors").write_text("half")
+    leftovers = [out.parent / "out.state.77.writing", out.parent / "out.jsonl.77.writing"]
+    for leftover in leftovers:
+        leftover.write_text("half")
+    claim(out, overwrite=True)
+    assert not any(leftover.exists() for leftover in leftovers)
+    assert not (out / ".writing").exists() and not (out / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------- what is saved
+
+def test_a_checkpoint_replaces_its_own_files_only(out):
+    save_checkpoint(str(out), {"best": 2}, write_files("config.json", "model.safetensors"))
+    assert names_below(out) == ["args.json", "config.json", "model.safetensors", "query/notes.txt"]
+    assert not (out / "key").exists()
+    args = json.loads((out / "args.json").read_text())
+    assert args == {"best": 2, "files": ["config.json", "model.safetensors"]}
+
+
+@pytest.mark.parametrize("kill_at", range(4))
+def test_a_killed_save_is_finished_or_has_not_begun(kill_at, out, monkeypatch):
+    """Killed at each of the moves (of two files, the removal, args.json)."""
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    moves = []
+    real_replace = os.replace
+
+    def replace(source, target):
+        moves.append(target)
+        if ".writing" not in str(target) and kill_at == 0:
+            die()
+        real_replace(source, target)
+        if len([m for m in moves if ".writing" not in str(m)]) == kill_at:
+            die()
+
+    monkeypatch.setattr("files.os.replace", replace)
+    with pytest.raises(Killed):
+        save_checkpoint(str(out), {"best": 2}, write_files("config.json", "model.safetensors"))
+    monkeypatch.undo()
+    finish_saving(str(out))
+    assert names_below(out) == ["args.json", "config.json", "model.safetensors", "query/notes.txt"]
+    assert json.loads((out / "args.json").read_text())["best"] == 2
+
+
+def test_a_save_that_is_killed_early_leaves_the_old_checkpoint(out):
+    before = names_below(out)
+
+    def fail(folder):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(str(out), {"best": 2}, write_files("config.json"), fail)
+    finish_saving(str(out))
+    assert names_below(out) == before

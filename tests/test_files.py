@@ -1,0 +1,100 @@
+"""files.py: files that are whole or not there, what killed processes leave, links and streams."""
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, command, run
+from files import check_paths, new_file
+from utils import InputError
+
+# starts to write a file, says so, and waits to be killed
+WRITER = f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from files import new_file
+with new_file(sys.argv[1]) as file:
+    file.write("half")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def start_writer(path):
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
+    assert writer.stdout.readline() == b"writing\n"
+    return writer
+
+
+def write(path, text="new"):
+    with new_file(str(path)) as file:
+        file.write(text)
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_live_ones_file_is_not(tmp_path):
+    path = tmp_path / "run.state"
+    path.write_text("old")
+    dead, live = start_writer(path), start_writer(path)
+    dead.send_signal(signal.SIGKILL)
+    dead.wait()
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 3
+    write(path)
+    assert path.read_text() == "new"
+    assert {file.name for file in tmp_path.iterdir()} == {"run.state",
+                                                          f"run.state.{live.pid}.writing"}
+    live.send_signal(signal.SIGKILL)
+    live.wait()
+    write(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.state"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / "target.txt", tmp_path / "link.txt"
+    target.write_text("old")
+    link.symlink_to(target)
+    write(link)
+    assert link.is_symlink() and target.read_text() == "new"
+    assert len(list((tmp_path / "far").iterdir())) == 1
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write(pipe)
+    assert os.read(reader, 100) == b"new" and not os.path.isfile(pipe)
+    os.close(reader)
+
+
+@pytest.mark.parametrize("is_piped", [True, False])
+def test_predictions_to_stdout(is_piped, tiny, records_file, tmp_path):
+    """/dev/stdout stays what it is, and a file that the shell redirects it to keeps the log."""
+    line = command("test.py", tiny, records_file, "--pred", "/dev/stdout", "--num_contexts", 1)
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.run(line, stdout=subprocess.PIPE if is_piped else log, check=True,
+                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
+    text = process.stdout.decode() if is_piped else (tmp_path / "log").read_text()
+    assert text.index("11 questions") < text.index("\n0\t") < text.index("\n10\t")
+    assert "predictions in /dev/stdout" in text
+
+
+def test_outputs_are_checked_before_the_work(tmp_path):
+    data = tmp_path / "data.json"
+    data.write_text("[]")
+    check_paths([str(tmp_path / "new.json"), None, "/dev/stdout"], [str(data), None])
+    for path in (data, tmp_path / "." / "data.json", tmp_path, tmp_path / "none" / "x"):
+        with pytest.raises(InputError, match="choose another name"):
+            check_paths([str(path)], [str(data)])
+
+
+def test_an_output_that_is_an_input_is_refused(tiny, records_file):
+    with open(records_file) as file:
+        before = file.read()
+    _, error = run("test.py", tiny, records_file, "--pred", records_file, code=1)
+    assert f"error: {records_file}: is read by this command too" in error
+    with open(records_file) as file:
+        assert file.read() == before
