@@ -2,11 +2,13 @@
 
 A record is a JSON object per question: `question` (or `query`, or BEIR's `text`), an id, `answers`
 (or `answer`), `target`, `ctxs` (ranked passages {title, text, score}). Files: a `.json` list or
-`.jsonl`; tables of question and answers (DPR's nq-test.csv) or of id and text; any of them gzipped.
+`.jsonl`; tables whose header names the columns, or without one of question and answers (DPR's
+nq-test.csv) or of id and text; any of them gzipped.
 """
 import ast
 import csv
 import json
+import os
 import sys
 from typing import NamedTuple
 
@@ -16,6 +18,8 @@ from utils import InputError
 ID_FIELDS = ("id", "_id", "query_id", "qid")
 TEXT_FIELDS = ("question", "query", "text")
 ID_COLUMNS = (*ID_FIELDS, "docid", "doc_id", "passage_id")  # of a table's header
+ANSWER_COLUMNS = ("answers", "answer")
+TABLE_ENDINGS = (".csv", ".tsv", ".txt")
 LIST_FIELDS = ("pos", "neg", "pos_index", "neg_index", "positive_ctxs", "negative_ctxs",
                "hard_negative_ctxs")
 
@@ -88,6 +92,7 @@ def read_records(path, keep_contexts=None):
     (FiD, src/data.py: sort_data); those without a score come last then. `keep_contexts` drops the
     contexts after that many, to save memory. Raises InputError.
     """
+    refuse_table(path, "run retrieve.py first, whose --output FILE.jsonl has contexts")
     records = []
     for index, (item, location) in enumerate(read_json(path)):
         records.append(check_record(item, location, index))
@@ -130,6 +135,31 @@ def check_record(record, location, index):
             score = context["score"]
             raise InputError(f"{location}: a context's score {score!r} is not a number") from None
     return record
+
+
+def note_contexts(records, path, log):
+    """Logs a line if records of a file have no contexts: their questions are read alone."""
+    without = sum(not record["ctxs"] for record in records)
+    if without == len(records):
+        log(f"warning: 0 of {len(records)} records of {path} have contexts: run retrieve.py first, "
+            "else each question is read alone")
+    elif without:
+        log(f"note: {without} of {len(records)} records of {path} have no contexts")
+
+
+def note_files(files, log):
+    """note_contexts of each [(path, records or None)], the first being of training; logs a line
+    for another that is the same file.
+    """
+    training_path, _ = files[0]
+    for index, (path, records) in enumerate(files):
+        if records is None:
+            continue
+        if index > 0 and os.path.samefile(path, training_path):
+            log(f"note: {path} is the training file too: measures on it do not tell how new "
+                "questions are answered")
+        else:
+            note_contexts(records, path, log)
 
 
 # ---------------------------------------------------------------- questions for retrieval
@@ -182,30 +212,145 @@ def holds_json(path):
     return first_line.lstrip().startswith((b"{", b"[{"))
 
 
-def read_table(path):
-    """[(record, 'FILE:LINE')] of a table of question and answers, or of id and text.
+def refuse_table(path, remedy):
+    """Raises InputError, which ends with the remedy, for a table where records are needed."""
+    if str(path).removesuffix(".gz").endswith(TABLE_ENDINGS) and not holds_json(path):
+        raise InputError(f"{path}: a table of questions, where JSON records are needed; {remedy}")
 
-    A second column that is a Python list of texts holds answers, as in DPR's files, whose cells are
-    quoted as csv does. Any other line is an id and, as it stands after the first tab, a text.
+
+# ---------------------------------------------------------------- tables of questions
+
+def read_table(path):
+    """[(record, 'FILE:LINE')] of a table, whose first line with text may be a header.
+
     Raises InputError.
     """
+    lines = decode_lines(path)
+    first_line = next((index for index, line in enumerate(lines) if line.strip()), None)
+    if first_line is None:
+        return []
+    location = f"{path}:{first_line + 1}"
+    names, separator = split_header(lines[first_line], location)
+    if names:
+        return read_named_columns(path, lines, names, separator)
     rows = []
-    for line_number, line in enumerate(read_lines(path), 1):
-        text = line.decode("utf-8", "replace").rstrip("\r\n")
-        cells = split_cells(text)
-        if not text.strip() or line_number == 1 and is_header(cells):
-            continue
-        location = f"{path}:{line_number}"
-        if "\t" not in text:
-            raise InputError(f"{location}: one column instead of two: question and answers, or id "
-                             "and text, with a tab between them")
-        if len(cells) == 2 and holds_answers(cells[1], path):
-            record = {"question": cells[0], "answers": parse_answers(cells[1], location)}
-        else:
-            identifier, _, question = text.partition("\t")
-            record = {"id": identifier, "question": question}
-        rows.append((record, location))
+    for line_number, line in enumerate(lines, 1):
+        if line.strip():
+            location = f"{path}:{line_number}"
+            rows.append((parse_two_columns(line, path, location), location))
     return rows
+
+
+def decode_lines(path):
+    """The lines of a table, without their ends.
+
+    Raises InputError for a line that is not in UTF-8 or holds a carriage return, at which some
+    programs end a line and others do not.
+    """
+    lines = []
+    for line_number, line in enumerate(read_lines(path), 1):
+        try:
+            text = line.decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise InputError(f"{path}:{line_number}: not UTF-8; save the file as UTF-8, or convert "
+                             "it: iconv -f ENCODING -t UTF-8") from None
+        if "\r" in text:
+            raise InputError(f"{path}:{line_number}: a carriage return inside the line; end lines "
+                             "with line feeds: tr '\\r' '\\n'")
+        lines.append(text)
+    return lines
+
+
+def split_cells(line, separator="\t"):
+    """The cells of a line of a table, quoted as csv does; [] of an empty line."""
+    csv.field_size_limit(sys.maxsize)  # a document may be longer than csv's 131,072 characters
+    return next(csv.reader([line], delimiter=separator), [])
+
+
+def split_header(line, location):
+    """(column names, the separator) of a table's first line, names being None if it is no header.
+
+    A header names a question, and an id or answers unless it is the only column. Raises InputError
+    for one that names no question, or a column twice.
+    """
+    separator = "," if "," in line and "\t" not in line else "\t"
+    names = [cell.strip().lower() for cell in split_cells(line, separator)]
+    has_question = any(name in TEXT_FIELDS for name in names)
+    has_others = any(name in ID_COLUMNS + ANSWER_COLUMNS for name in names)
+    if has_others and not has_question:
+        raise InputError(f"{location}: the header names no column 'question' (or 'query', 'text'); "
+                         "rename the one that holds the questions")
+    if not has_question or len(names) > 1 and not has_others:
+        return None, separator
+    repeated = next((name for name in names if name and names.count(name) > 1), None)
+    if repeated:
+        raise InputError(f"{location}: the header names {repeated!r} twice; rename one of them")
+    return names, separator
+
+
+def read_named_columns(path, lines, names, separator):
+    """[(record, 'FILE:LINE')] of the lines of a table with a header; a quoted cell may hold line
+    ends.
+
+    Raises InputError.
+    """
+    reader = csv.reader((line + "\n" for line in lines), delimiter=separator,
+                        skipinitialspace=True, strict=True)
+    rows = []
+    while True:
+        location = f"{path}:{reader.line_num + 1}"
+        try:
+            cells = next(reader, None)
+        except csv.Error:
+            raise InputError(f"{location}: a cell begins with a quote and is not closed as csv has "
+                             'it; double the quotes inside it, as in "a ""b"" c"') from None
+        if cells is None:
+            return rows[1:]  # the first is the header
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(names):
+            name = "comma" if separator == "," else "tab"
+            raise InputError(f"{location}: {len(cells)} columns, the header names {len(names)}; "
+                             f"put a cell that holds a {name} in double quotes, or mend the line")
+        rows.append((named_record(names, cells, location), location))
+
+
+def named_record(names, cells, location):
+    """The record of a line's cells, without the empty ones: `id`, `answers` as a list, the others
+    as they are named.
+
+    Raises InputError.
+    """
+    record = {name: cell.strip() for name, cell in zip(names, cells) if name and cell.strip()}
+    identifier = next((record[name] for name in ID_COLUMNS if name in record), None)
+    if identifier is not None:
+        record["id"] = identifier
+    answers = next((record[name] for name in ANSWER_COLUMNS if name in record), None)
+    record.pop("answer", None)
+    if answers is not None:
+        is_list = answers.startswith("[")
+        record["answers"] = parse_answers(answers, location) if is_list else [answers]
+    return record
+
+
+def parse_two_columns(line, path, location):
+    """The record of a line without a header: question and answers, or id and text.
+
+    A second column that is a list holds answers, as in DPR's files, whose cells are quoted as csv
+    does. Any other line is an id and, as it stands after the first tab, a text. Raises InputError.
+    """
+    if "\t" not in line:
+        raise InputError(f"{location}: one column instead of two: question and answers, or id and "
+                         "text, with a tab between them; one column, or commas, need a header line "
+                         "such as question,answer")
+    cells = split_cells(line)
+    if len(cells) == 2 and holds_answers(cells[1], path):
+        return {"question": cells[0], "answers": parse_answers(cells[1], location)}
+    identifier, _, question = line.partition("\t")
+    if len(identifier.split()) != 1:
+        raise InputError(f"{location}: the first of two columns is an id, and {identifier[:40]!r} "
+                         "is none; if it is a question, add the header line question<TAB>answer")
+    return {"id": identifier, "question": question}
 
 
 def holds_answers(cell, path):
@@ -214,27 +359,24 @@ def holds_answers(cell, path):
     return cell.startswith("[") and (cell.endswith("]") or is_csv)
 
 
-def split_cells(line):
-    """The cells of a tab-separated line, quoted as csv does; [] of an empty line."""
-    csv.field_size_limit(sys.maxsize)  # a document may be longer than csv's 131,072 characters
-    return next(csv.reader([line], delimiter="\t"), [])
-
-
-def is_header(cells):
-    """True for a first line's cells that name columns: id and text, or question and answers."""
-    names = [cell.strip().lower() for cell in cells]
-    if names == ["question", "answers"]:
-        return True
-    return len(names) == 2 and names[0] in ID_COLUMNS and names[1] in TEXT_FIELDS
-
-
 def parse_answers(text, location):
-    """The answers that a Python list spells, as DPR's files have them. Raises InputError."""
-    try:
-        return [str(answer) for answer in ast.literal_eval(text)]
-    except (SyntaxError, ValueError):
-        raise InputError(f"{location}: {text[:60]!r} is not a list of answers") from None
+    """The answers that a list in JSON or, as in DPR's files, in Python spells.
 
+    Raises InputError.
+    """
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            answers = parse(text)
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(answers, list) and all(isinstance(item, (str, int, float))
+                                             for item in answers):
+            return [str(answer) for answer in answers]
+    raise InputError(f"{location}: {text[:60]!r} is not a list of answers; write it as "
+                     "['one', 'another']")
+
+
+# ---------------------------------------------------------------- queries of qrels
 
 def read_unique_questions(paths, task=""):
     """{id: Question} of the questions that qrels name, which need ids of their own.

@@ -42,6 +42,7 @@ from retrieval.mining import (
     list_positives,
     to_documents,
     write_collated,
+    write_positives,
 )
 from retrieval.qrels import merge_qrels
 from retrieval.results import Results, fuse, read_run, stack, write_contexts, write_run
@@ -75,6 +76,8 @@ def check_records(questions, labels, corpus, args):
             raise InputError("nq cannot be measured: no query has 'answers'")
         if questions and name != "nq" and not any(labels):
             raise InputError(f"{name} cannot be measured: no query has qrels or 'pos_index'")
+    if "collate_pos" in args.metrics and not any(question.answers for question in questions):
+        raise InputError("collate_pos finds positives by their answers: no query has 'answers'")
     check_question_ids(questions, args)
     mines = "collate_neg" in args.metrics
     by_pos_index = not args.qrels and any(name != "nq" for name in list_measures(args))
@@ -332,16 +335,20 @@ SEARCHES = {"dense": search_dense, "bm25": search_bm25, "rank": rank_candidates,
 def write_outputs(args, questions, results, corpus, labels, log):
     """Writes everything that the flags ask for, from one result."""
     are_candidates = args.retrieval_method == "rank" and not args.results
-    for kind, path in collated_paths(args).items():
-        if kind in args.metrics:
+    paths = collated_paths(args)
+    for kind, path in paths.items():
+        if kind in args.metrics and kind != "collate_pos":
             write_collated(kind, path, questions, results, corpus, labels, args, are_candidates)
             log(f"{kind}: {path}")
     names = list_measures(args)
     if are_candidates and (args.output or args.trec or names):
         results = to_documents(questions, results)
     marks = None
-    if args.output or "nq" in names:
+    if args.output or "nq" in names or "collate_pos" in args.metrics:
         marks = mark_answers(questions, results, corpus)
+    if "collate_pos" in args.metrics:
+        write_positives(paths["collate_pos"], questions, results, corpus, marks, args.max_neg_num,
+                        log)
     if args.output:
         write_contexts(args.output, questions, results, corpus, marks)
         log(f"contexts: {args.output}")

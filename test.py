@@ -17,7 +17,7 @@ from checkpoints import load_tokenizer, read_training_args
 from files import check_paths
 from model import FiDT5
 from predict import predict, summarize, write_predictions, write_scores
-from questions import read_records
+from questions import note_contexts, read_records
 from utils import HelpFormatter, InputError, check_at_least, run_script, start_processes
 
 # minFiD's defaults, for checkpoints that do not say
@@ -112,6 +112,7 @@ def main(args):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.log(f"{len(records)} questions{note}; {parameters:,} parameters on {world.size} x "
               f"{world.device.type}, length {args.max_length}")
+    note_contexts(records, args.data, world.log)
     world.log(f"{'contexts':>8} {'EM':>6} {'F1':>6} {'correct':>13} {'questions/s':>12}")
     for num_contexts in args.num_contexts:
         start = time.time()

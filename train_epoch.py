@@ -19,7 +19,7 @@ from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
 from data import Collator, TrainSet, check_targets, plan_epoch, train_loader
 from model import FiDT5
 from predict import predict, summarize
-from questions import read_records
+from questions import note_files, read_records
 from resume import load_state, restore_state, save_state
 from training import (
     Progress,
@@ -357,6 +357,8 @@ def main(args):
         # now, not after the training
         test = read_records(args.data_test, args.num_contexts) if args.data_test else None
         describe(run)
+        note_files([(args.data_train, run.train_set.records), (args.data_val, run.dev),
+                    (args.data_test, test)], world.log)
         start = time.time()
         while run.progress.total_updates < run.last_update:
             train_epoch(run)

@@ -12,6 +12,7 @@ import torch
 
 from dense.examples import Example, choose_group
 from retrieval.corpus import format_key
+from utils import InputError
 
 # ---------------------------------------------------------------- plan
 
@@ -182,10 +183,16 @@ class GroupCollator:
     def key_text(self, key):
         """The text of a key: of a document of the corpus by its index, a text, or columns in the
         key template.
+
+        Raises InputError for a key without a column of the template.
         """
         if isinstance(key, int):
             return self.corpus.text(key)
-        return format_key(key, self.args.key_template)
+        try:
+            return format_key(key, self.args.key_template)
+        except KeyError as error:
+            raise InputError(f"--key_template '{self.args.key_template}': a positive or negative "
+                             f"has no column {error}; its columns are {sorted(key)}") from None
 
 
 def repeat_each(items, count):

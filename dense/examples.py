@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from files import read_json
-from questions import check_types, question_text
+from questions import check_types, question_text, refuse_table
 from retrieval.qrels import merge_qrels
 from utils import InputError
 
@@ -29,6 +29,10 @@ TRAIN_CONFIG = {
 TRAIN_CONFIG_DEFAULTS = {"select_positive": "first", "select_negative": "random",
                          "stable_distill": False, "teacher_scores_margin": None,
                          "teacher_scores_min": None, "max_sample_num": None}
+
+# the remedy where there is none
+MAKE_POSITIVES = ("retrieve.py --metrics collate_pos makes records with positives of questions and "
+                  "answers")
 
 
 class Example(NamedTuple):
@@ -124,6 +128,7 @@ def read_examples(path):
 
     Raises InputError with the location of a wrong field.
     """
+    refuse_table(path, MAKE_POSITIVES)
     examples = [make_example(record, location) for record, location in read_json(path)]
     if not examples:
         raise InputError(f"{path}: holds no records")
@@ -225,9 +230,13 @@ def read_training(args, corpus, queries, log):
     for index, examples in enumerate(datasets):
         task = examples[0].task if examples else ""
         flags = choose_flags(args, task)
+        has_positives = any(example.pos or example.scores for example in examples)
         examples = drop_examples(examples, args, flags, log)
         if not examples:
             source = args.train_data[index] if args.train_data else "the qrels"
+            if not has_positives:
+                raise InputError(f"{source}: no record has a positive ('pos', 'positive_ctxs', or "
+                                 f"'history' with teacher_scores); {MAKE_POSITIVES}")
             raise InputError(f"{source}: no example is left to train on")
         check_teacher(examples, flags)
         data.examples.extend(examples)

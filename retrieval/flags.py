@@ -26,7 +26,7 @@ def parse_args(description):
 def add_data_flags(parser):
     add = parser.add_argument_group("data").add_argument
     add("--eval_data", metavar="FILE",
-        help="questions: records, DPR's .csv of questions and answers, or id and text")
+        help="questions: records in JSON, or a table: with a header, or as docs/formats.md says")
     add("--queries", nargs="+", default=[], metavar="FILE",
         help="queries in BEIR's form, in place of --eval_data")
     add("--qrels", action="append", default=[], metavar="qrels=FILE",
@@ -94,11 +94,12 @@ def add_output_flags(parser):
     add("--output", metavar="FILE", help="reader records with ctxs, .json or .jsonl")
     add("--trec", metavar="FILE", help="TREC run")
     add("--metrics", nargs="+", default=[], metavar="NAME",
-        help=f"{', '.join(METRICS)}; {', '.join(COLLATED)} write LLM-Embedder's files")
+        help=f"{', '.join(METRICS)}; {', '.join(COLLATED)} write files beside --eval_data")
     add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K",
         help="ranks that the metrics look at")
     add("--save_name", help="name in the collated files: train.json becomes train.neg.NAME.json")
-    add("--max_neg_num", type=int, default=100, help="negatives per query that collate_neg keeps")
+    add("--max_neg_num", type=int, default=100,
+        help="negatives per query that collate_neg and collate_pos keep")
     add("--filter_answers", default=False, **SWITCH,
         help="collate_neg leaves out passages that hold an answer")
     add("--measures", metavar="FILE", help="write the measures as JSON")
@@ -223,6 +224,8 @@ def check_collated(args):
     """Raises InputError for collated files that cannot be written or would not be what they say."""
     if list_collated(args) and not args.eval_data:
         raise InputError("collated files are written beside --eval_data, which is missing")
+    if "collate_pos" in args.metrics:
+        check_collate_pos(args)
     if "collate_score" not in args.metrics:
         return
     if args.retrieval_method != "rank" or args.results:
@@ -231,3 +234,14 @@ def check_collated(args):
     if args.output or args.trec or len(args.metrics) > 1:
         raise InputError("collate_score may score other candidates than are ranked; ask for it "
                          "alone")
+
+
+def check_collate_pos(args):
+    """Raises InputError if positives would not be found in the corpus, or mined as negatives."""
+    if args.retrieval_method == "rank" and not args.results:
+        raise InputError("collate_pos looks for answers in documents of the corpus: search it, or "
+                         "rank an earlier result with --results")
+    if "collate_neg" in args.metrics:
+        raise InputError("collate_pos mines negatives too, and collate_neg would take its "
+                         "positives for negatives: leave collate_neg out, or mine more with the "
+                         f"file {collated_paths(args)['collate_pos']} as --eval_data")

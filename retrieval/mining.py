@@ -1,19 +1,21 @@
-"""Candidates that records bring along, and LLM-Embedder's collated files made of results.
+"""Candidates that records bring along, and collated files made of results, as LLM-Embedder has
+them.
 
-The files hold mined negatives, keys, or teacher scores. A candidate is known by its index among
-the record's candidates; it may also be a document of the corpus.
+The files hold mined positives, negatives, keys, or teacher scores. A candidate is known by its
+index among the record's candidates; it may also be a document of the corpus.
 """
 import json
 import os
 
 from files import new_file
-from questions import check_types
+from questions import LIST_FIELDS, check_types
 from retrieval.corpus import format_key
 from retrieval.results import stack
 from utils import InputError
 
 # {what --metrics asks for: the middle of the file's name}
-COLLATED = {"collate_neg": "neg", "collate_key": "key", "collate_score": "scored"}
+COLLATED = {"collate_pos": "pos", "collate_neg": "neg", "collate_key": "key",
+            "collate_score": "scored"}
 
 
 # ---------------------------------------------------------------- candidates
@@ -105,6 +107,8 @@ def to_documents(questions, results):
 def collated_paths(args):
     """{kind of collated file: path}, as in LLM-Embedder: records.json to records.neg.NAME.json."""
     stem, ending = os.path.splitext(str(args.eval_data).removesuffix(".gz"))
+    if ending not in (".json", ".jsonl"):  # a table's; the collated file holds records
+        ending = ".json"
     name = args.save_name or args.retrieval_method
     return {kind: f"{stem}.{middle}.{name}{ending}" for kind, middle in COLLATED.items()}
 
@@ -141,6 +145,38 @@ def write_collated(kind, path, questions, results, corpus, labels, args, are_can
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def write_positives(path, questions, results, corpus, marks, max_neg_num, log):
+    """Writes DPR's training records of questions and answers, as DPR's were made (sections 3.2 and
+    4.2): the highest hit that holds an answer is the positive, the highest that hold none are the
+    hard negatives.
+
+    Questions without a positive are dropped; logs how many. Positives, negatives and teacher scores
+    that a record had are replaced. marks: what measures.mark_answers returns.
+    """
+    num_positives = 0
+    with new_file(path) as file:
+        for i, question in enumerate(questions):
+            doc_indices, _ = results.row(i)
+            marked = list(zip(doc_indices, marks[i] or []))
+            positives = [doc_index for doc_index, holds_answer in marked if holds_answer]
+            negatives = [doc_index for doc_index, holds_answer in marked if not holds_answer]
+            if not positives:
+                continue
+            num_positives += 1
+            kept = {name: value for name, value in question.record.items()
+                    if name not in (*LIST_FIELDS, "teacher_scores")}
+            record = {"id": question.id, "question": question.text, **kept,
+                      "positive_ctxs": [corpus_context(positives[0], corpus)],
+                      "hard_negative_ctxs": [corpus_context(doc_index, corpus)
+                                             for doc_index in negatives[:max_neg_num]]}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    num_unanswered = sum(not question.answers for question in questions)
+    num_missed = len(questions) - num_positives - num_unanswered
+    log(f"collate_pos: {path}")
+    log(f"{num_positives} of {len(questions)} questions got a positive; dropped: {num_missed} "
+        f"whose hits hold no answer, {num_unanswered} without answers")
+
+
 def read_hits(question, indices, corpus, are_candidates, template):
     """[(document index or None, text)] of hits: documents, or candidates of the record."""
     if not are_candidates:
@@ -173,6 +209,11 @@ def dpr_context(doc_index, text, corpus):
     """A hit as DPR's files have it."""
     if doc_index is None or not corpus:
         return {"title": "", "text": text}
+    return corpus_context(doc_index, corpus)
+
+
+def corpus_context(doc_index, corpus):
+    """A document of the corpus as DPR's files have it."""
     passage = corpus.passage(doc_index)
     return {"title": passage["title"], "text": passage["text"], "passage_id": passage["id"]}
 

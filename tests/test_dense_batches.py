@@ -9,6 +9,7 @@ from checkpoints import load_tokenizer
 from conftest import make_bert
 from dense.batches import GroupCollator, GroupSet, plan_batches, tokenize
 from dense.examples import Example, GroupRule
+from utils import InputError
 
 
 @pytest.mark.parametrize("same", [None, "epoch", "random"])
@@ -53,6 +54,9 @@ def test_collator(tmp_path):
     same = batch["identities"].tolist()
     assert same[1] == same[2] == same[3] and len(set(same)) == 4
     assert tokenize(tokenizer, ["who " * 9], 5, append_eos=True)[0][-1] == tokenizer.sep_token_id
+    args.key_template = "{title} {body}"
+    with pytest.raises(InputError, match="has no column 'body'; its columns are .*'title'"):
+        collator([groups[(0, True)]])
 
 
 def test_a_rankers_batch_has_pairs(tmp_path):

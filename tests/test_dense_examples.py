@@ -144,6 +144,19 @@ def test_training_data_of_several_tasks(tmp_path):
                       None, {}, logged.append)
 
 
+def test_records_without_positives_are_told_the_way(tmp_path):
+    records = lines(tmp_path / "q.json", [{"question": "q", "answers": ["a"]},
+                                          {"question": "r", "answers": ["b"], "neg": ["c"]}])
+    with pytest.raises(InputError, match="q.json: no record has a positive.*--metrics collate_pos"):
+        read_training(training_flags(records), None, {}, print)
+    table = lines(tmp_path / "q.csv", ["question,answer", "who,Bob"])
+    with pytest.raises(InputError, match="q.csv: a table of questions.*--metrics collate_pos"):
+        read_training(training_flags(table), None, {}, print)
+    few = lines(tmp_path / "few.json", [{"question": "q", "pos": ["a"]}])
+    with pytest.raises(InputError, match="few.json: no example is left to train on"):
+        read_training(training_flags(few), None, {}, print)
+
+
 def test_flags_without_llm_embedders_settings_are_those_given():
     flags = training_flags(select_positive="random", graded=["qrels=x"])
     assert vars(choose_flags(flags, "chat")) == vars(flags) | {"loss": "kl"}

@@ -3,9 +3,19 @@ import json
 
 import pytest
 
+from dense.examples import read_examples
+from questions import read_questions
 from retrieval.corpus import Corpus
-from retrieval.mining import check_candidates, list_candidates, to_documents, write_collated
+from retrieval.flags import check_collated
+from retrieval.mining import (
+    check_candidates,
+    collated_paths,
+    list_candidates,
+    to_documents,
+    write_collated,
+)
 from retrieval_helpers import make_flags, make_questions, make_results, write_corpus
+from retrieve import check_records, write_outputs
 from utils import InputError
 
 
@@ -86,7 +96,6 @@ def test_questions_without_hits_and_old_teacher_scores_are_dropped(corpus, tmp_p
 
 def test_mined_negatives_of_dpr_records_are_dpr_records(corpus, tmp_path):
     """train_dense.py reads them as it reads DPR's own."""
-    from dense.examples import read_examples
     passage = {"title": "other", "text": "words", "passage_id": "d2"}
     record = {"positive_ctxs": [passage, {"title": "t1", "text": "text 1"}],
               "hard_negative_ctxs": [{"title": "old", "text": "old"}]}
@@ -99,3 +108,75 @@ def test_mined_negatives_of_dpr_records_are_dpr_records(corpus, tmp_path):
     row, = collated(tmp_path, "collate_neg", ranked, make_results([2, 1, 0]), None,
                     are_candidates=True)
     assert row["hard_negative_ctxs"] == [{"title": "", "text": "c"}, {"title": "", "text": "a"}]
+
+
+# ---------------------------------------------------------------- mined positives
+
+def mine_positives(folder, table, hits, corpus, **changes):
+    """(records, lines logged) of retrieve.py --metrics collate_pos on a table of questions."""
+    (folder / "q.csv").write_text(table)
+    questions = read_questions(folder / "q.csv")
+    flags = make_flags(metrics=["collate_pos"], eval_data=f"{folder}/q.csv", save_name="bm25",
+                       retrieval_method="bm25", output=None, **changes)
+    logged = []
+    write_outputs(flags, questions, hits, corpus, [{}] * len(questions), logged.append)
+    path = folder / "q.pos.bm25.json"
+    return [json.loads(line) for line in open(path)], logged
+
+
+def test_the_highest_hit_that_holds_an_answer_is_the_positive(corpus, tmp_path):
+    """By hand: the passages are "text 0" .. "text 7", and an answer is looked for by words."""
+    table = "question,answer\nwho,TEXT 2\nwhat,\"['5', '4']\"\nwhere,Rome\nwhen,\nhow,text\n"
+    hits = make_results([1, 2, 3, 0], [4, 5, 6, 1], [0, 1, 2, 3], [0, 1, 2, 3], [3, 2, 1, 0])
+    rows, logged = mine_positives(tmp_path, table, hits, corpus, max_neg_num=2)
+    assert [row["id"] for row in rows] == ["0", "1", "4"]
+    assert rows[0]["question"] == "who" and rows[0]["answers"] == ["TEXT 2"]
+    positive = {"title": "t2", "text": "text 2", "passage_id": "d2"}
+    assert rows[0]["positive_ctxs"] == [positive]
+
+    def ids(row, field):
+        return [context["passage_id"] for context in row[field]]
+    assert ids(rows[0], "hard_negative_ctxs") == ["d1", "d3"]
+    # the second hit that holds an answer is neither
+    assert ids(rows[1], "positive_ctxs") == ["d4"]
+    assert ids(rows[1], "hard_negative_ctxs") == ["d6", "d1"]
+    assert ids(rows[2], "hard_negative_ctxs") == []
+    assert logged == [f"collate_pos: {tmp_path}/q.pos.bm25.json",
+                      "3 of 5 questions got a positive; dropped: 1 whose hits hold no answer, 1 "
+                      "without answers"]
+    examples = read_examples(tmp_path / "q.pos.bm25.json")
+    assert examples[0].query == "who" and examples[0].pos == [positive]
+    assert len(examples[0].neg) == 2
+
+
+def test_mined_positives_replace_those_of_the_record(corpus, tmp_path):
+    """Else old positives, negatives and scores would be trained on with new ones."""
+    record = {"query": "who", "id": "x", "answers": ["text 1"], "pos": ["a"], "neg": ["b"],
+              "pos_index": [3], "neg_index": [4], "teacher_scores": [1, 2], "task": "qa",
+              "negative_ctxs": [{"text": "text 1"}]}
+    rows, _ = mine_positives(tmp_path, json.dumps(record) + "\n", make_results([0, 1]), corpus)
+    assert rows[0].keys() == {"id", "question", "query", "answers", "task", "positive_ctxs",
+                              "hard_negative_ctxs"}
+    assert rows[0]["positive_ctxs"][0]["passage_id"] == "d1"
+
+
+@pytest.mark.parametrize("eval_data, expected", [
+    ("a/q.csv", "a/q.pos.x.json"), ("a/q.tsv.gz", "a/q.pos.x.json"), ("a.b/q", "a.b/q.pos.x.json"),
+    ("q.jsonl", "q.pos.x.jsonl"), ("q.json.gz", "q.pos.x.json")])
+def test_collated_files_of_tables_hold_records(eval_data, expected):
+    flags = make_flags(eval_data=eval_data, save_name="x", retrieval_method="bm25")
+    assert collated_paths(flags)["collate_pos"] == expected
+
+
+def test_positives_cannot_be_mined_without_answers_or_passages(corpus):
+    flags = make_flags(metrics=["collate_pos"], eval_data="q.csv", retrieval_method="bm25",
+                       save_name=None, output=None)
+    check_collated(flags)
+    with pytest.raises(InputError, match="collate_pos finds positives by their answers"):
+        check_records(make_questions({}), [{}], corpus, flags)
+    flags.metrics = ["collate_neg", "collate_pos"]
+    with pytest.raises(InputError, match="leave collate_neg out.* q.pos.bm25.json as --eval_data"):
+        check_collated(flags)
+    flags.metrics, flags.retrieval_method = ["collate_pos"], "rank"
+    with pytest.raises(InputError, match="search it, or rank an earlier result with --results"):
+        check_collated(flags)

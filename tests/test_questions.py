@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from questions import check_record, make_question, read_queries, read_questions, read_records
+from questions import (
+    check_record,
+    make_question,
+    note_contexts,
+    note_files,
+    read_queries,
+    read_questions,
+    read_records,
+)
 from utils import InputError
 
 CONTEXT = {"title": "T", "text": "some text"}
@@ -92,6 +100,39 @@ def test_keep_contexts_is_after_sorting(tmp_path):
     assert [c["text"] for c in read_records(path, 2)[0]["ctxs"]] == ["2", "1"]
 
 
+def test_contexts_that_are_missing_are_told(tmp_path):
+    with_contexts = [{"ctxs": [CONTEXT]}]
+    without = [{"ctxs": []}]
+    logged = []
+    note_contexts(without * 20, "q.json", logged.append)
+    note_contexts(with_contexts * 17 + without * 3, "r.json", logged.append)
+    note_contexts(with_contexts, "s.json", logged.append)
+    assert logged[0].startswith("warning: 0 of 20 records of q.json have contexts: run retrieve.py")
+    assert logged[1:] == ["note: 3 of 20 records of r.json have no contexts"]
+
+
+def test_dev_records_that_are_the_training_records_are_told(tmp_path):
+    train, dev, link = tmp_path / "train.json", tmp_path / "dev.json", tmp_path / "link.json"
+    train.write_text("[]")
+    dev.write_text("[]")
+    link.symlink_to(train)
+    records = [{"ctxs": [CONTEXT]}]
+    logged = []
+    note_files([(train, records), (dev, records), (None, None)], logged.append)
+    assert not logged
+    note_files([(train, records), (dev, records), (link, records)], logged.append)
+    line, = logged
+    assert line.startswith(f"note: {link} is the training file too")
+
+
+def test_a_table_of_questions_is_no_file_of_records(tmp_path):
+    (tmp_path / "train.csv").write_text("question,answer\nwho,Bob\n")
+    with pytest.raises(InputError, match="train.csv: a table of questions.*run retrieve.py first"):
+        read_records(tmp_path / "train.csv")
+    (tmp_path / "train.txt").write_text('{"question": "who"}\n')
+    assert read_records(tmp_path / "train.txt")[0]["question"] == "who"
+
+
 # ---------------------------------------------------------------- questions for retrieval
 
 def test_answers_of_every_form():
@@ -128,6 +169,58 @@ def test_questions_of_every_form(tmp_path):
         read_questions(tmp_path / "bad.csv")
     (tmp_path / "long.csv").write_text("q" * 200_000 + "\t['a']\n")
     assert len(read_questions(tmp_path / "long.csv")[0].text) == 200_000
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("q.csv", "question,answer\nwho was it,Bob\nwhere,\n",
+     [("0", "who was it", ["Bob"]), ("1", "where", [])]),
+    ("q.tsv", "Answers\tID\tQuery\n['a', \"b's\"]\t7\twho is it\n",
+     [("7", "who is it", ["a", "b's"])]),
+    ("q.txt", 'text,qid,answer,,topic\n"who, or ""what""",7,"[""\\u00e9"", 3]",9,x\n',
+     [("7", 'who, or "what"', ["é", "3"])]),
+    ("q", "question\nwho is it, then\n", [("0", "who is it, then", [])]),
+    ("q.csv", "\nanswer, question\n\n,\nRome, \"where, then\"\n",
+     [("0", "where, then", ["Rome"])]),
+    ("q.csv", "question,answer,answers\nwho,Bob,Rob\n", [("0", "who", ["Rob"])])])
+def test_a_header_names_the_columns(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text)
+    questions = read_questions(tmp_path / name)
+    assert [(question.id, question.text, question.answers) for question in questions] == expected
+
+
+def test_a_quoted_cell_may_hold_line_ends(tmp_path):
+    text = 'question,answer,topic\r\n"who\r\nwas it",Bob,x\r\n\r\nwhere,Rome,\r\n'
+    (tmp_path / "q.csv").write_bytes(text.encode())
+    first, second = read_questions(tmp_path / "q.csv")
+    assert first.text == "who\nwas it" and first.record["topic"] == "x"
+    assert first.location.endswith("q.csv:2") and second.location.endswith("q.csv:5")
+    assert "topic" not in second.record
+
+
+@pytest.mark.parametrize("text, message", [
+    (b"who was it\tBob\n", "1: the first of two columns is an id, and 'who was it' is none; .*add "
+                           "the header line question<TAB>answer"),
+    (b"\twho\n", "1: the first of two columns is an id"),
+    (b"who was it,Bob\n", "1: one column instead of two.*a header line such as question,answer"),
+    (b"id\tprompt\n7\twho\n", "1: the header names no column 'question'"),
+    (b"question,answer,question\n", "1: the header names 'question' twice"),
+    (b"question,answer\n\nwho,Bob,Rob\n", "3: 3 columns, the header names 2"),
+    (b'question,answer\nwho,"Bob" Ross\n', "2: a cell begins with a quote"),
+    (b'question,answer\nwho,Bob\nwhat,"x\ny,z\n', "3: a cell begins with a quote"),
+    (b"question\tanswer\nwho\t['a'\n", r"2: .* is not a list of answers; write it as"),
+    (b"question\tanswer\nwho\t['a', ['b']]\n", "2: .* is not a list of answers"),
+    (b"question,answer\n,Bob\n", "2: no 'question'"),
+    (b"question,answer\rwho,Bob\r", "1: a carriage return inside the line"),
+    (b"7\twho\n8\twhat\rnow\n", "2: a carriage return inside the line"),
+    (b"question,answer\nwho,Andr\xe9\n", "2: not UTF-8"),
+    ("question,answer\n".encode("utf-16"), "1: not UTF-8"),
+    (b"question,answer\n", " holds no questions"), (b"\n", " holds no questions")])
+@pytest.mark.parametrize("name", ["q.csv", "q.tsv"])
+def test_bad_tables_are_one_clear_line(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(InputError, match=f"{name}:{message}") as error:
+        read_questions(tmp_path / name)
+    assert "\n" not in str(error.value)
 
 
 def test_lines_are_cut_at_line_ends_only(tmp_path):
