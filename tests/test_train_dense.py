@@ -183,7 +183,7 @@ def test_a_folder_holds_the_last_run_only(bert, files, tmp_path):
                         ("true", {"modules.json", "model.safetensors"}),
                         ("false", {"query", "key"})):
         train(tmp_path / "out", bert, "--train_data", files / "tool.json", "--max_steps", 1,
-              "--tie_encoders", tied, "--train_group_size", 2)
+              "--tie_encoders", tied, "--train_group_size", 2, "--overwrite")
         found = {"query", "key", "modules.json",
                  "model.safetensors"} & {path.name for path in (tmp_path / "out").iterdir()}
         assert found == there

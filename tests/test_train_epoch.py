@@ -184,6 +184,10 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, records_file, tmp_path, p
     done, _ = run("train_epoch.py", out, *common, "--resume", processes=processes)
     assert "resuming after" in done
     assert_same_run(tmp_path / "whole", out)
+    # nothing is left over
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}{ending}" for name in ("whole", "killed") for ending in ("", ".jsonl", ".state")}
+    assert set(os.listdir(out)) == set(os.listdir(tmp_path / "whole"))
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (out / name).read_bytes()
     # a finished run stays as it is
