@@ -175,21 +175,24 @@ def make_records(dataset, split, originals, corpus, folder):
     """
     index_path, ids_path, original_path = input_paths(dataset, split, folder)
     index = read_whole(index_path, list)
+    if not index:
+        raise InputError(f"{index_path}: names no question; fetch it again")
     passage_ids = read_whole(ids_path, dict)
     for position, original_index in enumerate(progress_bar(index, desc=f"{dataset.name} {split}")):
         location = f"{index_path}, entry {position}"
+        # not isinstance: true is an int too
         if type(original_index) is not int or not 0 <= original_index < len(originals):
             raise InputError(f"{location}: {str(original_index)[:40]} is no index of the "
                              f"{len(originals)} questions of {original_path}; fetch both again")
         original = originals[original_index]
         key = original.question_id or str(position)
-        contexts = find_passages(passage_ids.get(key), corpus, f"{ids_path}, question '{key}'")
+        contexts = find_passages(passage_ids.get(key), corpus, f"{ids_path}, question '{key[:40]}'")
         yield {**original.record, "ctxs": contexts}
 
 
 def find_passages(ids, corpus, location):
     """[{id, title, text}] of a question's passages. Raises InputError if one is missing."""
-    if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
+    if not isinstance(ids, list) or not all(isinstance(i, str) and i.isascii() for i in ids):
         raise InputError(f"{location}: has no list of passages' ids; fetch the file again")
     indices = corpus.indices(ids)
     if -1 in indices:
@@ -210,8 +213,6 @@ def write_records(records, path):
             file.write(json.dumps(record, indent=4).replace("\n", "\n    "))
             count += 1
             contexts += len(record["ctxs"])
-        if not count:
-            raise InputError(f"{path}: the index of this split is empty; fetch it again")
         file.write("\n]")
     return count, contexts
 
