@@ -4,8 +4,10 @@
 #   scripts/get_data.sh dpr-nq dpr-nq-qa passages     # the data
 #   scripts/dpr-nq.sh
 #
-# Published (top-1/5/20/100 on test): minDPR 46.3/68.4/79.5/86.2 (seed 42), DPR's code
-# 45.9/68.1/80.0/85.9. Not run here.
+# Published (top-1/5/20/100 on test): minDPR 46.3/68.4/79.5/86.2 and 45.5/68.9/79.7/86.0 (two seeds);
+# DPR's code trained by minDPR's author 46.0/68.2/79.1/86.3; DPR's own README, for its released
+# model, 45.9/68.1/80.0/85.9. Not run here.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 DATA=${DATA:-data}
 OUT=${OUT:-runs/dpr-nq}

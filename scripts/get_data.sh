@@ -1,21 +1,34 @@
 #!/usr/bin/env bash
-# Fetches the published data and models: prints what and how large, resumes what was cut off, verifies
-# sizes, unpacks.
+# Fetches the published data and models: prints what and how large, checks that there is room, resumes
+# what was cut off, verifies sizes, unpacks.
 #
-#   scripts/get_data.sh nq-open passages dpr-nq       # into data/
+#   scripts/get_data.sh fid-nq                        # into data/; then scripts/fid-nq.sh
 #   OUT=/big scripts/get_data.sh nq-reader-base       # into /big/
 #   BASE_URL=http://mirror/ scripts/get_data.sh ...   # the same paths below another address
 #
-# Names: nq-open, triviaqa, passages, dpr-nq, dpr-nq-qa, dpr-nq-model, and FiD's nq-reader-base,
-# nq-reader-large, nq-retriever, tqa-reader-base, tqa-reader-large, tqa-retriever.
+# Names: fid-nq and fid-tqa (all that FiD's own get-data.sh fetches for one of them: questions, splits,
+# the ids of 100 passages per question, and Wikipedia's passages), nq-open, triviaqa, passages, dpr-nq,
+# dpr-nq-qa, dpr-nq-model, and FiD's nq-reader-base, nq-reader-large, nq-retriever, tqa-reader-base,
+# tqa-reader-large, tqa-retriever.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 OUT=${OUT:-data}
 
 print_addresses() {  # of the files of one data set
     local dpr=https://dl.fbaipublicfiles.com/dpr
-    local fid=https://dl.fbaipublicfiles.com/FiD/pretrained_models
+    local fid=https://dl.fbaipublicfiles.com/FiD
     local github=https://raw.githubusercontent.com/google-research-datasets
     case $1 in
+        fid-nq)
+            print_addresses nq-open
+            echo "$fid/data/dataindex.tar.gz"
+            echo "$fid/data/nq_passages.tar.gz"
+            print_addresses passages ;;
+        fid-tqa)
+            print_addresses triviaqa
+            echo "$fid/data/dataindex.tar.gz"
+            echo "$fid/data/tqa_passages.tar.gz"
+            print_addresses passages ;;
         nq-open)
             echo "$github/natural-questions/master/nq_open/NQ-open.train.jsonl"
             echo "$github/natural-questions/master/nq_open/NQ-open.dev.jsonl" ;;
@@ -32,7 +45,7 @@ print_addresses() {  # of the files of one data set
         dpr-nq-model)
             echo $dpr/checkpoint/retriever/single/nq/hf_bert_base.cp ;;
         nq-reader-base | nq-reader-large | nq-retriever | tqa-reader-base | tqa-reader-large | tqa-retriever)
-            echo "$fid/${1//-/_}.tar.gz" ;;
+            echo "$fid/pretrained_models/${1//-/_}.tar.gz" ;;
         *)
             echo "error: no data set is named $1; see the head of $0" >&2
             return 1 ;;
@@ -45,6 +58,26 @@ remote_size() {  # bytes, by the server
 
 local_size() {  # bytes, 0 where there is no such file
     stat -c %s "$1" 2>/dev/null || echo 0
+}
+
+unpacked_size() {  # bytes that a file of that size takes more once it is unpacked, estimated
+    local file=$1 size=$2 tenths=0 unpacked=
+    case $file in
+        *_reader_*.tar.gz | *_retriever.tar.gz)  # weights hardly shrink
+            tenths=12 unpacked=${file%.tar.gz} ;;
+        *.tar.gz)  # JSON
+            tenths=50 unpacked=${file%.tar.gz} ;;
+        */psgs_w100.tsv.gz)  # whatever reads it first writes this file beside it
+            tenths=30 unpacked=$file.lines ;;
+    esac
+    if [ -e "$unpacked" ]; then  # by an earlier run
+        tenths=0
+    fi
+    echo $((size * tenths / 10))
+}
+
+gigabytes() {
+    awk -v bytes="$1" 'BEGIN {printf "%.1f GB", bytes / 1e9}'
 }
 
 if [ $# -eq 0 ]; then  # the head of this file
@@ -60,22 +93,49 @@ for name in "$@"; do
         if [ -n "${BASE_URL:-}" ]; then
             address=${BASE_URL%/}/${address#*://*/}
         fi
-        list+=("$address")
+        case " ${list[*]-} " in
+            *" $address "*) ;;  # two data sets share it
+            *) list+=("$address") ;;
+        esac
     done
 done
 mkdir -p "$OUT"
 
+# all sizes next, so that a disk that is too small is reported before anything is fetched
+sizes=()
+to_fetch=0
+to_unpack=0
 for address in "${list[@]}"; do
     if ! size=$(remote_size "$address"); then
         echo "error: $address cannot be reached; check the network, or give BASE_URL" >&2
         exit 1
     fi
-    echo "$address: $((${size:-0} / 1000000)) MB"
-done
-
-for address in "${list[@]}"; do
+    if [ -z "$size" ]; then
+        echo "error: $address: the server does not tell the size; give another BASE_URL" >&2
+        exit 1
+    fi
+    echo "$address: $((size / 1000000)) MB"
     file=$OUT/$(basename "$address")
-    size=$(remote_size "$address")
+    if [ "$(local_size "$file")" -gt "$size" ]; then
+        echo "error: $file is larger than what would be fetched; move it away, or give another OUT" >&2
+        exit 1
+    fi
+    sizes+=("$size")
+    to_fetch=$((to_fetch + size - $(local_size "$file")))
+    to_unpack=$((to_unpack + $(unpacked_size "$file" "$size")))
+done
+free=$(df -Pk "$OUT" | awk 'NR == 2 {printf "%.0f", $4 * 1024}')
+echo "$(gigabytes $to_fetch) to fetch, about $(gigabytes $to_unpack) more once unpacked," \
+    "$(gigabytes "$free") free in $OUT"
+if [ $((to_fetch + to_unpack)) -gt "$free" ]; then
+    echo "error: too little room in $OUT; make room, or give OUT=FOLDER on another disk" >&2
+    exit 1
+fi
+
+for i in "${!list[@]}"; do
+    address=${list[$i]}
+    size=${sizes[$i]}
+    file=$OUT/$(basename "$address")
     if [ "$(local_size "$file")" != "$size" ]; then
         curl -fL --retry 5 -C - -o "$file" "$address" || true  # -C -: goes on where it was cut off
     fi

@@ -7,8 +7,9 @@ import pytest
 
 import pretrain
 import world
-from conftest import run
+from conftest import ROOT, run
 from metrics import has_answer
+from questions import read_records
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,11 @@ def test_span_corruption_loses_nothing():
         for token in source:
             restored += spans[token] if token in sentinels else [token]
         assert restored == ids
+
+
+def test_the_three_questions_are_answered_by_their_contexts():
+    records = read_records(ROOT / "toy" / "train3.json")
+    assert len(records) == 3
+    for record in records:
+        found = [has_answer(context["text"], record["answers"]) for context in record["ctxs"]]
+        assert len(found) == 3 and found[0]
