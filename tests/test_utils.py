@@ -1,0 +1,41 @@
+"""utils.py: what is said of progress where there is no terminal."""
+import time
+
+import torch
+
+from utils import format_seconds, peak_memory, progress_bar
+
+
+def test_lines_take_the_place_of_a_bar(capsys):
+    bar = progress_bar(desc="epoch 0", total=1237, unit=" updates", initial=40, steps=5)
+    for _ in range(11):
+        bar.set_postfix(loss="0.5", peak="5.3 GiB", refresh=False)
+        bar.update()
+    bar.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[:2] for line in lines] == [["epoch 0: 45/1", "237 updates"],
+                                                       ["epoch 0: 50/1", "237 updates"]]
+    assert all(line.endswith(" left, loss=0.5, peak=5.3 GiB") for line in lines)
+
+
+def test_a_line_a_minute(capsys, monkeypatch):
+    monkeypatch.setattr("utils.LINE_SECONDS", 0.05)
+    for is_main in (True, False):
+        for _ in progress_bar(["a"] * 3, desc="encoding", unit=" documents", is_main=is_main):
+            time.sleep(0.1)
+    lines = capsys.readouterr().err.splitlines()
+    assert 0 < len(lines) <= 3
+    assert all(line.startswith("encoding: ") and "/3 documents, " in line for line in lines)
+
+
+def test_nothing_is_said_of_short_work(capsys):
+    for _ in progress_bar(range(10), desc="reading"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_units():
+    times = [0.04, 3.14, 59, 60, 3600, 5400, 36000, 90000]
+    assert [format_seconds(seconds) for seconds in times] == [
+        "0.0 s", "3.1 s", "59 s", "1.0 min", "1.0 h", "1.5 h", "10 h", "1.0 d"]
+    assert 0.05 < float(peak_memory(torch.device("cpu")).removesuffix(" GiB")) < 100
