@@ -17,7 +17,14 @@ import time
 import torch
 
 from checkpoints import load_tokenizer, versions
-from data import Collator, TrainSet, check_targets, plan_epoch, train_loader
+from data import (
+    Collator,
+    TrainSet,
+    check_targets,
+    note_long_passages,
+    plan_epoch,
+    train_loader,
+)
 from files import check_writable, save_folder, write_json
 from model import FiDT5
 from predict import predict, summarize
@@ -331,6 +338,8 @@ def describe(run):
         f"{args.batch_size} questions x {args.grad_accumulation} micro-batches x {world.size} "
         f"processes ({args.accumulate}); {run.last_update // args.epochs} updates per epoch, "
         f"{run.last_update} in all, {args.num_warmup_steps} of warm-up")
+    note_long_passages(run.train_set.records, run.tokenizer, args.num_contexts, args.max_length,
+                       log)
     if os.path.exists(f"{run.out}.state") and not args.resume:
         log(f"note: {run.out} is of an earlier run; this one replaces it (--resume would go on "
             "with it)")
