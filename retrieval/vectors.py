@@ -103,14 +103,13 @@ def encode_missing(model, token_blocks, max_length, folder, dtype, world, num_wo
 def note_long_documents(counts, max_length, world):
     """Logs how many of the documents that were encoded now, on all processes, fill max_length.
 
-    Counting what the tokenizer would have cut off takes a second pass; so the few documents of
-    exactly that length, which are read whole, are among them.
+    Those of exactly that length are among them: telling them apart takes a second tokenisation.
     """
     num_long, num_encoded = sum_over_processes(counts, world)
     if num_long:
         world.log(f"note: {num_long:,.0f} of {num_encoded:,.0f} documents have {max_length} tokens "
-                  "or more; no more of them are encoded (--key_max_length; scripts/make_corpus.py "
-                  "cuts documents into passages)")
+                  f"or more; only the first {max_length} are encoded (--key_max_length; "
+                  "scripts/make_corpus.py cuts documents into passages)")
 
 
 def check_finite(rows, first, dtype):
