@@ -79,9 +79,8 @@ def check_fingerprint(folder, expected):
     if "documents" in changed:
         count = str(given.get("documents"))[:80]
         raise InputError(f"{folder} holds an index of {count} documents, and the corpus has "
-                         f"{expected['documents']}; an index takes in no further ones: delete the "
-                         "folder, and the same command makes it anew, or give another --index "
-                         "folder")
+                         f"{expected['documents']}; an index is not added to: delete the folder, "
+                         "and the same command makes it anew, or give another --index folder")
     if changed:
         first = changed[0]
         raise InputError(f"{folder} holds an index of another {', '.join(changed)} ({first}: "

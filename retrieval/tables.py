@@ -30,7 +30,7 @@ def read_header(path, content):
     """
     if not content:
         raise InputError(f"{path}: holds no documents")
-    # blank lines come first where write_plain_lines has left out a header
+    # blank lines come first where table_rows has left out a header
     beginning = content[:BEGINNING]
     if beginning.lstrip()[:1] in (b"{", b""):
         return None, True
@@ -71,7 +71,7 @@ def name_cells(cells, header, location):
     """{column: cell} of a row. Raises InputError for more or fewer cells than columns."""
     if len(cells) != len(header):
         raise InputError(f"{location}: {len(cells)} columns, the header names {len(header)}; the "
-                         "line may be cut off")
+                         "line may be cut off, or a cell that holds delimiters is not in quotes")
     return dict(zip(header, cells))
 
 

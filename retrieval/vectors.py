@@ -103,7 +103,7 @@ def encode_missing(model, token_blocks, max_length, folder, dtype, world, num_wo
 def note_long_documents(counts, max_length, world):
     """Logs how many of the documents that were encoded now, on all processes, fill max_length.
 
-    Those of exactly that length are among them: telling them apart takes a second tokenisation.
+    Those of exactly that length are among them: cut-off texts are as long, token for token.
     """
     num_long, num_encoded = sum_over_processes(counts, world)
     if num_long:

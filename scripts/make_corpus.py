@@ -119,6 +119,8 @@ class PageParser(HTMLParser):
 
     def start_block(self, tag):
         """What follows is no part of the title, heading or sentence before it."""
+        if self.unread:
+            return
         self.open_tag = ""
         if tag == "title" and not self.title:
             self.open_tag = tag
@@ -141,7 +143,7 @@ class PageParser(HTMLParser):
 
 
 def read_pdf(path):
-    """(None, sections) of a PDF file, a section per page. Raises ValueError for a broken one."""
+    """(None, sections) of a PDF file. Raises ValueError for one that is broken or locked."""
     import pypdf
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of each flaw that it mends
     try:
@@ -216,11 +218,12 @@ def choose_files(paths):
         kinds = ", ".join(f"{count} {ending!r}" for ending, count in others.most_common(8))
         print(f"note: {others.total()} files of other kinds are skipped: {kinds}")
     chosen = [path for path in paths if find_ending(path) in READERS]
-    pdfs = [path for path in chosen if find_ending(path) == ".pdf"]
-    if not pdfs or importlib.util.find_spec("pypdf"):
+    without_pdfs = [path for path in chosen if find_ending(path) != ".pdf"]
+    num_pdfs = len(chosen) - len(without_pdfs)
+    if num_pdfs == 0 or importlib.util.find_spec("pypdf"):
         return chosen
-    print(f"note: {len(pdfs)} .pdf files are skipped; to read them: pip install pypdf")
-    return [path for path in chosen if path not in pdfs]
+    print(f"note: {num_pdfs} .pdf files are skipped; to read them: pip install pypdf")
+    return without_pdfs
 
 
 def find_ending(path):

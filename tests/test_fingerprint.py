@@ -47,7 +47,7 @@ def test_a_hub_name_stands_for_itself(tmp_path):
     assert fingerprint(corpus, None, {"model": "bm25"}, ALONE)["model"] == "bm25"
 
 
-def test_an_index_takes_in_no_further_documents(tmp_path):
+def test_an_index_is_not_added_to(tmp_path):
     path = write_corpus(tmp_path / "corpus.jsonl")
     before = fingerprint(Corpus(path, "{text}"), None, {}, ALONE)
     (tmp_path / "index.json").write_text(json.dumps(before))

@@ -77,7 +77,7 @@ def test_markdown(tmp_path):
 def test_html(tmp_path):
     page = """<!DOCTYPE html><html><head><title>The &amp;
         harbour</title><style>p {color: red}</style></head><body><nav>Home<svg><title>icon</title>
-        </svg></nav><h1>Opening <b>hours</b></h1><p>It opens at <i>se</i>ven.
+        </svg></nav><h1>Opening<svg><path></svg> <b>hours</b></h1><p>It opens at <i>se</i>ven.
 
         Daily<br>from Monday<p>Open paragraph<script>if (a < b) alert("no")</script>
         <ul><li>one<li>two</ul><h2/>&lt;end&gt;"""
