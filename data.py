@@ -3,10 +3,13 @@ in an epoch.
 """
 import os
 import random
+from itertools import chain, islice
 
 import torch
 
 from utils import InputError
+
+COUNTED = 1000  # passages whose lengths are counted when a run starts: a fraction of a second
 
 # ---------------------------------------------------------------- texts
 
@@ -53,6 +56,19 @@ def check_targets(records, tokenizer, max_length, path):
                 raise InputError(f"{path}: record {record['id']!r}: the answer {target[:60]!r} "
                                  f"takes {len(ids)} tokens, --answer_maxlength allows "
                                  f"{max_length}; raise it or shorten the answer")
+
+
+def note_long_passages(records, tokenizer, num_contexts, max_length, log):
+    """Logs how many passages, of the first COUNTED, have more tokens than the reader reads."""
+    texts = chain.from_iterable(input_texts(record, num_contexts) for record in records)
+    rows = tokenizer(list(islice(texts, COUNTED)), add_special_tokens=False, truncation=True,
+                     max_length=max_length + 1)["input_ids"]
+    num_long = sum(len(ids) > max_length for ids in rows)
+    if num_long:
+        first = "the first " if len(rows) == COUNTED else ""
+        log(f"note: {num_long} of {first}{len(rows)} passages exceed {max_length} tokens, question "
+            "and title included; their ends are not read (--max_length; scripts/make_corpus.py "
+            "cuts documents into passages)")
 
 
 # ---------------------------------------------------------------- batches

@@ -138,6 +138,9 @@ def make_bm25_index(args, corpus, words, world):
         with lock(args.index):
             # another command may have made it meanwhile
             if not check_fingerprint(args.index, expected):
+                if args.stopwords.startswith("en"):
+                    world.log("BM25: English stop words are left out (--stopwords names another "
+                              "language, or none)")
                 bm25.build_index(args.index, corpus, words, args.k1, args.b)
                 write_json(os.path.join(args.index, "index.json"), expected)
     await_index(args.index, expected, world)
@@ -227,7 +230,9 @@ def open_vectors(args, corpus, model, collator, task, world):
 
     def tokenize(texts):
         return collator.keys(texts, [task] * len(texts))
-    return encode_corpus(model, corpus, tokenize, args.index, args.dtype, world, expected,
+    # pooling the last token keeps one place for the token that ends a text
+    longest = args.key_max_length - (args.pooling_method == "last")
+    return encode_corpus(model, corpus, tokenize, longest, args.index, args.dtype, world, expected,
                          args.num_workers, args.bf16)
 
 

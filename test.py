@@ -14,6 +14,7 @@ import os
 import time
 
 from checkpoints import load_tokenizer, read_training_args
+from data import note_long_passages
 from files import check_paths
 from model import FiDT5
 from predict import predict, summarize, write_predictions, write_scores
@@ -113,6 +114,7 @@ def main(args):
     world.log(f"{len(records)} questions{note}; {parameters:,} parameters on {world.size} x "
               f"{world.device.type}, length {args.max_length}")
     note_contexts(records, args.data, world.log)
+    note_long_passages(records, tokenizer, max(args.num_contexts), args.max_length, world.log)
     world.log(f"{'contexts':>8} {'EM':>6} {'F1':>6} {'correct':>13} {'questions/s':>12}")
     for num_contexts in args.num_contexts:
         start = time.time()

@@ -16,7 +16,14 @@ import time
 import torch
 
 from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
-from data import Collator, TrainSet, check_targets, plan_epoch, train_loader
+from data import (
+    Collator,
+    TrainSet,
+    check_targets,
+    note_long_passages,
+    plan_epoch,
+    train_loader,
+)
 from model import FiDT5
 from predict import predict, summarize
 from questions import note_files, read_records
@@ -341,6 +348,8 @@ def describe(run):
         f"{args.batch_size} questions x {args.grad_accumulation} micro-batches x {world.size} "
         f"processes ({args.accumulate}); {run.last_update // args.epochs} updates per epoch, "
         f"{run.last_update} in all, {warmup} of warm-up")
+    note_long_passages(run.train_set.records, run.tokenizer, args.num_contexts, args.max_length,
+                       log)
     if warmup >= run.last_update:
         log(f"warning: the warm-up of {warmup} updates outlasts the run, the learning rate never "
             f"gets to {args.lr:g}; --warmup_ratio 0.1 would fit")

@@ -229,8 +229,8 @@ def compare_encoding(args, folder, rows):
         return tokenize(tokenizer, texts, 256)
 
     start = time.perf_counter()
-    encode_corpus(model, corpus, tokenize_texts, f"{folder}/encoded-index", "float16", ALONE, {},
-                  bf16=True)
+    encode_corpus(model, corpus, tokenize_texts, 256, f"{folder}/encoded-index", "float16", ALONE,
+                  {}, bf16=True)
     total = time.perf_counter() - start
     share = 1 - model.seconds / total
     rate = args.encoded / total

@@ -27,7 +27,7 @@ def add_data_flags(parser):
     add("--train_data", nargs="+", default=[], metavar="FILE",
         help="records of LLM-Embedder or DPR; named twice, a file counts twice")
     add("--corpus", nargs="+", metavar="FILE",
-        help="documents: .tsv, BEIR's .jsonl or JSON lines, may end in .gz")
+        help="documents: .tsv or .csv with a header, BEIR's .jsonl or JSON lines, may end in .gz")
     add("--queries", nargs="+", default=[], metavar="FILE",
         help="queries that the qrels name: BEIR's .jsonl, or .tsv of id and text")
     add("--positives", action="append", default=[], metavar="qrels=FILE,min_score=1",
@@ -83,7 +83,8 @@ def add_text_flags(parser):
 def add_model_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add("--query_encoder", default="BAAI/bge-base-en",
-        help="checkpoint to start from: hub name, folder, minDPR's or DPR's file")
+        help="checkpoint to start from: hub name, folder, minDPR's or DPR's file; the default is "
+        "for English")
     add("--key_encoder",
         help="checkpoint of the second encoder of --tie_encoders false; not given: as "
         "--query_encoder")

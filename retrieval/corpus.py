@@ -1,5 +1,4 @@
 """Corpora of all the field's formats, gzipped or not: documents by index or id, read from disk."""
-import codecs
 import json
 import mmap
 import os
@@ -10,12 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import new_file, parse_json, read_lines, write_json
-from questions import split_cells
+from files import new_file, write_json
+from retrieval.tables import (
+    NotPlain,
+    parse_row,
+    plain_lines,
+    read_header,
+    table_rows,
+    write_plain_lines,
+)
 from utils import InputError, progress_bar, wait_for_all
 
 ID_COLUMNS = ("_id", "id", "docid", "doc_id", "passage_id")
-TEXT_COLUMNS = ("text", "content", "contents")
+TEXT_COLUMNS = ("text", "contents", "content", "body")
 CHUNK = 65536  # documents after which a scan packs their ids and moves its bar
 
 # From this many bytes on a file's table of lines is kept beside it, in FILE.table. Making one takes
@@ -38,11 +44,12 @@ class Part(NamedTuple):
 class Corpus:
     """Documents by index or id; in memory are 16 bytes and the id per document.
 
-    Files: psgs_w100.tsv (id, text, title, with a header), BEIR's corpus.jsonl (_id, title, text),
-    or JSON lines with any columns. Where no column is named as in ID_COLUMNS, the ids are the
-    indices. A gzipped file or a JSON list is written out once as FILE.lines; a large file's table
-    of lines is kept in FILE.table. `template` is the text of a document, with columns in braces.
-    Raises InputError for a line that is no document, lacks a column or repeats an id.
+    Files: tables with a header, such as psgs_w100.tsv (id, text, title), with tabs or commas;
+    BEIR's corpus.jsonl (_id, title, text), or JSON lines with any columns. Where no column is named
+    as in ID_COLUMNS, the ids are the indices. What is not one document per line is written out once
+    as FILE.lines (see retrieval/tables.py); a large file's table of lines is kept in FILE.table.
+    `template` is the text of a document, with columns in braces. Raises InputError for a line that
+    is no document, lacks a column or repeats an id.
     """
 
     def __init__(self, paths, template):
@@ -67,12 +74,25 @@ class Corpus:
     # ---------------------------------------------------------------- opening
 
     def open_part(self, path):
-        """Adds a file: maps its bytes, and reads or makes its table of lines."""
-        plain_path = plain_lines(path)
+        """Adds a file."""
+        try:
+            self.open_lines(path, plain_lines(path))
+        except NotPlain:
+            self.open_lines(path, write_plain_lines(path, table_rows(path)))
+
+    def open_lines(self, path, plain_path):
+        """Adds a file by its plain lines: maps their bytes, and reads or makes their table.
+
+        Raises NotPlain for a table whose rows are not lines.
+        """
         with open(plain_path, "rb") as file:
             is_empty = os.path.getsize(plain_path) == 0  # an empty file cannot be mapped
             content = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        header = read_header(path, content)
+        header, is_plain = read_header(path, content)
+        if header is not None:
+            self.check_header(header, path)
+        if not is_plain:
+            raise NotPlain
 
         table_folder = f"{path}.table"
         stamp = {"size": len(content), "changed": os.stat(plain_path).st_mtime_ns}
@@ -125,6 +145,14 @@ class Corpus:
         check_unique(all_ids[order], path)
         return np.frombuffer(starts, np.int64), all_ids, order
 
+    def check_header(self, header, path):
+        """Raises InputError if a table's header lacks a column of the template."""
+        try:
+            format_key(dict.fromkeys(header, ""), self.template)
+        except KeyError as error:
+            raise InputError(f"{path}:1: neither JSON lines nor a table with the template's "
+                             f"columns: {describe_lack(error, header, self.template)}") from None
+
     # ---------------------------------------------------------------- documents
 
     def format(self, row, location):
@@ -132,8 +160,8 @@ class Corpus:
         try:
             return format_key(row, self.template)
         except KeyError as error:
-            raise InputError(f"{location}: no column {error} for --key_template '{self.template}'; "
-                             f"its columns are {sorted(row)}") from None
+            lack = describe_lack(error, row, self.template)
+            raise InputError(f"{location}: {lack}") from None
 
     def row(self, doc_index):
         """(columns {name: value}, location) of a document."""
@@ -216,70 +244,6 @@ def check_unique(sorted_ids, location):
                          "make ids unique")
 
 
-# ---------------------------------------------------------------- lines of a file
-
-def read_header(path, content):
-    """A table's column names, or None for JSON lines. Raises InputError for anything else."""
-    if not content:
-        raise InputError(f"{path}: holds no documents")
-    line_end = content.find(b"\n")
-    first_line = content[:line_end] if line_end >= 0 else content[:]
-    if first_line.startswith(b"{"):
-        return None
-    header = first_line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
-    if not {"id", "text"} <= set(header):
-        raise InputError(f"{path}:1: neither JSON lines nor a table whose header names id and text")
-    return header
-
-
-def parse_row(line, header, path, line_number):
-    """The columns {name: value} of a line of bytes. Raises InputError."""
-    text = line.decode("utf-8", "replace").rstrip("\r\n")
-    if header is None:
-        row = parse_json(text, path, line_number)
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{line_number}: a document must be a JSON object, this is a "
-                             f"{type(row).__name__}")
-        return row
-    cells = split_cells(text)
-    if len(cells) != len(header):
-        raise InputError(f"{path}:{line_number}: {len(cells)} columns, the header names "
-                         f"{len(header)}; the line may be cut off")
-    return dict(zip(header, cells))
-
-
-def plain_lines(path):
-    """The path of a file of plain lines: `path` itself or, made of it, PATH.lines.
-
-    The latter for a file that is gzipped, a JSON list or begins with a byte order mark.
-    """
-    try:
-        with open(path, "rb") as file:
-            beginning = file.peek(3)
-        changed = os.stat(path).st_mtime_ns
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if not (str(path).endswith(".gz") or beginning.startswith((b"[", codecs.BOM_UTF8))):
-        return path
-    unpacked = f"{path}.lines"
-    if not os.path.exists(unpacked) or os.stat(unpacked).st_mtime_ns != changed:
-        write_plain_lines(path, unpacked, changed)
-    return unpacked
-
-
-def write_plain_lines(path, unpacked, changed):
-    """Writes a file's lines; they get the file's own date, by which plain_lines knows them."""
-    if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
-        raise InputError(f"{path}: must be made plain lines, and its folder cannot be written; "
-                         "unpack it elsewhere, and give that file")
-    lines = progress_bar(read_lines(path), unit=" lines",
-                         desc=f"unpacking {os.path.basename(path)}")
-    with new_file(unpacked, "wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.utime(file.name, ns=(changed, changed))
-
-
 # ---------------------------------------------------------------- kept tables of lines
 
 def open_table(folder):
@@ -327,6 +291,14 @@ def format_key(key, template):
     for name, value in key.items():
         columns[name] = "" if value is None else value
     return template.format_map(columns).strip()
+
+
+def describe_lack(error, columns, template):
+    """What to say about a KeyError of format_key: the column, and the template that would do."""
+    said = f"no column {error} for --key_template '{template}'; its columns are "
+    said += str(sorted(columns))[:200]
+    other = next((name for name in TEXT_COLUMNS if name in columns), None)
+    return f"{said}; --key_template '{{title}} {{{other}}}' is for '{other}'" if other else said
 
 
 def check_templates(args):

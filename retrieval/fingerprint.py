@@ -76,6 +76,11 @@ def check_fingerprint(folder, expected):
         raise InputError(f"{path}: cannot be read ({error}); give another --index folder, or "
                          "delete this one") from None
     changed = [name for name in expected if given.get(name) != expected[name]]
+    if "documents" in changed:
+        count = str(given.get("documents"))[:80]
+        raise InputError(f"{folder} holds an index of {count} documents, and the corpus has "
+                         f"{expected['documents']}; an index is not added to: delete the folder, "
+                         "and the same command makes it anew, or give another --index folder")
     if changed:
         first = changed[0]
         raise InputError(f"{folder} holds an index of another {', '.join(changed)} ({first}: "

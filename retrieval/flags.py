@@ -32,7 +32,8 @@ def add_data_flags(parser):
     add("--qrels", action="append", default=[], metavar="qrels=FILE",
         help="labels to measure with, with train_dense.py's filters")
     add("--corpus", nargs="+", metavar="FILE",
-        help="documents: psgs_w100.tsv, BEIR's .jsonl or JSON lines, may end in .gz")
+        help="documents: a .tsv or .csv with a header, as psgs_w100.tsv, BEIR's .jsonl or JSON "
+             "lines, may end in .gz; scripts/make_corpus.py makes one of text files")
     add("--key_template",
         help="the text of a document; not given: the checkpoint's, else '{title} {text}'")
     add("--task", default="",
@@ -60,7 +61,7 @@ def add_method_flags(parser):
         help="earlier results to rank or fuse: TREC runs or records with ctxs")
     add("--hits", type=int, default=200, help="documents per query")
     add("--query_encoder", default="BAAI/bge-base-en",
-        help="retriever (dense, rank) or, with --ranker, cross-encoder")
+        help="retriever (dense, rank) or, with --ranker, cross-encoder; the default is for English")
     add("--key_encoder", help="encoder of the documents, if it is a checkpoint of its own")
     add("--ranker", action="store_true", help="rank with a cross-encoder")
     add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
@@ -81,7 +82,8 @@ def add_method_flags(parser):
     add("--k1", type=float, default=0.9, help="BM25's k1")
     add("--b", type=float, default=0.4, help="BM25's b")
     add("--stopwords", default="en",
-        help="words that BM25 leaves out: a language of bm25s, or none")
+        help="whose common words BM25 leaves out: en (English), another language of bm25s (de, fr, "
+             "es ...), or none")
     add("--stemmer",
         help="language whose PyStemmer stemmer BM25 uses (needs the package PyStemmer)")
     add("--fusion", choices=["rrf", "weighted"], default="rrf",

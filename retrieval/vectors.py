@@ -13,7 +13,7 @@ import torch
 from data import make_loader
 from files import lock, write_json
 from retrieval.fingerprint import await_index, check_fingerprint
-from utils import InputError, progress_bar, wait_for_all
+from utils import InputError, progress_bar, sum_over_processes, wait_for_all
 
 DONE_BLOCK = 4096  # documents that are encoded, written and marked as done together
 
@@ -38,13 +38,13 @@ def take_only_item(items):
 # ---------------------------------------------------------------- encoding
 
 @torch.no_grad()
-def encode_corpus(model, corpus, tokenize, folder, dtype, world, expected, num_workers=0,
-                  bf16=False):
+def encode_corpus(model, corpus, tokenize, max_length, folder, dtype, world, expected,
+                  num_workers=0, bf16=False):
     """The array (N, D) of a corpus's vectors; encodes what is not done yet, on all processes.
 
-    model: a BiEncoder. tokenize: texts -> token ids. expected: the fingerprint of the index. Raises
-    InputError if the folder holds another index, is out of room or cannot be written, or a vector
-    is not finite.
+    model: a BiEncoder. tokenize: texts -> token ids, cut off at max_length. expected: the
+    fingerprint of the index. Raises InputError if the folder holds another index, is out of room or
+    cannot be written, or a vector is not finite.
     """
     model.eval()
     # of several commands that encode into one folder one goes ahead; the others wait for it
@@ -54,8 +54,9 @@ def encode_corpus(model, corpus, tokenize, folder, dtype, world, expected, num_w
             width = model.encode(tokenize(["probe"]), "key").shape[1]
             make_arrays(folder, len(corpus), width, dtype, expected)
         await_index(folder, expected, world)
-        encode_missing(model, TokenBlocks(corpus, tokenize), folder, dtype, world, num_workers,
-                       bf16)
+        counts = encode_missing(model, TokenBlocks(corpus, tokenize), max_length, folder, dtype,
+                                world, num_workers, bf16)
+    note_long_documents(counts, max_length, world)
     if not open_array(folder, "done").all():
         raise InputError(f"{folder}: not all documents are encoded; do all machines share this "
                          "folder? The same command goes on")
@@ -67,8 +68,11 @@ def is_encoded(folder, expected):
     return check_fingerprint(folder, expected) and bool(open_array(folder, "done").all())
 
 
-def encode_missing(model, token_blocks, folder, dtype, world, num_workers, bf16):
-    """Encodes this process's share of the blocks that are not done; returns when all have."""
+def encode_missing(model, token_blocks, max_length, folder, dtype, world, num_workers, bf16):
+    """Encodes this process's share of the blocks that are not done; returns when all have.
+
+    Returns [documents that take up max_length, documents] of its share.
+    """
     vectors, done = open_array(folder, "vectors"), open_array(folder, "done")
     if not (done.all() or os.access(os.path.join(folder, "done.npy"), os.W_OK)):
         raise InputError(f"{folder}: not all documents are encoded yet, and it cannot be written; "
@@ -80,7 +84,10 @@ def encode_missing(model, token_blocks, folder, dtype, world, num_workers, bf16)
     loader = make_loader(token_blocks, [[block] for block in share], take_only_item, num_workers)
     bar = progress_bar(total=len(share) * DONE_BLOCK, unit=" documents", desc="encoding",
                        is_main=world.is_main)
+    num_long, num_encoded = 0, 0
     for block, token_ids in loader:
+        num_long += sum(len(ids) >= max_length for ids in token_ids)
+        num_encoded += len(token_ids)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
             rows = model.encode(token_ids, "key")
         rows = rows.float().cpu().numpy().astype(dtype)
@@ -90,6 +97,19 @@ def encode_missing(model, token_blocks, folder, dtype, world, num_workers, bf16)
         bar.update(len(rows))
     bar.close()
     wait_for_all(world)
+    return [num_long, num_encoded]
+
+
+def note_long_documents(counts, max_length, world):
+    """Logs how many of the documents that were encoded now, on all processes, fill max_length.
+
+    Those of exactly that length are among them: cut-off texts are as long, token for token.
+    """
+    num_long, num_encoded = sum_over_processes(counts, world)
+    if num_long:
+        world.log(f"note: {num_long:,.0f} of {num_encoded:,.0f} documents have {max_length} tokens "
+                  f"or more; only the first {max_length} are encoded (--key_max_length; "
+                  "scripts/make_corpus.py cuts documents into passages)")
 
 
 def check_finite(rows, first, dtype):

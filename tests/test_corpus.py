@@ -81,7 +81,17 @@ def test_ids_packed_in_several_chunks(tmp_path, monkeypatch):
     ("c.tsv", "id\ttext\ttitle\n1\tx\n", "c.tsv:2: 2 columns, the header names 3"),
     ("c.tsv", "a\tb\n", "neither JSON lines nor a table"),
     ("c.tsv", "\nid\ttext\n", "neither JSON lines nor a table"),
-    ("c.tsv", "id\ttext\n", "holds no documents"), ("c.tsv", "id\ttext", "holds no documents")])
+    ("c.tsv", "id\ttext\n", "holds no documents"), ("c.tsv", "id\ttext", "holds no documents"),
+    ("c.csv", "id,text\n", "holds no documents"), ("c.csv", "\n\n", "holds no documents"),
+    ("c.csv", "Once, long ago,\nthere was\n", "neither JSON lines nor a table"),
+    ("c.csv", 'id,text\n1,"a\nb"\n2,x,y\n', "c.csv:4: 3 columns, the header names 2"),
+    ("c.csv", 'id,text\n1,a\n,"b\nc"\n', "c.csv:3: no 'id'"),
+    ("c.csv", 'id,text\n1,"a\nb"\n1,c\n', "'1' occurs twice"),
+    ("c.csv", 'id,text\n1,a\n2,"b\n', "c.csv:3: not quoted as csv does"),
+    ("c.csv", 'id,text\n1,"a" b\n', "c.csv:2: not quoted as csv does"),
+    ("c.tsv", 'id\ttitle\ttext\n1\tT\t"a\n2\tT\tb"\n', "c.tsv:2: a quote opens a cell"),
+    ("c.tsv", 'id\ttext\ttitle\n1\ta\rb\tT\n', "c.tsv:2: 2 columns, the header names 3"),
+    ("c.csv", "x" * 9000 + "," + "y" * 9000, "^.{,700}$")])
 def test_bad_corpora(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
@@ -94,8 +104,8 @@ def test_passages_of_other_columns(tmp_path):
     rows = [{"id": "1", "contents": "all"}, {"id": "2", "contents": "more"}]
     pyserini = Corpus(write_rows(tmp_path / "pyserini.jsonl", rows), "{contents}")
     assert pyserini.passage(1) == {"id": "2", "title": "", "text": "more"}
-    (tmp_path / "own.jsonl").write_text('{"id": "1", "name": "n", "body": "b"}\n')
-    assert Corpus(str(tmp_path / "own.jsonl"), "{name}: {body}").passage(0)["text"] == "n: b"
+    (tmp_path / "own.jsonl").write_text('{"id": "1", "name": "n", "abstract": "b"}\n')
+    assert Corpus(str(tmp_path / "own.jsonl"), "{name}: {abstract}").passage(0)["text"] == "n: b"
     (tmp_path / "pyserini.jsonl").write_text('{"id": "1", "contents": "all"}\n{"id": "2"}\n')
     with pytest.raises(InputError, match="pyserini.jsonl:2: no column 'contents'"):
         Corpus(str(tmp_path / "pyserini.jsonl"), "{contents}")
@@ -107,6 +117,57 @@ def test_a_mark_of_the_encoding_is_no_letter(tmp_path):
     for name in ("c.tsv", "c.json"):
         assert Corpus(str(tmp_path / name),
                       "{text}").passage(0) == {"id": "1", "title": "b", "text": "a"}
+
+
+@pytest.mark.parametrize("content", [
+    'id,title,text\n7,T,"one, ""two""\nthree"\n,,\n8,U,four\n',
+    'id, title, text\n7, T, "one, ""two""\nthree"\n\n8, U, four\n',
+    '"id"\t"title"\t"text"\n7\tT\t"one, ""two""\nthree"\n8\tU\tfour\n',
+    'id\ttext\ttitle\n8\tfour\tU\n7\t"one, ""two""\nthree"\tT\n'])
+def test_tables_whose_rows_are_no_lines(content, tmp_path):
+    """Commas, cells of several lines and old Macs' line ends, gzipped too; read again from the
+    FILE.lines of the first time.
+    """
+    forms = {"unix": content, "windows": content.replace("\n", "\r\n"),
+             "mac": content.replace("\n", "\r")}
+    for name, text in forms.items():
+        (tmp_path / name).write_text(text, newline="")
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        for path in (name, f"{name}.gz", name, f"{name}.gz"):
+            corpus = Corpus(str(tmp_path / path), "{title} {text}")
+            doc_indices = corpus.indices(["7", "8"])
+            assert len(corpus) == 2 and corpus.text(doc_indices[1]) == "U four"
+            lines = corpus.passage(doc_indices[0])["text"].splitlines()
+            assert lines == ['one, "two"', "three"]
+        assert (tmp_path / f"{name}.lines").exists()
+
+
+def test_a_table_needs_the_columns_of_the_template(tmp_path):
+    path = write_rows(tmp_path / "c.csv", ["contents,date", "all,1999", "more,2000"])
+    with pytest.raises(InputError) as error:
+        Corpus(path, "{title} {text}")
+    assert "no column 'text'" in str(error.value)
+    assert "--key_template '{title} {contents}' is for 'contents'" in str(error.value)
+    assert not (tmp_path / "c.csv.lines").exists()
+    corpus = Corpus(path, "{title} {contents}")
+    assert corpus.passage(1) == {"id": "1", "title": "", "text": "more"}
+    one_column = Corpus(write_rows(tmp_path / "c.tsv", ["text", "a, b", "c"]), "{title} {text}")
+    assert [one_column.text(i) for i in range(2)] == ["a, b", "c"]
+
+
+def test_a_table_that_is_not_utf8(tmp_path):
+    (tmp_path / "c.csv").write_bytes("id,text\n1,a\n2,é\n".encode("latin-1"))
+    with pytest.raises(InputError, match="c.csv:3: not UTF-8"):
+        Corpus(str(tmp_path / "c.csv"), "{text}")
+
+
+def test_a_changed_table_is_read_anew(tmp_path):
+    path = write_rows(tmp_path / "c.csv", ["id,text", '1,"a', 'b"'])
+    assert len(Corpus(path, "{text}")) == 1
+    write_rows(tmp_path / "c.csv", ["id,text", '1,"a', 'b"', "2,c"])
+    assert len(Corpus(path, "{text}")) == 2
+    write_rows(tmp_path / "c.csv", ["id\ttext", "3\td"])
+    assert Corpus(path, "{text}").ids([0]) == ["3"]
 
 
 def test_long_cells_are_read(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import data
 from conftest import TOKENIZER
 from data import (
     Collator,
@@ -14,6 +15,7 @@ from data import (
     choose_target,
     eval_loader,
     input_texts,
+    note_long_passages,
     plan_epoch,
 )
 from questions import read_records
@@ -57,6 +59,22 @@ def test_answers_are_drawn_anew_each_epoch_and_alike_on_every_process():
     one.epoch = 1
     assert first != [one[i, True][2] for i in range(20)]
     assert [TrainSet(records, 1, False)[i, True][2] for i in range(20)] == ["0"] * 20
+
+
+def test_passages_that_are_cut_off_are_counted(tokenizer, monkeypatch):
+    records = [{"question": "q", "ctxs": [CONTEXT, {"text": "word " * 30}, {"text": "word " * 30}]},
+               {"question": "q", "ctxs": []}]
+    text = input_texts(records[0], 1)[0]
+    length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    said = []
+    note_long_passages(records, tokenizer, 2, length, said.append)
+    assert len(said) == 1  # the first passage just fits
+    assert said[0].startswith(f"note: 1 of 3 passages exceed {length} tokens")
+    note_long_passages(records, tokenizer, 1, length, said.append)
+    assert len(said) == 1
+    monkeypatch.setattr(data, "COUNTED", 2)
+    note_long_passages(records, tokenizer, 3, length, said.append)
+    assert said[1].startswith("note: 1 of the first 2 passages exceed")
 
 
 def test_collator_masks_what_is_absent(tokenizer):

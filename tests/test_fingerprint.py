@@ -1,6 +1,7 @@
 """The fingerprint of an index: the content of the model's and the corpus's files, whatever their
 folder.
 """
+import json
 import shutil
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 
 from conftest import make_bert
 from retrieval.corpus import Corpus
-from retrieval.fingerprint import fingerprint
+from retrieval.fingerprint import check_fingerprint, fingerprint
 from retrieval_helpers import write_corpus
-from utils import World
+from utils import InputError, World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -44,3 +45,16 @@ def test_a_hub_name_stands_for_itself(tmp_path):
     assert description["model"] == "some/name" and description["dtype"] == "float16"
     assert len(description["files"]) == 1
     assert fingerprint(corpus, None, {"model": "bm25"}, ALONE)["model"] == "bm25"
+
+
+def test_an_index_is_not_added_to(tmp_path):
+    path = write_corpus(tmp_path / "corpus.jsonl")
+    before = fingerprint(Corpus(path, "{text}"), None, {}, ALONE)
+    (tmp_path / "index.json").write_text(json.dumps(before))
+    assert check_fingerprint(tmp_path, before)
+    with open(path, "a") as file:
+        file.write('{"_id": "more", "text": "more"}\n')
+    now = fingerprint(Corpus(path, "{text}"), None, {}, ALONE)
+    message = "holds an index of 8 documents, and the corpus has 9; .* delete the folder"
+    with pytest.raises(InputError, match=message):
+        check_fingerprint(tmp_path, now)

@@ -100,8 +100,9 @@ def ranks(path):
 
 def test_bm25_equals_bm25s(world_files, tmp_path):
     import bm25s
-    retrieve(world_files, "--retrieval_method", "bm25", "--hits", 5, "--trec", tmp_path / "run",
-             "--index", tmp_path / "index", "--k1", 1.2)
+    stdout, _ = retrieve(world_files, "--retrieval_method", "bm25", "--hits", 5, "--trec",
+                         tmp_path / "run", "--index", tmp_path / "index", "--k1", 1.2)
+    assert "BM25: English stop words are left out" in stdout
     corpus = Corpus(str(world_files / "corpus.jsonl"), "{title} {text}")
     texts = [corpus.text(i) for i in range(60)]
     index = bm25s.BM25(k1=1.2, b=0.4)

@@ -1,0 +1,177 @@
+"""The lines of a corpus's file, one document each: JSON objects, or rows of a tab-separated table.
+
+A file of any other form (gzipped, a JSON list, a table with commas or with cells of several lines)
+is written out once, as FILE.lines, and read from there.
+"""
+import codecs
+import csv
+import io
+import json
+import os
+from itertools import chain
+
+from files import new_file, parse_json, read_lines
+from utils import InputError, progress_bar
+
+CELL_LIMIT = 2 ** 24  # characters: a quote that nothing closes must not take in a file of gigabytes
+BEGINNING = 65536     # bytes that a table's header fits into
+
+
+class NotPlain(Exception):
+    """A table whose rows are not all one tab-separated line each."""
+
+
+# ---------------------------------------------------------------- one line
+
+def read_header(path, content):
+    """(column names, whether its line is plain) of a table; (None, True) for JSON lines.
+
+    Raises InputError for an empty file.
+    """
+    if not content:
+        raise InputError(f"{path}: holds no documents")
+    # blank lines come first where table_rows has left out a header
+    beginning = content[:BEGINNING]
+    if beginning.lstrip()[:1] in (b"{", b""):
+        return None, True
+    text = beginning.split(b"\n")[0].decode("utf-8", "replace").rstrip("\r")
+    delimiter = choose_delimiter(text)
+    header = next(read_cells(io.StringIO(text, newline=""), delimiter), [])
+    return header, delimiter == "\t" and "\r" not in text
+
+
+def parse_row(line, header, path, line_number):
+    """The columns {name: value} of a line of bytes.
+
+    Raises InputError, or NotPlain for a table's row that is not just this line.
+    """
+    text = line.decode("utf-8", "replace").rstrip("\r\n")
+    if header is None:
+        row = parse_json(text, path, line_number)
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{line_number}: a document must be a JSON object, this is a "
+                             f"{type(row).__name__}")
+        return row
+    return name_cells(split_row(text), header, f"{path}:{line_number}")
+
+
+def split_row(text):
+    """The cells of a tab-separated line. Raises NotPlain if its last cell goes on behind it."""
+    lines = iter((text, ""))
+    try:
+        cells = next(read_cells(lines, "\t"), [])
+    except csv.Error:  # a bare carriage return ends the row inside the line
+        raise NotPlain from None
+    if next(lines, None) is None:  # the reader went on to the second line for the end of a quote
+        raise NotPlain
+    return cells
+
+
+def name_cells(cells, header, location):
+    """{column: cell} of a row. Raises InputError for more or fewer cells than columns."""
+    if len(cells) != len(header):
+        raise InputError(f"{location}: {len(cells)} columns, the header names {len(header)}; the "
+                         "line may be cut off, or a cell that holds delimiters is not in quotes")
+    return dict(zip(header, cells))
+
+
+def choose_delimiter(first_line):
+    """A tab or, in a first line that has commas and no tabs, a comma."""
+    return "," if "," in first_line and "\t" not in first_line else "\t"
+
+
+def read_cells(lines, delimiter, strict=False):
+    """A csv.reader of texts that end where lines do."""
+    csv.field_size_limit(CELL_LIMIT)
+    # people write `1, "a title", a text` with blanks behind the commas
+    return csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter == ",", strict=strict)
+
+
+# ---------------------------------------------------------------- plain lines
+
+def plain_lines(path):
+    """The path of a file of plain lines: `path` itself or, made of it, PATH.lines.
+
+    The latter if it has been made, or for a file that is gzipped, a JSON list or begins with a byte
+    order mark.
+    """
+    try:
+        with open(path, "rb") as file:
+            beginning = file.peek(3)
+        changed = os.stat(path).st_mtime_ns
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    unpacked = f"{path}.lines"
+    if os.path.exists(unpacked) and os.stat(unpacked).st_mtime_ns == changed:
+        return unpacked
+    if str(path).endswith(".gz") or beginning.startswith((b"[", codecs.BOM_UTF8)):
+        return write_plain_lines(path, read_lines(path))
+    return path
+
+
+def write_plain_lines(path, lines):
+    """Writes a file's lines (bytes) to PATH.lines, and returns that path.
+
+    It gets the file's own date, by which plain_lines knows it. Raises InputError.
+    """
+    if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        raise InputError(f"{path}: must be made plain lines, and its folder cannot be written; "
+                         "copy the file to another folder, and give that one")
+    unpacked = f"{path}.lines"
+    changed = os.stat(path).st_mtime_ns
+    bar = progress_bar(lines, unit=" lines", desc=f"unpacking {os.path.basename(path)}")
+    with new_file(unpacked, "wb") as file:
+        file.writelines(bar)
+        file.flush()
+        os.utime(file.name, ns=(changed, changed))
+    return unpacked
+
+
+def table_rows(path):
+    """Yields a table's rows as JSON lines (bytes), whatever its delimiter and its line ends.
+
+    Blank lines stand for the header and for the further lines of a row, so that a document keeps
+    its line number. Raises InputError for what is not quoted as csv does.
+    """
+    lines = decode_lines(path)
+    first_line = next(lines)
+    delimiter = choose_delimiter(first_line)
+    reader = read_cells(chain([first_line], lines), delimiter, strict=True)
+    header = None
+    first = 1  # the line that a row begins in
+    try:
+        for cells in reader:
+            row = b""
+            if header is None:
+                header = cells
+            elif any(cells):
+                check_quotes(cells, delimiter, f"{path}:{first}")
+                row = json.dumps(name_cells(cells, header, f"{path}:{first}")).encode()
+            end = reader.line_num + 1
+            yield row + b"\n" * (end - first)
+            first = end
+    except csv.Error as error:
+        raise InputError(f"{path}:{first}: not quoted as csv does ({error}); a cell that holds "
+                         "quotes is put in quotes, and they are written twice") from None
+
+
+def check_quotes(cells, delimiter, location):
+    """Raises InputError for a tab-separated cell that holds tabs and line ends: it is, by all odds,
+    a quote that nothing closes with the rows behind it.
+    """
+    if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+        raise InputError(f"{location}: a quote opens a cell that takes in the rows behind it; a "
+                         "cell that holds quotes is put in quotes, and they are written twice")
+
+
+def decode_lines(path):
+    """Yields a file's lines as texts; a bare carriage return, old Macs' line end, ends one too.
+
+    Raises InputError.
+    """
+    for line_number, line in enumerate(read_lines(path), 1):
+        try:
+            yield from io.StringIO(line.decode(), newline="")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{line_number}: not UTF-8 ({error.reason} at byte "
+                             f"{error.start + 1}); save the table as UTF-8") from None

@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""Makes a corpus of a folder of documents: passages of about --words words as JSON lines.
+
+    python scripts/make_corpus.py notes                   # writes notes.jsonl
+    python scripts/make_corpus.py notes --words 60 --output my/corpus.jsonl
+    python retrieve.py --corpus my/corpus.jsonl ...
+
+Reads .txt, .md, .html and, with the package pypdf, .pdf, in the folder and those below it; what
+begins with a dot is left out. A passage, {"id": "sub/file.txt#3", "title", "text"}, ends where a
+sentence does and has at most --words words, which are what blanks separate. The title is the file's
+first heading, or else its name; all headings stay in the text, with the sentence that follows them.
+"""
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import re
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from files import new_file
+from utils import HelpFormatter, InputError, check_at_least, run_script
+
+# where sentences end: behind . ! ? and closing quotes unless a small letter follows ("e.g. this"),
+# behind the full stops of Chinese and Japanese, at blank lines, and before an item of a list
+SENTENCE_END = re.compile(r"""
+    (?: (?<=[.!?…]) | (?<=[.!?…]["'”’»)\]]) ) \s+ (?![a-z\s])
+    | (?<=[。！？])
+    | \n\s*\n
+    | \n (?= \s* (?: [-*+•] | \d+[.)] ) \s )
+""", re.VERBOSE)
+HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)  # markdown's
+UNDERLINED = re.compile(r"^(\S.*)\n=+[ \t]*$", re.MULTILINE)  # markdown's other form of a heading
+
+HTML_HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
+HTML_UNREAD = {"script", "style", "template", "noscript", "svg"}
+HTML_INLINE = {"a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "del", "dfn", "em", "font",
+               "i", "img", "ins", "kbd", "mark", "q", "s", "samp", "small", "span", "strong", "sub",
+               "sup", "time", "tt", "u", "var", "wbr"}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="folder of documents")
+    add("--words", type=int, default=100, help="most words of a passage")
+    add("--output", metavar="FILE",
+        help="where the passages go; not given: DIR.jsonl, if there is no such file")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- files to sections
+
+# A document is (title or None, [(heading or "", text)]): its sections.
+
+def read_plain(path):
+    """(None, sections) of a text file."""
+    with open(path, encoding="utf-8-sig") as file:
+        return None, [("", file.read())]
+
+
+def read_markdown(path):
+    """(title, sections) of a markdown file; the title is its first heading."""
+    with open(path, encoding="utf-8-sig") as file:
+        text = UNDERLINED.sub(r"# \1", file.read())
+    before, *parts = HEADING.split(text)  # text, heading, text, heading, text ...
+    sections = [("", before), *zip(parts[::2], parts[1::2])]
+    return next(iter(parts), None), sections
+
+
+def read_html(path):
+    """(title, sections) of a web page; the title is its <title> or first <h1>."""
+    parser = PageParser()
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read()
+    try:
+        parser.feed(text)
+        parser.close()
+    except AssertionError as error:  # html.parser's, of a declaration that it does not know
+        raise ValueError(f"not HTML: {error}") from None
+    sections = [(heading, text) for _, heading, text in parser.sections]
+    first_h1 = next((heading for tag, heading, _ in parser.sections if tag == "h1"), "")
+    return parser.title.strip() or first_h1, sections
+
+
+class PageParser(HTMLParser):
+    """Collects a web page's title and sections, [tag of the heading, heading, text]."""
+
+    def __init__(self):
+        super().__init__()
+        self.title = ""
+        self.sections = [["", "", ""]]
+        self.open_tag = ""  # title, or a heading, whose text is being read
+        self.unread = []    # open tags whose text is not read
+
+    def handle_starttag(self, tag, attrs):
+        if tag in HTML_UNREAD:
+            self.unread.append(tag)
+        elif tag == "br":
+            self.add_text("\n")
+        elif tag not in HTML_INLINE:
+            self.start_block(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        if tag not in HTML_UNREAD:  # <svg/> has no end tag
+            self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag):
+        if tag in self.unread:
+            self.unread.remove(tag)
+        elif tag not in HTML_INLINE:
+            self.start_block("")
+
+    def handle_data(self, data):
+        self.add_text(re.sub(r"\s+", " ", data))  # a blank line of the source means nothing
+
+    def start_block(self, tag):
+        """What follows is no part of the title, heading or sentence before it."""
+        if self.unread:
+            return
+        self.open_tag = ""
+        if tag == "title" and not self.title:
+            self.open_tag = tag
+        elif tag in HTML_HEADINGS:
+            self.open_tag = tag
+            self.sections.append([tag, "", ""])
+        else:
+            self.add_text("\n\n")
+
+    def add_text(self, text):
+        """Adds to the title, or to the last section's heading or text."""
+        if self.unread:
+            return
+        if self.open_tag == "title":
+            self.title += text
+        elif self.open_tag:
+            self.sections[-1][1] += text
+        else:
+            self.sections[-1][2] += text
+
+
+def read_pdf(path):
+    """(None, sections) of a PDF file. Raises ValueError for one that is broken or locked."""
+    import pypdf
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of each flaw that it mends
+    try:
+        texts = [page.extract_text() for page in pypdf.PdfReader(path).pages]
+    except Exception as error:  # on broken and locked files pypdf raises whatever comes up
+        raise ValueError(f"pypdf cannot read it: {error}") from None
+    # a broken font may give halves of characters, which no file can hold
+    text = "\n".join(texts).encode("utf-8", "replace").decode()
+    return None, [("", text)]
+
+
+READERS = {".txt": read_plain, ".md": read_markdown, ".html": read_html, ".htm": read_html,
+           ".pdf": read_pdf}
+
+
+# ---------------------------------------------------------------- sections to passages
+
+def cut_passages(sections, max_words):
+    """The passages of a document's sections: sentences, as many as fit into max_words."""
+    passages, words = [], []
+    for sentence in list_sentences(sections):
+        if words and len(words) + len(sentence) > max_words:
+            passages.append(" ".join(words))
+            words = []
+        words += sentence
+        while len(words) > max_words:  # a sentence that is longer than a passage
+            passages.append(" ".join(words[:max_words]))
+            words = words[max_words:]
+    if words:
+        passages.append(" ".join(words))
+    return passages
+
+
+def list_sentences(sections):
+    """The sentences of a document's sections, each a list of words.
+
+    A heading is the beginning of the sentence that follows it.
+    """
+    sentences, heading_words = [], []
+    for heading, text in sections:
+        heading_words += heading.split()
+        for sentence in SENTENCE_END.split(text):
+            words = sentence.split()
+            if words:
+                sentences.append(heading_words + words)
+                heading_words = []
+    if heading_words:  # nothing follows the last heading
+        sentences.append(heading_words)
+    return sentences
+
+
+# ---------------------------------------------------------------- a folder
+
+def list_files(folder):
+    """The paths, relative to the folder, of the files in it and below it, in sorted order."""
+    paths = []
+    for directory, folders, names in os.walk(folder, onerror=note_folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if os.path.islink(os.path.join(directory, name)):
+                note_skipped(os.path.join(directory, name), "a link to a folder")
+        for name in names:
+            if not name.startswith("."):
+                paths.append(os.path.relpath(os.path.join(directory, name), folder))
+    return sorted(paths)
+
+
+def choose_files(paths):
+    """The paths that READERS read; tells how many others there are."""
+    others = Counter(find_ending(path) for path in paths if find_ending(path) not in READERS)
+    if others:
+        kinds = ", ".join(f"{count} {ending!r}" for ending, count in others.most_common(8))
+        print(f"note: {others.total()} files of other kinds are skipped: {kinds}")
+    chosen = [path for path in paths if find_ending(path) in READERS]
+    without_pdfs = [path for path in chosen if find_ending(path) != ".pdf"]
+    num_pdfs = len(chosen) - len(without_pdfs)
+    if num_pdfs == 0 or importlib.util.find_spec("pypdf"):
+        return chosen
+    print(f"note: {num_pdfs} .pdf files are skipped; to read them: pip install pypdf")
+    return without_pdfs
+
+
+def find_ending(path):
+    """The ending of a file's name, such as .txt."""
+    return os.path.splitext(path)[1].lower()
+
+
+def read_passages(folder, path, max_words):
+    """The passages [{id, title, text}] of a file.
+
+    Raises OSError or ValueError if it cannot be read or holds no text.
+    """
+    path.encode()  # an id is UTF-8
+    full_path = os.path.join(folder, path)
+    if not os.path.isfile(full_path):  # a pipe would be waited for
+        raise ValueError("no regular file")
+    title, sections = READERS[find_ending(path)](full_path)
+    title = " ".join((title or "").split()) or os.path.splitext(os.path.basename(path))[0]
+    passages = []
+    for number, text in enumerate(cut_passages(sections, max_words), 1):
+        passages.append({"id": f"{path}#{number}", "title": title, "text": text})
+    if not passages:
+        raise ValueError("no text in it")
+    return passages
+
+
+# ---------------------------------------------------------------- notes
+
+def note_skipped(path, reason):
+    print(f"note: {path!r} is skipped: {reason}")  # !r: a name may be of any bytes
+
+
+def note_folder(error):
+    note_skipped(error.filename, describe(error))
+
+
+def describe(error):
+    """What an error says to somebody who wonders why a file is not read."""
+    if isinstance(error, UnicodeEncodeError):
+        return "its name is not UTF-8"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8"
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror})"
+    return " ".join(str(error).split())[:200]
+
+
+# ---------------------------------------------------------------- main
+
+def choose_output(args):
+    """The path of the corpus.
+
+    Raises InputError for a name that is not JSON lines', or DIR.jsonl if there is such a file.
+    """
+    if args.output:
+        if not args.output.endswith((".jsonl", ".jsonl.gz")):  # it might be one of the documents
+            raise InputError(f"--output {args.output}: a corpus of JSON lines must end in .jsonl")
+        return args.output
+    output = os.path.relpath(os.path.abspath(args.folder) + ".jsonl")
+    if os.path.exists(output):
+        raise InputError(f"{output}: exists already; --output {output} replaces it")
+    return output
+
+
+def main(args):
+    check_at_least(args, {"words": 1})
+    if not os.path.isdir(args.folder):
+        raise InputError(f"{args.folder}: no such folder; give the one that holds the documents")
+    output = choose_output(args)
+    paths = list_files(args.folder)
+    num_files, num_passages = 0, 0
+    with new_file(output) as file:
+        for path in choose_files(paths):
+            try:
+                passages = read_passages(args.folder, path, args.words)
+            except (OSError, ValueError) as error:
+                note_skipped(path, describe(error))
+                continue
+            for passage in passages:
+                file.write(json.dumps(passage, ensure_ascii=False) + "\n")
+            num_files += 1
+            num_passages += len(passages)
+        if not num_passages:
+            raise InputError(f"{args.folder}: no text in any of its {len(paths)} files; documents "
+                             f"end in {', '.join(READERS)}")
+    print(f"{output}: {num_passages} passages of {num_files} files")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
