@@ -202,9 +202,11 @@ def check_paths(outputs, inputs):
         if real_path in real_inputs:
             raise InputError(f"{path}: is read by this command too, and would be replaced; choose "
                              "another name")
-        if os.path.isdir(path) or not os.access(os.path.dirname(real_path), os.W_OK):
-            raise InputError(f"{path}: is a folder, or in one that does not exist or cannot be "
-                             "written; make it first, or choose another name")
+        if os.path.isdir(path):
+            raise InputError(f"{path}: is a folder; choose another name")
+        if not os.access(os.path.dirname(real_path), os.W_OK):
+            raise InputError(f"{path}: its folder does not exist or cannot be written; make it "
+                             "first, or choose another name")
 
 
 def save_folder(folder, *writers):
