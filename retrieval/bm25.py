@@ -4,10 +4,8 @@ from array import array
 
 import bm25s
 import numpy as np
-import torch
 
 from files import save_folder
-from retrieval.exact_search import top_k
 from utils import InputError, progress_bar
 
 
@@ -92,8 +90,14 @@ def tokenize_texts(texts, words):
 
 
 def search_index(index, query_words, k):
-    """(doc_indices, scores), numpy arrays, of the k best documents with a word of the query."""
+    """(doc_indices, scores), numpy arrays, of the k best documents with a word of the query.
+
+    Equal scores are ordered by document index.
+    """
     scores = index.get_scores_from_ids(index.get_tokens_ids(query_words))
-    candidates = np.flatnonzero(scores > 0)
-    values, columns = top_k(torch.from_numpy(scores[candidates])[None], k)
-    return candidates[columns[0].numpy()], values[0].numpy()
+    kth_from_end = max(len(scores) - k, 0)
+    kth_score = np.partition(scores, kth_from_end)[kth_from_end]
+    candidates = np.flatnonzero((scores >= kth_score) & (scores > 0))  # k, and ties with the last
+    best = np.lexsort((candidates, -scores[candidates]))[:k]
+    doc_indices = candidates[best]
+    return doc_indices, scores[doc_indices]
