@@ -116,7 +116,7 @@ def search_bm25(args, corpus, questions, world):
     make_bm25_index(args, corpus, words, world)
     if not questions:
         return None
-    index = bm25.load_index(args.index)
+    index = bm25.load_index(args.index, len(corpus))
     share = range(world.rank, len(questions), world.size)
     token_lists = bm25.tokenize_texts([questions[i].text for i in share], words)
     rows = []
@@ -187,6 +187,7 @@ def open_retriever(args, corpus, world):
     is_file = os.path.isfile(args.query_encoder)  # minDPR's or DPR's, which has no tokenizer
     fallback = "bert-base-uncased" if is_file else args.query_encoder
     tokenizer = load_tokenizer(args.query_encoder, fallback)
+    model.check_tokenizer(tokenizer)
     if args.pair_types and not args.ranker:
         for encoder in encoders:
             encoder.separator = tokenizer.sep_token_id

@@ -37,6 +37,8 @@ from utils import (
     HelpFormatter,
     InputError,
     check_at_least,
+    check_positive,
+    check_seed,
     gather_lists,
     progress_bar,
     run_script,
@@ -107,10 +109,11 @@ def check_args(args):
     check_at_least(args, {"num_contexts": 1, "max_length": 1, "batch_size": 1, "batch_size_val": 1,
                           "grad_accumulation": 1, "epochs": 1, "num_workers": 0,
                           "num_warmup_steps": 0, "eval_every": 0, "save_every": 0})
+    check_at_least(args, {"weight_decay": 0})
+    check_positive(args, ["lr", "clip"])
+    check_seed(args)
     if not 0 <= args.dropout < 1:
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
-    if args.lr <= 0 or args.clip <= 0:
-        raise InputError("--lr and --clip must be above 0")
 
 
 # ---------------------------------------------------------------- training

@@ -185,7 +185,7 @@ class GroupCollator:
         """
         if isinstance(key, int):
             return self.corpus.text(key)
-        return format_key(key, self.args.key_template)
+        return format_key(key, self.args.key_template, "a training key")
 
 
 def repeat_each(items, count):

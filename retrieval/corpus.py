@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import new_file, parse_json, read_lines, write_json
+from files import decode_line, new_file, parse_json, read_lines, write_json
 from questions import split_cells
-from utils import InputError, progress_bar, wait_for_all
+from utils import InputError, first_line, progress_bar, shorten, wait_for_all
 
 ID_COLUMNS = ("_id", "id", "docid", "doc_id", "passage_id")
 TEXT_COLUMNS = ("text", "content", "contents")
@@ -104,12 +104,15 @@ class Corpus:
             if is_first:
                 id_column = next((name for name in ID_COLUMNS if name in row), None)
             if is_first or header is None:  # all lines of a table have the columns of the first
-                self.format(row, f"{path}:{line_number}")
+                format_key(row, self.template, f"{path}:{line_number}")
             starts.append(start)
             if id_column is not None:
                 if row.get(id_column) in (None, ""):
                     raise InputError(f"{path}:{line_number}: no '{id_column}', which other "
                                      "documents have; add it")
+                if type(row[id_column]) not in (str, int):
+                    raise InputError(f"{path}:{line_number}: '{id_column}' must be a text or an "
+                                     f"integer, it is {shorten(row[id_column])}")
                 ids.append(str(row[id_column]).encode())
             if len(starts) % CHUNK == 0:
                 packed_ids.append(np.array(ids, "S"))
@@ -127,14 +130,6 @@ class Corpus:
 
     # ---------------------------------------------------------------- documents
 
-    def format(self, row, location):
-        """The text of a row by the template. Raises InputError if it lacks a column."""
-        try:
-            return format_key(row, self.template)
-        except KeyError as error:
-            raise InputError(f"{location}: no column {error} for --key_template '{self.template}'; "
-                             f"its columns are {sorted(row)}") from None
-
     def row(self, doc_index):
         """(columns {name: value}, location) of a document."""
         part = next(part for part in reversed(self.parts) if part.first <= doc_index)
@@ -147,14 +142,14 @@ class Corpus:
     def text(self, doc_index):
         """The key text of a document, by the template."""
         row, location = self.row(doc_index)
-        return self.format(row, location)
+        return format_key(row, self.template, location)
 
     def passage(self, doc_index):
         """{id, title, text} of a document; answers are searched in the text alone."""
         row, location = self.row(doc_index)
         column = next((name for name in TEXT_COLUMNS if name in row), None)
         if column is None:
-            text = self.format(row, location)
+            text = format_key(row, self.template, location)
         else:
             text = row[column] or ""
         return {"id": self.ids([doc_index])[0], "title": row.get("title") or "", "text": text}
@@ -212,8 +207,8 @@ def check_unique(sorted_ids, location):
     """Raises InputError if two of the ids are equal."""
     repeated = sorted_ids[1:][sorted_ids[1:] == sorted_ids[:-1]]
     if len(repeated):
-        raise InputError(f"{location}: the id {repeated[0].decode()!r} occurs twice in the corpus; "
-                         "make ids unique")
+        raise InputError(f"{location}: the id {shorten(repeated[0].decode())} occurs twice in the "
+                         "corpus; make ids unique")
 
 
 # ---------------------------------------------------------------- lines of a file
@@ -234,14 +229,18 @@ def read_header(path, content):
 
 def parse_row(line, header, path, line_number):
     """The columns {name: value} of a line of bytes. Raises InputError."""
-    text = line.decode("utf-8", "replace").rstrip("\r\n")
+    text = decode_line(line, path, line_number)
     if header is None:
         row = parse_json(text, path, line_number)
         if not isinstance(row, dict):
             raise InputError(f"{path}:{line_number}: a document must be a JSON object, this is a "
                              f"{type(row).__name__}")
+        for name in ("title", *TEXT_COLUMNS):
+            if not isinstance(row.get(name, ""), (str, type(None))):
+                raise InputError(f"{path}:{line_number}: '{name}' must be a text, it is "
+                                 f"{shorten(row[name])}")
         return row
-    cells = split_cells(text)
+    cells = split_cells(text, path, line_number)
     if len(cells) != len(header):
         raise InputError(f"{path}:{line_number}: {len(cells)} columns, the header names "
                          f"{len(header)}; the line may be cut off")
@@ -319,14 +318,27 @@ def keep_table(folder, stamp, **arrays):
 
 # ---------------------------------------------------------------- templates
 
-def format_key(key, template):
-    """The text of a key: itself, or its columns in the template (KeyError if it lacks one)."""
+def format_key(key, template, location):
+    """The text of a key: itself, or its columns in the template.
+
+    Raises InputError, with the location, for one that does not fit the template.
+    """
     if isinstance(key, str):
         return key
+    if not isinstance(key, dict):
+        raise InputError(f"{location}: a key or document must be a text or an object with columns, "
+                         f"one is {shorten(key)}")
     columns = {"title": ""}
     for name, value in key.items():
         columns[name] = "" if value is None else value
-    return template.format_map(columns).strip()
+    try:
+        return template.format_map(columns).strip()
+    except KeyError as error:
+        reason = f"no column {error}"
+    except (IndexError, AttributeError, TypeError, ValueError) as error:
+        reason = first_line(error)
+    raise InputError(f"{location}: {reason} for --key_template '{template}'; its columns are "
+                     f"{shorten(sorted(key))}")
 
 
 def check_templates(args):
