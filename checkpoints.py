@@ -177,7 +177,7 @@ def read_training_args(path):
     """What a checkpoint says of its training (num_contexts, max_length, ...): our args.json or
     minFiD's args; else {}. Raises InputError.
     """
-    trained = open_model_file(path)[2] if os.path.isfile(path) else read_args(path)
+    trained = open_model_file(str(path))[2] if os.path.isfile(path) else read_args(path)
     for name in ("num_contexts", "max_length"):
         if type(trained.get(name, 1)) is not int or not 0 < trained.get(name, 1) < MOST:
             raise InputError(f"{path}: its args.json (or args) says {name} "

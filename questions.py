@@ -96,7 +96,7 @@ def check_types(record, location, names=LIST_FIELDS):
                 is_right, kind = is_context(item), ("an object with a 'text' string and, if "
                                                      "any, a 'title' string")
             elif name.endswith("_index"):
-                is_right, kind = type(item) is int and item >= 0, "the index of a document"
+                is_right, kind = type(item) in (int, str), "the index of a document"
             else:
                 is_right, kind = isinstance(item, (str, dict)), "a text or an object"
             if not is_right:

@@ -62,9 +62,9 @@ def load_state(out, args, world, free_flags):
     check_form(state["progress"], {name: type(value) for name, value in asdict(Progress()).items()},
                path)
     if state["world_size"] != world.size:
-        raise InputError(f"{path} is of a run of {state['world_size']} processes, this one has "
-                         f"{world.size}; start as many as then, or leave out --resume to start "
-                         "anew")
+        raise InputError(f"{path} is of a run of {state['world_size']} process(es), this one has "
+                         f"{world.size}; start as many processes as then, {state['world_size']}, "
+                         "or leave out --resume to start anew")
     now, then = vars(args), state["args"]
     changed = [name for name in now if name not in free_flags and then.get(name) != now[name]]
     if changed:

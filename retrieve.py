@@ -51,6 +51,7 @@ from utils import (
     gather_lists,
     progress_bar,
     run_script,
+    shorten,
     start_processes,
     wait_for_all,
 )
@@ -90,11 +91,11 @@ def check_question_ids(questions, args):
     counts = Counter(question.id for question in questions)
     for query_id, count in counts.items():
         if count > 1 and (args.trec or args.results or args.qrels):
-            raise InputError(f"two questions have the id {query_id!r}, and runs and qrels go by "
-                             "ids; make them unique")
+            raise InputError(f"two questions have the id {shorten(query_id)}, and runs and qrels "
+                             "go by ids; make them unique")
         if len(query_id.split()) != 1 and args.trec:
-            raise InputError(f"a TREC run cannot hold the question id {query_id!r}; take the "
-                             "blanks out, or use --output")
+            raise InputError(f"a TREC run cannot hold the question id {shorten(query_id)}; take "
+                             "the blanks out, or use --output")
 
 
 def limit_hits(args, corpus, questions, log):
@@ -243,8 +244,8 @@ def encode_questions(args, model, collator, questions, world):
     is_finite = query_vectors.isfinite().all(dim=1)
     if not is_finite.all():
         question = questions[int(is_finite.int().argmin())]
-        raise InputError(f"{args.query_encoder}: question {question.id!r} gets a vector that is "
-                         "not finite; the checkpoint is broken")
+        raise InputError(f"{args.query_encoder}: question {shorten(question.id)} gets a vector "
+                         "that is not finite; the checkpoint is broken")
     return query_vectors
 
 

@@ -42,6 +42,7 @@ from utils import (
     gather_lists,
     progress_bar,
     run_script,
+    shorten,
     start_processes,
     sum_over_processes,
 )
@@ -175,7 +176,7 @@ def refuse_update(run, not_finite, losses, indices):
     for loss, batch_indices in zip(losses, indices):
         if not_finite == "gradient" or not math.isfinite(loss):
             suspects += batch_indices
-    ids = [repr(run.train_set.records[index]["id"])
+    ids = [shorten(run.train_set.records[index]["id"])
            for index in sorted(gather_lists(suspects, run.world))]
     raise InputError(f"the {not_finite} is not finite in update {run.progress.update + 1} of epoch "
                      f"{run.progress.epoch}, records {', '.join(ids)} of {run.args.data_train}; "

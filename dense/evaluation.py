@@ -81,7 +81,7 @@ def check_labels(question, pos_index, metrics, corpus_size):
     if "nq" in metrics and not question.answers:
         raise InputError(needed + "'answers'")
     for doc_index in pos_index or []:
-        if doc_index >= corpus_size:
+        if not (type(doc_index) is int and 0 <= doc_index < corpus_size):
             raise InputError(f"{question.location}: pos_index {shorten(doc_index)} lies outside "
                              f"the corpus of {corpus_size} documents; is it another one's?")
 

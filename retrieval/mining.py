@@ -67,9 +67,10 @@ def has_candidates(record):
 
 
 def check_indices(question, doc_indices, corpus):
-    """Raises InputError for an index, which check_types has seen, beyond the corpus."""
+    """Raises InputError for an index that is none of a document of the corpus."""
     for doc_index in doc_indices:
-        if corpus and doc_index >= len(corpus):
+        is_index = type(doc_index) is int and doc_index >= 0
+        if not is_index or (corpus and doc_index >= len(corpus)):
             raise InputError(f"{question.location}: {shorten(doc_index)} is the index of no "
                              "document of the corpus; is it the corpus of this file?")
 

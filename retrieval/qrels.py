@@ -6,7 +6,6 @@ from collections import defaultdict
 from files import decode_line, parse_json, read_lines, to_number
 from utils import InputError
 
-LABEL_COLUMNS = ("score", "label", "relevance", "rel")  # names of a header's last column
 LIMITS = ("min_score", "max_score")
 CUTS = ("first_k", "random_k", "top_k", "bottom_k")
 
@@ -26,15 +25,15 @@ def read_qrels(path):
             cells = split_json(text, path, line_number)
         else:
             cells = split_line(text)
-        if line_number == 1 and cells[-1] in LABEL_COLUMNS:
-            continue
+        if line_number == 1 and len(cells) == 3 and not any(map(str.isdigit, text)):
+            continue  # a header
         try:
             query, document, score = cells
             qrels[query][document] = to_number(score)
         except ValueError:
             raise InputError(f"{path}:{line_number}: not a qrel; it must be query, 0, document, "
-                             "score, or the same without the 0; a header's last column must be "
-                             f"named {', '.join(LABEL_COLUMNS)}") from None
+                             "score, or the same without the 0 (a header: three names without "
+                             "digits)") from None
     if not qrels:
         raise InputError(f"{path}: holds no qrels")
     return dict(qrels)

@@ -90,7 +90,7 @@ def write_run(path, questions, results, corpus, name):
             ids = corpus.ids(doc_indices)
             if len(" ".join(ids).split()) != len(ids):
                 raise InputError(f"{path}: a TREC run cannot hold the blanks in ids of question "
-                                 f"{question.id!r}'s documents; use --output")
+                                 f"{shorten(question.id)}'s documents; use --output")
             for rank, (document_id, score) in enumerate(zip(ids, scores), 1):
                 file.write(f"{question.id} Q0 {document_id} {rank} {score:.6f} {name}\n")
 

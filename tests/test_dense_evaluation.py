@@ -69,7 +69,7 @@ def test_annotated_sets_keep_the_most_relevant_documents():
     ({"query": "q", "answers": ["a"]}, ["mrr"], "need 'pos_index'"),
     ({"query": "q", "pos_index": [1]}, ["mrr", "nq"], "need 'answers'"),
     ({"query": "q", "pos_index": [1, 5]}, ["mrr"], "lies outside the corpus of 5 documents"),
-    ({"query": "q", "pos_index": ["d1"]}, ["mrr"], "must be the index of a document"),
+    ({"query": "q", "pos_index": ["d1"]}, ["mrr"], "lies outside the corpus of 5 documents"),
     ({"pos_index": [1]}, ["mrr"], "no 'question'"),
     ({"question": "q", "positive_ctxs": []}, ["mrr"], "no record has a positive"),
 ])

@@ -20,6 +20,9 @@ import pytest
 import torch
 
 import conftest
+import dense.flags
+import retrieval.flags
+import train_epoch
 from checkpoints import load_tokenizer, read_training_args
 from dense.evaluation import annotated_set, read_dev_set
 from dense.examples import read_training
@@ -40,8 +43,8 @@ from retrieval.vectors import open_array
 from training import Progress, make_optimizer
 from utils import InputError, World
 
-FILES = 500 * int(os.environ.get("MANGLED", 1))    # files that each reader of text gets
-FOLDERS = 20 * int(os.environ.get("MANGLED", 1))   # and each opener of models, which takes longer
+FILES = 1000 * int(os.environ.get("MANGLED", 1))    # files that each reader of text gets
+FOLDERS = 40 * int(os.environ.get("MANGLED", 1))   # and each opener of models, which takes longer
 LONGEST = 400   # characters of a message
 PATIENCE = 20   # seconds that a file may take
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -549,7 +552,7 @@ def make_state(folder):
 
 def resume_run(path):
     run = make_run(f"{path}/run", resume=True)
-    state = load_state(run.out, run.args, ALONE, {"resume"})
+    state = load_state(run.out, run.args, run.world, {"resume"})
     run.progress = Progress(**state["progress"])
     restore_state(run, state)
     take_step(run)
@@ -604,3 +607,61 @@ def test_openers_open_mangled_folders_or_refuse_them_in_one_line(work_folder):
             if complaint:
                 complaints.append((opener, *complaint, f"{mangled} of file {number}"))
     expect_no_complaints(complaints)
+
+
+# ---------------------------------------------------------------- files of another kind, flags
+
+def refuse(message, function, *args):
+    """The function must refuse the arguments with this message, in one line."""
+    with pytest.raises(InputError) as error:
+        function(*args)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_of_another_kind_are_called_what_they_are(work_folder, tiny):
+    make_state(work_folder)
+    (work_folder / "run.jsonl").write_text('{"epoch": 0}\n')
+    for function in (FiDT5.from_pretrained, read_training_args, BiEncoder.open):
+        refuse("run.state: is a run's resume state", function, "run.state")
+        refuse("run.jsonl: holds text", function, "run.jsonl")
+    refuse("NO_SUCH_FOLDER: no such folder or file", load_tokenizer, "NO_SUCH_FOLDER", tiny)
+    two = make_run("run", resume=True)
+    two.world = World(0, 0, 2, torch.device("cpu"))
+    refuse("run.state is of a run of 1 process(es), this one has 2; start as many processes as "
+           "then, 1, or leave out --resume", load_state, "run", two.args, two.world, set())
+
+
+def test_models_that_no_machine_can_hold_are_refused_at_once(work_folder, tiny):
+    config = json.load(open(f"{tiny}/config.json"))
+    for name in ("num_layers", "d_model", "vocab_size"):
+        (work_folder / "config.json").write_text(json.dumps(config | {name: 10 ** 9}))
+        with time_limit(2):
+            refuse(f"config.json says {name} 1000000000", FiDT5.from_pretrained, ".")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(work_folder):
+    tokenizer = load_tokenizer(conftest.make_bert(work_folder / "large"), "")
+    small = conftest.make_bert(work_folder / "small", vocab_size=20)
+    for kind in (BiEncoder, CrossEncoder):
+        refuse("the tokenizer has 88 ids, the model embeds 20", kind.open(small).check_tokenizer,
+               tokenizer)
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("lr", "nan"), ("lr", "inf"), ("weight_decay", "nan"), ("weight_decay", "-5"), ("clip", "nan"),
+    ("dropout", "nan"), ("seed", str(2 ** 64)), ("seed", "-1")])
+def test_numbers_that_cannot_be_trained_with_are_refused(flag, value, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "OUT", "a", "b", f"--{flag}", value])
+    refuse(f"--{flag} must be", train_epoch.check_args, train_epoch.parse_args())
+    monkeypatch.setattr("sys.argv", ["x", "--output_dir", "o", "--train_data", "a", f"--{flag}",
+                                     value])
+    refuse(f"--{flag} must be", dense.flags.check_args, dense.flags.parse_args(""))
+
+
+@pytest.mark.parametrize("flag, value", [("k1", "nan"), ("b", "-1"), ("seed", "-1"),
+                                         ("fusion_weights", "nan"), ("query_max_length", "0")])
+def test_numbers_that_cannot_be_retrieved_with_are_refused(flag, value, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--corpus", "c", "--eval_data", "q", f"--{flag}", value])
+    args = retrieval.flags.parse_args("")
+    retrieval.flags.settle_defaults(args)
+    refuse(f"--{flag} must be", retrieval.flags.check_args, args)

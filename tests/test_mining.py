@@ -41,7 +41,7 @@ def test_given_candidates_need_indices_where_documents_are_written(corpus):
         check_candidates(make_questions({}, {"pos": []}), None, "{text}", False)
     for bad, message in (({"pos": ["a"], "neg": ["b"]}, "not every candidate"),
                          ({**good, "neg_index": [8]}, "8 is the index of no document"),
-                         ({**good, "neg_index": ["d1"]}, "the index of a document, one is 'd1'"),
+                         ({**good, "neg_index": ["d1"]}, "'d1' is the index"),
                          ({"key": ["a", "b"], "key_index": [1]}, "not every candidate"),
                          ({"key": [3], "key_index": [1]}, "must be a text or an object"),
                          ({"key": "a"}, "'key' must be a list"),
