@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from files import read_args, read_settings
 from utils import InputError, first_line, refusing, shorten
 
-# a configuration that names more layers, or another number above this one, is mangled: building the
-# model would take all memory
+# what a configuration may say: a model of more layers, or of larger numbers, would take all memory
 MOST_LAYERS, MOST = 1000, 10 ** 7
 
 
@@ -156,7 +155,9 @@ def load_tokenizer(path_or_name, fallback):
     if not has_tokenizer(folder):
         folder = find_model(fallback)[0]
     with refusing(f"{folder}: no usable tokenizer", "name a model that carries one with --t5_name"):
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer(["a"])  # some wrong settings show only now
+        return tokenizer
 
 
 def check_vocabulary(tokenizer, embeddings, remedy):
@@ -193,11 +194,20 @@ def read_config(folder, kind="T5"):
     with refusing(f"{folder}: no usable config.json", f"give a {kind} model folder"):
         config = AutoConfig.from_pretrained(folder)
     for name, value in config.to_dict().items():
-        most = MOST_LAYERS if "layers" in name else MOST
-        if isinstance(value, int) and abs(value) > most:
+        if type(value) is int and not is_size(name, value):
             raise InputError(f"{folder}: config.json says {name} {shorten(value)}, which no model "
                              f"has; give a {kind} model folder")
     return config
+
+
+def is_size(name, value):
+    """True for an integer that a configuration's entry of this name can be."""
+    least = -MOST  # -1, say, where there is no padding token
+    if name.startswith(("num_", "d_")):
+        least = 0
+    elif name.startswith("relative_"):  # the buckets of T5's position bias, and their reach
+        least = 1
+    return least <= value <= (MOST_LAYERS if "layers" in name else MOST)
 
 
 def check_shapes(model, weights, source):

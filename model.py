@@ -353,6 +353,8 @@ class FiDT5(nn.Module):
             config.dropout_rate = dropout
         if weights is None:
             weights = read_weights(folder)
+        if getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = config.pad_token_id
         check_special_tokens(config, folder)
         with refusing(f"{path_or_name}: no T5 can be built of its config.json and weights",
                       "give the folder of a trained model, or of a T5"):
@@ -401,10 +403,8 @@ def plain_key(key):
 
 def check_special_tokens(config, folder):
     """Raises InputError for a start, padding or end token that is none of the vocabulary."""
-    start = config.decoder_start_token_id
-    tokens = {"decoder_start_token_id": config.pad_token_id if start is None else start,
-              "pad_token_id": config.pad_token_id, "eos_token_id": config.eos_token_id}
-    for name, token in tokens.items():
+    for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
+        token = getattr(config, name)
         if type(token) is not int or not 0 <= token < config.vocab_size:
             raise InputError(f"{folder}: config.json says {name} {shorten(token)}, which is no id "
                              "of its vocabulary; give the folder of a trained model, or of a T5")

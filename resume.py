@@ -61,12 +61,16 @@ def load_state(out, args, world, free_flags):
     check_form(state, FORM, path)
     check_form(state["progress"], {name: type(value) for name, value in asdict(Progress()).items()},
                path)
+    with refusing(f"{path}: its losses are not (sum, weight) of each update", "leave out --resume "
+                  "to start anew"):
+        sum(loss_sum / weight for loss_sum, weight in state["progress"]["losses"])
     if state["world_size"] != world.size:
         raise InputError(f"{path} is of a run of {state['world_size']} process(es), this one has "
                          f"{world.size}; start as many processes as then, {state['world_size']}, "
                          "or leave out --resume to start anew")
     now, then = vars(args), state["args"]
-    changed = [name for name in now if name not in free_flags and then.get(name) != now[name]]
+    with refusing(f"{path}: its flags cannot be compared", "leave out --resume to start anew"):
+        changed = [name for name in now if name not in free_flags and then.get(name) != now[name]]
     if changed:
         flags = ", ".join(f"--{name} {shorten(then.get(name))} (now {shorten(now[name])})"
                           for name in changed[:3])
@@ -113,10 +117,12 @@ def load_optimizer(optimizer, saved):
         if not 0 <= group["lr"] < math.inf:
             raise ValueError(f"the learning rate is {group['lr']}")
         for parameter in group["params"]:
-            moments = optimizer.state[parameter]
-            for name in ("exp_avg", "exp_avg_sq"):
-                if moments[name].shape != parameter.shape:
-                    raise ValueError(f"{name} is of another shape than its weight")
+            moments = optimizer.state.get(parameter)
+            if not moments:
+                continue  # a weight that no loss depends on
+            shapes = [moments[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
+            if shapes != [torch.Size(), parameter.shape, parameter.shape]:
+                raise ValueError(f"a weight {tuple(parameter.shape)} has other moments")
 
 
 def load_scheduler(scheduler, saved, updates):

@@ -50,6 +50,7 @@ from utils import (
     InputError,
     gather_lists,
     progress_bar,
+    refusing,
     run_script,
     shorten,
     start_processes,
@@ -122,7 +123,8 @@ def search_bm25(args, corpus, questions, world):
     token_lists = bm25.tokenize_texts([questions[i].text for i in share], words)
     rows = []
     for i, tokens in zip(progress_bar(share, desc="searching", is_main=world.is_main), token_lists):
-        doc_indices, scores = bm25.search_index(index, tokens, args.hits)
+        with refusing(f"{args.index}: the index is broken", "delete the folder"):
+            doc_indices, scores = bm25.search_index(index, tokens, args.hits)
         rows.append((i, doc_indices, scores))
     return stack(gather_lists(rows, world))
 

@@ -435,8 +435,8 @@ def mangle_file(path, rng):
     is_json = path.endswith(".json") and content.lstrip()[:1] in (b"{", b"[")
     if is_json:
         content = rng.choice([mangle_json, mangle_json, mangle_bytes])(content, rng)
-    else:  # headers stand at the beginning
-        beginning = rng.choice([40, 400, len(content)])
+    else:  # headers stand at the beginning; a wrong number in an array cannot be seen
+        beginning = 128 if path.endswith(".npy") else rng.choice([40, 400, len(content)])
         content = mangle_bytes(content[:beginning], rng) + content[beginning:]
     with open(path, "wb") as file:
         file.write(content)
