@@ -7,7 +7,7 @@ from itertools import chain, islice
 
 import torch
 
-from utils import InputError
+from utils import InputError, shorten
 
 COUNTED = 1000  # passages whose lengths are counted when a run starts: a fraction of a second
 
@@ -47,13 +47,13 @@ def check_targets(records, tokenizer, max_length, path):
     for record in records:
         targets = [record["target"]] if record.get("target") is not None else record["answers"]
         if not targets:
-            raise InputError(f"{path}: record {record['id']!r} has neither 'target' nor 'answers'; "
-                             "drop it from the training file")
+            raise InputError(f"{path}: record {shorten(record['id'])} has neither 'target' nor "
+                             "'answers'; drop it from the training file")
         if max_length <= 0:
             continue
         for target, ids in zip(targets, tokenizer(targets)["input_ids"]):
             if len(ids) > max_length:
-                raise InputError(f"{path}: record {record['id']!r}: the answer {target[:60]!r} "
+                raise InputError(f"{path}: record {shorten(record['id'])}: {shorten(target)} "
                                  f"takes {len(ids)} tokens, --answer_maxlength allows "
                                  f"{max_length}; raise it or shorten the answer")
 

@@ -8,11 +8,17 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import zlib
 from contextlib import contextmanager
 
-from utils import InputError
+from utils import InputError, first_line
+
+# every escape of a JSON text, from left to right; the group is a half of a character that stands
+# alone: no text file can hold it, and no tokenizer reads it
+ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)")
+LARGEST = 3.4e38  # of the numbers that float32 holds, in which scores are computed
 
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # and their descriptors
 
@@ -31,14 +37,7 @@ def read_json(path):
     empty or malformed file.
     """
     path = str(path)
-    try:
-        with open_text(path) as file:
-            text = file.read()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); is it a whole .json or .jsonl file, "
-                         "or one gzipped?") from None
+    text = read_text(path)
     beginning = text.lstrip()[:1]
     is_lines = path.removesuffix(".gz").endswith(".jsonl") and beginning != "["
     if is_lines or beginning == "{":  # LLM-Embedder's .json files hold lines
@@ -52,6 +51,32 @@ def read_json(path):
     return [(item, f"{path}, record {index}") for index, item in enumerate(objects)]
 
 
+def read_text(path):
+    """The text of a file, gunzipped. Raises InputError for a missing or unreadable file."""
+    try:
+        with open_text(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); is it a whole .json or "
+                         ".jsonl file in UTF-8, or one gzipped?") from None
+
+
+def read_settings(path, kind=dict):
+    """The JSON object (or list, by `kind`) of a file; an empty one where there is no such file.
+
+    Raises InputError if it is no JSON, or of another kind.
+    """
+    if not os.path.exists(path):
+        return kind()
+    settings = parse_json(read_text(path), path, 1)
+    if not isinstance(settings, kind):
+        raise InputError(f"{path}: must hold a JSON {'list' if kind is list else 'object'}, it "
+                         f"holds a {type(settings).__name__}; fetch the file again")
+    return settings
+
+
 def parse_lines(lines, path):
     """[(object, 'FILE:LINE')] of JSON lines; empty ones are skipped."""
     parsed = []
@@ -62,17 +87,48 @@ def parse_lines(lines, path):
     return parsed
 
 
-def parse_json(text, path, first_line):
-    """The object that `text` spells.
+def parse_json(text, path, line_number):
+    """The object that `text`, which begins at this line, spells.
 
-    Raises InputError with file, line and column where it spells none.
+    Raises InputError with file, line and column where it spells none, or one that cannot be used.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
+        line = line_number + error.lineno - 1
         raise InputError(f"{path}:{line}: not valid JSON at column {error.colno} ({error.msg}); "
                          "the file may be cut off there: fetch it again or mend the line") from None
+    except RecursionError:
+        raise InputError(f"{path}:{line_number}: the JSON from here on is nested a thousand deep; "
+                         "mend it") from None
+    except ValueError:  # Python's limit: 4,300 digits
+        raise InputError(f"{path}:{line_number}: the JSON from here on holds an integer of "
+                         "thousands of digits; mend it") from None
+    if "\\ud" in text or "\\uD" in text:
+        check_escapes(text, path, line_number)
+    return value
+
+
+def check_escapes(text, path, line_number):
+    """Raises InputError if a JSON text escapes half of a character (a lone surrogate)."""
+    for escape in ESCAPE.finditer(text):
+        if escape[1]:
+            line = line_number + text.count("\n", 0, escape.start())
+            raise InputError(f"{path}:{line}: \\{escape[1]} is half of a character, a lone "
+                             "surrogate; take it out, or write the whole character")
+
+
+def decode_line(line, path, line_number, keep_end=False):
+    """The text of a line of bytes, without its end unless that is kept.
+
+    Raises InputError if it is not UTF-8.
+    """
+    try:
+        text = line.decode()
+        return text if keep_end else text.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{line_number}: byte {error.start + 1} of the line is not UTF-8; "
+                         "save the file in UTF-8") from None
 
 
 def read_lines(path):
@@ -90,9 +146,22 @@ def read_lines(path):
             for index, line in enumerate(file):
                 yield line.removeprefix(codecs.BOM_UTF8) if index == 0 else line
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read ({reason}); check the path, or fetch the file "
-                         "again") from None
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); check the path, or fetch "
+                         "the file again") from None
+
+
+def to_number(value):
+    """The float that a number, or a text, spells.
+
+    Raises ValueError for anything else, and for what is not finite in float32.
+    """
+    try:
+        number = float(value)
+    except (TypeError, OverflowError):
+        raise ValueError(f"{type(value).__name__} is no number") from None
+    if isinstance(value, bool) or not abs(number) <= LARGEST:  # nan is not
+        raise ValueError(f"{number} is no finite number")
+    return number
 
 
 # ---------------------------------------------------------------- writing
@@ -268,16 +337,5 @@ def write_json(path, content):
 
 
 def read_args(folder):
-    """The content of a checkpoint's args.json, or {} where it has none.
-
-    Raises InputError if it is no JSON.
-    """
-    path = os.path.join(str(folder), "args.json")
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); mend it, or delete it to do "
-                         "without") from None
+    """The content of a checkpoint's args.json, or {} where it has none. Raises InputError."""
+    return read_settings(os.path.join(str(folder), "args.json"))

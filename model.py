@@ -21,10 +21,18 @@ from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from checkpoints import announce_random_start, check_shapes, find_model, read_config, read_weights
+from checkpoints import (
+    announce_random_start,
+    check_shapes,
+    check_vocabulary,
+    find_model,
+    read_config,
+    read_weights,
+)
+from files import read_settings
 from layers import decode, encode
 from packed_attention import group_texts, split_by_length
-from utils import InputError
+from utils import InputError, refusing, shorten
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}  # encoded at a time, counted with padding
 # a finite mask: a question without a token attends to all of its padding
@@ -212,11 +220,8 @@ class FiDT5(nn.Module):
 
     def check_tokenizer(self, tokenizer):
         """Raises InputError if the tokenizer has ids that the model has no embedding for."""
-        embeddings = self.t5.shared.num_embeddings
-        if len(tokenizer) > embeddings:
-            raise InputError(f"the tokenizer has {len(tokenizer)} ids, the model embeds "
-                             f"{embeddings}; name the model that the tokenizer belongs to with "
-                             "--t5_name")
+        check_vocabulary(tokenizer, self.t5.shared, "name the model that the tokenizer belongs to "
+                         "with --t5_name")
 
     # ---------------------------------------------------------------- training
 
@@ -348,10 +353,15 @@ class FiDT5(nn.Module):
             config.dropout_rate = dropout
         if weights is None:
             weights = read_weights(folder)
-        if weights is None:
-            announce_random_start(path_or_name)
-            return cls(build_random_t5(config, folder))
-        return cls(build_t5(config, weights, path_or_name))
+        if getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = config.pad_token_id
+        check_special_tokens(config, folder)
+        with refusing(f"{path_or_name}: no T5 can be built of its config.json and weights",
+                      "give the folder of a trained model, or of a T5"):
+            if weights is None:
+                announce_random_start(path_or_name)
+                return cls(build_random_t5(config, folder))
+            return cls(build_t5(config, weights, path_or_name))
 
     def save_pretrained(self, folder):
         """Writes config.json, generation_config.json and model.safetensors with plain T5 names, as
@@ -391,13 +401,22 @@ def plain_key(key):
     return re.sub(r"\.(module|t5block)\.", ".", key)
 
 
+def check_special_tokens(config, folder):
+    """Raises InputError for a start, padding or end token that is none of the vocabulary."""
+    for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
+        token = getattr(config, name)
+        if type(token) is not int or not 0 <= token < config.vocab_size:
+            raise InputError(f"{folder}: config.json says {name} {shorten(token)}, which is no id "
+                             "of its vocabulary; give the folder of a trained model, or of a T5")
+
+
 def build_random_t5(config, folder):
     """A T5 of a configuration at random initialisation; its output layer is its own if config.json
     says so.
     """
     t5 = CLASSES[config.model_type](config)
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        is_tied = json.load(file).get("tie_word_embeddings") is not False
+    settings = read_settings(os.path.join(folder, "config.json"))
+    is_tied = settings.get("tie_word_embeddings") is not False
     if not is_tied:
         random_head = torch.randn_like(t5.lm_head.weight) * config.d_model ** -0.5
         t5.lm_head.weight = nn.Parameter(random_head)

@@ -12,8 +12,8 @@ import os
 import sys
 from typing import NamedTuple
 
-from files import read_json, read_lines
-from utils import InputError
+from files import decode_line, read_json, read_lines, to_number
+from utils import InputError, shorten
 
 ID_FIELDS = ("id", "_id", "query_id", "qid")
 TEXT_FIELDS = ("question", "query", "text")
@@ -34,13 +34,17 @@ def question_text(record, location):
     text = next((record[name] for name in TEXT_FIELDS if record.get(name) is not None), None)
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{location}: no 'question' (or 'query', 'text') text; its fields are "
-                         f"{sorted(record)}")
+                         f"{shorten(sorted(record))}")
     return text
 
 
-def record_id(record):
-    """The identifier that a record carries, or None."""
-    return next((record[name] for name in ID_FIELDS if record.get(name) is not None), None)
+def record_id(record, location):
+    """The identifier that a record carries, or None. Raises InputError for one of a wrong type."""
+    identifier = next((record[name] for name in ID_FIELDS if record.get(name) is not None), None)
+    if identifier is not None and type(identifier) not in (str, int, float):
+        raise InputError(f"{location}: the id must be a text or a number, it is "
+                         f"{shorten(identifier)}")
+    return identifier
 
 
 def gold_answers(record, location):
@@ -55,7 +59,11 @@ def gold_answers(record, location):
         value = answer.get("Value", answer.get("value"))
         if isinstance(value, str):
             target = value.title() if value.isupper() else value
-            answer = answer.get("Aliases", answer.get("aliases", [value]))
+            aliases = answer.get("Aliases", answer.get("aliases"))
+            if aliases is None:
+                answer = [value]
+            elif isinstance(aliases, list):
+                answer = aliases
     if answers is None:
         if isinstance(answer, str):
             answers = [answer]
@@ -65,21 +73,43 @@ def gold_answers(record, location):
             answers = []  # a number or true is the index of a choice, no text to look for
     if not isinstance(answers, list) or not all(isinstance(item, str) for item in answers):
         raise InputError(f"{location}: 'answers' must be a list of strings (or 'answer' one, or "
-                         f"TriviaQA's object), it is {json.dumps(answers)[:80]}")
+                         f"TriviaQA's object), it is {shorten(answers)}")
     return answers, target
 
 
+def list_field(record, name, location):
+    """The list of a field, [] where the record has none. Raises InputError for anything else."""
+    items = record.get(name)
+    if items is not None and not isinstance(items, list):
+        raise InputError(f"{location}: '{name}' must be a list, it is {shorten(items)}")
+    return items or []
+
+
+def is_context(item):
+    """True for a passage: an object with a text and, if any, a title that is one."""
+    return (isinstance(item, dict) and isinstance(item.get("text"), str)
+            and isinstance(item.get("title", ""), (str, type(None))))
+
+
 def check_types(record, location, names=LIST_FIELDS):
-    """Raises InputError for a record whose fields of these names are no lists, or whose task is no
-    text.
+    """Raises InputError for a record whose fields of these names are no lists of what they should
+    hold (passages, indices, or else keys), or whose task is no text.
     """
     for name in names:
-        if not isinstance(record.get(name) or [], list):
-            raise InputError(f"{location}: '{name}' must be a list, it is "
-                             f"{json.dumps(record[name])[:60]}")
-    if not isinstance(record.get("task") or "", str):
+        for item in list_field(record, name, location):
+            if name.endswith("ctxs"):
+                is_right, kind = is_context(item), ("an object with a 'text' string and, if "
+                                                     "any, a 'title' string")
+            elif name.endswith("_index"):
+                is_right, kind = type(item) in (int, str), "the index of a document"
+            else:
+                is_right, kind = isinstance(item, (str, dict)), "a text or an object"
+            if not is_right:
+                raise InputError(f"{location}: every entry of '{name}' must be {kind}, one is "
+                                 f"{shorten(item)}")
+    if not isinstance(record.get("task", ""), (str, type(None))):
         raise InputError(f"{location}: 'task' must be a text such as 'qa', it is "
-                         f"{json.dumps(record['task'])[:60]}")
+                         f"{shorten(record['task'])}")
 
 
 # ---------------------------------------------------------------- records for the reader
@@ -107,9 +137,9 @@ def read_records(path, keep_contexts=None):
 
 
 def context_score(context):
-    """A context's score as a number; -inf for one without."""
+    """A context's score as a number; -inf for one without. Raises ValueError for another."""
     score = context.get("score")
-    return float("-inf") if score is None else float(score)
+    return float("-inf") if score is None else to_number(score)
 
 
 def check_record(record, location, index):
@@ -119,21 +149,21 @@ def check_record(record, location, index):
     """
     question = question_text(record, location)
     record = dict(record, question=question)
-    identifier = record_id(record)
+    identifier = record_id(record, location)
     record["id"] = index if identifier is None else identifier
     record["answers"], target = gold_answers(record, location)
     if target is not None:
         record.setdefault("target", target)
+    if not isinstance(record.get("target", ""), (str, type(None))):
+        raise InputError(f"{location}: 'target' must be a text, it is {shorten(record['target'])}")
+    check_types(record, location, ["ctxs"])
     record["ctxs"] = list(record.get("ctxs") or [])
     for context in record["ctxs"]:
-        if not isinstance(context, dict) or not isinstance(context.get("text"), str):
-            raise InputError(f"{location}: every entry of 'ctxs' must be an object with a 'text' "
-                             "string")
         try:
             context_score(context)
-        except (TypeError, ValueError):
-            score = context["score"]
-            raise InputError(f"{location}: a context's score {score!r} is not a number") from None
+        except ValueError:
+            raise InputError(f"{location}: a context's score {shorten(context['score'])} is not a "
+                             "number") from None
     return record
 
 
@@ -183,7 +213,7 @@ def make_question(record, location, index, task=""):
     """
     text = question_text(record, location)
     check_types(record, location)
-    identifier = record_id(record)
+    identifier = record_id(record, location)
     if identifier is None:
         identifier = index
     answers, _ = gold_answers(record, location)
@@ -249,11 +279,7 @@ def decode_lines(path):
     """
     lines = []
     for line_number, line in enumerate(read_lines(path), 1):
-        try:
-            text = line.decode().rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise InputError(f"{path}:{line_number}: not UTF-8; save the file as UTF-8, or convert "
-                             "it: iconv -f ENCODING -t UTF-8") from None
+        text = decode_line(line, path, line_number)
         if "\r" in text:
             raise InputError(f"{path}:{line_number}: a carriage return inside the line; end lines "
                              "with line feeds: tr '\\r' '\\n'")
@@ -367,12 +393,14 @@ def parse_answers(text, location):
     for parse in (json.loads, ast.literal_eval):
         try:
             answers = parse(text)
+            # both spell halves of characters, which no file can hold
+            json.dumps(answers, ensure_ascii=False).encode()
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             continue
         if isinstance(answers, list) and all(isinstance(item, (str, int, float))
                                              for item in answers):
             return [str(answer) for answer in answers]
-    raise InputError(f"{location}: {text[:60]!r} is not a list of answers; write it as "
+    raise InputError(f"{location}: {shorten(text)} is not a list of answers; write it as "
                      "['one', 'another']")
 
 
@@ -386,13 +414,13 @@ def read_unique_questions(paths, task=""):
     questions = {}
     for path in paths:
         for question in read_questions(path, task):
-            if record_id(question.record) is None:
+            if record_id(question.record, question.location) is None:
                 raise InputError(f"{question.location}: a query that qrels name needs an id; its "
-                                 f"fields are {sorted(question.record)}")
+                                 f"fields are {shorten(sorted(question.record))}")
             first = questions.setdefault(question.id, question)
             if first.text != question.text:
-                raise InputError(f"{question.location}: the id {question.id!r} is another query's "
-                                 "already; make ids unique")
+                raise InputError(f"{question.location}: the id {shorten(question.id)} is another "
+                                 "query's already; make ids unique")
     return questions
 
 

@@ -1,14 +1,19 @@
 """The resume state OUT.state: what a training run needs to end as if it had never been stopped."""
+import math
 import os
 import random
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import torch
 
-from checkpoints import load_torch_file
+from checkpoints import check_shapes, load_torch_file
 from files import new_file
 from training import Progress
-from utils import InputError, gather_lists
+from utils import InputError, gather_lists, refusing, shorten
+
+# {part of a state: its type}
+FORM = {"model": dict, "optimizer": dict, "scheduler": dict, "random": list, "progress": dict,
+        "args": dict, "world_size": int}
 
 # ---------------------------------------------------------------- random states
 
@@ -53,29 +58,79 @@ def load_state(out, args, world, free_flags):
     if not args.resume or not os.path.exists(path):
         return None
     state = load_torch_file(path)
-    if set(state["progress"]) != {field.name for field in fields(Progress)}:
-        raise InputError(f"{path} was written by another version of this code; leave out --resume "
-                         "to start anew")
-    now = vars(args) | {"number of processes": world.size}
-    then = state["args"] | {"number of processes": state["world_size"]}
-    changed = [name for name in now if name not in free_flags and then.get(name) != now[name]]
+    check_form(state, FORM, path)
+    check_form(state["progress"], {name: type(value) for name, value in asdict(Progress()).items()},
+               path)
+    with refusing(f"{path}: its losses are not (sum, weight) of each update", "leave out --resume "
+                  "to start anew"):
+        sum(loss_sum / weight for loss_sum, weight in state["progress"]["losses"])
+    if state["world_size"] != world.size:
+        raise InputError(f"{path} is of a run of {state['world_size']} process(es), this one has "
+                         f"{world.size}; start as many processes as then, {state['world_size']}, "
+                         "or leave out --resume to start anew")
+    now, then = vars(args), state["args"]
+    with refusing(f"{path}: its flags cannot be compared", "leave out --resume to start anew"):
+        changed = [name for name in now if name not in free_flags and then.get(name) != now[name]]
     if changed:
-        flags = ", ".join(f"--{name} {then.get(name)} (now {now[name]})" for name in changed)
+        flags = ", ".join(f"--{name} {shorten(then.get(name))} (now {shorten(now[name])})"
+                          for name in changed[:3])
         raise InputError(f"{path} is of a run with {flags}; give the same flags, or leave out "
                          "--resume to start anew")
     return state
 
 
+def check_form(part, form, path):
+    """Raises InputError for a part of a state that does not hold just this {name: type}."""
+    if not isinstance(part, dict) or set(part) != set(form):
+        raise InputError(f"{path} was written by another version of this code; leave out --resume "
+                         "to start anew")
+    for name, kind in form.items():
+        is_right = isinstance(part[name], (int, float) if kind is float else kind)
+        if not is_right:
+            raise InputError(f"{path}: its {name} is a {type(part[name]).__name__}, not a "
+                             f"{kind.__name__}; leave out --resume to start anew")
+
+
 def restore_state(run, state):
     """Sets what save_state wrote, but for the progress; the random states come last, building a
     model draws from them.
+
+    Raises InputError for a state of another model, or one with missing or wrong parts.
     """
-    try:
+    anew = "leave out --resume to start anew"
+    with refusing(f"{run.out}.state: holds the weights of another model", anew):
+        check_shapes(run.unwrapped, state["model"], f"{run.out}.state")
         run.unwrapped.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise InputError(f"{run.out}.state holds the weights of another model ({reason}); leave "
-                         "out --resume to start anew") from None
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scheduler.load_state_dict(state["scheduler"])
-    restore_random_states(state["random"][run.world.rank], run.world.device)
+    with refusing(f"{run.out}.state: its optimizer, schedule or random states are not whole", anew):
+        load_optimizer(run.optimizer, state["optimizer"])
+        load_scheduler(run.scheduler, state["scheduler"], state["progress"]["total_updates"])
+        restore_random_states(state["random"][run.world.rank], run.world.device)
+
+
+def load_optimizer(optimizer, saved):
+    """Loads AdamW's state. Raises ValueError if it is not that of this optimizer's weights."""
+    settings = [dict(group, params=None, lr=None) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    if settings != [dict(group, params=None, lr=None) for group in optimizer.param_groups]:
+        raise ValueError("the optimizer's settings are others")
+    for group in optimizer.param_groups:
+        if not 0 <= group["lr"] < math.inf:
+            raise ValueError(f"the learning rate is {group['lr']}")
+        for parameter in group["params"]:
+            moments = optimizer.state.get(parameter)
+            if not moments:
+                continue  # a weight that no loss depends on
+            shapes = [moments[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
+            if shapes != [torch.Size(), parameter.shape, parameter.shape]:
+                raise ValueError(f"a weight {tuple(parameter.shape)} has other moments")
+
+
+def load_scheduler(scheduler, saved, updates):
+    """Loads the schedule. Raises ValueError if it does not stand after so many updates."""
+    own = scheduler.state_dict()
+    if {name: type(value) for name, value in own.items()} != {name: type(value) for name, value
+                                                              in saved.items()}:
+        raise ValueError("the schedule has other parts")
+    scheduler.load_state_dict(saved)
+    if saved["last_epoch"] != updates or saved["base_lrs"] != own["base_lrs"]:
+        raise ValueError("the schedule stands elsewhere")

@@ -51,7 +51,9 @@ from utils import (
     InputError,
     gather_lists,
     progress_bar,
+    refusing,
     run_script,
+    shorten,
     start_processes,
     wait_for_all,
 )
@@ -93,11 +95,11 @@ def check_question_ids(questions, args):
     counts = Counter(question.id for question in questions)
     for query_id, count in counts.items():
         if count > 1 and (args.trec or args.results or args.qrels):
-            raise InputError(f"two questions have the id {query_id!r}, and runs and qrels go by "
-                             "ids; make them unique")
+            raise InputError(f"two questions have the id {shorten(query_id)}, and runs and qrels "
+                             "go by ids; make them unique")
         if len(query_id.split()) != 1 and args.trec:
-            raise InputError(f"a TREC run cannot hold the question id {query_id!r}; take the "
-                             "blanks out, or use --output")
+            raise InputError(f"a TREC run cannot hold the question id {shorten(query_id)}; take "
+                             "the blanks out, or use --output")
 
 
 def limit_hits(args, corpus, questions, log):
@@ -119,12 +121,13 @@ def search_bm25(args, corpus, questions, world):
     make_bm25_index(args, corpus, words, world)
     if not questions:
         return None
-    index = bm25.load_index(args.index)
+    index = bm25.load_index(args.index, len(corpus))
     share = range(world.rank, len(questions), world.size)
     token_lists = bm25.tokenize_texts([questions[i].text for i in share], words)
     rows = []
     for i, tokens in zip(progress_bar(share, desc="searching", is_main=world.is_main), token_lists):
-        doc_indices, scores = bm25.search_index(index, tokens, args.hits)
+        with refusing(f"{args.index}: the index is broken", "delete the folder"):
+            doc_indices, scores = bm25.search_index(index, tokens, args.hits)
         rows.append((i, doc_indices, scores))
     return stack(gather_lists(rows, world))
 
@@ -193,6 +196,7 @@ def open_retriever(args, corpus, world):
     is_file = os.path.isfile(args.query_encoder)  # minDPR's or DPR's, which has no tokenizer
     fallback = "bert-base-uncased" if is_file else args.query_encoder
     tokenizer = load_tokenizer(args.query_encoder, fallback)
+    model.check_tokenizer(tokenizer)
     if args.pair_types and not args.ranker:
         for encoder in encoders:
             encoder.separator = tokenizer.sep_token_id
@@ -250,8 +254,8 @@ def encode_questions(args, model, collator, questions, world):
     is_finite = query_vectors.isfinite().all(dim=1)
     if not is_finite.all():
         question = questions[int(is_finite.int().argmin())]
-        raise InputError(f"{args.query_encoder}: question {question.id!r} gets a vector that is "
-                         "not finite; the checkpoint is broken")
+        raise InputError(f"{args.query_encoder}: question {shorten(question.id)} gets a vector "
+                         "that is not finite; the checkpoint is broken")
     return query_vectors
 
 

@@ -399,17 +399,18 @@ def add_adapters(model, args):
                     parameter.requires_grad_(False)
 
 
-def read_dev(args, corpus, queries):
+def read_dev(args, corpus, queries, log):
     """The DevSet of the flags, or None. Raises InputError."""
     dev = None
     if args.eval_qrels:
         if "nq" in args.metrics:
             raise InputError("--metrics nq needs --eval_data with answers; qrels have none")
         group_size = args.eval_group_size if args.eval_method == "annotated" else None
-        dev = annotated_set(merge_qrels(args.eval_qrels, args.seed), corpus, queries, group_size)
+        dev = annotated_set(merge_qrels(args.eval_qrels, args.seed), corpus, queries, group_size,
+                            " ".join(args.eval_qrels))
         dev = dev._replace(method=args.eval_method)
     elif args.eval_data:
-        dev = read_dev_set(args.eval_data, corpus, args.metrics, args.key_template)
+        dev = read_dev_set(args.eval_data, corpus, args.metrics, args.key_template, log)
     if dev:
         best_metric(args, dev)  # before the training, not at its first evaluation
     return dev
@@ -424,11 +425,12 @@ def set_up(args, world):
     corpus = open_corpus(args.corpus, args.key_template, world)
     queries = read_queries(args.queries)
     data = read_training(args, corpus, queries, world.log)
-    dev = read_dev(args, corpus, queries)
+    dev = read_dev(args, corpus, queries, world.log)
 
     # model
     tokenizer = load_tokenizer(args.query_encoder, args.query_encoder)
     model = open_model(args, tokenizer, world.device)
+    model.check_tokenizer(tokenizer)
     limit_lengths(args, encoders_of(model, args), world.log)
     state = load_state(args.output_dir, args, world, FREE_FLAGS)
     instructions = INSTRUCTIONS[args.version] if args.add_instruction else {}

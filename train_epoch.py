@@ -44,8 +44,11 @@ from utils import (
     HelpFormatter,
     InputError,
     check_at_least,
+    check_positive,
+    check_seed,
     gather_lists,
     run_script,
+    shorten,
     start_processes,
     sum_over_processes,
 )
@@ -118,13 +121,13 @@ def check_args(args):
     check_at_least(args, {"num_contexts": 1, "max_length": 1, "batch_size": 1, "batch_size_val": 1,
                           "grad_accumulation": 1, "epochs": 1, "num_workers": 0,
                           "num_warmup_steps": 0, "eval_every": 0, "save_every": 0,
-                          "logging_steps": 1})
+                          "logging_steps": 1, "weight_decay": 0})
+    check_positive(args, ["lr", "clip"])
+    check_seed(args)
     if not 0 <= args.dropout < 1:
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
     if args.warmup_ratio is not None and not 0 <= args.warmup_ratio <= 1:
         raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
-    if args.lr <= 0 or args.clip <= 0:
-        raise InputError("--lr and --clip must be above 0")
 
 
 # ---------------------------------------------------------------- training
@@ -186,7 +189,7 @@ def refuse_update(run, not_finite, losses, indices):
     for loss, batch_indices in zip(losses, indices):
         if not_finite == "gradient" or not math.isfinite(loss):
             suspects += batch_indices
-    ids = [repr(run.train_set.records[index]["id"])
+    ids = [shorten(run.train_set.records[index]["id"])
            for index in sorted(gather_lists(suspects, run.world))]
     raise InputError(f"the {not_finite} is not finite in update {run.progress.update + 1} of epoch "
                      f"{run.progress.epoch}, records {', '.join(ids)} of {run.args.data_train}; "

@@ -2,10 +2,13 @@
 import argparse
 import errno
 import glob
+import math
 import os
+import reprlib
 import resource
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +21,41 @@ LINE_SECONDS = 60  # between the lines that take a progress bar's place
 
 class InputError(Exception):
     """Bad input, described in one line that names the location and the remedy."""
+
+
+QUOTED = 80  # characters of the input that a message repeats
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = QUOTED
+
+
+def shorten(value):
+    """A value of the input as a message quotes it: its repr, in one line and not too long."""
+    text = SHORT.repr(value)
+    return text if len(text) <= QUOTED else text[:QUOTED - 4] + " ..."
+
+
+def first_line(error):
+    """What an error says in one line that is not too long, as a part of another message."""
+    lines = str(error).strip().splitlines() or [""]
+    # KeyError's message, say, is a key alone
+    text = getattr(error, "strerror", None) or f"{type(error).__name__}: {lines[0]}"
+    return text if len(text) <= 2 * QUOTED else text[:2 * QUOTED - 4] + " ..."
+
+
+@contextmanager
+def refusing(problem, remedy):
+    """Raises InputError, `problem (reason); remedy`, for whatever goes wrong in the block.
+
+    Around what other libraries read: transformers, tokenizers, safetensors, torch, numpy, faiss and
+    bm25s raise some twenty kinds of errors, without a common base, for files that are cut off or
+    hold something else than they expect.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{problem} ({first_line(error)}); {remedy}") from error
 
 
 # ---------------------------------------------------------------- flags
@@ -38,13 +76,27 @@ SWITCH = {"type": parse_boolean, "nargs": "?", "const": True, "metavar": "true|f
 
 
 def check_at_least(args, least_values):
-    """Raises InputError for a flag that is below its least value; {name: least value}, None is
-    allowed.
+    """Raises InputError for a flag that is below its least value, infinite or nan; {name: least
+    value}, None is allowed.
     """
     for name, least in least_values.items():
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} must be {least} or more, it is {value}")
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"--{name} must be {least} or more, it is {shorten(value)}")
+
+
+def check_positive(args, names):
+    """Raises InputError for a flag that is not a number above 0; infinity and nan are none."""
+    for name in names:
+        value = getattr(args, name)
+        if not 0 < value < math.inf:
+            raise InputError(f"--{name} must be above 0, it is {value}")
+
+
+def check_seed(args):
+    """Raises InputError for a --seed that not all random generators take."""
+    if not 0 <= args.seed < 2 ** 32:
+        raise InputError(f"--seed must be between 0 and {2 ** 32 - 1}, it is {shorten(args.seed)}")
 
 
 def resolve_path(path, data_root):

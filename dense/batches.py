@@ -12,7 +12,6 @@ import torch
 
 from dense.examples import Example, choose_group
 from retrieval.corpus import format_key
-from utils import InputError
 
 # ---------------------------------------------------------------- plan
 
@@ -188,11 +187,7 @@ class GroupCollator:
         """
         if isinstance(key, int):
             return self.corpus.text(key)
-        try:
-            return format_key(key, self.args.key_template)
-        except KeyError as error:
-            raise InputError(f"--key_template '{self.args.key_template}': a positive or negative "
-                             f"has no column {error}; its columns are {sorted(key)}") from None
+        return format_key(key, self.args.key_template, "a training key")
 
 
 def repeat_each(items, count):

@@ -12,7 +12,6 @@ A saved retriever opens with sentence_transformers.SentenceTransformer(folder) a
 two encoders with folder/query and folder/key; FiD's retriever, which they cannot express, is saved
 in its own layout. A saved ranker opens with sentence_transformers.CrossEncoder(folder).
 """
-import json
 import os
 
 import torch
@@ -25,13 +24,12 @@ from checkpoints import (
     check_shapes,
     find_model,
     find_weights,
-    first_line,
     read_config,
     read_weights,
 )
 from dense.text_encoder import TextEncoder
-from files import read_args, write_json
-from utils import InputError
+from files import read_args, read_settings, to_number, write_json
+from utils import InputError, refusing, shorten
 
 # our names to sentence-transformers'
 POOLING = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
@@ -66,7 +64,24 @@ def open_encoders(name, key_name=None, pooling=None, dropout=None, trained=False
         key_encoder = None
         if key_name:
             key_encoder, _ = open_encoder(find_model(key_name)[0], pooling, dropout, trained)
-    return query_encoder, key_encoder, stated | read_args(name).get("retriever", {})
+    return query_encoder, key_encoder, stated | read_stated(name)
+
+
+def read_stated(name):
+    """{metric, temperature, separator} as far as a retriever's args.json states them.
+
+    Raises InputError for values that cannot be.
+    """
+    stated = read_args(name).get("retriever", {})
+    path = os.path.join(name, "args.json")
+    with refusing(f"{path}: its 'retriever' is not metric, temperature and separator", "mend it"):
+        if stated.get("metric", "cos") not in SIMILARITY:
+            raise ValueError(f"metric {shorten(stated['metric'])}")
+        if to_number(stated.get("temperature", 1)) <= 0:
+            raise ValueError(f"temperature {shorten(stated['temperature'])}")
+        if type(stated.get("separator")) not in (int, type(None)):
+            raise ValueError(f"separator {shorten(stated['separator'])}")
+    return stated
 
 
 def open_encoder(folder, pooling=None, dropout=None, trained=False):
@@ -74,13 +89,20 @@ def open_encoder(folder, pooling=None, dropout=None, trained=False):
     them).
     """
     config = read_config(folder, "encoder").to_dict()
-    if "indexing_dimension" in config:
-        return open_fid_retriever(folder, config, dropout)
-    model = open_transformer(folder, dropout, trained)
+    with refusing(f"{folder}: cannot be opened as an encoder", "give the folder of a retriever or "
+                  "an encoder, or fetch it again"):
+        if "indexing_dimension" in config:
+            return open_fid_retriever(folder, config, dropout)
+        model = open_transformer(folder, dropout, trained)
+        stated_pooling, head, stated = read_modules(folder)
+        return TextEncoder(model, pooling or stated_pooling, nn.Sequential(*head)), stated
 
+
+def read_modules(folder):
+    """(pooling, head, {metric} if stated) of sentence-transformers' files, where there are any."""
     stated_pooling, head, stated = "cls", [], {}
     modules_path = os.path.join(folder, "modules.json")
-    for module in read_optional_json(modules_path, []):
+    for module in read_settings(modules_path, list):
         kind = module["type"].split(".")[-1]
         module_folder = os.path.join(folder, module["path"])
         if kind == "Pooling":
@@ -90,13 +112,14 @@ def open_encoder(folder, pooling=None, dropout=None, trained=False):
         elif kind in ("Dense", "LayerNorm"):
             head.append(open_head(kind, module_folder))
         elif kind != "Transformer":
-            raise InputError(f"{modules_path}: has a {kind} module, which is not supported; use a "
-                             "retriever of Transformer, Pooling, Dense, LayerNorm and Normalize")
-    settings = read_optional_json(os.path.join(folder, "config_sentence_transformers.json"), {})
+            raise InputError(f"{modules_path}: has a {shorten(kind)} module, which is not "
+                             "supported; use a retriever of Transformer, Pooling, Dense, LayerNorm "
+                             "and Normalize")
+    settings = read_settings(os.path.join(folder, "config_sentence_transformers.json"))
     for metric, similarity in SIMILARITY.items():
         if settings.get("similarity_fn_name") == similarity:
             stated["metric"] = metric
-    return TextEncoder(model, pooling or stated_pooling, nn.Sequential(*head)), stated
+    return stated_pooling, head, stated
 
 
 def open_transformer(folder, dropout=None, trained=False):
@@ -111,10 +134,7 @@ def open_transformer(folder, dropout=None, trained=False):
     if not find_weights(folder, required=trained):
         announce_random_start(folder)
         return AutoModel.from_config(config) if kind is AutoModel else T5EncoderModel(config)
-    try:
-        return kind.from_pretrained(folder, config=config, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{folder}: its weights cannot be opened ({first_line(error)})") from None
+    return kind.from_pretrained(folder, config=config, dtype=torch.float32)
 
 
 def set_dropout(config, dropout):
@@ -124,27 +144,13 @@ def set_dropout(config, dropout):
             setattr(config, name, dropout)
 
 
-def read_optional_json(path, default):
-    """The content of a JSON file, or the default if there is no such file.
-
-    Raises InputError if it is no JSON.
-    """
-    if not os.path.exists(path):
-        return default
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from None
-
-
 def read_pooling(path):
     """Our name of the pooling that a sentence-transformers configuration, of any of its versions,
     states.
 
     Raises InputError.
     """
-    config = read_optional_json(path, {})
+    config = read_settings(path)
     modes = config.get("pooling_mode")
     if isinstance(modes, str):
         modes = [modes]
@@ -155,15 +161,15 @@ def read_pooling(path):
     for pooling, mode in POOLING.items():
         if modes == [mode]:
             return pooling
-    raise InputError(f"{path}: pooling {modes} is not supported; one of "
+    raise InputError(f"{path}: pooling {shorten(modes)} is not supported; one of "
                      f"{list(POOLING.values())} is")
 
 
 def open_head(kind, folder):
     """A Dense or LayerNorm module of sentence-transformers as a torch layer. Raises InputError."""
-    weights = {name.split(".", 1)[1]: value for name, value in (read_weights(folder) or {}).items()}
-    config = read_optional_json(os.path.join(folder, "config.json"), {})
-    is_linear = config.get("activation_function", "").endswith("Identity")
+    weights = {name.split(".")[-1]: value for name, value in (read_weights(folder) or {}).items()}
+    config = read_settings(os.path.join(folder, "config.json"))
+    is_linear = str(config.get("activation_function")).endswith("Identity")
     if "weight" not in weights or kind == "Dense" and not is_linear:
         raise InputError(f"{folder}: a {kind} module without weights or with another activation "
                          "than Identity is not supported")
@@ -181,9 +187,10 @@ def open_dpr_file(path, dropout=None):
     ('question_model.'...).
     """
     folder, weights = find_model(path)
-    query_encoder = build_dpr_encoder(folder, weights, QUERY_PREFIXES, path, dropout)
-    key_encoder = build_dpr_encoder(folder, weights, KEY_PREFIXES, path, dropout)
-    return query_encoder, key_encoder
+    with refusing(f"{path}: cannot be opened as minDPR's or DPR's file", "fetch it again"):
+        query_encoder = build_dpr_encoder(folder, weights, QUERY_PREFIXES, path, dropout)
+        key_encoder = build_dpr_encoder(folder, weights, KEY_PREFIXES, path, dropout)
+        return query_encoder, key_encoder
 
 
 def build_dpr_encoder(folder, weights, prefixes, path, dropout):
@@ -266,14 +273,13 @@ def open_ranker(name, dropout=None, trained=False):
     config = read_config(folder, "ranker or encoder")
     config.num_labels = 1
     set_dropout(config, dropout)
-    if not find_weights(folder, required=trained):
-        return AutoModelForSequenceClassification.from_config(config)
-    try:
+    has_weights = find_weights(folder, required=trained)
+    with refusing(f"{folder}: cannot be opened as a ranker with one score", "give the folder of a "
+                  "ranker or an encoder"):
+        if not has_weights:
+            return AutoModelForSequenceClassification.from_config(config)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{folder}: cannot be opened as a ranker with one score "
-                         f"({first_line(error)})") from None
     if trained and loading["missing_keys"]:
         raise InputError(f"{folder}: is no ranker, it has no {min(loading['missing_keys'])}; train "
                          "one with train_dense.py --ranker")

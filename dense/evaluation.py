@@ -14,7 +14,7 @@ from metrics import has_answer, rank_documents, ranking_metrics, topk_accuracy
 from questions import read_questions
 from retrieval.corpus import format_key
 from retrieval.exact_search import merge_processes, part_range, search_blocks
-from utils import InputError, gather_lists, progress_bar, sum_over_processes
+from utils import InputError, gather_lists, progress_bar, shorten, sum_over_processes
 
 BLOCK = 2048            # texts tokenised and encoded at a time
 ANNOTATED_QUERIES = 64  # queries whose annotated documents are scored at a time
@@ -36,12 +36,12 @@ class DevSet(NamedTuple):
 
 # ---------------------------------------------------------------- reading dev sets
 
-def annotated_set(qrels, corpus, queries, group_size):
+def annotated_set(qrels, corpus, queries, group_size, source="the qrels"):
     """The annotated documents of each query, the group_size most relevant of them, as in Trove;
-    None: all of them.
+    None: all of them. `source` names the qrels in messages.
     """
     dev = DevSet("annotated", [], [], [], [], [])
-    for query_id, labels in to_doc_indices(qrels, corpus, queries).items():
+    for query_id, labels in to_doc_indices(qrels, corpus, queries, source).items():
         most_relevant = sorted(labels, key=lambda doc_index: -labels[doc_index])[:group_size]
         dev.queries.append(queries[query_id])
         dev.tasks.append("")
@@ -49,7 +49,7 @@ def annotated_set(qrels, corpus, queries, group_size):
     return dev
 
 
-def read_dev_set(path, corpus, metrics, template):
+def read_dev_set(path, corpus, metrics, template, log=print):
     """DPR's records (measured by average rank), or LLM-Embedder's with pos_index or answers (by
     retrieval from the corpus).
 
@@ -57,7 +57,7 @@ def read_dev_set(path, corpus, metrics, template):
     """
     questions = read_questions(path)
     if "positive_ctxs" in questions[0].record:
-        return rank_set(questions, template)
+        return rank_set(questions, template, log)
     if corpus is None:
         raise InputError(f"{path}: its queries are measured by retrieval, which needs --corpus")
     dev = DevSet("retrieval", [], [], [], [], [])
@@ -81,14 +81,14 @@ def check_labels(question, pos_index, metrics, corpus_size):
     if "nq" in metrics and not question.answers:
         raise InputError(needed + "'answers'")
     for doc_index in pos_index or []:
-        if not (isinstance(doc_index, int) and 0 <= doc_index < corpus_size):
-            raise InputError(f"{question.location}: pos_index {pos_index} lies outside the corpus "
-                             f"of {corpus_size} documents; is it another one's?")
+        if not (type(doc_index) is int and 0 <= doc_index < corpus_size):
+            raise InputError(f"{question.location}: pos_index {shorten(doc_index)} lies outside "
+                             f"the corpus of {corpus_size} documents; is it another one's?")
 
 
-def rank_set(questions, template, hard=30, other=30):
+def rank_set(questions, template, log, hard=30, other=30):
     """DPR's average-rank validation, with its defaults: each question's first positive, 30 hard and
-    30 other negatives.
+    30 other negatives; logs how many questions have no positive.
     """
     dev = DevSet("rank", [], [], [], [], [])
     for question in questions:
@@ -100,10 +100,13 @@ def rank_set(questions, template, hard=30, other=30):
         pool += (record.get("negative_ctxs") or [])[:other]
         dev.queries.append(question.text)
         dev.tasks.append("")
-        dev.pools.append([format_key(key, template) for key in pool])
+        dev.pools.append([format_key(key, template, question.location) for key in pool])
     if not dev.queries:
         raise InputError(f"{questions[0].location}: no record has a positive, so no rank can be "
                          "measured")
+    if len(dev.queries) < len(questions):
+        log(f"note: {len(questions) - len(dev.queries)} of {len(questions)} dev records have no "
+            "'positive_ctxs' and are not measured")
     return dev
 
 

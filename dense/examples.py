@@ -10,10 +10,11 @@ import argparse
 import math
 from typing import NamedTuple
 
-from files import read_json
+from files import read_json, to_number
 from questions import check_types, question_text, refuse_table
+from retrieval.corpus import format_key
 from retrieval.qrels import merge_qrels
-from utils import InputError
+from utils import InputError, first_line, shorten
 
 # what LLM-Embedder sets for each task (its TASK_CONFIG), used with --use_train_config
 TRAIN_CONFIG = {
@@ -67,16 +68,16 @@ class TrainingData(NamedTuple):
 
 # ---------------------------------------------------------------- qrels
 
-def to_doc_indices(qrels, corpus, queries):
+def to_doc_indices(qrels, corpus, queries, source="the qrels"):
     """The qrels {query id: {document id: score}} with doc indices in place of ids.
 
-    Raises InputError for an unknown id.
+    Raises InputError, with the `source` of the qrels, for an unknown id.
     """
     indexed = {}
     for query_id in qrels:
         if query_id not in queries:
-            raise InputError(f"the qrels name query {query_id!r}, which is in none of the query "
-                             "files; give its file with --queries")
+            raise InputError(f"{source}: query {shorten(query_id)} is in none of the query files; "
+                             "give its file with --queries")
         indexed[query_id] = {}
     # one call for all documents: a call for each query's would take longer
     pairs = [(query_id, document_id) for query_id, scores in qrels.items()
@@ -84,61 +85,65 @@ def to_doc_indices(qrels, corpus, queries):
     doc_indices = corpus.indices([document_id for _, document_id in pairs])
     for (query_id, document_id), doc_index in zip(pairs, doc_indices):
         if doc_index < 0:
-            raise InputError(f"the qrels name document {document_id!r} (query {query_id!r}), which "
-                             "the corpus does not have; give its file with --corpus, or mend the "
-                             "qrels")
+            raise InputError(f"{source}: document {shorten(document_id)} (query "
+                             f"{shorten(query_id)}) is not in the corpus; give its file with "
+                             "--corpus, or mend the qrels")
         indexed[query_id][doc_index] = qrels[query_id][document_id]
     return indexed
 
 
-def qrels_examples(corpus, queries, positives, negatives):
+def qrels_examples(corpus, queries, positives, negatives, source="the qrels"):
     """Examples of qrels of positives and of negatives; a document that is both counts as a
     positive.
     """
-    positives = to_doc_indices(positives, corpus, queries)
-    negatives = to_doc_indices(negatives, corpus, queries)
+    positives = to_doc_indices(positives, corpus, queries, source)
+    negatives = to_doc_indices(negatives, corpus, queries, source)
     examples = []
     for query_id, positive_scores in positives.items():
         pos = list(positive_scores)
         neg = [doc_index for doc_index in negatives.get(query_id, {})
                if doc_index not in positive_scores]
-        examples.append(Example(queries[query_id], pos, neg, location=f"query {query_id}"))
+        examples.append(Example(queries[query_id], pos, neg,
+                                location=f"{source}, query {query_id}"))
     return examples
 
 
-def graded_examples(corpus, queries, graded, group_size):
+def graded_examples(corpus, queries, graded, group_size, source="the qrels"):
     """Examples of graded qrels: all labelled documents of a query are in neg, their labels are the
     scores.
     """
     examples = []
-    for query_id, labels in to_doc_indices(graded, corpus, queries).items():
+    for query_id, labels in to_doc_indices(graded, corpus, queries, source).items():
         if len(labels) < group_size:
-            raise InputError(f"query {query_id!r} has {len(labels)} labelled documents, "
-                             f"--group_size wants {group_size}; lower it, or leave such queries "
-                             "out with query_subset")
+            raise InputError(f"{source}: query {shorten(query_id)} has {len(labels)} labelled "
+                             f"documents, --group_size wants {group_size}; lower it, or leave such "
+                             "queries out with query_subset")
         neg, scores = list(labels), list(labels.values())
-        examples.append(Example(queries[query_id], [], neg, scores, location=f"query {query_id}"))
+        examples.append(Example(queries[query_id], [], neg, scores,
+                                location=f"{source}, query {query_id}"))
     return examples
 
 
 # ---------------------------------------------------------------- records
 
-def read_examples(path):
+def read_examples(path, template="{title} {text}"):
     """The examples of a file of LLM-Embedder's or DPR's records.
 
-    Raises InputError with the location of a wrong field.
+    Raises InputError with the location of a wrong field, or of a key that lacks a column of the
+    template.
     """
     refuse_table(path, MAKE_POSITIVES)
-    examples = [make_example(record, location) for record, location in read_json(path)]
+    examples = [make_example(record, location, template) for record, location in read_json(path)]
     if not examples:
         raise InputError(f"{path}: holds no records")
     return examples
 
 
-def make_example(record, location):
+def make_example(record, location, template):
     """The Example of a record. Raises InputError."""
     query = question_text(record, location)
     check_types(record, location)
+    check_types(record, location, ["history"])
     if record.get("positive_ctxs") is not None:  # DPR's
         pos = record["positive_ctxs"][:1]
         neg = record.get("hard_negative_ctxs") or record.get("negative_ctxs")
@@ -152,31 +157,26 @@ def make_example(record, location):
         neg = record.get("neg")
         scores = record.get("teacher_scores")
     pos, neg = pos or [], neg or []
-    check_keys(pos, neg, scores, location)
+    for key in pos + neg:
+        format_key(key, template, location)
+    if scores is not None:
+        scores = read_scores(scores, pos, neg, location)
     return Example(query, pos, neg, scores, record.get("task") or "", location)
 
 
-def check_keys(pos, neg, scores, location):
-    """Raises InputError for keys that are no texts or objects with a text, or scores that are not
-    one per key.
-    """
-    # only `history` can be: make_question has checked the other fields
-    if not isinstance(neg, list):
-        raise InputError(f"{location}: 'history' must be a list, it is a {type(neg).__name__}")
-    for key in pos + neg:
-        text = key.get("text") if isinstance(key, dict) else key
-        if not isinstance(text, str):
-            raise InputError(f"{location}: every positive and negative must be a text or an object "
-                             "with a 'text'")
-    if scores is None:
-        return
+def read_scores(scores, pos, neg, location):
+    """Teacher scores as floats. Raises InputError if they are not a list of a number per key."""
     if not isinstance(scores, list):
-        raise InputError(f"{location}: 'teacher_scores' must be a list, it is a "
-                         f"{type(scores).__name__}")
+        raise InputError(f"{location}: 'teacher_scores' must be a list, it is {shorten(scores)}")
     if len(scores) != len(pos) + len(neg):
         raise InputError(f"{location}: {len(scores)} teacher_scores for {len(pos)} positives and "
                          f"{len(neg)} negatives (or history); there must be one per key, "
                          "positives first")
+    try:
+        return [to_number(score) for score in scores]
+    except ValueError as error:
+        raise InputError(f"{location}: 'teacher_scores' must be finite numbers "
+                         f"({first_line(error)})") from None
 
 
 # ---------------------------------------------------------------- what can be trained on
@@ -219,7 +219,7 @@ def read_training(args, corpus, queries, log):
     Raises InputError if nothing is left, or teacher scores are missing.
     """
     if args.train_data:
-        datasets = [read_examples(path) for path in args.train_data]
+        datasets = [read_examples(path, args.key_template) for path in args.train_data]
     else:
         datasets = [read_qrels_examples(args, corpus, queries)]
     tasks = {examples[0].task for examples in datasets if examples}
@@ -233,7 +233,7 @@ def read_training(args, corpus, queries, log):
         has_positives = any(example.pos or example.scores for example in examples)
         examples = drop_examples(examples, args, flags, log)
         if not examples:
-            source = args.train_data[index] if args.train_data else "the qrels"
+            source = args.train_data[index] if args.train_data else name_qrels(args)
             if not has_positives:
                 raise InputError(f"{source}: no record has a positive ('pos', 'positive_ctxs', or "
                                  f"'history' with teacher_scores); {MAKE_POSITIVES}")
@@ -248,12 +248,18 @@ def read_training(args, corpus, queries, log):
 
 def read_qrels_examples(args, corpus, queries):
     """The examples of --positives and --negatives, or of --graded."""
+    source = name_qrels(args)
     if args.graded:
         return graded_examples(corpus, queries, merge_qrels(args.graded, args.seed),
-                               args.train_group_size)
+                               args.train_group_size, source)
     positives = merge_qrels(args.positives, args.seed)
     negatives = merge_qrels(args.negatives, args.seed)
-    return qrels_examples(corpus, queries, positives, negatives)
+    return qrels_examples(corpus, queries, positives, negatives, source)
+
+
+def name_qrels(args):
+    """How messages name the qrels that are trained on: by their flags."""
+    return " ".join([*args.graded, *args.positives, *args.negatives])
 
 
 def choose_flags(args, task):

@@ -5,9 +5,19 @@ import argparse
 import math
 
 from dense.instructions import INSTRUCTIONS
+from files import LARGEST
 from metrics import METRICS
 from retrieval.corpus import check_templates
-from utils import SWITCH, HelpFormatter, InputError, check_at_least, find_files, resolve_path
+from utils import (
+    SWITCH,
+    HelpFormatter,
+    InputError,
+    check_at_least,
+    check_positive,
+    check_seed,
+    find_files,
+    resolve_path,
+)
 
 
 def parse_args(description):
@@ -204,15 +214,16 @@ def check_numbers(args):
                           "epochs": 1, "save_steps": 1, "logging_steps": 1, "query_max_length": 3,
                           "key_max_length": 3, "eval_group_size": 1, "chunk_size": 0,
                           "max_steps": 0, "eval_steps": 0, "early_exit_steps": 0, "num_workers": 0})
-    check_at_least(args, {"lora": 1, "max_sample_num": 0, "num_warmup_steps": 0})
+    check_at_least(args, {"lora": 1, "max_sample_num": 0, "num_warmup_steps": 0, "weight_decay": 0,
+                          "adam_eps": 0, "contrastive_weight": 0, "distill_weight": 0,
+                          "teacher_scores_margin": 0, "teacher_scores_min": -LARGEST})
+    check_positive(args, ["lr", "clip", "cos_temperature", "teacher_temperature",
+                          "student_temperature"])
+    check_seed(args)
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
     if not 0 <= args.warmup_ratio <= 1:
         raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
-    positive = (args.lr, args.clip, args.cos_temperature, args.teacher_temperature,
-                args.student_temperature)
-    if min(positive) <= 0:
-        raise InputError("--lr, --clip and the temperatures must be above 0")
 
 
 def check_metrics(args):

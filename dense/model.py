@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from checkpoints import check_vocabulary
 from dense.checkpoints import open_encoders, open_ranker, save_encoder
 from dense.grad_cache import run_in_chunks
+
+OWN_TOKENIZER = "put the tokenizer that the model was trained with into its folder"
 
 
 class BiEncoder(nn.Module):
@@ -60,6 +63,11 @@ class BiEncoder(nn.Module):
             if self.metric == "l2":  # -(q - k)^2 = 2qk - q^2 - k^2
                 scores = 2 * scores - queries.square().sum(1, keepdim=True) - keys.square().sum(1)
             return scores / self.temperature
+
+    def check_tokenizer(self, tokenizer):
+        """Raises InputError if the tokenizer has ids that an encoder has no embedding for."""
+        for encoder in self.encoders.values():
+            check_vocabulary(tokenizer, encoder.model.get_input_embeddings(), OWN_TOKENIZER)
 
     def save_pretrained(self, folder, max_length, prompts=None):
         """Writes the folder; sentence-transformers will use max_length and the prompts {query,
@@ -125,6 +133,10 @@ class CrossEncoder(nn.Module):
         if getattr(self.model.config, "type_vocab_size", 1) > 1:
             inputs["token_type_ids"] = types
         return self.model(**inputs).logits[:, 0].float()
+
+    def check_tokenizer(self, tokenizer):
+        """Raises InputError if the tokenizer has ids that the model has no embedding for."""
+        check_vocabulary(tokenizer, self.model.get_input_embeddings(), OWN_TOKENIZER)
 
     def save_pretrained(self, folder, *_):
         """Writes the folder; further arguments are BiEncoder's, and not used."""

@@ -6,7 +6,7 @@ import bm25s
 import numpy as np
 
 from files import save_folder
-from utils import InputError, progress_bar
+from utils import InputError, progress_bar, refusing
 
 
 def open_words(stopwords, stemmer):
@@ -75,13 +75,29 @@ def build_index(folder, corpus, words, k1, b):
         raise InputError(f"{folder}: the index could not be written whole; make room") from None
 
 
-def load_index(folder):
-    """The index of a folder, its arrays mapped. Raises InputError if it is broken."""
-    try:
-        return bm25s.BM25.load(folder, mmap=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: bm25s cannot open the index ({error}); copy it again, or "
-                         "delete the folder") from None
+def load_index(folder, count):
+    """The index, of `count` documents, of a folder, its arrays mapped.
+
+    Raises InputError if it is broken.
+    """
+    with refusing(f"{folder}: bm25s cannot open the index", "copy it again, or delete the folder"):
+        index = bm25s.BM25.load(folder, mmap=True)
+        check_index(index, count)
+        search_index(index, list(index.vocab_dict)[:1], 1)  # its settings must serve, too
+        return index
+
+
+def check_index(index, count):
+    """Raises ValueError for an index whose parts do not belong together."""
+    data, indices, indptr = (index.scores[name] for name in ("data", "indices", "indptr"))
+    if index.scores["num_docs"] != count:
+        raise ValueError(f"it is of {index.scores['num_docs']} documents, the corpus has {count}")
+    kinds = data.dtype.kind + indices.dtype.kind + indptr.dtype.kind
+    if kinds != "fii" or not len(data) == len(indices) == indptr[-1] or np.diff(indptr).min() < 0:
+        raise ValueError("its arrays do not belong together")
+    tokens = index.vocab_dict.values()
+    if not all(type(token) is int and 0 <= token < len(indptr) for token in tokens):
+        raise ValueError("its vocabulary is of another index")
 
 
 def tokenize_texts(texts, words):

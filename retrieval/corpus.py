@@ -11,6 +11,7 @@ import numpy as np
 
 from files import new_file, write_json
 from retrieval.tables import (
+    TEXT_COLUMNS,
     NotPlain,
     parse_row,
     plain_lines,
@@ -18,10 +19,9 @@ from retrieval.tables import (
     table_rows,
     write_plain_lines,
 )
-from utils import InputError, progress_bar, wait_for_all
+from utils import InputError, first_line, progress_bar, shorten, wait_for_all
 
 ID_COLUMNS = ("_id", "id", "docid", "doc_id", "passage_id")
-TEXT_COLUMNS = ("text", "contents", "content", "body")
 CHUNK = 65536  # documents after which a scan packs their ids and moves its bar
 
 # From this many bytes on a file's table of lines is kept beside it, in FILE.table. Making one takes
@@ -124,12 +124,15 @@ class Corpus:
             if is_first:
                 id_column = next((name for name in ID_COLUMNS if name in row), None)
             if is_first or header is None:  # all lines of a table have the columns of the first
-                self.format(row, f"{path}:{line_number}")
+                format_key(row, self.template, f"{path}:{line_number}")
             starts.append(start)
             if id_column is not None:
                 if row.get(id_column) in (None, ""):
                     raise InputError(f"{path}:{line_number}: no '{id_column}', which other "
                                      "documents have; add it")
+                if type(row[id_column]) not in (str, int):
+                    raise InputError(f"{path}:{line_number}: '{id_column}' must be a text or an "
+                                     f"integer, it is {shorten(row[id_column])}")
                 ids.append(str(row[id_column]).encode())
             if len(starts) % CHUNK == 0:
                 packed_ids.append(np.array(ids, "S"))
@@ -147,21 +150,10 @@ class Corpus:
 
     def check_header(self, header, path):
         """Raises InputError if a table's header lacks a column of the template."""
-        try:
-            format_key(dict.fromkeys(header, ""), self.template)
-        except KeyError as error:
-            raise InputError(f"{path}:1: neither JSON lines nor a table with the template's "
-                             f"columns: {describe_lack(error, header, self.template)}") from None
+        format_key(dict.fromkeys(header, ""), self.template,
+                   f"{path}:1: neither JSON lines nor a table with the template's columns")
 
     # ---------------------------------------------------------------- documents
-
-    def format(self, row, location):
-        """The text of a row by the template. Raises InputError if it lacks a column."""
-        try:
-            return format_key(row, self.template)
-        except KeyError as error:
-            lack = describe_lack(error, row, self.template)
-            raise InputError(f"{location}: {lack}") from None
 
     def row(self, doc_index):
         """(columns {name: value}, location) of a document."""
@@ -175,14 +167,14 @@ class Corpus:
     def text(self, doc_index):
         """The key text of a document, by the template."""
         row, location = self.row(doc_index)
-        return self.format(row, location)
+        return format_key(row, self.template, location)
 
     def passage(self, doc_index):
         """{id, title, text} of a document; answers are searched in the text alone."""
         row, location = self.row(doc_index)
         column = next((name for name in TEXT_COLUMNS if name in row), None)
         if column is None:
-            text = self.format(row, location)
+            text = format_key(row, self.template, location)
         else:
             text = row[column] or ""
         return {"id": self.ids([doc_index])[0], "title": row.get("title") or "", "text": text}
@@ -240,8 +232,8 @@ def check_unique(sorted_ids, location):
     """Raises InputError if two of the ids are equal."""
     repeated = sorted_ids[1:][sorted_ids[1:] == sorted_ids[:-1]]
     if len(repeated):
-        raise InputError(f"{location}: the id {repeated[0].decode()!r} occurs twice in the corpus; "
-                         "make ids unique")
+        raise InputError(f"{location}: the id {shorten(repeated[0].decode())} occurs twice in the "
+                         "corpus; make ids unique")
 
 
 # ---------------------------------------------------------------- kept tables of lines
@@ -283,22 +275,31 @@ def keep_table(folder, stamp, **arrays):
 
 # ---------------------------------------------------------------- templates
 
-def format_key(key, template):
-    """The text of a key: itself, or its columns in the template (KeyError if it lacks one)."""
+def format_key(key, template, location):
+    """The text of a key: itself, or its columns in the template.
+
+    Raises InputError, with the location, for one that does not fit the template.
+    """
     if isinstance(key, str):
         return key
+    if not isinstance(key, dict):
+        raise InputError(f"{location}: a key or document must be a text or an object with columns, "
+                         f"one is {shorten(key)}")
     columns = {"title": ""}
     for name, value in key.items():
         columns[name] = "" if value is None else value
-    return template.format_map(columns).strip()
-
-
-def describe_lack(error, columns, template):
-    """What to say about a KeyError of format_key: the column, and the template that would do."""
-    said = f"no column {error} for --key_template '{template}'; its columns are "
-    said += str(sorted(columns))[:200]
-    other = next((name for name in TEXT_COLUMNS if name in columns), None)
-    return f"{said}; --key_template '{{title}} {{{other}}}' is for '{other}'" if other else said
+    try:
+        return template.format_map(columns).strip()
+    except KeyError as error:
+        reason = f"no column {error}"
+    except (IndexError, AttributeError, TypeError, ValueError) as error:
+        reason = first_line(error)
+    message = (f"{location}: {reason} for --key_template '{template}'; its columns are "
+               f"{shorten(sorted(key))}")
+    other = next((name for name in TEXT_COLUMNS if name in key), None)
+    if other:
+        message += f"; --key_template '{{title}} {{{other}}}' is for '{other}'"
+    raise InputError(message)
 
 
 def check_templates(args):

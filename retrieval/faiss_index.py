@@ -42,7 +42,7 @@ def open_indices(folder, vectors, factory, metric, train_sample, seed, world):
             index = build_index(vectors, first, last, factory, metric, train_sample, seed,
                                 world.is_main)
             write_index(index, path)
-        indices.append((first, read_index(path)))
+        indices.append((first, read_index(path, last - first)))
     return indices
 
 
@@ -85,13 +85,17 @@ def write_index(index, path):
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
 
 
-def read_index(path):
-    """The faiss index of a file. Raises InputError if it is broken."""
+def read_index(path, count):
+    """The faiss index of a file, of `count` vectors. Raises InputError if it is broken."""
     try:
-        return faiss.read_index(path)
-    except RuntimeError as error:
+        index = faiss.read_index(path)
+    except (RuntimeError, MemoryError) as error:  # MemoryError: a size in it is mangled
         raise InputError(f"{path}: faiss cannot read it ({reason(error)}); delete it, the same "
                          "command makes it again") from None
+    if index.ntotal != count:
+        raise InputError(f"{path}: holds {index.ntotal} vectors, not {count}; delete it, the same "
+                         "command makes it again")
+    return index
 
 
 def reason(error):

@@ -1,9 +1,9 @@
 """The fingerprint of an index: what it was made of, compared before the index is used."""
 import hashlib
-import json
 import os
 
-from utils import InputError, gather_lists, wait_for_all
+from files import read_settings
+from utils import InputError, gather_lists, shorten, wait_for_all
 
 WINDOW = 65536        # bytes
 CORPUS_WINDOWS = 256  # windows of a corpus's file that are hashed: it may have many gigabytes
@@ -69,12 +69,7 @@ def check_fingerprint(folder, expected):
     path = os.path.join(folder, "index.json")
     if not os.path.exists(path):
         return False
-    try:
-        with open(path, encoding="utf-8") as file:
-            given = json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give another --index folder, or "
-                         "delete this one") from None
+    given = read_settings(path)
     changed = [name for name in expected if given.get(name) != expected[name]]
     if "documents" in changed:
         count = str(given.get("documents"))[:80]
@@ -84,7 +79,7 @@ def check_fingerprint(folder, expected):
     if changed:
         first = changed[0]
         raise InputError(f"{folder} holds an index of another {', '.join(changed)} ({first}: "
-                         f"{str(given.get(first))[:80]}, now {str(expected[first])[:80]}); give "
+                         f"{shorten(given.get(first))}, now {shorten(expected[first])}); give "
                          "the flags it was made with, another --index folder, or delete this one")
     return True
 

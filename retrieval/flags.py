@@ -1,12 +1,21 @@
 """The flags of retrieve.py, what they default to, and their checks."""
 import argparse
+import math
 
 from dense.instructions import INSTRUCTIONS, named_version
 from files import check_paths, read_args
 from metrics import METRICS
 from retrieval.corpus import check_templates
 from retrieval.mining import COLLATED, collated_paths
-from utils import SWITCH, HelpFormatter, InputError, check_at_least, resolve_path
+from utils import (
+    SWITCH,
+    HelpFormatter,
+    InputError,
+    check_at_least,
+    check_seed,
+    resolve_path,
+    shorten,
+)
 
 METHODS = ("dense", "bm25", "rank", "random", "fuse")
 # what no flag says, and no checkpoint
@@ -127,7 +136,7 @@ def settle_defaults(args):
 
     stated = {}  # the flags of the checkpoint's training
     if args.retrieval_method in ("dense", "rank"):
-        stated = read_args(args.query_encoder).get("args", {})
+        stated = read_stated_flags(args.query_encoder)
     by_name = named_version(args.query_encoder)
     # where a flag or the model's name, not the checkpoint, asks for instructions, a run without
     # them is worth a note
@@ -140,11 +149,34 @@ def settle_defaults(args):
             setattr(args, name, stated.get(name, default))
 
 
+def read_stated_flags(model):
+    """The flags of its training that a checkpoint's args.json states.
+
+    Raises InputError for one of those that are defaults here and of a wrong type.
+    """
+    stated = read_args(model).get("args", {})
+    if not isinstance(stated, dict):
+        raise InputError(f"{model}/args.json: 'args' must be an object, it is {shorten(stated)}; "
+                         "mend it")
+    for name, default in (DEFAULTS | {"version": "none"}).items():
+        value = stated.get(name, default)
+        is_unknown = name == "version" and value not in list(INSTRUCTIONS)
+        if type(value) is not type(default) or is_unknown:
+            raise InputError(f"{model}/args.json: says that {name} was {shorten(value)}, which "
+                             "cannot be; mend it")
+    return stated
+
+
 def check_args(args):
     """Rejects invalid combinations of flags before anything is read. Raises InputError."""
     check_templates(args)
     counts = ("hits", "max_neg_num", "train_sample", "nprobe", "efSearch")
     check_at_least(args, dict.fromkeys(counts, 1))
+    check_at_least(args, {"query_max_length": 3, "key_max_length": 3, "num_workers": 0, "k1": 0,
+                          "b": 0})
+    check_seed(args)
+    if not all(map(math.isfinite, args.fusion_weights or [])):
+        raise InputError("--fusion_weights must be finite numbers")
     if min(args.cutoffs) < 1:
         raise InputError("--cutoffs must be 1 or more")
     check_metrics(args)

@@ -1,6 +1,6 @@
 """Measures of results: by labels of documents (as trec_eval), by answers in passages (as DPR)."""
 from metrics import has_answer, ranking_metrics, topk_accuracy
-from utils import InputError, progress_bar
+from utils import InputError, progress_bar, shorten
 
 
 def mark_answers(questions, results, corpus):
@@ -30,16 +30,16 @@ def read_labels(questions, qrels, corpus, log):
     ids = list(dict.fromkeys(document_id for row in rows for document_id in row))
     if questions and not ids:
         raise InputError("the qrels label no document for any of the questions (theirs are such as "
-                         f"{next(iter(qrels), None)!r}, the questions' ids such as "
-                         f"{questions[0].id!r}); give the qrels of these questions")
+                         f"{shorten(next(iter(qrels), None))}, the questions' ids such as "
+                         f"{shorten(questions[0].id)}); give the qrels of these questions")
     doc_indices = dict(zip(ids, corpus.indices(ids)))
     absent = [document_id for document_id, doc_index in doc_indices.items() if doc_index < 0]
     if absent and len(absent) == len(ids):
-        raise InputError(f"none of the qrels' documents (such as {absent[0]!r}) is in the corpus; "
-                         "give the corpus that they are of")
+        raise InputError(f"none of the qrels' documents (such as {shorten(absent[0])}) is in the "
+                         "corpus; give the corpus that they are of")
     if absent:
         log(f"note: {len(absent)} of {len(ids)} labelled documents are not in the corpus, "
-            f"{absent[0]!r} the first; they count as not found")
+            f"{shorten(absent[0])} the first; they count as not found")
     for i, document_id in enumerate(absent):
         doc_indices[document_id] = -2 - i
     return [{doc_indices[document_id]: label for document_id, label in row.items()} for row in rows]

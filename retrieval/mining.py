@@ -11,7 +11,7 @@ from files import new_file
 from questions import LIST_FIELDS, check_types
 from retrieval.corpus import format_key
 from retrieval.results import stack
-from utils import InputError
+from utils import InputError, shorten
 
 # {what --metrics asks for: the middle of the file's name}
 COLLATED = {"collate_pos": "pos", "collate_neg": "neg", "collate_key": "key",
@@ -51,12 +51,12 @@ def check_candidates(questions, corpus, template, need_indices, scored=False):
         raise InputError("no question has candidates, in 'key', 'history', or 'pos' and 'neg'; "
                          "give some, or rank an earlier result with --results")
     for question in questions:
-        check_types(question.record, f"question {question.id!r}",
+        check_types(question.record, question.location,
                     ["key", "key_index", "history", "history_index"])
         keys, doc_indices = list_candidates(question.record, scored)
         key_texts(question, keys, template)
         if need_indices and keys and doc_indices is None:
-            raise InputError(f"question {question.id!r}: not every candidate has its index in "
+            raise InputError(f"{question.location}: not every candidate has its index in "
                              "'key_index', or 'pos_index' and 'neg_index'; only the collated files "
                              "can do without, or rank an earlier result with --results")
         if need_indices or corpus:
@@ -71,20 +71,15 @@ def has_candidates(record):
 def check_indices(question, doc_indices, corpus):
     """Raises InputError for an index that is none of a document of the corpus."""
     for doc_index in doc_indices:
-        is_index = isinstance(doc_index, int) and doc_index >= 0
+        is_index = type(doc_index) is int and doc_index >= 0
         if not is_index or (corpus and doc_index >= len(corpus)):
-            raise InputError(f"question {question.id!r}: {doc_index!r} is the index of no document "
-                             "of the corpus; is it the corpus of this file?")
+            raise InputError(f"{question.location}: {shorten(doc_index)} is the index of no "
+                             "document of the corpus; is it the corpus of this file?")
 
 
 def key_texts(question, keys, template):
     """The texts of a question's keys. Raises InputError for one that does not fit the template."""
-    try:
-        return [format_key(key, template) for key in keys]
-    except (KeyError, AttributeError) as error:
-        raise InputError(f"question {question.id!r}: a candidate or positive is neither a text nor "
-                         f"an object with the columns of --key_template '{template}' "
-                         f"({error})") from None
+    return [format_key(key, template, question.location) for key in keys]
 
 
 def list_positives(record):

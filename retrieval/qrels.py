@@ -3,7 +3,7 @@ import math
 import random
 from collections import defaultdict
 
-from files import parse_json, read_lines
+from files import decode_line, parse_json, read_lines, to_number
 from utils import InputError
 
 LIMITS = ("min_score", "max_score")
@@ -18,30 +18,35 @@ def read_qrels(path):
     """
     qrels = defaultdict(dict)
     for line_number, line in enumerate(read_lines(path), 1):
-        text = line.decode("utf-8", "replace").strip()
+        text = decode_line(line, path, line_number).strip()
         if not text:
             continue
-        is_json = text.startswith("{")
+        if text.startswith("{"):
+            cells = split_json(text, path, line_number)
+        else:
+            cells = split_line(text)
+        if line_number == 1 and len(cells) == 3 and not any(map(str.isdigit, text)):
+            continue  # a header
         try:
-            if is_json:
-                query, document, score = split_json(text, path, line_number)
-            else:
-                query, document, score = split_line(text)
-            qrels[str(query)][str(document)] = float(score)
-        except (TypeError, ValueError):
-            is_header = line_number == 1 and not is_json
-            if not is_header:
-                raise InputError(f"{path}:{line_number}: not a qrel; it must be query, 0, "
-                                 "document, score, or the same without the 0") from None
+            query, document, score = cells
+            qrels[query][document] = to_number(score)
+        except ValueError:
+            raise InputError(f"{path}:{line_number}: not a qrel; it must be query, 0, document, "
+                             "score, or the same without the 0 (a header: three names without "
+                             "digits)") from None
     if not qrels:
         raise InputError(f"{path}: holds no qrels")
     return dict(qrels)
 
 
 def split_json(text, path, line_number):
-    """[query, document, score] of a JSON object."""
+    """[query, document, score] of a JSON object. Raises InputError for ids of other types."""
     row = parse_json(text, path, line_number)
-    return [row.get("qid"), row.get("docid"), row.get("score")]
+    for name in ("qid", "docid"):
+        if type(row.get(name)) not in (str, int):
+            raise InputError(f"{path}:{line_number}: not a qrel; '{name}' must be a text or a "
+                             "number")
+    return [str(row["qid"]), str(row["docid"]), row.get("score")]
 
 
 def split_line(text):
@@ -62,8 +67,7 @@ def select_qrels(spec, seed=0):
     options, limits, cuts = parse_spec(spec)
     qrels = read_qrels(options["qrels"])
     if "query_subset" in options:
-        lines = read_lines(options["query_subset"])
-        kept_queries = {line.decode().split()[0] for line in lines if line.strip()}
+        kept_queries = read_subset(options["query_subset"])
         qrels = {query: labels for query, labels in qrels.items() if query in kept_queries}
     least, most = limits.get("min_score", -math.inf), limits.get("max_score", math.inf)
     selected = {}
@@ -77,11 +81,20 @@ def select_qrels(spec, seed=0):
     return selected
 
 
+def read_subset(path):
+    """The queries that a file of ids, or of qrels, names first in its lines. Raises InputError."""
+    queries = set()
+    for line_number, line in enumerate(read_lines(path), 1):
+        cells = decode_line(line, path, line_number).split()
+        queries.update(cells[:1])
+    return queries
+
+
 def parse_spec(spec):
     """({option: text}, {limit: score}, {cut: count}) of a flag. Raises InputError."""
     try:
         options = dict(part.split("=", 1) for part in spec.split(","))
-        limits = {name: float(options[name]) for name in LIMITS if name in options}
+        limits = {name: to_number(options[name]) for name in LIMITS if name in options}
         cuts = {name: int(options[name]) for name in CUTS if name in options}
     except ValueError:
         raise InputError(f"'{spec}' is not qrels=FILE,name=value,... with numbers for scores and "
@@ -112,7 +125,7 @@ def relabel(score, rule):
     if rule == "ceil":
         return float(math.ceil(score))
     try:
-        return float(rule)
+        return to_number(rule)
     except ValueError:
         raise InputError(f"score={rule}: must be a number, floor or ceil") from None
 

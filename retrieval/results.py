@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import new_file, read_json, read_lines
-from questions import make_question
-from utils import InputError
+from files import decode_line, new_file, read_json, read_lines, to_number
+from questions import list_field, make_question
+from utils import InputError, shorten
 
 READ = 2 ** 20      # lines of a run whose documents are looked up in the corpus at once
 RRF_CONSTANT = 60   # of reciprocal rank fusion (Cormack et al., SIGIR 2009)
@@ -90,7 +90,7 @@ def write_run(path, questions, results, corpus, name):
             ids = corpus.ids(doc_indices)
             if len(" ".join(ids).split()) != len(ids):
                 raise InputError(f"{path}: a TREC run cannot hold the blanks in ids of question "
-                                 f"{question.id!r}'s documents; use --output")
+                                 f"{shorten(question.id)}'s documents; use --output")
             for rank, (document_id, score) in enumerate(zip(ids, scores), 1):
                 file.write(f"{question.id} Q0 {document_id} {rank} {score:.6f} {name}\n")
 
@@ -116,20 +116,25 @@ def read_run(path, questions, corpus, log=print):
         lines = context_lines(path, {question.id: question.text for question in questions})
     else:
         lines = run_lines(path)
+    others = 0  # lines of other questions
     while chunk := list(itertools.islice(lines, READ)):
         doc_indices = corpus.indices([line.document_id for line in chunk])
         for line, doc_index in zip(chunk, doc_indices):
             if doc_index < 0:
-                raise InputError(f"{line.location}: document {line.document_id!r} is not in the "
-                                 "corpus; is it a result of another one?")
+                raise InputError(f"{line.location}: document {shorten(line.document_id)} is not "
+                                 "in the corpus; is it a result of another one?")
             if line.query_id in scores:
                 scores[line.query_id][doc_index] = line.score
+            else:
+                others += 1
     shared = len([row for row in scores.values() if row])
     if shared < len(questions):
         log(f"note: {path} has documents for {shared} of the {len(questions)} questions")
     if not shared:
         raise InputError(f"{path}: holds no document for any of the questions (the first is "
-                         f"{questions[0].id!r}); is it of others?")
+                         f"{shorten(questions[0].id)}); is it of others?")
+    if others:
+        log(f"note: {others} documents in {path} are of questions that are not asked here")
     return from_dictionaries([scores[question.id] for question in questions], corpus.size)
 
 
@@ -139,9 +144,9 @@ def run_lines(path):
         if not line.strip():
             continue
         location = f"{path}:{line_number}"
-        cells = line.decode("utf-8", "replace").split()
+        cells = decode_line(line, path, line_number).split()
         try:
-            yield RunLine(cells[0], cells[2], float(cells[4]), location)
+            yield RunLine(cells[0], cells[2], to_number(cells[4]), location)
         except (IndexError, ValueError):
             raise InputError(f"{location}: not a line of a TREC run (query Q0 document rank score "
                              "name)") from None
@@ -153,16 +158,24 @@ def context_lines(path, texts):
         question = make_question(record, location, index)
         expected = texts.get(question.id, question.text)
         if question.text != expected:
-            raise InputError(f"{location}: question {question.id!r} is {question.text[:60]!r} here "
-                             f"and {expected[:60]!r} in the questions; give theirs")
-        for rank, context in enumerate(record.get("ctxs") or []):
-            try:
-                score = context.get("score")
-                score = -rank if score is None else score
-                yield RunLine(question.id, str(context["id"]), float(score), location)
-            except (AttributeError, KeyError, TypeError, ValueError):
-                raise InputError(f"{location}: ctxs[{rank}] is no object with an id and, if any, a "
-                                 "score that is a number") from None
+            raise InputError(f"{location}: question {shorten(question.id)} is "
+                             f"{shorten(question.text)} here and {shorten(expected)} in the "
+                             "questions; give theirs")
+        for rank, context in enumerate(list_field(record, "ctxs", location)):
+            yield context_line(context, rank, question.id, location)
+
+
+def context_line(context, rank, query_id, location):
+    """The RunLine of a record's context. Raises InputError."""
+    try:
+        if type(context["id"]) not in (str, int):
+            raise TypeError("no id")
+        score = context.get("score")
+        score = -rank if score is None else to_number(score)
+        return RunLine(query_id, str(context["id"]), score, location)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{location}: ctxs[{rank}] is no object with an id and, if any, a score "
+                         "that is a number") from None
 
 
 # ---------------------------------------------------------------- fusing

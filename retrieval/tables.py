@@ -10,9 +10,10 @@ import json
 import os
 from itertools import chain
 
-from files import new_file, parse_json, read_lines
-from utils import InputError, progress_bar
+from files import decode_line, new_file, parse_json, read_lines
+from utils import InputError, progress_bar, shorten
 
+TEXT_COLUMNS = ("text", "contents", "content", "body")
 CELL_LIMIT = 2 ** 24  # characters: a quote that nothing closes must not take in a file of gigabytes
 BEGINNING = 65536     # bytes that a table's header fits into
 
@@ -45,12 +46,16 @@ def parse_row(line, header, path, line_number):
 
     Raises InputError, or NotPlain for a table's row that is not just this line.
     """
-    text = line.decode("utf-8", "replace").rstrip("\r\n")
+    text = decode_line(line, path, line_number)
     if header is None:
         row = parse_json(text, path, line_number)
         if not isinstance(row, dict):
             raise InputError(f"{path}:{line_number}: a document must be a JSON object, this is a "
                              f"{type(row).__name__}")
+        for name in ("title", *TEXT_COLUMNS):
+            if not isinstance(row.get(name, ""), (str, type(None))):
+                raise InputError(f"{path}:{line_number}: '{name}' must be a text, it is "
+                                 f"{shorten(row[name])}")
         return row
     return name_cells(split_row(text), header, f"{path}:{line_number}")
 
@@ -170,8 +175,5 @@ def decode_lines(path):
     Raises InputError.
     """
     for line_number, line in enumerate(read_lines(path), 1):
-        try:
-            yield from io.StringIO(line.decode(), newline="")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{line_number}: not UTF-8 ({error.reason} at byte "
-                             f"{error.start + 1}); save the table as UTF-8") from None
+        text = decode_line(line, path, line_number, keep_end=True)
+        yield from io.StringIO(text, newline="")

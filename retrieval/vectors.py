@@ -13,9 +13,10 @@ import torch
 from data import make_loader
 from files import lock, write_json
 from retrieval.fingerprint import await_index, check_fingerprint
-from utils import InputError, progress_bar, sum_over_processes, wait_for_all
+from utils import InputError, progress_bar, refusing, sum_over_processes, wait_for_all
 
 DONE_BLOCK = 4096  # documents that are encoded, written and marked as done together
+DTYPES = ("float16", "float32", "uint8")  # of vectors and marks
 
 
 class TokenBlocks(torch.utils.data.Dataset):
@@ -147,11 +148,12 @@ def make_array(path, shape, dtype):
 
 def open_array(folder, name):
     """A memory-mapped array of the folder, as it is now. Raises InputError if it is broken."""
-    try:
-        return np.lib.format.open_memmap(os.path.join(folder, f"{name}.npy"), "r")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}/{name}.npy: cannot be opened ({error}); copy it again, or "
-                         "delete the folder") from None
+    path = os.path.join(folder, f"{name}.npy")
+    with refusing(f"{path}: cannot be opened", "copy it again, or delete the folder"):
+        array = np.lib.format.open_memmap(path, "r")
+        if array.offset + array.nbytes != os.path.getsize(path) or array.dtype not in DTYPES:
+            raise ValueError(f"its header says {array.dtype} {array.shape}, its size another")
+        return array
 
 
 def write_rows(array, first, rows):

@@ -109,5 +109,5 @@ def test_modules_and_poolings_that_are_not_supported(minilm, tmp_path):
     with pytest.raises(InputError, match="pooling .'weightedmean'. is not supported"):
         BiEncoder.open(folder)
     (folder / "modules.json").write_text(json.dumps([{"type": "x.CNN", "path": ""}]))
-    with pytest.raises(InputError, match="has a CNN module"):
+    with pytest.raises(InputError, match="has a 'CNN' module"):
         BiEncoder.open(folder)

@@ -121,7 +121,8 @@ def training_flags(*paths, **changes):
              "use_train_config": False, "inbatch_same_dataset": "epoch", "train_group_size": 2,
              "contrastive_weight": 0.2, "stable_distill": False, "select_positive": "first",
              "select_negative": "random", "teacher_scores_margin": None, "teacher_scores_min": None,
-             "max_sample_num": None, "teacher_temperature": 1.0}
+             "max_sample_num": None, "teacher_temperature": 1.0, "positives": [],
+             "key_template": "{title} {text}"}
     return Namespace(**flags | changes)
 
 

@@ -53,11 +53,11 @@ def test_given_candidates_need_indices_where_documents_are_written(corpus):
                          ({**good, "neg_index": [8]}, "8 is the index of no document"),
                          ({**good, "neg_index": ["d1"]}, "'d1' is the index"),
                          ({"key": ["a", "b"], "key_index": [1]}, "not every candidate"),
-                         ({"key": [3], "key_index": [1]}, "neither a text nor"),
+                         ({"key": [3], "key_index": [1]}, "must be a text or an object"),
                          ({"key": "a"}, "'key' must be a list"),
                          ({"key": [{"title": "x"}], "key_index": [1]},
-                          r"--key_template '{text}' \('text'\)")):
-        with pytest.raises(InputError, match=f"question '0': .*{message}"):
+                          "no column 'text' for --key_template '{text}'")):
+        with pytest.raises(InputError, match=f"^f:0: .*{message}"):
             check_candidates(make_questions(bad), corpus, "{text}", True)
 
 

@@ -522,7 +522,7 @@ def test_ranking_without_a_corpus_writes_no_passages(bert, world_files, tmp_path
 def test_what_the_outputs_need_is_checked_before_the_search(corpus):
     good = make_questions({"pos_index": [7], "pos": ["a"], "answers": ["b"]})
     check_records(good, [{7: 1}], corpus, make_flags(metrics=["map", "nq", "collate_neg"]))
-    columns = r"the columns of --key_template '{name}' \('name'\)"
+    columns = "no column 'name' for --key_template '{name}'"
     for record, labels, metrics, message in (
             ({}, {1: 1}, ["nq"], "nq cannot be measured"),
             ({}, {}, ["map"], "map cannot be measured"),

@@ -1,0 +1,667 @@
+"""Mangled files: every reading function reads them whole, or refuses them in one line that names
+the file.
+
+    MANGLED=100 pytest -s tests/test_mangled.py     a campaign of a hundred times as many files
+"""
+import json
+import os
+import random
+import shutil
+import signal
+from argparse import Namespace
+from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import bm25s
+import faiss
+import numpy as np
+import pytest
+import torch
+
+import conftest
+import dense.flags
+import retrieval.flags
+import train_epoch
+from checkpoints import load_tokenizer, read_training_args
+from dense.evaluation import annotated_set, read_dev_set
+from dense.examples import read_training
+from dense.model import BiEncoder, CrossEncoder
+from files import read_json, read_lines
+from golden_retrievers import dpr_file, mindpr_file
+from model import FiDT5
+from questions import make_question, read_questions, read_records, read_unique_questions
+from resume import load_state, restore_state, save_state
+from retrieval.bm25 import load_index
+from retrieval.corpus import Corpus
+from retrieval.faiss_index import read_index
+from retrieval.fingerprint import check_fingerprint
+from retrieval.flags import read_stated_flags
+from retrieval.qrels import merge_qrels
+from retrieval.results import read_run
+from retrieval.vectors import open_array
+from training import Progress, make_optimizer
+from utils import InputError, World
+
+FILES = 1000 * int(os.environ.get("MANGLED", 1))    # files that each reader of text gets
+FOLDERS = 40 * int(os.environ.get("MANGLED", 1))   # and each opener of models, which takes longer
+LONGEST = 400   # characters of a message
+PATIENCE = 20   # seconds that a file may take
+ALONE = World(0, 0, 1, torch.device("cpu"))
+TEMPLATE = "{title} {text}"
+
+# ---------------------------------------------------------------- mangling
+
+# JSON values that are not what a field expects, as they are spelled in a file
+ODD = ["null", "true", "false", "0", "-1", "7", "2.5", "1e300", "1e400", "-1e400", "NaN",
+       "Infinity", "9" * 5000, "1" + "0" * 400, "1000000000", '""', '" "', '"x"',
+       '"' + "long " * 1000 + '"', r'"\ud800"', r'"a\udc00b"', r'"\u0000"', r'"a\nb"', "[]", "{}",
+       "[null]", "[[]]", "[1]", '["a"]', '["a", null]', '{"a": 1}', '[{"text": 3}]',
+       "[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "[" * 400 + "]" * 400]
+HOLE = "a hole for an odd value"
+
+
+def list_places(node):
+    """[(list or dictionary, index or key)] of everything below a JSON value."""
+    keys = list(node) if isinstance(node, dict) else range(len(node))
+    places = []
+    for key in keys:
+        places.append((node, key))
+        if isinstance(node[key], (dict, list)):
+            places += list_places(node[key])
+    return places
+
+
+def mangle_value(rng, node, odd_values):
+    """Puts an odd value somewhere into a value, or drops, doubles, renames or wraps something."""
+    parent, key = rng.choice(list_places(node))
+    change = rng.choice(["odd", "odd", "odd", "drop", "wrap", "swap", "rename"])
+    if change == "odd":
+        parent[key] = rng.choice(odd_values)
+    elif change == "drop":
+        del parent[key]
+    elif change == "wrap":
+        parent[key] = rng.choice([[parent[key]], {"a": parent[key]}])
+    elif change == "swap":
+        other, other_key = rng.choice(list_places(node))
+        parent[key] = json.loads(json.dumps(other[other_key]))
+    elif isinstance(parent, dict):
+        parent[rng.choice(["id", "text", "", "x" * 3000])] = parent.pop(key)
+
+
+def mangle_json(content, rng):
+    """The bytes of a JSON file, of lines, a list or an object, with something odd in it."""
+    text = content.decode()
+    is_lines = text.startswith("{") and text.count("\n") > 1 and text.split("\n")[1][:1] == "{"
+    value = [json.loads(line) for line in text.splitlines()] if is_lines else json.loads(text)
+    if value:  # else there is nothing to change
+        mangle_value(rng, value, [HOLE])
+    if is_lines:
+        text = "".join(json.dumps(row) + "\n" for row in value)
+    else:
+        text = json.dumps(value)
+    return text.replace(f'"{HOLE}"', rng.choice(ODD)).encode()
+
+
+def mangle_lines(content, rng):
+    """Bytes with a line dropped, doubled, moved, emptied, joined with the next or cut."""
+    lines = content.split(b"\n")
+    i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
+    change = rng.choice(["drop", "double", "move", "empty", "join", "cut"])
+    if change == "drop":
+        del lines[i]
+    elif change == "double":
+        lines.insert(j, lines[i])
+    elif change == "move":
+        lines.insert(j, lines.pop(i))
+    elif change == "empty":
+        lines[i] = rng.choice([b"", b" ", b"\t", b"\r"])
+    elif change == "join":
+        lines[i:i + 2] = [b" ".join(lines[i:i + 2])]
+    else:
+        lines[i] = lines[i][:rng.randrange(len(lines[i]) + 1)]
+    return b"\n".join(lines)
+
+
+def mangle_bytes(content, rng):
+    """Bytes cut off, changed, left out or put in: also carriage returns, NUL, a mark, Latin-1."""
+    start = rng.randrange(len(content) + 1)
+    end = min(len(content), start + rng.choice([0, 1, 1, 2, 50]))
+    put_in = rng.choice([b"", b"\r", b"\0", b"\n", b"\t", b'"', b"[", b"{", b"\\", b"9" * 5000,
+                         b"\xef\xbb\xbf", "é".encode("latin-1"), rng.randbytes(3)])
+    change = rng.choice(["cut", "mark", "old ends", "replace", "replace", "replace", "replace"])
+    if change == "cut":
+        return content[:start]
+    if change == "mark":
+        return b"\xef\xbb\xbf" + content
+    if change == "old ends":
+        return content.replace(b"\n", b"\r")
+    return content[:start] + put_in + content[end:]
+
+
+def mangle(content, rng, is_json=False):
+    """The content of a file, mangled once or twice."""
+    ways = [mangle_lines, mangle_bytes] + [mangle_json] * (3 if is_json else 0)
+    content = rng.choice(ways)(content, rng)
+    return mangle_bytes(content, rng) if rng.random() < 0.1 else content
+
+
+# ---------------------------------------------------------------- outcomes
+
+@contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError inside the block after so many seconds."""
+    def stop(*_):
+        raise TimeoutError(f"takes more than {seconds} s")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def complain(read, path, name, least):
+    """What is wrong with how a function reads a file, or None; `least` records must come back."""
+    try:
+        with time_limit(PATIENCE):
+            count = read(path)
+    except InputError as error:
+        message = str(error)
+        if "\n" in message or "\r" in message:
+            return "a message of several lines", message
+        if len(message) > LONGEST:
+            return "a long message", message
+        if name not in message:
+            return "a message without the file's name", message
+        return None
+    except BaseException as error:  # a panic of the tokenizers' library is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return type(error).__name__, str(error)[:300]
+    if least is not None and count < least:
+        return "lost records", f"{count} of {least}"
+    return None
+
+
+def expect_no_complaints(complaints):
+    """Fails with the kinds of complaints, and the first of each kind."""
+    counts = Counter((reader, kind) for reader, kind, _, _ in complaints)
+    firsts = {(reader, kind): f"{text}  [{content[:300]!r}]" for reader, kind, text, content
+              in reversed(complaints)}
+    report = [f"{count:6} {reader}: {kind}: {firsts[reader, kind]}" for (reader, kind), count
+              in counts.most_common()]
+    assert not complaints, "\n".join([f"{len(complaints)} complaints", *report])
+
+
+# ---------------------------------------------------------------- files of texts
+
+CONTEXTS = [{"id": "d0", "title": "T", "text": "some text", "score": 2.5, "has_answer": False},
+            {"id": "d2", "title": "", "text": "another", "score": "1"}]
+RECORDS = [{"id": f"q{i}", "question": f"who is it {i}", "answers": ["Foo", "bar"],
+            "target": "Foo", "ctxs": CONTEXTS} for i in range(3)]
+TRIVIA = [{"question": "who", "answer": {"Value": "ROME", "Aliases": ["Rome"]}, "ctxs": CONTEXTS}]
+EMBEDDER = [{"query": "q0", "pos": ["a"], "neg": ["b", {"title": "t", "text": "c"}],
+             "pos_index": [0], "neg_index": [1, 2], "teacher_scores": [1.5, -2, 0], "task": "qa",
+             "answers": ["a"]},
+            {"query": "q1", "history": ["x", "y", "z"], "teacher_scores": [1, 2.5, 3],
+             "task": "qa", "pos_index": [3], "answers": ["b"]}]
+DPR = [{"question": f"q{i}", "answers": ["a"], "positive_ctxs": CONTEXTS[:1],
+        "hard_negative_ctxs": CONTEXTS[1:], "negative_ctxs": CONTEXTS} for i in range(3)]
+DOCUMENTS = [{"_id": f"d{i}", "title": f"T{i}", "text": f"text number {i}"} for i in range(5)]
+QUERIES = [{"_id": f"q{i}", "text": f"who is it {i}"} for i in range(3)]
+NQ = ["who was it\t['a', \"b's\"]", "where\t['c']", '"what ""is"" it"\t"[\'d\', ""e""]"']
+TABLE = ["id\tquestion", "q0\twho is it 0", 'q1\t"who" is it']
+PASSAGES = ["id\ttext\ttitle", "1\tthe first\tT", '2\t"the ""second"""\tU', "3\tthe third\tV"]
+RUN = ["q0 Q0 d0 1 3.5 x", "q0 Q0 d2 2 3 x", "q1 Q0 d1 1 -1e-3 x"]
+TREC = ["q0 0 d0 1", "q0 0 d1 0", "q1 0 d2 2.5", "q2 0 d4 1"]
+BEIR = ["query-id\tcorpus-id\tscore", "q0\td0\t1", "q1\td1\t0", "q1\td2\t2"]
+JSON_QRELS = [{"qid": "q0", "docid": "d0", "score": 1}, {"qid": "q1", "docid": "d1", "score": 0}]
+QUESTIONS = [make_question(row, "f", 0) for row in QUERIES]
+FLAGS = Namespace(negatives=[], positives=[], graded=[], loss=None, use_train_config=False,
+                  inbatch_same_dataset="epoch", train_group_size=2, contrastive_weight=0.2,
+                  stable_distill=False, select_positive="teacher", select_negative="random",
+                  teacher_scores_margin=0.1, teacher_scores_min=-5, max_sample_num=None,
+                  teacher_temperature=1.0, train_data=[], seed=0, key_template=TEMPLATE)
+
+
+class Log(list):
+    """A log function that keeps the lines."""
+
+    def __call__(self, line):
+        self.append(line)
+
+    @property
+    def told(self):
+        """The number of records that the lines say are left out."""
+        return sum(int(word) for line in self for word in line.split()[:2] if word.isdigit())
+
+
+def count_writable(rows):
+    """The number of what was read, which the scripts must be able to write again."""
+    json.dumps(rows, ensure_ascii=False).encode()
+    return len(rows)
+
+
+def read_whole_corpus(path):
+    corpus = Corpus([path], TEMPLATE)
+    for doc_index in range(len(corpus)):
+        count_writable([corpus.text(doc_index), corpus.passage(doc_index)])
+    assert corpus.indices(corpus.ids(range(len(corpus)))) == list(range(len(corpus)))
+    return len(corpus)
+
+
+def read_examples(**flags):
+    log = Log()
+    queries = {f"q{i}": "" for i in range(3)}
+    data = read_training(Namespace(**vars(FLAGS) | flags), corpus(), queries, log)
+    return len(data.examples) + log.told
+
+
+def corpus():
+    return Corpus(["corpus.jsonl"], TEMPLATE)
+
+
+def read_dev(path, metrics):
+    log = Log()
+    return len(read_dev_set(path, corpus(), metrics, TEMPLATE, log).queries) + log.told
+
+
+def read_earlier(path):
+    log = Log()
+    results = read_run(path, QUESTIONS, corpus(), log)
+    return int((results.indices >= 0).sum()) + log.told
+
+
+def count_lines(content):
+    """The lines with text of a file."""
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    return sum(bool(line.strip()) for line in content.split(b"\n"))
+
+
+def count_rows(content):
+    """The lines of a table under its header."""
+    return count_lines(content) - 1
+
+
+def count_items(content):
+    """The records of a JSON list or of JSON lines; a file that is neither has none to lose."""
+    try:
+        return len(json.loads(content.removeprefix(b"\xef\xbb\xbf")))
+    except (ValueError, RecursionError, TypeError):
+        return 0
+
+
+def count_pairs(content):
+    """The different pairs of query and document of qrels in TREC's form."""
+    rows = [line.split() for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
+    return len({(cells[0], cells[-2]) for cells in rows if len(cells) > 2})
+
+
+def read_qrels(path, filters=""):
+    return sum(map(len, merge_qrels([f"qrels={path}{filters}"]).values()))
+
+
+def read_dev_qrels(path):
+    queries = {f"q{i}": "" for i in range(3)}
+    return annotated_set(merge_qrels([f"qrels={path}"]), corpus(), queries, 5, path)
+
+
+def read_index_json(path):
+    return check_fingerprint(os.path.dirname(path), {"documents": 5, "model": ""})
+
+
+# {name: (file's name, rows, function of its path, count of the records in its content or None)}
+READERS = {
+    "records": ("r.jsonl", RECORDS, lambda path: count_writable(read_records(path)), count_lines),
+    "record list": ("r.json", [RECORDS], lambda path: count_writable(read_records(path, 1)),
+                    count_items),
+    "TriviaQA": ("r.json", [TRIVIA], lambda path: count_writable(read_records(path)), count_items),
+    "questions": ("q.jsonl", EMBEDDER, lambda path: count_writable(read_questions(path)),
+                  count_lines),
+    "DPR's csv": ("q.csv", NQ, lambda path: count_writable(read_questions(path)), count_lines),
+    "table": ("q.tsv", TABLE, lambda path: count_writable(read_questions(path)), count_rows),
+    "queries": ("q.jsonl", QUERIES, lambda path: read_unique_questions([path]), None),
+    "JSON": ("r.jsonl", RECORDS, lambda path: count_writable(read_json(path)), count_lines),
+    "lines": ("r.jsonl", RECORDS, lambda path: len(list(read_lines(path))), count_lines),
+    "lines of a list": ("r.json", [RECORDS], lambda path: list(read_lines(path)), None),
+    "corpus": ("c.jsonl", DOCUMENTS, read_whole_corpus, count_lines),
+    "corpus list": ("c.json", [DOCUMENTS], read_whole_corpus, count_items),
+    "corpus table": ("c.tsv", PASSAGES, read_whole_corpus, count_rows),
+    "TREC qrels": ("q.qrels", TREC, read_qrels, count_pairs),
+    "BEIR qrels": ("q.tsv", BEIR, read_qrels, None),
+    "JSON qrels": ("q.jsonl", JSON_QRELS, read_qrels, None),
+    "filtered qrels": ("q.qrels", TREC, lambda path: read_qrels(
+        path, ",min_score=0,max_score=9,top_k=1,score=ceil"), None),
+    "query subset": ("s.txt", TREC, lambda path: read_qrels("good.qrels", f",query_subset={path}"),
+                     None),
+    "run": ("x.run", RUN, read_earlier, None),
+    "earlier result": ("x.json", RECORDS, read_earlier, None),
+    "LLM-Embedder": ("t.json", EMBEDDER, lambda path: read_examples(train_data=[path]),
+                     count_lines),
+    "DPR": ("t.json", [DPR], lambda path: read_examples(train_data=[path]), count_items),
+    "positives": ("q.qrels", TREC, lambda path: read_examples(
+        positives=[f"qrels={path}"], negatives=["qrels=other.qrels"]), None),
+    "graded": ("q.qrels", TREC, lambda path: read_examples(
+        graded=[f"qrels={path}"], train_group_size=1), None),
+    "dev set": ("d.jsonl", EMBEDDER, lambda path: read_dev(path, ["mrr", "nq"]), count_lines),
+    "DPR's dev set": ("d.json", [DPR], lambda path: read_dev(path, ["mrr"]), count_items),
+    "dev qrels": ("q.qrels", TREC, read_dev_qrels, None),
+    "fingerprint": ("folder/index.json", [{"documents": 5, "model": "", "files": [["", 3, "ab"]]}],
+                    read_index_json, None),
+    "args.json": ("folder/args.json", [{"num_contexts": 5, "max_length": 100, "args": {}}],
+                  lambda path: read_training_args("folder"), None),
+    "retriever's flags": ("folder/args.json", [{"args": {"key_max_length": 20, "version": "bge"}}],
+                          lambda path: read_stated_flags("folder"), None),
+}
+
+
+def spell(rows):
+    """The bytes of a file of rows, texts or JSON values, one per line."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    return "".join(line + "\n" for line in lines).encode()
+
+
+@pytest.fixture
+def work_folder(tmp_path, monkeypatch):
+    """The working directory, with whole files beside which the mangled ones are read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.jsonl").write_bytes(spell(DOCUMENTS))
+    (tmp_path / "good.qrels").write_bytes(spell(TREC))
+    (tmp_path / "other.qrels").write_bytes(spell(f"q{i} 0 d3 0" for i in range(3)))
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+def test_readers_read_mangled_files_whole_or_refuse_them_in_one_line(work_folder):
+    complaints = []
+    for reader, (path, rows, read, count) in READERS.items():
+        whole, name = spell(rows), path.split("/")[0]
+        assert complain(read, path_of(path, whole), name, count and count(whole)) is None, reader
+        rng = random.Random(reader)
+        for _ in range(FILES):
+            content = mangle(whole, rng, is_json=not isinstance(rows[0], str))
+            least = count and count(content)
+            complaint = complain(read, path_of(path, content), name, least)
+            if complaint:
+                complaints.append((reader, *complaint, content))
+    expect_no_complaints(complaints)
+
+
+def path_of(path, content):
+    """Writes the content; returns the path."""
+    for old in (path, f"{path}.lines"):  # a file that is written over would go to the disk at once
+        if os.path.exists(old):
+            os.remove(old)
+    with open(path, "wb") as file:
+        file.write(content)
+    return path
+
+
+# ---------------------------------------------------------------- folders of models and indices
+
+# Python values that are not what a part of a checkpoint or state expects
+ODD_VALUES = [None, True, -1, 3, 10 ** 30, float("nan"), "x", [], {}, [None], {"a": 1},
+              torch.zeros(0), torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)]
+
+
+def mangle_saved(path, rng):
+    """Mangles a file of torch.save: a value of its contents, or its bytes."""
+    if rng.random() < 0.2:
+        mangle_file(path, rng)
+        return
+    with torch.serialization.safe_globals([Namespace]):
+        saved = torch.load(path, weights_only=True)
+    holder = [saved]
+    places = list_places(holder)
+    # all kinds of places alike, however many weights there are
+    parts = {}
+    for parent, key in places:
+        parts.setdefault(key if isinstance(key, str) and "." not in key else "", []).append(
+            (parent, key))
+    parent, key = rng.choice(parts[rng.choice(list(parts))])
+    if rng.random() < 0.3:
+        del parent[key]
+    else:
+        parent[key] = rng.choice(ODD_VALUES)
+    torch.save(holder[0] if holder else None, path)
+
+
+def mangle_file(path, rng):
+    """Mangles a file in its place."""
+    with open(path, "rb") as file:
+        content = file.read()
+    is_json = path.endswith(".json") and content.lstrip()[:1] in (b"{", b"[")
+    if is_json:
+        content = rng.choice([mangle_json, mangle_json, mangle_bytes])(content, rng)
+    else:  # headers stand at the beginning; a wrong number in an array cannot be seen
+        beginning = 128 if path.endswith(".npy") else rng.choice([40, 400, len(content)])
+        content = mangle_bytes(content[:beginning], rng) + content[beginning:]
+    with open(path, "wb") as file:
+        file.write(content)
+
+
+def make_reader(folder):
+    conftest.make_t5(folder, d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=1,
+                     num_decoder_layers=1)
+    (folder / "args.json").write_text(json.dumps({"num_contexts": 2, "max_length": 20}))
+
+
+def make_old_reader(folder):
+    """A reader whose weights are in a .bin file."""
+    make_reader(folder)
+    model = FiDT5.from_pretrained(folder)
+    torch.save(model.t5.state_dict(), folder / "pytorch_model.bin")
+    os.remove(folder / "model.safetensors")
+
+
+def make_retriever(folder):
+    """A sentence-transformers folder with a head, and what train_dense.py says of it."""
+    bert = conftest.make_bert(folder, num_hidden_layers=1)
+    tokenizer = load_tokenizer(bert, "")
+    model = BiEncoder.open(bert)
+    model.query_encoder.head = torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.LayerNorm(4))
+    model.save_pretrained(folder, 64)
+    tokenizer.save_pretrained(folder)
+    info = {"retriever": {"metric": "ip", "temperature": 0.5, "separator": 3}, "args": {}}
+    (folder / "args.json").write_text(json.dumps(info))
+
+
+def make_ranker(folder):
+    CrossEncoder.open(conftest.make_bert(folder, num_hidden_layers=1)).save_pretrained(folder)
+
+
+def open_reader(path):
+    reader = FiDT5.from_pretrained(path).eval()
+    tokenizer = load_tokenizer(path, "tokenizer")
+    reader.check_tokenizer(tokenizer)
+    read_training_args(path)
+    ids = torch.tensor(tokenizer(["the a"])["input_ids"])[None]
+    reader.generate(ids, torch.ones_like(ids), 3)
+
+
+def open_retriever(path):
+    model = BiEncoder.open(path, trained=True).eval()
+    tokenizer = load_tokenizer(path, "tokenizer")
+    model.check_tokenizer(tokenizer)
+    with torch.no_grad():
+        model.encode(tokenizer(["who wrote it"])["input_ids"], "query")
+
+
+def open_ranker(path):
+    model = CrossEncoder.open(path, trained=True).eval()
+    tokenizer = load_tokenizer(path, "tokenizer")
+    model.check_tokenizer(tokenizer)
+    rows = tokenizer(["who"], ["a town"], return_token_type_ids=True)
+    with torch.no_grad():
+        model([(rows["input_ids"][0], rows["token_type_ids"][0])])
+
+
+def make_bm25(folder):
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(["a river town", "the baker", "a letter"], show_progress=False),
+                show_progress=False)
+    index.save(folder)
+
+
+def search_bm25(path):
+    index = load_index(path, 3)
+    index.get_scores_from_ids(index.get_tokens_ids(["river", "baker"]))
+
+
+def make_vectors(folder):
+    np.save(folder / "vectors.npy", np.ones((5, 8), np.float16))
+
+
+def open_vectors(path):
+    assert np.isfinite(open_array(path, "vectors")).all()
+
+
+def make_faiss(folder):
+    index = faiss.index_factory(8, "IVF2,Flat")
+    vectors = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
+    index.train(vectors)
+    index.add(vectors)
+    faiss.write_index(index, str(folder / "index.faiss"))
+
+
+def make_run(out, resume):
+    """What resume.py knows of a run, of a model of two numbers."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1)
+    optimizer, scheduler = make_optimizer(model, 1e-3, 0.01, 1e-8, 2, 9)
+    args = Namespace(resume=resume, seed=0, lr=1e-3)
+    return SimpleNamespace(unwrapped=model, optimizer=optimizer, scheduler=scheduler, world=ALONE,
+                           out=out, args=args, progress=Progress())
+
+
+def take_step(run):
+    run.unwrapped(torch.ones(3, 2)).sum().backward()
+    run.optimizer.step()
+    run.scheduler.step()
+    run.progress.count_update(1.5, 2, 3.0, 0.5)
+
+
+def make_state(folder):
+    run = make_run(f"{folder}/run", resume=False)
+    take_step(run)
+    take_step(run)
+    save_state(run)
+
+
+def resume_run(path):
+    run = make_run(f"{path}/run", resume=True)
+    state = load_state(run.out, run.args, run.world, {"resume"})
+    run.progress = Progress(**state["progress"])
+    restore_state(run, state)
+    take_step(run)
+    run.progress.summary()
+
+
+# {name: (function that makes a whole folder, function that opens it, file that is opened or None)}
+OPENERS = {
+    "reader": (make_reader, open_reader, None),
+    "old reader": (make_old_reader, open_reader, None),
+    "retriever": (make_retriever, open_retriever, None),
+    "ranker": (make_ranker, open_ranker, None),
+    "minDPR's file": (lambda folder: mindpr_file(folder / "x"), open_retriever, "x/model"),
+    "DPR's file": (lambda folder: dpr_file(folder / "x"), open_retriever, "x/model"),
+    "BM25 index": (make_bm25, search_bm25, None),
+    "vectors": (make_vectors, open_vectors, None),
+    "faiss index": (make_faiss, lambda path: read_index(path, 100), "index.faiss"),
+    "resume state": (make_state, resume_run, None),
+}
+
+
+def list_files(folder):
+    """The paths of all files below a folder."""
+    return sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder)
+                  for name in names)
+
+
+def test_openers_open_mangled_folders_or_refuse_them_in_one_line(work_folder):
+    complaints = []
+    conftest.make_bert(work_folder / "tokenizer")
+    for opener, (make, read, opened) in OPENERS.items():
+        make_folder = work_folder / f"whole {opener}"
+        make_folder.mkdir()
+        make(make_folder)
+        folder = "mangled"
+        rng = random.Random(opener)
+        for number in range(FOLDERS + 1):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(make_folder, folder)
+            path = os.path.join(folder, opened) if opened else folder
+            name = os.path.basename(path)
+            if number == 0:
+                assert complain(read, path, name, None) is None, opener
+                continue
+            mangled = rng.choice(list_files(folder))
+            is_saved = os.path.basename(mangled) in ("model", "run.state", "pytorch_model.bin")
+            if is_saved:
+                mangle_saved(mangled, rng)
+            else:
+                mangle_file(mangled, rng)
+            complaint = complain(read, path, name, None)
+            if complaint:
+                complaints.append((opener, *complaint, f"{mangled} of file {number}"))
+    expect_no_complaints(complaints)
+
+
+# ---------------------------------------------------------------- files of another kind, flags
+
+def refuse(message, function, *args):
+    """The function must refuse the arguments with this message, in one line."""
+    with pytest.raises(InputError) as error:
+        function(*args)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_of_another_kind_are_called_what_they_are(work_folder, tiny):
+    make_state(work_folder)
+    (work_folder / "run.jsonl").write_text('{"epoch": 0}\n')
+    for function in (FiDT5.from_pretrained, read_training_args, BiEncoder.open):
+        refuse("run.state: is a run's resume state", function, "run.state")
+        refuse("run.jsonl: holds text", function, "run.jsonl")
+    refuse("NO_SUCH_FOLDER: no such folder or file", load_tokenizer, "NO_SUCH_FOLDER", tiny)
+    two = make_run("run", resume=True)
+    two.world = World(0, 0, 2, torch.device("cpu"))
+    refuse("run.state is of a run of 1 process(es), this one has 2; start as many processes as "
+           "then, 1, or leave out --resume", load_state, "run", two.args, two.world, set())
+
+
+def test_models_that_no_machine_can_hold_are_refused_at_once(work_folder, tiny):
+    config = json.load(open(f"{tiny}/config.json"))
+    for name in ("num_layers", "d_model", "vocab_size"):
+        (work_folder / "config.json").write_text(json.dumps(config | {name: 10 ** 9}))
+        with time_limit(2):
+            refuse(f"config.json says {name} 1000000000", FiDT5.from_pretrained, ".")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(work_folder):
+    tokenizer = load_tokenizer(conftest.make_bert(work_folder / "large"), "")
+    small = conftest.make_bert(work_folder / "small", vocab_size=20)
+    for kind in (BiEncoder, CrossEncoder):
+        refuse("the tokenizer has 88 ids, the model embeds 20", kind.open(small).check_tokenizer,
+               tokenizer)
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("lr", "nan"), ("lr", "inf"), ("weight_decay", "nan"), ("weight_decay", "-5"), ("clip", "nan"),
+    ("dropout", "nan"), ("seed", str(2 ** 64)), ("seed", "-1")])
+def test_numbers_that_cannot_be_trained_with_are_refused(flag, value, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "OUT", "a", "b", f"--{flag}", value])
+    refuse(f"--{flag} must be", train_epoch.check_args, train_epoch.parse_args())
+    monkeypatch.setattr("sys.argv", ["x", "--output_dir", "o", "--train_data", "a", f"--{flag}",
+                                     value])
+    refuse(f"--{flag} must be", dense.flags.check_args, dense.flags.parse_args(""))
+
+
+@pytest.mark.parametrize("flag, value", [("k1", "nan"), ("b", "-1"), ("seed", "-1"),
+                                         ("fusion_weights", "nan"), ("query_max_length", "0")])
+def test_numbers_that_cannot_be_retrieved_with_are_refused(flag, value, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--corpus", "c", "--eval_data", "q", f"--{flag}", value])
+    args = retrieval.flags.parse_args("")
+    retrieval.flags.settle_defaults(args)
+    refuse(f"--{flag} must be", retrieval.flags.check_args, args)
