@@ -72,7 +72,7 @@ def check_fingerprint(folder, expected):
     given = read_settings(path)
     changed = [name for name in expected if given.get(name) != expected[name]]
     if "documents" in changed:
-        count = str(given.get("documents"))[:80]
+        count = shorten(given.get("documents"))
         raise InputError(f"{folder} holds an index of {count} documents, and the corpus has "
                          f"{expected['documents']}; an index is not added to: delete the folder, "
                          "and the same command makes it anew, or give another --index folder")

@@ -157,7 +157,7 @@ def test_a_table_needs_the_columns_of_the_template(tmp_path):
 
 def test_a_table_that_is_not_utf8(tmp_path):
     (tmp_path / "c.csv").write_bytes("id,text\n1,a\n2,é\n".encode("latin-1"))
-    with pytest.raises(InputError, match="c.csv:3: not UTF-8"):
+    with pytest.raises(InputError, match="c.csv:3: byte .* is not UTF-8"):
         Corpus(str(tmp_path / "c.csv"), "{text}")
 
 

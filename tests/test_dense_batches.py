@@ -55,7 +55,7 @@ def test_collator(tmp_path):
     assert same[1] == same[2] == same[3] and len(set(same)) == 4
     assert tokenize(tokenizer, ["who " * 9], 5, append_eos=True)[0][-1] == tokenizer.sep_token_id
     args.key_template = "{title} {body}"
-    with pytest.raises(InputError, match="has no column 'body'; its columns are .*'title'"):
+    with pytest.raises(InputError, match="no column 'body' for .*its columns are .*'title'"):
         collator([groups[(0, True)]])
 
 

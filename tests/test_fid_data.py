@@ -140,7 +140,7 @@ TRAIN = "triviaqa-unfiltered/unfiltered-web-train.json"
     ("nq", "nq_passages/train.json", "[]", "holds one list, not a dict"),
     ("nq", "nq_passages/train.json", '{"1": []}', "question '0': has no list of passages' ids"),
     ("nq", "nq_passages/train.json", '{"0": [7]}', "question '0': has no list of passages' ids"),
-    ("nq", "nq_passages/train.json", r'{"0": ["\ud800"]}', "has no list of passages' ids"),
+    ("nq", "nq_passages/train.json", r'{"0": ["\ud800"]}', "is half of a character"),
     ("nq", "nq_passages/train.json", '{"0": ["1", "99"]}', "no passage has the id '99'"),
     ("tqa", TRAIN, "[]", 'does not begin with {"Data": ['),
     ("tqa", TRAIN, '{"Data": [1]}', "record 0: a int, not an object"),
