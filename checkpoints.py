@@ -98,7 +98,7 @@ def load_torch_file(path):
 
     Raises InputError.
     """
-    with refusing(f"{path}: not a checkpoint that can be loaded safely", "fetch it again"):
+    with refusing(f"{path}: not a checkpoint that can be loaded safely", "it may be cut off"):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
 

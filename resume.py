@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import torch
 
-from checkpoints import check_shapes, load_torch_file
+from checkpoints import check_weights, load_torch_file
 from files import new_file
 from training import Progress
 from utils import InputError, gather_lists, refusing, shorten
@@ -97,11 +97,16 @@ def restore_state(run, state):
 
     Raises InputError for a state of another model, or one with missing or wrong parts.
     """
-    anew = "leave out --resume to start anew"
-    with refusing(f"{run.out}.state: holds the weights of another model", anew):
-        check_shapes(run.unwrapped, state["model"], f"{run.out}.state")
+    path = f"{run.out}.state"
+    check_weights(state["model"], path)
+    try:
         run.unwrapped.load_state_dict(state["model"])
-    with refusing(f"{run.out}.state: its optimizer, schedule or random states are not whole", anew):
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:120]
+        raise InputError(f"{path} holds the weights of another model ({reason}); leave out "
+                         "--resume to start anew") from None
+    with refusing(f"{path}: its optimizer, schedule or random states are not whole",
+                  "leave out --resume to start anew"):
         load_optimizer(run.optimizer, state["optimizer"])
         load_scheduler(run.scheduler, state["scheduler"], state["progress"]["total_updates"])
         restore_random_states(state["random"][run.world.rank], run.world.device)

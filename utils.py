@@ -54,7 +54,7 @@ def refusing(problem, remedy):
         yield
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # of any of those kinds
         raise InputError(f"{problem} ({first_line(error)}); {remedy}") from error
 
 
