@@ -215,6 +215,9 @@ DOCUMENTS = [{"_id": f"d{i}", "title": f"T{i}", "text": f"text number {i}"} for 
 QUERIES = [{"_id": f"q{i}", "text": f"who is it {i}"} for i in range(3)]
 NQ = ["who was it\t['a', \"b's\"]", "where\t['c']", '"what ""is"" it"\t"[\'d\', ""e""]"']
 TABLE = ["id\tquestion", "q0\twho is it 0", 'q1\t"who" is it']
+COMMA_TABLE = ["id,question,answers", '1,"who, where","[""a"", ""b""]"', "2,who wrote it,a baker",
+               '3,"two', 'lines",it']
+COMMA_PASSAGES = ["id,title,text", '1,T,"the first, with a comma"', '2,U,"the', 'second"', "3,V,x"]
 PASSAGES = ["id\ttext\ttitle", "1\tthe first\tT", '2\t"the ""second"""\tU', "3\tthe third\tV"]
 RUN = ["q0 Q0 d0 1 3.5 x", "q0 Q0 d2 2 3 x", "q1 Q0 d1 1 -1e-3 x"]
 TREC = ["q0 0 d0 1", "q0 0 d1 0", "q1 0 d2 2.5", "q2 0 d4 1"]
@@ -328,6 +331,7 @@ READERS = {
                   count_lines),
     "DPR's csv": ("q.csv", NQ, lambda path: count_writable(read_questions(path)), count_lines),
     "table": ("q.tsv", TABLE, lambda path: count_writable(read_questions(path)), count_rows),
+    "comma table": ("q.csv", COMMA_TABLE, lambda path: count_writable(read_questions(path)), None),
     "queries": ("q.jsonl", QUERIES, lambda path: read_unique_questions([path]), None),
     "JSON": ("r.jsonl", RECORDS, lambda path: count_writable(read_json(path)), count_lines),
     "lines": ("r.jsonl", RECORDS, lambda path: len(list(read_lines(path))), count_lines),
@@ -335,6 +339,7 @@ READERS = {
     "corpus": ("c.jsonl", DOCUMENTS, read_whole_corpus, count_lines),
     "corpus list": ("c.json", [DOCUMENTS], read_whole_corpus, count_items),
     "corpus table": ("c.tsv", PASSAGES, read_whole_corpus, count_rows),
+    "corpus with commas": ("c.csv", COMMA_PASSAGES, read_whole_corpus, None),
     "TREC qrels": ("q.qrels", TREC, read_qrels, count_pairs),
     "BEIR qrels": ("q.tsv", BEIR, read_qrels, None),
     "JSON qrels": ("q.jsonl", JSON_QRELS, read_qrels, None),
