@@ -87,6 +87,9 @@ def write_index(index, path):
 
 def read_index(path, count):
     """The faiss index of a file, of `count` vectors. Raises InputError if it is broken."""
+    # a size that is broken would be filled with zeros for minutes; what is read is no larger than
+    # the file, and what faiss computes (IVF-PQ's table) no larger than 2 GiB
+    faiss.set_deserialization_vector_byte_limit(os.path.getsize(path) + 2 ** 31)
     try:
         index = faiss.read_index(path)
     except (RuntimeError, MemoryError) as error:  # MemoryError: a size in it is mangled
