@@ -218,8 +218,11 @@ def test_a_dead_process_ends_the_run(tiny, records_file, tmp_path):
 # ---------------------------------------------------------------- evaluation
 
 def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
-    run("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST, "--t5_name", tiny,
-        "--epochs", 1)
+    out, _ = run("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST, "--t5_name",
+                 tiny, "--epochs", 1, "--warmup_ratio", 0.3)
+    assert "11 in all, 4 of warm-up" in out
+    assert "warning: no dev question was answered right" in out
+    assert f"note: {records_file} is the training file too" in out
     out, _ = run("test.py", tmp_path / "m", records_file, "--num_contexts", 0, 2, "--max_length",
                  50, "--pred", tmp_path / "p.jsonl", "--scores", tmp_path / "s.jsonl",
                  "--num_beams", 2)
@@ -241,8 +244,13 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
         assert [c["retrieval_score"] for c in after["ctxs"][:2]] == given_scores
         assert after["ctxs"][2] == before["ctxs"][2]  # not read, not scored
         assert all(-100 < c["score"] < 100 for c in after["ctxs"][:2])
-    out, _ = run("test.py", tiny, records_file)
+    # without answers: a look at the first predictions
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"question": f"who {i}"}) + "\n" for i in range(5)))
+    out, _ = run("test.py", tiny, questions)
     assert "does not tell its num_contexts; taking 5" in out
+    assert "warning: 0 of 5 records" in out
+    assert [f"who {i} -> " in out for i in range(5)] == [True, True, True, False, False]
 
 
 # ---------------------------------------------------------------- bad input
