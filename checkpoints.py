@@ -12,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
@@ -257,26 +258,51 @@ def claim_folder(out, resume, overwrite, world):
     if not world.is_main:
         yield
         return
-    check_claim(out, resume, overwrite)
+    is_new = not os.path.exists(out)
+    descriptor = lock_output(out)
     try:
-        os.makedirs(out, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
-        if not os.access(out, os.W_OK):
-            raise PermissionError("its permissions forbid it")
-    except OSError as error:
-        raise unwritable(out, error, "choose another path") from None
-    try:
-        await_folder(descriptor, out)
-        finish_saving(out)
+        try:
+            check_claim(out, resume, overwrite)
+            finish_saving(out)
+        except OSError as error:
+            raise unwritable(out, error, "choose another path") from None
         for path in (f"{out}.state", f"{out}.jsonl"):
             remove_leftovers(os.path.realpath(path))
         if resume and not os.path.exists(f"{out}.state"):
             world.log(f"note: there is no {out}.state to resume from; starting anew")
         yield
     finally:
+        if is_new:
+            with suppress(OSError):
+                os.rmdir(out)  # if nothing was saved
         os.close(descriptor)
-        with suppress(OSError):
-            os.rmdir(out)  # if nothing was saved
+
+
+def lock_output(out):
+    """The descriptor of the folder OUT, made if need be, whose lock this process then holds.
+
+    Raises InputError if it cannot be written, or another run holds the lock for ten seconds: a
+    killed run's loader processes notice it only after some seconds, and keep the lock till then.
+    """
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise InputError(f"{out}: is a file, the model goes into a folder; choose another path")
+    for _ in range(20):
+        try:
+            os.makedirs(out, exist_ok=True)
+            descriptor = os.open(out, os.O_RDONLY)
+            if not os.access(out, os.W_OK):
+                raise PermissionError("its permissions forbid it")
+        except OSError as error:
+            raise unwritable(out, error, "choose another path") from None
+        is_locked = take_lock(descriptor, without_locks=True)
+        # the run before may have removed the folder that was opened
+        if is_locked and os.path.exists(out) and os.path.samestat(os.fstat(descriptor),
+                                                                  os.stat(out)):
+            return descriptor
+        os.close(descriptor)
+        time.sleep(0.5)
+    raise InputError(f"{out}: another run is writing there; wait for its end, or choose another "
+                     "folder")
 
 
 def check_claim(out, resume, overwrite):
@@ -285,42 +311,33 @@ def check_claim(out, resume, overwrite):
     """
     if resume and overwrite:
         raise InputError("--resume goes on with a run, --overwrite starts anew; leave one out")
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise InputError(f"{out}: is a file, the model goes into a folder; choose another path")
-    names = os.listdir(out) if os.path.isdir(out) else []
-    holds_checkpoint = "files" in read_args(out) or ".writing" in names
+    names = os.listdir(out)
+    holds_checkpoint = list_checkpoint(out) is not None or ".writing" in names
     if names and not holds_checkpoint:
+        if "versions" in read_args(out):
+            raise InputError(f"{out}: was written by an earlier version of this code, which did "
+                             "not list its files; choose another folder, or delete this one")
         raise InputError(f"{out}: holds files that no run has written, such as {min(names)}; they "
                          "are not touched: choose another folder")
-    if not is_log(f"{out}.jsonl"):
-        raise InputError(f"{out}.jsonl: is no log of a run, and the run would replace it; choose "
-                         "another name for the folder")
+    for path, mark in ((f"{out}.state", b"PK"), (f"{out}.jsonl", b'"loss_curve"')):
+        if not holds_mark(path, mark):
+            raise InputError(f"{path}: is no file of a run, and the run would replace it; choose "
+                             "another name for the folder")
     is_used = holds_checkpoint or os.path.exists(f"{out}.state")
     if is_used and not (resume or overwrite):
         raise InputError(f"{out}: holds an earlier run; --resume goes on with it, --overwrite "
                          "replaces it, or choose another folder")
 
 
-def is_log(path):
-    """True if the log of a run may be written there: there is one, an empty file, or none."""
+def holds_mark(path, mark):
+    """True if a file's first line holds these bytes, or there is no file, or an empty one."""
     if not os.path.exists(path):
         return True
+    if not os.path.isfile(path):
+        return False
     with open(path, "rb") as file:
-        first_line = file.readline(10 ** 6)
-    return not first_line or b'"loss_curve"' in first_line
-
-
-def await_folder(descriptor, out):
-    """Locks an open folder. Raises InputError if another run keeps its lock for ten seconds.
-
-    A killed run's loader processes notice it only after some seconds, and keep the lock till then.
-    """
-    for _ in range(20):
-        if take_lock(descriptor):
-            return
-        time.sleep(0.5)
-    raise InputError(f"{out}: another run is writing there; wait for its end, or choose another "
-                     "folder")
+        line = file.readline(10 ** 6)
+    return not line or mark in line
 
 
 def save_checkpoint(folder, info, *writers):
@@ -337,24 +354,44 @@ def save_checkpoint(folder, info, *writers):
         os.makedirs(temporary)
         for writer in writers:
             writer(temporary)
-        write_json(os.path.join(temporary, "args.json"), info | {"files": list_files(temporary)})
+        files = list_files(temporary)
+        for path in files:  # onto the disk, before args.json says that they are whole
+            with open(os.path.join(temporary, path), "rb") as file:
+                os.fsync(file.fileno())
+        write_json(os.path.join(temporary, "args.json"), info | {"files": files})
         finish_saving(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise unwritable(folder, error, "choose another path or make room") from None
 
 
 def finish_saving(folder):
     """Moves a whole checkpoint from FOLDER/.writing to its place; removes one that is not whole."""
     temporary = os.path.join(folder, ".writing")
-    if os.path.exists(os.path.join(temporary, "args.json")):  # it was written last
-        files = read_args(temporary)["files"]
+    files = list_checkpoint(temporary)
+    if files is not None:  # args.json was written last
         move_files(temporary, folder, [path for path in list_files(temporary)
                                        if path != "args.json"])
-        for path in read_args(folder).get("files", []):
+        for path in list_checkpoint(folder) or []:
             if path not in files:
                 remove_file(folder, path)
         move_files(temporary, folder, ["args.json"])
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def list_checkpoint(folder):
+    """The paths, relative to the folder, that its args.json lists as the checkpoint's files; None
+    if there is no such list.
+
+    Raises InputError for a list of anything else, such as files of another folder.
+    """
+    files = read_args(folder).get("files")
+    if files is None:
+        return None
+    are_paths = isinstance(files, list) and all(isinstance(path, str) for path in files)
+    if not are_paths or any(os.path.isabs(path) or ".." in path.split("/") for path in files):
+        raise InputError(f"{folder}/args.json: 'files' must list files of the folder, it is "
+                         f"{shorten(files)}; choose another folder")
+    return files
 
 
 def remove_file(folder, path):

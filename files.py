@@ -2,6 +2,7 @@
 not at all.
 """
 import codecs
+import csv
 import fcntl
 import glob
 import gzip
@@ -18,9 +19,10 @@ from utils import InputError, first_line
 # every escape of a JSON text, from left to right; the group is a half of a character that stands
 # alone: no text file can hold it, and no tokenizer reads it
 ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)")
+CELL_LIMIT = 2 ** 24  # characters: a quote that nothing closes must not take in a file of gigabytes
 LARGEST = 3.4e38  # of the numbers that float32 holds, in which scores are computed
 
-STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # and their descriptors
+STREAM = re.compile(r"/dev/std(?:out|err)|/(?:dev|proc/self)/fd/\d+")
 
 # ---------------------------------------------------------------- reading
 
@@ -164,6 +166,29 @@ def to_number(value):
     return number
 
 
+# ---------------------------------------------------------------- tables
+
+def choose_delimiter(first_line):
+    """A tab or, in a first line that has commas and no tabs, a comma."""
+    return "," if "," in first_line and "\t" not in first_line else "\t"
+
+
+def read_cells(lines, delimiter, strict=False):
+    """A csv.reader of texts that end where lines do."""
+    csv.field_size_limit(CELL_LIMIT)
+    # people write `1, "a title", a text` with blanks behind the commas
+    return csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter == ",", strict=strict)
+
+
+def check_quotes(cells, delimiter, location):
+    """Raises InputError for a tab-separated cell that holds tabs and line ends: it is, by all odds,
+    a quote that nothing closes with the rows behind it.
+    """
+    if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+        raise InputError(f"{location}: a quote opens a cell that takes in the rows behind it; a "
+                         "cell that holds quotes is put in quotes, and they are written twice")
+
+
 # ---------------------------------------------------------------- writing
 
 @contextmanager
@@ -177,10 +202,7 @@ def new_file(path, mode="w"):
     encoding = None if "b" in mode else "utf-8"
     try:
         if is_stream(path):
-            # standard streams by their descriptor: a file opened anew would have a position of its
-            # own, and overwrite what is printed
-            descriptor = os.dup(STREAMS[path]) if path in STREAMS else path
-            with open(descriptor, mode, encoding=encoding) as file:
+            with open(stream_descriptor(path), mode, encoding=encoding) as file:
                 yield file
             return
         path = os.path.realpath(path)
@@ -201,6 +223,8 @@ def new_file(path, mode="w"):
             os.fsync(file.fileno())
             os.replace(temporary, path)
     except OSError as error:
+        if error.filename not in (None, temporary):
+            raise  # of another file, which the caller was reading
         raise unwritable(path, error, "choose another path or make room") from None
     finally:
         if os.path.exists(temporary):
@@ -212,8 +236,20 @@ def is_stream(path):
 
     /dev/stdout is one even where the shell has redirected it to a file.
     """
-    is_file_or_folder = os.path.isfile(path) or os.path.isdir(path)
-    return path in STREAMS or os.path.exists(path) and not is_file_or_folder
+    if STREAM.fullmatch(path):
+        return True
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def stream_descriptor(path):
+    """What to open for a stream: a copy of the descriptor that its path names, or the path.
+
+    A redirected stream opened anew would have a position of its own, and overwrite what is printed.
+    """
+    if not STREAM.fullmatch(path):
+        return path
+    name = path.split("/")[-1]
+    return os.dup({"stdout": 1, "stderr": 2}.get(name) or int(name))
 
 
 def open_temporary(path, mode, encoding):
@@ -236,34 +272,38 @@ def remove_leftovers(path):
             with open(leftover, "r+b") as file:
                 if take_lock(file):
                     os.remove(leftover)
-        except FileNotFoundError:
-            pass  # its writer has just finished
+        except OSError:
+            pass  # its writer has just finished, or it is another user's
 
 
-def take_lock(file, wait=False):
-    """Locks an open file until it is closed, or its process ends.
+def take_lock(file, wait=False, without_locks=False):
+    """Locks an open file or folder until it is closed, or its process ends.
 
-    Returns False if another process holds the lock and is not waited for, or the file system knows
-    no locks.
+    Returns False if another process holds the lock and is not waited for, and `without_locks` on a
+    file system that knows no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return without_locks
     return True
 
 
 def unwritable(path, error, remedy):
     """The InputError for a path that cannot be written."""
-    return InputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
+    return InputError(f"{path}: cannot be written ({first_line(error)}); {remedy}")
 
 
 def check_paths(outputs, inputs):
-    """Raises InputError for an output whose folder cannot be written, or that is also an input.
+    """Raises InputError for an output whose folder cannot be written, or that is also an input or
+    another output.
 
     Paths that are None or empty are left out.
     """
     real_inputs = {os.path.realpath(path) for path in inputs if path}
+    real_outputs = set()
     for path in filter(None, outputs):
         real_path = os.path.realpath(path)
         if is_stream(path):
@@ -271,6 +311,9 @@ def check_paths(outputs, inputs):
         if real_path in real_inputs:
             raise InputError(f"{path}: is read by this command too, and would be replaced; choose "
                              "another name")
+        if real_path in real_outputs:
+            raise InputError(f"{path}: two outputs have this name; choose another one")
+        real_outputs.add(real_path)
         if os.path.isdir(path):
             raise InputError(f"{path}: is a folder; choose another name")
         if not os.access(os.path.dirname(real_path), os.W_OK):
@@ -320,13 +363,9 @@ def lock(folder):
         raise InputError(f"{folder}: is not whole yet, and cannot be written ({error.strerror}); "
                          "give another --index folder") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(file, without_locks=True):
             print(f"{folder}: another process is making it; waiting", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks
+            take_lock(file, wait=True)
         yield
 
 

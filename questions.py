@@ -9,10 +9,17 @@ import ast
 import csv
 import json
 import os
-import sys
 from typing import NamedTuple
 
-from files import decode_line, read_json, read_lines, to_number
+from files import (
+    check_quotes,
+    choose_delimiter,
+    decode_line,
+    read_cells,
+    read_json,
+    read_lines,
+    to_number,
+)
 from utils import InputError, shorten
 
 ID_FIELDS = ("id", "_id", "query_id", "qid")
@@ -287,10 +294,12 @@ def decode_lines(path):
     return lines
 
 
-def split_cells(line, separator="\t"):
-    """The cells of a line of a table, quoted as csv does; [] of an empty line."""
-    csv.field_size_limit(sys.maxsize)  # a document may be longer than csv's 131,072 characters
-    return next(csv.reader([line], delimiter=separator), [])
+def split_line(line, separator, location):
+    """The cells of a line, which need not be quoted as csv does. Raises InputError."""
+    try:
+        return next(read_cells([line], separator), [])
+    except csv.Error as error:
+        raise InputError(f"{location}: cannot be split into cells ({error})") from None
 
 
 def split_header(line, location):
@@ -299,8 +308,8 @@ def split_header(line, location):
     A header names a question, and an id or answers unless it is the only column. Raises InputError
     for one that names no question, or a column twice.
     """
-    separator = "," if "," in line and "\t" not in line else "\t"
-    names = [cell.strip().lower() for cell in split_cells(line, separator)]
+    separator = choose_delimiter(line)
+    names = [cell.strip().lower() for cell in split_line(line, separator, location)]
     has_question = any(name in TEXT_FIELDS for name in names)
     has_others = any(name in ID_COLUMNS + ANSWER_COLUMNS for name in names)
     if has_others and not has_question:
@@ -320,8 +329,7 @@ def read_named_columns(path, lines, names, separator):
 
     Raises InputError.
     """
-    reader = csv.reader((line + "\n" for line in lines), delimiter=separator,
-                        skipinitialspace=True, strict=True)
+    reader = read_cells((line + "\n" for line in lines), separator, strict=True)
     rows = []
     while True:
         location = f"{path}:{reader.line_num + 1}"
@@ -338,6 +346,7 @@ def read_named_columns(path, lines, names, separator):
             name = "comma" if separator == "," else "tab"
             raise InputError(f"{location}: {len(cells)} columns, the header names {len(names)}; "
                              f"put a cell that holds a {name} in double quotes, or mend the line")
+        check_quotes(cells, separator, location)
         rows.append((named_record(names, cells, location), location))
 
 
@@ -348,7 +357,7 @@ def named_record(names, cells, location):
     Raises InputError.
     """
     record = {name: cell.strip() for name, cell in zip(names, cells) if name and cell.strip()}
-    identifier = next((record[name] for name in ID_COLUMNS if name in record), None)
+    identifier = next((record[name] for name in ID_FIELDS if name in record), None)
     if identifier is not None:
         record["id"] = identifier
     answers = next((record[name] for name in ANSWER_COLUMNS if name in record), None)
@@ -369,13 +378,14 @@ def parse_two_columns(line, path, location):
         raise InputError(f"{location}: one column instead of two: question and answers, or id and "
                          "text, with a tab between them; one column, or commas, need a header line "
                          "such as question,answer")
-    cells = split_cells(line)
+    cells = split_line(line, "\t", location)
     if len(cells) == 2 and holds_answers(cells[1], path):
         return {"question": cells[0], "answers": parse_answers(cells[1], location)}
     identifier, _, question = line.partition("\t")
     if len(identifier.split()) != 1:
-        raise InputError(f"{location}: the first of two columns is an id, and {identifier[:40]!r} "
-                         "is none; if it is a question, add the header line question<TAB>answer")
+        raise InputError(f"{location}: the first of two columns is an id, and "
+                         f"{shorten(identifier)} is none; if it is a question, add the header line "
+                         "question<TAB>answer")
     return {"id": identifier, "question": question}
 
 

@@ -48,6 +48,13 @@ def save_state(run):
                         "world_size": run.world.size}, file)
 
 
+def forget_replaced_state(run):
+    """Removes the state of the run that --overwrite replaces: --resume must not go on with it."""
+    path = f"{run.out}.state"
+    if run.args.overwrite and run.world.is_main and os.path.exists(path):
+        os.remove(path)
+
+
 def load_state(out, args, world, free_flags):
     """The resume state of this command, or None where there is none or --resume is not given.
 

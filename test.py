@@ -15,7 +15,7 @@ import time
 
 from checkpoints import load_tokenizer, read_training_args
 from data import note_long_passages
-from files import check_paths
+from files import check_paths, is_stream
 from model import FiDT5
 from predict import predict, summarize, write_predictions, write_scores
 from questions import note_contexts, read_records
@@ -83,7 +83,10 @@ def choose_lengths(args, log):
 def check_outputs(args):
     """Raises InputError for an output that cannot be written, or that nothing would be written to.
     """
-    check_paths([args.pred, args.scores], [args.data])
+    predictions = []
+    if args.pred:
+        predictions = [prediction_path(args, num_contexts) for num_contexts in args.num_contexts]
+    check_paths([*predictions, args.scores], [args.data])
     if args.scores == "" and not (args.pred or "").endswith(".jsonl"):
         raise InputError("--scores: name a FILE for the records, or let the name of --pred end in "
                          ".jsonl: the scores then go into the predictions")
@@ -91,7 +94,7 @@ def check_outputs(args):
 
 def prediction_path(args, num_contexts):
     """Where the predictions with that many contexts go: --pred, numbered if there are several."""
-    if len(args.num_contexts) == 1:
+    if len(args.num_contexts) == 1 or is_stream(args.pred):
         return args.pred
     stem, suffix = os.path.splitext(args.pred)
     return f"{stem}.{num_contexts}{suffix}"

@@ -32,7 +32,7 @@ from dense.gather import gather_rows
 from dense.instructions import INSTRUCTIONS
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from questions import read_queries
-from resume import load_state, restore_state, save_state
+from resume import forget_replaced_state, load_state, restore_state, save_state
 from retrieval.corpus import Corpus, open_corpus
 from retrieval.qrels import merge_qrels
 from training import (
@@ -484,6 +484,7 @@ def main(args):
     transformers.utils.logging.disable_progress_bar()
     with claim_folder(args.output_dir, args.resume, args.overwrite, world):
         run = set_up(args, world)
+        forget_replaced_state(run)
         start = time.time()
         while run.progress.total_updates < run.last_update:
             train_epoch(run)

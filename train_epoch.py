@@ -27,7 +27,7 @@ from data import (
 from model import FiDT5
 from predict import predict, summarize
 from questions import note_files, read_records
-from resume import load_state, restore_state, save_state
+from resume import forget_replaced_state, load_state, restore_state, save_state
 from training import (
     Progress,
     Run,
@@ -365,12 +365,13 @@ def main(args):
     world = start_processes(args.gpus)
     set_seed(args.seed, world.rank)
     with claim_folder(args.model, args.resume, args.overwrite, world):
-        run = set_up(args, world)
         # now, not after the training
         test = read_records(args.data_test, args.num_contexts) if args.data_test else None
+        run = set_up(args, world)
         describe(run)
         note_files([(args.data_train, run.train_set.records), (args.data_val, run.dev),
                     (args.data_test, test)], world.log)
+        forget_replaced_state(run)
         start = time.time()
         while run.progress.total_updates < run.last_update:
             train_epoch(run)

@@ -181,10 +181,10 @@ class RunLog:
             return
         rows = []
         if keep_rows and os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                rows = file.read().split("\n")[:keep_rows]
-        with new_file(path) as file:
-            file.writelines(row + "\n" for row in rows)
+            with open(path, "rb") as file:
+                rows = file.read().split(b"\n")[:keep_rows]
+        with new_file(path, "wb") as file:
+            file.writelines(row + b"\n" for row in rows)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter

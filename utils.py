@@ -236,11 +236,11 @@ class LineBar(tqdm):
     """
 
     def __init__(self, *args, steps=None, **options):
-        # delay: no line at the very start; maxinterval: none from tqdm's thread either
+        # delay: no line at the very start; maxinterval: none from tqdm's own thread
         timing = {"mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "miniters": 1}
         if steps:
             timing = {"mininterval": 0, "delay": 1e-9, "miniters": steps}
-        super().__init__(*args, maxinterval=0, leave=False, **timing, **options)
+        super().__init__(*args, maxinterval=math.inf, leave=False, **timing, **options)
 
     def display(self, msg=None, pos=None):
         if msg is None:  # else it is asked to clear the bar

@@ -49,7 +49,7 @@ def annotated_set(qrels, corpus, queries, group_size, source="the qrels"):
     return dev
 
 
-def read_dev_set(path, corpus, metrics, template, log=print):
+def read_dev_set(path, corpus, metrics, template, log):
     """DPR's records (measured by average rank), or LLM-Embedder's with pos_index or answers (by
     retrieval from the corpus).
 

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from files import read_json, to_number
-from questions import check_types, question_text, refuse_table
+from questions import LIST_FIELDS, check_types, question_text, refuse_table
 from retrieval.corpus import format_key
 from retrieval.qrels import merge_qrels
 from utils import InputError, first_line, shorten
@@ -142,8 +142,7 @@ def read_examples(path, template="{title} {text}"):
 def make_example(record, location, template):
     """The Example of a record. Raises InputError."""
     query = question_text(record, location)
-    check_types(record, location)
-    check_types(record, location, ["history"])
+    check_types(record, location, [*LIST_FIELDS, "history"])
     if record.get("positive_ctxs") is not None:  # DPR's
         pos = record["positive_ctxs"][:1]
         neg = record.get("hard_negative_ctxs") or record.get("negative_ctxs")

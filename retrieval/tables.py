@@ -10,11 +10,19 @@ import json
 import os
 from itertools import chain
 
-from files import decode_line, new_file, parse_json, read_lines
+from files import (
+    check_quotes,
+    choose_delimiter,
+    decode_line,
+    new_file,
+    parse_json,
+    read_cells,
+    read_lines,
+)
 from utils import InputError, progress_bar, shorten
 
 TEXT_COLUMNS = ("text", "contents", "content", "body")
-CELL_LIMIT = 2 ** 24  # characters: a quote that nothing closes must not take in a file of gigabytes
+READ_COLUMNS = ("title", *TEXT_COLUMNS)  # whose values must be texts
 BEGINNING = 65536     # bytes that a table's header fits into
 
 
@@ -52,7 +60,7 @@ def parse_row(line, header, path, line_number):
         if not isinstance(row, dict):
             raise InputError(f"{path}:{line_number}: a document must be a JSON object, this is a "
                              f"{type(row).__name__}")
-        for name in ("title", *TEXT_COLUMNS):
+        for name in READ_COLUMNS:
             if not isinstance(row.get(name, ""), (str, type(None))):
                 raise InputError(f"{path}:{line_number}: '{name}' must be a text, it is "
                                  f"{shorten(row[name])}")
@@ -78,18 +86,6 @@ def name_cells(cells, header, location):
         raise InputError(f"{location}: {len(cells)} columns, the header names {len(header)}; the "
                          "line may be cut off, or a cell that holds delimiters is not in quotes")
     return dict(zip(header, cells))
-
-
-def choose_delimiter(first_line):
-    """A tab or, in a first line that has commas and no tabs, a comma."""
-    return "," if "," in first_line and "\t" not in first_line else "\t"
-
-
-def read_cells(lines, delimiter, strict=False):
-    """A csv.reader of texts that end where lines do."""
-    csv.field_size_limit(CELL_LIMIT)
-    # people write `1, "a title", a text` with blanks behind the commas
-    return csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter == ",", strict=strict)
 
 
 # ---------------------------------------------------------------- plain lines
@@ -158,15 +154,6 @@ def table_rows(path):
     except csv.Error as error:
         raise InputError(f"{path}:{first}: not quoted as csv does ({error}); a cell that holds "
                          "quotes is put in quotes, and they are written twice") from None
-
-
-def check_quotes(cells, delimiter, location):
-    """Raises InputError for a tab-separated cell that holds tabs and line ends: it is, by all odds,
-    a quote that nothing closes with the rows behind it.
-    """
-    if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
-        raise InputError(f"{location}: a quote opens a cell that takes in the rows behind it; a "
-                         "cell that holds quotes is put in quotes, and they are written twice")
 
 
 def decode_lines(path):

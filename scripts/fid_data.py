@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from files import new_file, open_text, parse_json, read_json
+from files import new_file, open_text, read_json, read_settings
 from questions import gold_answers, question_text
 from retrieval.corpus import Corpus
 from utils import HelpFormatter, InputError, progress_bar, run_script
@@ -69,17 +69,6 @@ def open_input(path):
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); "
                          "fetch it again") from None
-
-
-def read_whole(path, kind):
-    """The list or dict that a JSON file holds. Raises InputError if it holds anything else."""
-    with open_input(path) as file:
-        text = file.read()
-    content = parse_json(text, path, 1)
-    if not isinstance(content, kind):
-        raise InputError(f"{path}: holds one {type(content).__name__}, not a {kind.__name__}; "
-                         "fetch it again")
-    return content
 
 
 def read_items(path):
@@ -174,10 +163,10 @@ def make_records(dataset, split, originals, corpus, folder):
     Raises InputError where index, ids of passages, originals and corpus do not belong together.
     """
     index_path, ids_path, original_path = input_paths(dataset, split, folder)
-    index = read_whole(index_path, list)
+    index = read_settings(index_path, list)
     if not index:
         raise InputError(f"{index_path}: names no question; fetch it again")
-    passage_ids = read_whole(ids_path, dict)
+    passage_ids = read_settings(ids_path)
     for position, original_index in enumerate(progress_bar(index, desc=f"{dataset.name} {split}")):
         location = f"{index_path}, entry {position}"
         # not isinstance: true is an int too

@@ -33,6 +33,7 @@ SENTENCE_END = re.compile(r"""
     | \n (?= \s* (?: [-*+•] | \d+[.)] ) \s )
 """, re.VERBOSE)
 HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)  # markdown's
+FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)  # code
 UNDERLINED = re.compile(r"^(\S.*)\n=+[ \t]*$", re.MULTILINE)  # markdown's other form of a heading
 
 HTML_HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
@@ -65,10 +66,16 @@ def read_plain(path):
 def read_markdown(path):
     """(title, sections) of a markdown file; the title is its first heading."""
     with open(path, encoding="utf-8-sig") as file:
-        text = UNDERLINED.sub(r"# \1", file.read())
+        text = FENCED.sub(indent, file.read())  # code's comments are no headings
+    text = UNDERLINED.sub(r"# \1", text)
     before, *parts = HEADING.split(text)  # text, heading, text, heading, text ...
     sections = [("", before), *zip(parts[::2], parts[1::2])]
     return next(iter(parts), None), sections
+
+
+def indent(match):
+    """Code with its lines indented, which keeps them from being headings."""
+    return match[0].replace("\n", "\n    ")
 
 
 def read_html(path):
@@ -81,6 +88,8 @@ def read_html(path):
         parser.close()
     except AssertionError as error:  # html.parser's, of a declaration that it does not know
         raise ValueError(f"not HTML: {error}") from None
+    if parser.unread:
+        raise ValueError(f"nothing ends its <{parser.unread[0]}>, which is not read")
     sections = [(heading, text) for _, heading, text in parser.sections]
     first_h1 = next((heading for tag, heading, _ in parser.sections if tag == "h1"), "")
     return parser.title.strip() or first_h1, sections
@@ -169,9 +178,10 @@ def cut_passages(sections, max_words):
             passages.append(" ".join(words))
             words = []
         words += sentence
-        while len(words) > max_words:  # a sentence that is longer than a passage
-            passages.append(" ".join(words[:max_words]))
-            words = words[max_words:]
+        last_start = (len(words) - 1) // max_words * max_words
+        for start in range(0, last_start, max_words):  # a sentence that is longer than a passage
+            passages.append(" ".join(words[start:start + max_words]))
+        words = words[last_start:]
     if words:
         passages.append(" ".join(words))
     return passages

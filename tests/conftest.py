@@ -125,8 +125,8 @@ def run(script, *args, processes=1, code=0, cwd=None):
 # A process that has imported what the scripts need, which takes 5 s, and forks for each run. A
 # request is a line of JSON, the reply the exit code.
 SERVER = """
-import json, os, runpy, signal, sys
-import bm25s, faiss, torch, torch.distributed, torch.utils.data, transformers
+import json, os, random, runpy, signal, sys
+import bm25s, numpy, faiss, torch, torch.distributed, torch.utils.data, transformers
 from transformers import AutoModel, AutoTokenizer, BertModel, T5ForConditionalGeneration
 
 replies = os.fdopen(os.dup(1), "w")
@@ -135,6 +135,8 @@ while line := sys.stdin.readline():
     child = os.fork()
     if child == 0:
         signal.alarm(300)
+        random.seed()  # as in a new process
+        numpy.random.seed()
         for number, path in enumerate([os.devnull, request["stdout"], request["stderr"]]):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(request["cwd"])

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from checkpoints import claim_folder, finish_saving, save_checkpoint
 from conftest import run
@@ -72,7 +73,7 @@ def test_an_earlier_run_is_replaced_only_when_told(out, tmp_path, capsys):
     assert "no {} to resume from".format(f"{out}.state") in capsys.readouterr().out
     with pytest.raises(InputError, match="leave one out"):
         claim(out, resume=True, overwrite=True)
-    (tmp_path / "new.state").write_text("a state without a model")
+    torch.save({}, tmp_path / "new.state")  # a state without a model
     with pytest.raises(InputError, match="holds an earlier run"):
         claim(tmp_path / "new")
 
@@ -80,20 +81,57 @@ def test_an_earlier_run_is_replaced_only_when_told(out, tmp_path, capsys):
 def test_training_data_beside_the_folder_is_no_log(tmp_path):
     data = tmp_path / "train.jsonl"
     data.write_text(json.dumps({"question": "who", "answers": ["x"]}) + "\n")
-    with pytest.raises(InputError, match="train.jsonl: is no log of a run"):
+    with pytest.raises(InputError, match="train.jsonl: is no file of a run"):
         claim(tmp_path / "train", overwrite=True)
     data.write_text(json.dumps({"update": 1, "loss_curve": [1.0]}) + "\n")
     claim(tmp_path / "train")  # a run that was killed before it saved anything
+
+
+@pytest.mark.parametrize("name", ["run.state", "run.jsonl"])
+def test_what_lies_beside_the_folder_is_a_runs(name, tmp_path):
+    path = tmp_path / name
+    path.mkdir()
+    with pytest.raises(InputError, match=f"{name}: is no file of a run"):
+        claim(tmp_path / "run", overwrite=True)
+    path.rmdir()
+    path.write_text("my notes")
+    with pytest.raises(InputError, match=f"{name}: is no file of a run"):
+        claim(tmp_path / "run", overwrite=True)
+    assert path.read_text() == "my notes" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("files", [["../precious.txt"], ["/etc/hosts"], [1], {"a": 1}, "all"])
+def test_args_json_names_files_of_its_folder_only(files, out):
+    (out / "args.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(InputError, match="args.json: 'files' must list files of the folder"):
+        claim(out, overwrite=True)
+
+
+def test_a_folder_of_an_earlier_version_is_told(out):
+    (out / "args.json").write_text(json.dumps({"versions": {}, "args": {}}))
+    with pytest.raises(InputError, match="by an earlier version of this code"):
+        claim(out, overwrite=True)
+
+
+def test_a_full_disk_is_told(out, monkeypatch):
+    def fail(folder):
+        raise SafetensorError("No space left on device")
+    with pytest.raises(InputError, match="cannot be written .*No space left"):
+        save_checkpoint(str(out), {}, fail)
 
 
 def test_two_runs_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoints.time.sleep", lambda seconds: None)
     out = tmp_path / "out"
     with claim_folder(str(out), False, False, WORLD):
-        with pytest.raises(InputError, match="another run is writing there"):
-            claim(out)
-    claim(out)
+        for _ in range(2):  # the first that is refused lets no other in
+            with pytest.raises(InputError, match="another run is writing there"):
+                claim(out)
+            assert out.exists()
     assert not out.exists()  # nothing was saved, nothing is left
+    out.mkdir()
+    claim(out)
+    assert out.exists()  # the user's folder, though empty
 
 
 def test_a_claim_removes_what_killed_runs_left(out):
@@ -117,27 +155,26 @@ def test_a_checkpoint_replaces_its_own_files_only(out):
     assert args == {"best": 2, "files": ["config.json", "model.safetensors"]}
 
 
-@pytest.mark.parametrize("kill_at", range(4))
+@pytest.mark.parametrize("kill_at", range(5))
 def test_a_killed_save_is_finished_or_has_not_begun(kill_at, out, monkeypatch):
-    """Killed at each of the moves (of two files, the removal, args.json)."""
+    """Killed before each change of the folder: two files are moved, two removed, args.json moved.
+    """
     class Killed(BaseException):
         pass
 
-    def die(*_):
-        raise Killed
+    changes = []
 
-    moves = []
-    real_replace = os.replace
+    def dying(change):
+        def die_or_change(*paths):
+            if ".writing" not in str(paths[-1]):
+                if len(changes) == kill_at:
+                    raise Killed
+                changes.append(paths)
+            change(*paths)
+        return die_or_change
 
-    def replace(source, target):
-        moves.append(target)
-        if ".writing" not in str(target) and kill_at == 0:
-            die()
-        real_replace(source, target)
-        if len([m for m in moves if ".writing" not in str(m)]) == kill_at:
-            die()
-
-    monkeypatch.setattr("files.os.replace", replace)
+    monkeypatch.setattr("files.os.replace", dying(os.replace))
+    monkeypatch.setattr("checkpoints.os.remove", dying(os.remove))
     with pytest.raises(Killed):
         save_checkpoint(str(out), {"best": 2}, write_files("config.json", "model.safetensors"))
     monkeypatch.undo()

@@ -77,11 +77,11 @@ def test_dev_sets_that_cannot_be_measured(record, metrics, message, tmp_path):
     path = tmp_path / "dev.jsonl"
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(InputError, match=message) as error:
-        read_dev_set(path, FiveDocuments(range(5)), metrics, "{title} {text}")
+        read_dev_set(path, FiveDocuments(range(5)), metrics, "{title} {text}", print)
     assert f"{path}:1" in str(error.value)
     if "positive_ctxs" not in record:
         with pytest.raises(InputError):
-            read_dev_set(path, None, metrics, "{title} {text}")
+            read_dev_set(path, None, metrics, "{title} {text}", print)
 
 
 def test_average_rank_pools_a_positive_and_thirty_of_each_kind(tmp_path):
@@ -89,7 +89,7 @@ def test_average_rank_pools_a_positive_and_thirty_of_each_kind(tmp_path):
     record = {"question": "q", "positive_ctxs": passages[:2], "hard_negative_ctxs": passages[2:40],
               "negative_ctxs": passages[40:]}
     (tmp_path / "dev.json").write_text(json.dumps([record, {"question": "r", "positive_ctxs": []}]))
-    dev = read_dev_set(tmp_path / "dev.json", None, ["mrr"], "{text}")
+    dev = read_dev_set(tmp_path / "dev.json", None, ["mrr"], "{text}", print)
     assert dev.queries == ["q"]
     assert dev.pools == [["0"] + [str(i) for i in (*range(2, 32), *range(40, 70))]]
 

@@ -1,5 +1,6 @@
 """files.py: files that are whole or not there, what killed processes leave, links and streams."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from conftest import ROOT, command, run
-from files import check_paths, new_file
+from files import check_paths, new_file, remove_leftovers
 from utils import InputError
 
 # starts to write a file, says so, and waits to be killed
@@ -70,16 +71,16 @@ def test_a_pipe_is_written_to(tmp_path):
     os.close(reader)
 
 
-@pytest.mark.parametrize("is_piped", [True, False])
-def test_predictions_to_stdout(is_piped, tiny, records_file, tmp_path):
+@pytest.mark.parametrize("is_piped, path", [(True, "/dev/stdout"), (False, "/dev/fd/1")])
+def test_predictions_to_stdout(is_piped, path, tiny, records_file, tmp_path):
     """/dev/stdout stays what it is, and a file that the shell redirects it to keeps the log."""
-    line = command("test.py", tiny, records_file, "--pred", "/dev/stdout", "--num_contexts", 1)
+    line = command("test.py", tiny, records_file, "--pred", path, "--num_contexts", 1)
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.run(line, stdout=subprocess.PIPE if is_piped else log, check=True,
                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
     text = process.stdout.decode() if is_piped else (tmp_path / "log").read_text()
     assert text.index("11 questions") < text.index("\n0\t") < text.index("\n10\t")
-    assert "predictions in /dev/stdout" in text
+    assert f"predictions in {path}" in text
 
 
 def test_outputs_are_checked_before_the_work(tmp_path):
@@ -89,6 +90,28 @@ def test_outputs_are_checked_before_the_work(tmp_path):
     for path in (data, tmp_path / "." / "data.json", tmp_path, tmp_path / "none" / "x"):
         with pytest.raises(InputError, match="choose another name"):
             check_paths([str(path)], [str(data)])
+
+
+def test_two_outputs_of_one_name(tmp_path):
+    with pytest.raises(InputError, match="two outputs have this name"):
+        check_paths([str(tmp_path / "a"), "/dev/stdout", "/dev/stdout", f"{tmp_path}/./a"], [])
+
+
+def test_a_leftover_of_another_user_is_left(tmp_path, monkeypatch):
+    (tmp_path / "run.77.writing").write_text("half")
+
+    def refuse(*_):
+        raise PermissionError("Permission denied")
+    monkeypatch.setattr("files.take_lock", refuse)
+    remove_leftovers(str(tmp_path / "run"))
+    assert (tmp_path / "run.77.writing").exists()
+
+
+def test_numbered_predictions_do_not_replace_the_input(tiny, records_file, tmp_path):
+    shutil.copy(records_file, tmp_path / "p.2.json")
+    _, error = run("test.py", tiny, tmp_path / "p.2.json", "--num_contexts", 1, 2, "--pred",
+                   tmp_path / "p.json", code=1)
+    assert "p.2.json: is read by this command too" in error
 
 
 def test_an_output_that_is_an_input_is_refused(tiny, records_file):

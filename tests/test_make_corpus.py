@@ -74,6 +74,19 @@ def test_markdown(tmp_path):
         "Harbour", [("", ""), ("Harbour", "\nText #1\n#tag")])
 
 
+def test_comments_in_code_are_no_headings(tmp_path):
+    (tmp_path / "a.md").write_text("Run it:\n```sh\n# install\nmake\n```\n# Title\nText\n")
+    title, sections = read_markdown(tmp_path / "a.md")
+    assert title == "Title" and len(sections) == 2
+    assert "# install" in sections[0][1]
+
+
+def test_a_page_that_is_cut_off_in_what_is_not_read(tmp_path):
+    (tmp_path / "a.html").write_text("<p>Before <noscript>lost? <p>all of this")
+    with pytest.raises(ValueError, match="nothing ends its <noscript>"):
+        read_html(tmp_path / "a.html")
+
+
 def test_html(tmp_path):
     page = """<!DOCTYPE html><html><head><title>The &amp;
         harbour</title><style>p {color: red}</style></head><body><nav>Home<svg><title>icon</title>

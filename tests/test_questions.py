@@ -207,6 +207,7 @@ def test_a_quoted_cell_may_hold_line_ends(tmp_path):
     (b"question,answer\n\nwho,Bob,Rob\n", "3: 3 columns, the header names 2"),
     (b'question,answer\nwho,"Bob" Ross\n', "2: a cell begins with a quote"),
     (b'question,answer\nwho,Bob\nwhat,"x\ny,z\n', "3: a cell begins with a quote"),
+    (b'question\tanswer\n"who is\tBob\nwho said hi"\tyou\n', "2: a quote opens a cell"),
     (b"question\tanswer\nwho\t['a'\n", r"2: .* is not a list of answers; write it as"),
     (b"question\tanswer\nwho\t['a', ['b']]\n", "2: .* is not a list of answers"),
     (b"question,answer\n,Bob\n", "2: no 'question'"),
