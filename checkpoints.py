@@ -258,6 +258,8 @@ def claim_folder(out, resume, overwrite, world):
     if not world.is_main:
         yield
         return
+    if not out:
+        raise InputError("the model's folder is '' or '/'; name one")
     is_new = not os.path.exists(out)
     descriptor = lock_output(out)
     try:
@@ -355,9 +357,12 @@ def save_checkpoint(folder, info, *writers):
         for writer in writers:
             writer(temporary)
         files = list_files(temporary)
-        for path in files:  # onto the disk, before args.json says that they are whole
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in files:
             with open(os.path.join(temporary, path), "rb") as file:
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # before args.json says that it is whole
+                os.fchmod(file.fileno(), 0o666 & ~umask)  # safetensors' are for their owner alone
         write_json(os.path.join(temporary, "args.json"), info | {"files": files})
         finish_saving(folder)
     except (OSError, SafetensorError) as error:

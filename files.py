@@ -130,7 +130,7 @@ def decode_line(line, path, line_number, keep_end=False):
         return text if keep_end else text.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}:{line_number}: byte {error.start + 1} of the line is not UTF-8; "
-                         "save the file in UTF-8") from None
+                         "save the file in UTF-8 (a spreadsheet as \"CSV UTF-8\")") from None
 
 
 def read_lines(path):
@@ -169,15 +169,21 @@ def to_number(value):
 # ---------------------------------------------------------------- tables
 
 def choose_delimiter(first_line):
-    """A tab or, in a first line that has commas and no tabs, a comma."""
-    return "," if "," in first_line and "\t" not in first_line else "\t"
+    """A tab or, in a first line without tabs, a comma or semicolon, whichever it has more of.
+
+    Spreadsheet programs write semicolons where the comma is the decimal point.
+    """
+    commas, semicolons = first_line.count(","), first_line.count(";")
+    if "\t" in first_line or not commas + semicolons:
+        return "\t"
+    return "," if commas >= semicolons else ";"
 
 
 def read_cells(lines, delimiter, strict=False):
     """A csv.reader of texts that end where lines do."""
     csv.field_size_limit(CELL_LIMIT)
     # people write `1, "a title", a text` with blanks behind the commas
-    return csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter == ",", strict=strict)
+    return csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter != "\t", strict=strict)
 
 
 def check_quotes(cells, delimiter, location):
@@ -297,8 +303,8 @@ def unwritable(path, error, remedy):
 
 
 def check_paths(outputs, inputs):
-    """Raises InputError for an output whose folder cannot be written, or that is also an input or
-    another output.
+    """Raises InputError for an output whose folder cannot be written, or that is also an input, in
+    an input's folder, or another output.
 
     Paths that are None or empty are left out.
     """
@@ -311,6 +317,10 @@ def check_paths(outputs, inputs):
         if real_path in real_inputs:
             raise InputError(f"{path}: is read by this command too, and would be replaced; choose "
                              "another name")
+        if any(real_path.startswith(f"{folder}{os.sep}") for folder in filter(os.path.isdir,
+                                                                              real_inputs)):
+            raise InputError(f"{path}: lies in a folder that this command reads; choose another "
+                             "one")
         if real_path in real_outputs:
             raise InputError(f"{path}: two outputs have this name; choose another one")
         real_outputs.add(real_path)

@@ -343,7 +343,7 @@ def read_named_columns(path, lines, names, separator):
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) != len(names):
-            name = "comma" if separator == "," else "tab"
+            name = {",": "comma", ";": "semicolon"}.get(separator, "tab")
             raise InputError(f"{location}: {len(cells)} columns, the header names {len(names)}; "
                              f"put a cell that holds a {name} in double quotes, or mend the line")
         check_quotes(cells, separator, location)

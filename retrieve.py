@@ -1,4 +1,4 @@
-"""Retrieves: from a corpus and questions to ranked contexts, measures and mined negatives.
+r"""Retrieves: from a corpus and questions to ranked contexts, measures and mined negatives.
 
     python retrieve.py --retrieval_method bm25 --corpus psgs_w100.tsv \
         --eval_data nq-dev.json --output dev.json --metrics nq

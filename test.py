@@ -1,4 +1,4 @@
-"""Evaluates a reader checkpoint: exact match, F1, predictions, cross-attention scores.
+r"""Evaluates a reader checkpoint: exact match, F1, predictions, cross-attention scores.
 
     python test.py OUT test.json
     python test.py OUT test.json --num_contexts 1 5 10 --pred predictions.tsv
@@ -86,7 +86,10 @@ def check_outputs(args):
     predictions = []
     if args.pred:
         predictions = [prediction_path(args, num_contexts) for num_contexts in args.num_contexts]
-    check_paths([*predictions, args.scores], [args.data])
+    check_paths([*predictions, args.scores], [args.data, args.model])
+    if (args.pred or "").endswith((".json", ".csv")):
+        raise InputError(f"--pred {args.pred}: predictions are JSON lines (.jsonl) or separated by "
+                         "tabs (.tsv)")
     if args.scores == "" and not (args.pred or "").endswith(".jsonl"):
         raise InputError("--scores: name a FILE for the records, or let the name of --pred end in "
                          ".jsonl: the scores then go into the predictions")
@@ -105,8 +108,8 @@ def main(args):
     choose_lengths(args, world.log)
     check_outputs(args)
     records = read_records(args.data)
-    tokenizer = load_tokenizer(args.model, args.t5_name)
     model = FiDT5.from_pretrained(args.model).to(world.device)
+    tokenizer = load_tokenizer(args.model, args.t5_name)
     model.check_tokenizer(tokenizer)
     # the originals padded to it; only a released reader's bias sees it
     model.config.passage_stride = args.max_length
@@ -136,7 +139,7 @@ def main(args):
             world.log(f"{num_contexts:8d} {'-':>6} {'-':>6} {'-':>13} {speed:12.1f}")
             for prediction in predictions[:3]:
                 question = records[prediction.index]["question"]
-                world.log(f"         {question[:60]} -> {prediction.text}")
+                world.log(f"         {question[:60]} -> {prediction.text!r}")
         if args.pred and world.is_main:
             path = prediction_path(args, num_contexts)
             write_predictions(path, predictions, records)

@@ -1,5 +1,5 @@
-"""Trains a dense retriever (or a ranker) from LLM-Embedder's, DPR's or qrels files, and measures it
-on the way.
+r"""Trains a dense retriever (or a ranker) from LLM-Embedder's, DPR's or qrels files, and measures
+it on the way.
 
     python train_dense.py --output_dir OUT --train_data train.json --max_steps 2000 \
         --query_encoder BAAI/bge-base-en

@@ -1,5 +1,5 @@
-"""Trains a Fusion-in-Decoder reader (arXiv 2007.01282) epoch by epoch and keeps the checkpoint with
-the best dev EM.
+r"""Trains a Fusion-in-Decoder reader (arXiv 2007.01282) epoch by epoch and keeps the checkpoint
+with the best dev EM.
 
     python train_epoch.py OUT train.json dev.json --t5_name t5-base --num_contexts 100 --gpus 0
     torchrun --standalone --nproc_per_node=8 train_epoch.py OUT train.json dev.json \

@@ -201,6 +201,8 @@ def run_script(main, args):
             # failed
             time.sleep(3)
         print_error(f"error: {message}" if rank == 0 else f"error on process {rank}: {message}")
+    except BrokenPipeError:  # what reads the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -173,7 +173,9 @@ def add_run_flags(parser):
         help="save OUT.state, and OUT if nothing is measured, every that many updates")
     add("--eval_steps", type=int, default=0,
         help="measure every that many updates; 0: as --save_steps")
-    add("--logging_steps", type=int, default=100, help="print the loss every that many updates")
+    add("--logging_steps", type=int, default=100,
+        help="print the loss every that many updates; without a terminal the progress is printed "
+        "about every minute, too")
     add("--seed", type=int, default=42,
         help="seed of the order, the groups and (plus the rank) dropout")
     add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")

@@ -11,6 +11,7 @@ import numpy as np
 
 from files import new_file, write_json
 from retrieval.tables import (
+    ID_COLUMNS,
     TEXT_COLUMNS,
     NotPlain,
     parse_row,
@@ -21,7 +22,6 @@ from retrieval.tables import (
 )
 from utils import InputError, first_line, progress_bar, shorten, wait_for_all
 
-ID_COLUMNS = ("_id", "id", "docid", "doc_id", "passage_id")
 CHUNK = 65536  # documents after which a scan packs their ids and moves its bar
 
 # From this many bytes on a file's table of lines is kept beside it, in FILE.table. Making one takes
@@ -153,7 +153,7 @@ class Corpus:
     def check_header(self, header, path):
         """Raises InputError if a table's header lacks a column of the template."""
         format_key(dict.fromkeys(header, ""), self.template,
-                   f"{path}:1: neither JSON lines nor a table with the template's columns")
+                   f"{path}:1: neither JSON lines nor a table whose header names these columns")
 
     # ---------------------------------------------------------------- documents
 

@@ -64,18 +64,27 @@ def hash_windows(path, count):
 def check_fingerprint(folder, expected):
     """True if the folder's index has this fingerprint, False if there is no index.
 
-    Raises InputError if it has another one.
+    Raises InputError if it has another one, or the folder holds anything else.
     """
     path = os.path.join(folder, "index.json")
-    if not os.path.exists(path):
-        return False
     given = read_settings(path)
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    # whoever makes an index makes .lock first
+    if "documents" not in given and (given or names and ".lock" not in names):
+        raise InputError(f"{folder}: holds files that are no index, such as {min(names)}; they are "
+                         "not touched: give another --index folder")
+    if not given:
+        return False
     changed = [name for name in expected if given.get(name) != expected[name]]
     if "documents" in changed:
         count = shorten(given.get("documents"))
         raise InputError(f"{folder} holds an index of {count} documents, and the corpus has "
-                         f"{expected['documents']}; an index is not added to: delete the folder, "
+                         f"{expected['documents']}; an index is not added to: delete this one, "
                          "and the same command makes it anew, or give another --index folder")
+    if changed == ["files"]:
+        raise InputError(f"{folder}: the corpus or the model has changed since this index was "
+                         "made; delete it, and the same command makes it anew, or give another "
+                         "--index folder")
     if changed:
         first = changed[0]
         raise InputError(f"{folder} holds an index of another {', '.join(changed)} ({first}: "

@@ -186,7 +186,8 @@ def check_args(args):
     check_collated(args)
     outputs = [args.output, args.trec, args.measures]
     outputs += [collated_paths(args)[kind] for kind in list_collated(args)]
-    check_paths(outputs, [args.eval_data, *args.queries, *args.results, *args.corpus])
+    check_paths(outputs, [args.eval_data, *args.queries, *args.results, *args.corpus, args.index,
+                          args.query_encoder, args.key_encoder])
 
 
 def list_measures(args):

@@ -21,6 +21,7 @@ from files import (
 )
 from utils import InputError, progress_bar, shorten
 
+ID_COLUMNS = ("_id", "id", "docid", "doc_id", "passage_id")
 TEXT_COLUMNS = ("text", "contents", "content", "body")
 READ_COLUMNS = ("title", *TEXT_COLUMNS)  # whose values must be texts
 BEGINNING = 65536     # bytes that a table's header fits into
@@ -45,7 +46,7 @@ def read_header(path, content):
         return None, True
     text = beginning.split(b"\n")[0].decode("utf-8", "replace").rstrip("\r")
     delimiter = choose_delimiter(text)
-    header = next(read_cells(io.StringIO(text, newline=""), delimiter), [])
+    header = name_columns(next(read_cells(io.StringIO(text, newline=""), delimiter), []))
     return header, delimiter == "\t" and "\r" not in text
 
 
@@ -80,6 +81,12 @@ def split_row(text):
     return cells
 
 
+def name_columns(header):
+    """A header's cells, those that have a meaning here in small letters."""
+    known = (*ID_COLUMNS, *READ_COLUMNS)
+    return [name.strip().lower() if name.strip().lower() in known else name for name in header]
+
+
 def name_cells(cells, header, location):
     """{column: cell} of a row. Raises InputError for more or fewer cells than columns."""
     if len(cells) != len(header):
@@ -100,6 +107,9 @@ def plain_lines(path):
         with open(path, "rb") as file:
             beginning = file.peek(3)
         changed = os.stat(path).st_mtime_ns
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; scripts/make_corpus.py makes a corpus of its "
+                         "files") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     unpacked = f"{path}.lines"
@@ -144,7 +154,7 @@ def table_rows(path):
         for cells in reader:
             row = b""
             if header is None:
-                header = cells
+                header = name_columns(cells)
             elif any(cells):
                 check_quotes(cells, delimiter, f"{path}:{first}")
                 row = json.dumps(name_cells(cells, header, f"{path}:{first}")).encode()

@@ -21,7 +21,7 @@ from collections import Counter
 from html.parser import HTMLParser
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from files import new_file
+from files import is_stream, new_file
 from utils import HelpFormatter, InputError, check_at_least, run_script
 
 # where sentences end: behind . ! ? and closing quotes unless a small letter follows ("e.g. this"),
@@ -289,7 +289,8 @@ def choose_output(args):
     Raises InputError for a name that is not JSON lines', or DIR.jsonl if there is such a file.
     """
     if args.output:
-        if not args.output.endswith((".jsonl", ".jsonl.gz")):  # it might be one of the documents
+        is_corpus = args.output.endswith((".jsonl", ".jsonl.gz")) or is_stream(args.output)
+        if not is_corpus:  # it might be one of the documents
             raise InputError(f"--output {args.output}: a corpus of JSON lines must end in .jsonl")
         return args.output
     output = os.path.relpath(os.path.abspath(args.folder) + ".jsonl")

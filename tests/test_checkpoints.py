@@ -148,9 +148,12 @@ def test_a_claim_removes_what_killed_runs_left(out):
 # ---------------------------------------------------------------- what is saved
 
 def test_a_checkpoint_replaces_its_own_files_only(out):
-    save_checkpoint(str(out), {"best": 2}, write_files("config.json", "model.safetensors"))
+    def close(folder):  # as safetensors does
+        os.chmod(os.path.join(folder, "config.json"), 0o600)
+    save_checkpoint(str(out), {"best": 2}, write_files("config.json", "model.safetensors"), close)
     assert names_below(out) == ["args.json", "config.json", "model.safetensors", "query/notes.txt"]
     assert not (out / "key").exists()
+    assert (out / "config.json").stat().st_mode == (out / "args.json").stat().st_mode
     args = json.loads((out / "args.json").read_text())
     assert args == {"best": 2, "files": ["config.json", "model.safetensors"]}
 

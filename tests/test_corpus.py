@@ -71,6 +71,15 @@ def test_ids_packed_in_several_chunks(tmp_path, monkeypatch):
         assert corpus.indices([row["id"] for row in rows]) == list(range(count))
 
 
+@pytest.mark.parametrize("content", [
+    "ID;Title;Text\n7;T;one, two\n", "ID,Title,Text,Author\n7,T,\"one, two\",A\n",
+    "Title\tTEXT\tid\nT\tone, two\t7\n"])
+def test_headers_of_spreadsheets(content, tmp_path):
+    (tmp_path / "c.csv").write_text(content)
+    corpus = Corpus(str(tmp_path / "c.csv"), "{title}: {text}")
+    assert corpus.text(0) == "T: one, two" and corpus.ids([0]) == ["7"]
+
+
 @pytest.mark.parametrize("name,content,message", [
     ("c.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "'a' occurs twice"),
     ("c.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b", "te', "c.jsonl:2: not valid JSON"),

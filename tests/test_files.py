@@ -92,6 +92,22 @@ def test_outputs_are_checked_before_the_work(tmp_path):
             check_paths([str(path)], [str(data)])
 
 
+def test_an_output_in_a_folder_that_is_read(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(InputError, match="lies in a folder that this command reads"):
+        check_paths([str(tmp_path / "model" / "model.safetensors")], [str(tmp_path / "model")])
+    check_paths([str(tmp_path / "model.tsv")], [str(tmp_path / "model")])
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny, records_file):
+    test_py = " ".join(command("test.py", tiny, records_file, "--pred", "/dev/stdout"))
+    process = subprocess.run(["bash", "-c", f"set -o pipefail; {test_py} | head -1"],
+                             capture_output=True, text=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert "Traceback" not in process.stderr and "Exception" not in process.stderr
+    assert len(process.stdout.splitlines()) == 1
+
+
 def test_two_outputs_of_one_name(tmp_path):
     with pytest.raises(InputError, match="two outputs have this name"):
         check_paths([str(tmp_path / "a"), "/dev/stdout", "/dev/stdout", f"{tmp_path}/./a"], [])

@@ -55,6 +55,26 @@ def test_an_index_is_not_added_to(tmp_path):
     with open(path, "a") as file:
         file.write('{"_id": "more", "text": "more"}\n')
     now = fingerprint(Corpus(path, "{text}"), None, {}, ALONE)
-    message = "holds an index of 8 documents, and the corpus has 9; .* delete the folder"
+    message = "holds an index of 8 documents, and the corpus has 9; .* delete this one"
     with pytest.raises(InputError, match=message):
         check_fingerprint(tmp_path, now)
+
+
+def test_files_that_are_no_index_are_not_touched(tmp_path):
+    expected = {"documents": 8}
+    assert not check_fingerprint(tmp_path / "new", expected)
+    assert not check_fingerprint(tmp_path, expected)
+    (tmp_path / "vectors.npy").write_text("mine")
+    with pytest.raises(InputError, match="no index, such as vectors.npy; they are not touched"):
+        check_fingerprint(tmp_path, expected)
+    (tmp_path / ".lock").write_text("")  # an index of ours, whose making was killed
+    assert not check_fingerprint(tmp_path, expected)
+    (tmp_path / "index.json").write_text('{"name": "of a web page"}')
+    with pytest.raises(InputError, match="holds files that are no index"):
+        check_fingerprint(tmp_path, expected)
+
+
+def test_a_changed_corpus_is_told(tmp_path):
+    (tmp_path / "index.json").write_text('{"documents": 8, "files": [["", 5, "ab"]]}')
+    with pytest.raises(InputError, match="the corpus or the model has changed since"):
+        check_fingerprint(tmp_path, {"documents": 8, "files": [["", 6, "cd"]]})

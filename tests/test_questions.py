@@ -174,6 +174,7 @@ def test_questions_of_every_form(tmp_path):
 @pytest.mark.parametrize("name, text, expected", [
     ("q.csv", "question,answer\nwho was it,Bob\nwhere,\n",
      [("0", "who was it", ["Bob"]), ("1", "where", [])]),
+    ("q.csv", "question;answer\nwho, or what;Bob\n", [("0", "who, or what", ["Bob"])]),
     ("q.tsv", "Answers\tID\tQuery\n['a', \"b's\"]\t7\twho is it\n",
      [("7", "who is it", ["a", "b's"])]),
     ("q.txt", 'text,qid,answer,,topic\n"who, or ""what""",7,"[""\\u00e9"", 3]",9,x\n',
