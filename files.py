@@ -242,7 +242,7 @@ def is_stream(path):
 
     /dev/stdout is one even where the shell has redirected it to a file.
     """
-    if STREAM.fullmatch(path):
+    if STREAM.fullmatch(str(path)):
         return True
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
@@ -252,7 +252,7 @@ def stream_descriptor(path):
 
     A redirected stream opened anew would have a position of its own, and overwrite what is printed.
     """
-    if not STREAM.fullmatch(path):
+    if not STREAM.fullmatch(str(path)):
         return path
     name = path.split("/")[-1]
     return os.dup({"stdout": 1, "stderr": 2}.get(name) or int(name))
