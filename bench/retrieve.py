@@ -230,7 +230,7 @@ def compare_encoding(args, folder, rows):
 
     start = time.perf_counter()
     encode_corpus(model, corpus, tokenize_texts, 256, f"{folder}/encoded-index", "float16", ALONE,
-                  {}, bf16=True)
+                  {"documents": len(corpus)}, bf16=True)
     total = time.perf_counter() - start
     share = 1 - model.seconds / total
     rate = args.encoded / total
