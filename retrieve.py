@@ -13,7 +13,6 @@ questions only the index is made.
 """
 import os
 import time
-from collections import Counter
 from datetime import timedelta
 
 import numpy as np
@@ -92,14 +91,15 @@ def check_records(questions, labels, corpus, args):
 
 def check_question_ids(questions, args):
     """Raises InputError for ids that repeat, where files go by ids, or do not fit a TREC run."""
-    counts = Counter(question.id for question in questions)
-    for query_id, count in counts.items():
-        if count > 1 and (args.trec or args.results or args.qrels):
-            raise InputError(f"two questions have the id {shorten(query_id)}, and runs and qrels "
-                             "go by ids; make them unique")
-        if len(query_id.split()) != 1 and args.trec:
-            raise InputError(f"a TREC run cannot hold the question id {shorten(query_id)}; take "
-                             "the blanks out, or use --output")
+    seen = set()
+    for question in questions:
+        if question.id in seen and (args.trec or args.results or args.qrels):
+            raise InputError(f"{question.location}: the id {shorten(question.id)} is another "
+                             "question's already, and runs and qrels go by ids; make ids unique")
+        seen.add(question.id)
+        if len(question.id.split()) != 1 and args.trec:
+            raise InputError(f"{question.location}: a TREC run cannot hold the question id "
+                             f"{shorten(question.id)}; take the blanks out, or use --output")
 
 
 def limit_hits(args, corpus, questions, log):

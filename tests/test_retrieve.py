@@ -542,7 +542,7 @@ def test_what_the_outputs_need_is_checked_before_the_search(corpus):
     twice = make_questions({"id": "1"}, {"id": 1})
     check_records(twice, [{}, {}], corpus, make_flags())
     for changed in ({"trec": "x"}, {"results": ["x"]}, {"qrels": ["x"]}):
-        with pytest.raises(InputError, match="two questions have the id '1'"):
+        with pytest.raises(InputError, match="f:1: the id '1' is another question's"):
             check_records(twice, [{}, {}], corpus, make_flags(**changed))
     with pytest.raises(InputError, match="cannot hold the question id 'a b'"):
         check_records(make_questions({"id": "a b"}), [{}], corpus, make_flags(trec="x"))
