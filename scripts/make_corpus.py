@@ -7,8 +7,9 @@
 
 Reads .txt, .md, .html and, with the package pypdf, .pdf, in the folder and those below it; what
 begins with a dot is left out. A passage, {"id": "sub/file.txt#3", "title", "text"}, ends where a
-sentence does and has at most --words words, which are what blanks separate. The title is the file's
-first heading, or else its name; all headings stay in the text, with the sentence that follows them.
+sentence does and has at most --words words, which are what blanks separate. The title is that
+of markdown's front matter, or the file's first heading, or its name; all headings stay in the text,
+with the sentence that follows them.
 """
 import argparse
 import importlib.util
@@ -33,6 +34,7 @@ SENTENCE_END = re.compile(r"""
     | \n (?= \s* (?: [-*+•] | \d+[.)] ) \s )
 """, re.VERBOSE)
 HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)  # markdown's
+FRONT_MATTER = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)  # settings of note programs
 FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)  # code
 UNDERLINED = re.compile(r"^(\S.*)\n=+[ \t]*$", re.MULTILINE)  # markdown's other form of a heading
 
@@ -64,13 +66,22 @@ def read_plain(path):
 
 
 def read_markdown(path):
-    """(title, sections) of a markdown file; the title is its first heading."""
+    """(title, sections) of a markdown file; the title is that of its front matter, or its first
+    heading.
+    """
     with open(path, encoding="utf-8-sig") as file:
-        text = FENCED.sub(indent, file.read())  # code's comments are no headings
+        text = file.read()
+    title = None
+    front_matter = FRONT_MATTER.match(text)
+    if front_matter:
+        text = text[front_matter.end():]
+        stated = re.search(r"^title:[ \t]*(.+)$", front_matter[1], re.MULTILINE)
+        title = stated and stated[1].strip("\"' ")
+    text = FENCED.sub(indent, text)  # code's comments are no headings
     text = UNDERLINED.sub(r"# \1", text)
     before, *parts = HEADING.split(text)  # text, heading, text, heading, text ...
     sections = [("", before), *zip(parts[::2], parts[1::2])]
-    return next(iter(parts), None), sections
+    return title or next(iter(parts), None), sections
 
 
 def indent(match):

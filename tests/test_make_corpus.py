@@ -74,6 +74,13 @@ def test_markdown(tmp_path):
         "Harbour", [("", ""), ("Harbour", "\nText #1\n#tag")])
 
 
+def test_front_matter_gives_the_title_and_no_text(tmp_path):
+    (tmp_path / "a.md").write_text("---\ntags: [x]\ntitle: 'The harbour'\n---\n# Hours\nSeven.\n")
+    assert read_markdown(tmp_path / "a.md") == ("The harbour", [("", ""), ("Hours", "\nSeven.\n")])
+    (tmp_path / "a.md").write_text("---\ntags: [x]\n---\nSeven.\n\n---\nEight.\n")
+    assert read_markdown(tmp_path / "a.md") == (None, [("", "Seven.\n\n---\nEight.\n")])
+
+
 def test_comments_in_code_are_no_headings(tmp_path):
     (tmp_path / "a.md").write_text("Run it:\n```sh\n# install\nmake\n```\n# Title\nText\n")
     title, sections = read_markdown(tmp_path / "a.md")
