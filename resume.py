@@ -11,6 +11,7 @@ from files import new_file
 from training import Progress
 from utils import InputError, gather_lists, refusing, shorten
 
+START_ANEW = "give --overwrite in place of --resume to start anew"
 # {part of a state: its type}
 FORM = {"model": dict, "optimizer": dict, "scheduler": dict, "random": list, "progress": dict,
         "args": dict, "world_size": int}
@@ -68,34 +69,32 @@ def load_state(out, args, world, free_flags):
     check_form(state, FORM, path)
     check_form(state["progress"], {name: type(value) for name, value in asdict(Progress()).items()},
                path)
-    with refusing(f"{path}: its losses are not (sum, weight) of each update", "leave out --resume "
-                  "to start anew"):
+    with refusing(f"{path}: its losses are not (sum, weight) of each update", START_ANEW):
         sum(loss_sum / weight for loss_sum, weight in state["progress"]["losses"])
     if state["world_size"] != world.size:
         raise InputError(f"{path} is of a run of {state['world_size']} process(es), this one has "
                          f"{world.size}; start as many processes as then, {state['world_size']}, "
-                         "or leave out --resume to start anew")
+                         f"or {START_ANEW}")
     now, then = vars(args), state["args"]
-    with refusing(f"{path}: its flags cannot be compared", "leave out --resume to start anew"):
+    with refusing(f"{path}: its flags cannot be compared", START_ANEW):
         changed = [name for name in now if name not in free_flags and then.get(name) != now[name]]
     if changed:
         flags = ", ".join(f"--{name} {shorten(then.get(name))} (now {shorten(now[name])})"
                           for name in changed[:3])
-        raise InputError(f"{path} is of a run with {flags}; give the same flags, or leave out "
-                         "--resume to start anew")
+        raise InputError(f"{path} is of a run with {flags}; give the same flags, or "
+                         f"{START_ANEW}")
     return state
 
 
 def check_form(part, form, path):
     """Raises InputError for a part of a state that does not hold just this {name: type}."""
     if not isinstance(part, dict) or set(part) != set(form):
-        raise InputError(f"{path} was written by another version of this code; leave out --resume "
-                         "to start anew")
+        raise InputError(f"{path} was written by another version of this code; {START_ANEW}")
     for name, kind in form.items():
         is_right = isinstance(part[name], (int, float) if kind is float else kind)
         if not is_right:
             raise InputError(f"{path}: its {name} is a {type(part[name]).__name__}, not a "
-                             f"{kind.__name__}; leave out --resume to start anew")
+                             f"{kind.__name__}; {START_ANEW}")
 
 
 def restore_state(run, state):
@@ -110,10 +109,10 @@ def restore_state(run, state):
         run.unwrapped.load_state_dict(state["model"])
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:120]
-        raise InputError(f"{path} holds the weights of another model ({reason}); leave out "
-                         "--resume to start anew") from None
+        raise InputError(f"{path} holds the weights of another model ({reason}); "
+                         f"{START_ANEW}") from None
     with refusing(f"{path}: its optimizer, schedule or random states are not whole",
-                  "leave out --resume to start anew"):
+                  START_ANEW):
         load_optimizer(run.optimizer, state["optimizer"])
         load_scheduler(run.scheduler, state["scheduler"], state["progress"]["total_updates"])
         restore_random_states(state["random"][run.world.rank], run.world.device)
