@@ -24,6 +24,7 @@ from files import (
     remove_leftovers,
     take_lock,
     unwritable,
+    write_aside,
     write_json,
 )
 from utils import InputError, first_line, refusing, shorten
@@ -350,12 +351,9 @@ def save_checkpoint(folder, info, *writers):
     is finished by the next run, or has not begun. Raises InputError if the folder cannot be
     written.
     """
-    temporary = os.path.join(folder, ".writing")
     try:
         finish_saving(folder)
-        os.makedirs(temporary)
-        for writer in writers:
-            writer(temporary)
+        temporary = write_aside(folder, writers)
         files = list_files(temporary)
         umask = os.umask(0)
         os.umask(umask)

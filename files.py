@@ -186,6 +186,14 @@ def read_cells(lines, delimiter, strict=False):
     return csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter != "\t", strict=strict)
 
 
+def name_cells(cells, header, location):
+    """{column: cell} of a row. Raises InputError for more or fewer cells than columns."""
+    if len(cells) != len(header):
+        raise InputError(f"{location}: {len(cells)} columns, the header names {len(header)}; the "
+                         "line may be cut off, or a cell that holds delimiters is not in quotes")
+    return dict(zip(header, cells))
+
+
 def check_quotes(cells, delimiter, location):
     """Raises InputError for a tab-separated cell that holds tabs and line ends: it is, by all odds,
     a quote that nothing closes with the rows behind it.
@@ -254,7 +262,7 @@ def stream_descriptor(path):
     """
     if not STREAM.fullmatch(str(path)):
         return path
-    name = path.split("/")[-1]
+    name = os.path.basename(path)
     return os.dup({"stdout": 1, "stderr": 2}.get(name) or int(name))
 
 
@@ -309,6 +317,7 @@ def check_paths(outputs, inputs):
     Paths that are None or empty are left out.
     """
     real_inputs = {os.path.realpath(path) for path in inputs if path}
+    folders = [path + os.sep for path in real_inputs if os.path.isdir(path)]
     real_outputs = set()
     for path in filter(None, outputs):
         real_path = os.path.realpath(path)
@@ -317,8 +326,7 @@ def check_paths(outputs, inputs):
         if real_path in real_inputs:
             raise InputError(f"{path}: is read by this command too, and would be replaced; choose "
                              "another name")
-        if any(real_path.startswith(f"{folder}{os.sep}") for folder in filter(os.path.isdir,
-                                                                              real_inputs)):
+        if real_path.startswith(tuple(folders)):
             raise InputError(f"{path}: lies in a folder that this command reads; choose another "
                              "one")
         if real_path in real_outputs:
@@ -336,16 +344,22 @@ def save_folder(folder, *writers):
 
     What else lies in the folder stays. Raises InputError if it cannot be written.
     """
-    temporary = os.path.join(folder, ".writing")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-        for writer in writers:
-            writer(temporary)
+        temporary = write_aside(folder, writers)
         move_files(temporary, folder, list_files(temporary))
         shutil.rmtree(temporary)
     except OSError as error:
         raise unwritable(folder, error, "choose another path or make room") from None
+
+
+def write_aside(folder, writers):
+    """Calls each writer(temporary folder) and returns that folder, FOLDER/.writing."""
+    temporary = os.path.join(folder, ".writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    for writer in writers:
+        writer(temporary)
+    return temporary
 
 
 def list_files(folder):

@@ -15,6 +15,7 @@ from files import (
     check_quotes,
     choose_delimiter,
     decode_line,
+    name_cells,
     read_cells,
     read_json,
     read_lines,
@@ -98,20 +99,30 @@ def is_context(item):
             and isinstance(item.get("title", ""), (str, type(None))))
 
 
+def is_index(item):
+    """True for a document's index, or one spelled as a text."""
+    return type(item) in (int, str)
+
+
+def is_key(item):
+    """True for a text, or an object for the key template."""
+    return isinstance(item, (str, dict))
+
+
 def check_types(record, location, names=LIST_FIELDS):
     """Raises InputError for a record whose fields of these names are no lists of what they should
     hold (passages, indices, or else keys), or whose task is no text.
     """
     for name in names:
+        if name.endswith("ctxs"):
+            is_right = is_context
+            kind = "an object with a 'text' string and, if any, a 'title' string"
+        elif name.endswith("_index"):
+            is_right, kind = is_index, "the index of a document"
+        else:
+            is_right, kind = is_key, "a text or an object"
         for item in list_field(record, name, location):
-            if name.endswith("ctxs"):
-                is_right, kind = is_context(item), ("an object with a 'text' string and, if "
-                                                     "any, a 'title' string")
-            elif name.endswith("_index"):
-                is_right, kind = type(item) in (int, str), "the index of a document"
-            else:
-                is_right, kind = isinstance(item, (str, dict)), "a text or an object"
-            if not is_right:
+            if not is_right(item):
                 raise InputError(f"{location}: every entry of '{name}' must be {kind}, one is "
                                  f"{shorten(item)}")
     if not isinstance(record.get("task", ""), (str, type(None))):
@@ -342,21 +353,18 @@ def read_named_columns(path, lines, names, separator):
             return rows[1:]  # the first is the header
         if not any(cell.strip() for cell in cells):
             continue
-        if len(cells) != len(names):
-            name = {",": "comma", ";": "semicolon"}.get(separator, "tab")
-            raise InputError(f"{location}: {len(cells)} columns, the header names {len(names)}; "
-                             f"put a cell that holds a {name} in double quotes, or mend the line")
+        row = name_cells(cells, names, location)
         check_quotes(cells, separator, location)
-        rows.append((named_record(names, cells, location), location))
+        rows.append((make_record(row, location), location))
 
 
-def named_record(names, cells, location):
-    """The record of a line's cells, without the empty ones: `id`, `answers` as a list, the others
+def make_record(row, location):
+    """The record of {column: cell}, without the empty ones: `id`, `answers` as a list, the others
     as they are named.
 
     Raises InputError.
     """
-    record = {name: cell.strip() for name, cell in zip(names, cells) if name and cell.strip()}
+    record = {name: cell.strip() for name, cell in row.items() if name and cell.strip()}
     identifier = next((record[name] for name in ID_FIELDS if name in record), None)
     if identifier is not None:
         record["id"] = identifier

@@ -1,7 +1,7 @@
 """The lines of a corpus's file, one document each: JSON objects, or rows of a tab-separated table.
 
-A file of any other form (gzipped, a JSON list, a table with commas or with cells of several lines)
-is written out once, as FILE.lines, and read from there.
+A file of any other form (gzipped, a JSON list, a table with commas or semicolons, or with cells of
+several lines) is written out once, as FILE.lines, and read from there.
 """
 import codecs
 import csv
@@ -14,6 +14,7 @@ from files import (
     check_quotes,
     choose_delimiter,
     decode_line,
+    name_cells,
     new_file,
     parse_json,
     read_cells,
@@ -85,14 +86,6 @@ def name_columns(header):
     """A header's cells, those that have a meaning here in small letters."""
     known = (*ID_COLUMNS, *READ_COLUMNS)
     return [name.strip().lower() if name.strip().lower() in known else name for name in header]
-
-
-def name_cells(cells, header, location):
-    """{column: cell} of a row. Raises InputError for more or fewer cells than columns."""
-    if len(cells) != len(header):
-        raise InputError(f"{location}: {len(cells)} columns, the header names {len(header)}; the "
-                         "line may be cut off, or a cell that holds delimiters is not in quotes")
-    return dict(zip(header, cells))
 
 
 # ---------------------------------------------------------------- plain lines

@@ -30,7 +30,7 @@ sys.path.insert(0, ROOT)
 from files import new_file, open_text, read_json, read_settings
 from questions import gold_answers, question_text
 from retrieval.corpus import Corpus
-from utils import HelpFormatter, InputError, progress_bar, run_script
+from utils import HelpFormatter, InputError, first_line, progress_bar, run_script
 
 SPLITS = ("train", "dev", "test")
 
@@ -67,8 +67,7 @@ def open_input(path):
         with open_text(path) as file:
             yield file
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); "
-                         "fetch it again") from None
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
 
 
 def read_items(path):

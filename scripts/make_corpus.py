@@ -218,7 +218,7 @@ def list_sentences(sections):
 
 # ---------------------------------------------------------------- a folder
 
-def list_files(folder):
+def list_documents(folder):
     """The paths, relative to the folder, of the files in it and below it, in sorted order."""
     paths = []
     for directory, folders, names in os.walk(folder, onerror=note_folder):
@@ -315,7 +315,7 @@ def main(args):
     if not os.path.isdir(args.folder):
         raise InputError(f"{args.folder}: no such folder; give the one that holds the documents")
     output = choose_output(args)
-    paths = list_files(args.folder)
+    paths = list_documents(args.folder)
     num_files, num_passages = 0, 0
     with new_file(output) as file:
         for path in choose_files(paths):
