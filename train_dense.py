@@ -39,6 +39,7 @@ from training import (
     Progress,
     Run,
     RunLog,
+    add_lora,
     count_on_bar,
     describe_machine,
     epoch_bar,
@@ -382,17 +383,9 @@ def open_retriever(args, tokenizer):
 
 
 def add_adapters(model, args):
-    """Freezes the transformers and adds LoRA adapters of rank --lora (arXiv 2106.09685).
-
-    Raises InputError without peft.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise InputError("--lora needs the package peft: pip install peft") from None
+    """Freezes the transformers and adds LoRA adapters of rank --lora. Raises InputError."""
     for module in encoders_of(model, args):
-        adapters = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
-        module.model = get_peft_model(module.model, adapters)
+        module.model = add_lora(module.model, args.lora)
         if not args.ranker:  # no vector passes through a pooler; DDP would wait for its gradient
             for name, parameter in module.model.named_parameters():
                 if ".pooler." in name:

@@ -109,6 +109,19 @@ def make_optimizer(model, lr, weight_decay, eps, warmup, updates):
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, warmup, updates)
 
 
+def add_lora(transformer, rank):
+    """The transformer, frozen, with LoRA adapters of that rank (arXiv 2106.09685).
+
+    Raises InputError without peft.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise InputError("--lora needs the package peft: pip install peft") from None
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return get_peft_model(transformer, adapters)
+
+
 def wrap_model(model, world):
     """The model inside DistributedDataParallel if there are several processes."""
     if world.size == 1:
