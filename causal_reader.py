@@ -446,7 +446,7 @@ def open_lm(path_or_name, dropout=None):
     if not is_causal(config) or weights is not None:
         raise InputError(f"{folder}: is a {config.model_type} model, no causal language model")
     weights = read_weights(folder)
-    if dropout is not None:
+    if dropout is not None:  # of whatever name the family gives it
         for name, value in config.to_dict().items():
             if name.endswith(("dropout", "pdrop")) and type(value) in (int, float):
                 setattr(config, name, dropout)

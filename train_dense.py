@@ -41,6 +41,7 @@ from training import (
     RunLog,
     add_lora,
     count_on_bar,
+    count_trained,
     describe_machine,
     epoch_bar,
     make_optimizer,
@@ -460,8 +461,7 @@ def describe(run, updates, warmup):
     kind = f"retriever, metric {args.dense_metric}, pooling {args.pooling_method}"
     if args.ranker:
         kind = "ranker"
-    trained = sum(parameter.numel() for parameter in run.unwrapped.parameters()
-                  if parameter.requires_grad)
+    trained = count_trained(run.unwrapped)
     log(f"{len(run.train_set.examples)} training examples of {len(run.dataset_sizes)} dataset(s), "
         f"groups of {run.train_set.group_rules[0].group_size}; {trained:,} trained parameters; "
         f"{kind}; batch {args.batch_size * run.world.size} x {args.grad_accumulation}; {updates} "

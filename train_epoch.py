@@ -32,6 +32,7 @@ from training import (
     Run,
     RunLog,
     count_on_bar,
+    count_trained,
     describe_machine,
     epoch_bar,
     make_optimizer,
@@ -350,11 +351,12 @@ def describe(run):
     """Logs the lines that a run starts with."""
     args, world, log = run.args, run.world, run.world.log
     parameters = sum(parameter.numel() for parameter in run.unwrapped.parameters())
+    adapters = f", {count_trained(run.unwrapped):,} of them trained" if args.lora else ""
     warmup = count_warmup(args, run.last_update)
     log(describe_machine(world, args.gpus))
     log(f"{len(run.train_set.records)} training and {len(run.dev)} dev questions, "
         f"{args.num_contexts} contexts of at most {args.max_length} tokens; {parameters:,} "
-        "parameters")
+        f"parameters{adapters}")
     log(f"effective batch {args.batch_size * args.grad_accumulation * world.size} = "
         f"{args.batch_size} questions x {args.grad_accumulation} micro-batches x {world.size} "
         f"processes ({args.accumulate}); {run.last_update // args.epochs} updates per epoch, "

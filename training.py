@@ -122,6 +122,11 @@ def add_lora(transformer, rank):
     return get_peft_model(transformer, adapters)
 
 
+def count_trained(model):
+    """The number of weights that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def wrap_model(model, world):
     """The model inside DistributedDataParallel if there are several processes."""
     if world.size == 1:

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from causal_helpers import CONFIGS, make_causal, make_tokenizer
 from causal_reader import CausalReader, PromptCollator, Prompts, choose_prompts, open_lm
 from checkpoints import load_tokenizer
-from conftest import make_records
+from conftest import make_records, run
 from readers import open_reader
+from test_train_epoch import assert_same_run, kill_after, state
 from utils import InputError
 
 FAMILIES = list(CONFIGS)
@@ -336,3 +337,97 @@ def test_what_is_longer_than_the_model_reads_is_refused(folders):
         reader.generate(**inputs, max_length=250)
     with pytest.raises(InputError, match="--num_beams 3: a causal language model"):
         reader.generate(**inputs, num_beams=3)
+
+
+# ---------------------------------------------------------------- the scripts
+
+FAST = ("--num_contexts", 3, "--max_length", 100, "--num_warmup_steps", 2, "--lr", "1e-2")
+
+
+def test_memorises_and_answers_as_trained(folders, tmp_path):
+    records = make_records(5)
+    records[1]["ctxs"] = []  # asked alone
+    data = tmp_path / "r.json"
+    data.write_text(json.dumps(records))
+    train = ["train_epoch.py", tmp_path / "m", data, data, *FAST, "--batch_size", 2, "--dropout", 0,
+             "--no_shuffle", "--model_name_or_path", folders["llama"], "--epochs", 20]
+    out, _ = run(*train, "--prompt_template", r"{text} {title}\n{question} =", "--passage_weights",
+                 "score", "--retriever_temperature", 2, "--data_test", data)
+    assert "best dev EM 100.00" in out and "test EM 100.00 (5/5)" in out
+    rows = [json.loads(line) for line in open(tmp_path / "m.jsonl")]
+    assert rows[-1]["loss"] < 0.1 < rows[0]["loss"]
+    saved = json.load(open(tmp_path / "m" / "args.json"))
+    assert saved["prompts"] == {"prompt_template": r"{text} {title}\n{question} =",
+                                "passage_weights": "score", "retriever_temperature": 2.0}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+    # prompts and weights are those of the training unless flags say otherwise
+    out, _ = run("test.py", tmp_path / "m", data, "--pred", tmp_path / "p.jsonl", "--scores",
+                 tmp_path / "s.json")
+    assert "100.00 100.00      5/5" in out
+    row = json.loads(open(tmp_path / "p.jsonl").readline())
+    assert row["prediction"] in records[0]["answers"] and len(row["contexts"]) == 3
+    posterior = torch.tensor([context["score"] for context in row["contexts"]]).exp()
+    torch.testing.assert_close(posterior.sum(), torch.tensor(1.0))
+    scored = json.load(open(tmp_path / "s.json"))
+    assert scored[0]["ctxs"][0]["score"] == row["contexts"][0]["score"]
+    assert scored[0]["ctxs"][0]["retrieval_score"] == records[0]["ctxs"][0]["score"]
+    out, _ = run("test.py", tmp_path / "m", data, "--prompt_template", "{question} {text}")
+    assert "100.00 100.00      5/5" not in out
+    _, error = run("test.py", tmp_path / "m", data, "--num_beams", 2, code=1)
+    assert error.count("error: --num_beams 2: a causal language model") == 1
+    del records[0]["ctxs"][1]["score"]
+    data.write_text(json.dumps(records))
+    _, error = run("test.py", tmp_path / "m", data, code=1)
+    assert f"error: {data}: record 'r-0' has a context without a finite 'score'" in error
+    _, error = run(*train, "--resume", code=1)
+    assert "--prompt_template '{text} {title}\\\\n{question} =' (now None)" in error
+
+
+def test_the_split_of_a_batch_does_not_matter(folders, records_file, tmp_path):
+    """1 x batch 4, and 2 processes x 2 micro-batches of 1, end with the same weights."""
+    splits = {"one": (4, 1, 1), "both": (1, 2, 2)}
+    for name, (batch, accumulation, processes) in splits.items():
+        run("train_epoch.py", tmp_path / name, records_file, records_file, *FAST, "--lr", "1e-3",
+            "--t5_name", folders["qwen2"], "--epochs", 1, "--dropout", 0, "--batch_size", batch,
+            "--grad_accumulation", accumulation, processes=processes)
+    first, other = [state(tmp_path / name) for name in splits]
+    assert first["progress"]["total_updates"] == 3
+    for key, value in first["model"].items():
+        torch.testing.assert_close(other["model"][key], value, atol=2e-5, rtol=0)
+
+
+def test_adapters_killed_and_resumed_equal_uninterrupted_ones(folders, records_file, tmp_path):
+    pytest.importorskip("peft")
+    common = [records_file, records_file, *FAST, "--t5_name", folders["gpt2"], "--epochs", 3,
+              "--batch_size", 2, "--dropout", 0.2, "--save_every", 1, "--eval_every", 4, "--lora",
+              4, "--use_checkpoint"]
+    out, _ = run("train_epoch.py", tmp_path / "whole", *common)
+    kill_after([tmp_path / "killed", *common, "--resume"], tmp_path / "killed", 2, 1)
+    done, _ = run("train_epoch.py", tmp_path / "killed", *common, "--resume")
+    assert "resuming after" in done
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    # adapters are merged: the names are the model's, the embeddings stayed, the layers did not
+    before = load_file(f"{folders['gpt2']}/model.safetensors")
+    assert weights[0].keys() == before.keys()
+    changed = {name for name, value in before.items() if not torch.equal(weights[0][name], value)}
+    assert changed and all(".attn.c_" in name or ".mlp.c_" in name for name in changed)
+    out, _ = run("test.py", tmp_path / "whole", records_file)
+    assert " 11 questions" in f" {out}"
+
+
+def test_what_a_reader_does_not_offer_is_one_line(folders, tiny, records_file, tmp_path):
+    def refuse(message, *args, model=tiny):
+        _, error = run("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST,
+                       "--t5_name", model, *args, code=1)
+        lines = [line for line in error.splitlines() if line.startswith("error")]
+        assert len(lines) == 1 and message in lines[0] and "Traceback" not in error, error
+
+    refuse("--lora is for causal language models", "--lora", 4)
+    refuse("needs {question}, and {text} once", "--prompt_template", "{question}",
+           model=folders["llama"])
+    refuse("are more than the 256 that the model reads", "--max_length", 250,
+           model=folders["llama"])
