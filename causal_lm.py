@@ -13,17 +13,25 @@ A token attends to the tokens before it in its segment and to the segments that 
 and takes its position from the whole text. Only attention and the positions know of it; the model
 stays transformers' own.
 """
+import re
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 from transformers.activations import NewGELUActivation
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from checkpoints import find_model, find_weights, read_config
+from checkpoints import (
+    announce_random_start,
+    check_shapes,
+    find_model,
+    find_weights,
+    read_config,
+    read_weights,
+)
 from packed_attention import GROUP_TOKENS, attention, split_by_length
 from utils import InputError, refusing, shorten
 
@@ -32,6 +40,8 @@ PACKED = "packed_causal"  # the name of packed_causal_attention among transforme
 PASS_TOKENS = {"cpu": 1024, "cuda": 16384}
 # what layers may be called in config.json; others, such as "linear_attention", carry a state along
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+# buffers that older versions of transformers saved
+CONSTANTS = [r"rotary_emb\.inv_freq$", r"attn\.masked_bias$", r"(^|\.)position_ids$"]
 PROBE = [[[5, 6, 7, 8], [5, 6, 9]], [[10, 11]], [[5, 6, 7, 12, 13]]]  # token ids
 
 
@@ -43,22 +53,77 @@ class Text(NamedTuple):
 
 # ---------------------------------------------------------------- opening
 
-def open_causal_lm(path_or_name, device, dtype=torch.float32):
-    """(the model in evaluation mode, why it cannot take packed texts or None).
+def is_causal(config):
+    """True for the configuration of a causal language model: encoders and models of encoder and
+    decoder, some of which transformers can run as one, are none.
+    """
+    masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in masked
+            and not config.is_encoder_decoder)
 
-    Raises InputError where nothing fits: unknown name, unreadable or missing weights, another kind
-    of model.
+
+def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
+    """The causal language model of a folder or hub name.
+
+    `dropout` replaces the configuration's rates. A folder without weights gives random ones and
+    says so, or is refused if it must be `trained`. Raises InputError where nothing fits: unknown
+    name, unreadable file, other architecture, other shapes.
     """
     folder, weights = find_model(path_or_name)
-    config = read_config(folder, "causal language")
-    if weights is not None or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    config = read_config(folder, "causal language model")
+    if not is_causal(config) or weights is not None:
         raise InputError(f"{path_or_name}: is a {config.model_type} model, not a causal language "
                          "model; give the folder of one, such as GPT-2 or Llama")
-    find_weights(folder, required=True)
-    with refusing(f"{path_or_name}: its weights cannot be read", "fetch the folder again"):
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype,
-                                                              output_loading_info=True)
-    check_loading(loading, path_or_name)
+    find_weights(folder, required=trained)
+    weights = read_weights(folder)
+    if dropout is not None:  # of whatever name the family gives it
+        for name, value in config.to_dict().items():
+            if name.endswith(("dropout", "pdrop")) and type(value) in (int, float):
+                setattr(config, name, dropout)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with refusing(f"{path_or_name}: no causal language model can be built of its config.json and "
+                  "weights", "give the folder of a trained model"):
+        if weights is None:
+            announce_random_start(path_or_name)
+            return kind(config).to(dtype)
+        return build_lm(kind, config, weights, path_or_name, dtype)
+
+
+def build_lm(kind, config, weights, source, dtype):
+    """The model of this class, configuration and weights.
+
+    Raises InputError, which names `source`, where names or shapes differ.
+    """
+    with torch.device("meta"):  # shapes alone: a wrong configuration may ask for any amount
+        skeleton = kind(config)
+    weights = plain_names(weights, skeleton)
+    check_shapes(skeleton, weights, source)
+    transformers.utils.logging.disable_progress_bar()
+    return kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+
+
+def plain_names(weights, skeleton):
+    """The weights by the names that the model has: older files leave out the prefix (GPT-2's), hold
+    constant buffers, or leave out an output layer that is the embedding's.
+    """
+    expected, prefix = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
+    constant = "|".join([*(skeleton._keys_to_ignore_on_load_unexpected or []), *CONSTANTS])
+    named = {}
+    for name, value in weights.items():
+        name = prefix + name if name not in expected and prefix + name in expected else name
+        if name in expected or not re.search(constant, name):
+            named[name] = value
+    for name, source in (skeleton.all_tied_weights_keys or {}).items():
+        if name not in named and source in named:
+            named[name] = named[source]
+    return named
+
+
+def open_causal_lm(path_or_name, device, dtype=torch.float32):
+    """(the model in evaluation mode, why it cannot take packed texts or None). Raises InputError as
+    open_lm, and for a folder without weights.
+    """
+    model = open_lm(path_or_name, dtype=dtype, trained=True)
     use_fused_gelu(model)
     model.to(device).eval()
     return model, why_not_packed(model)

@@ -18,18 +18,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from checkpoints import (
-    announce_random_start,
-    check_shapes,
-    check_vocabulary,
-    find_model,
-    read_config,
-    read_weights,
-)
+from causal_lm import open_lm
+from checkpoints import check_vocabulary
 from data import pad_labels, pad_passages
 from files import to_number
 from questions import context_score
@@ -422,68 +414,3 @@ class CausalReader(nn.Module):
             lm = copy.deepcopy(lm).merge_and_unload()
         os.makedirs(folder, exist_ok=True)
         lm.save_pretrained(folder)
-
-
-# ---------------------------------------------------------------- opening
-
-def is_causal(config):
-    """True for the configuration of a causal language model: encoders and models of encoder and
-    decoder, some of which transformers can run as one, are none.
-    """
-    masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
-    return (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in masked
-            and not config.is_encoder_decoder)
-
-
-def open_lm(path_or_name, dropout=None):
-    """The causal language model of a folder or hub name, in float32.
-
-    `dropout` replaces the configuration's rates. A folder without weights gives random ones and
-    says so. Raises InputError where nothing fits, as FiDT5.from_pretrained.
-    """
-    folder, weights = find_model(path_or_name)
-    config = read_config(folder, "causal language model")
-    if not is_causal(config) or weights is not None:
-        raise InputError(f"{folder}: is a {config.model_type} model, no causal language model")
-    weights = read_weights(folder)
-    if dropout is not None:  # of whatever name the family gives it
-        for name, value in config.to_dict().items():
-            if name.endswith(("dropout", "pdrop")) and type(value) in (int, float):
-                setattr(config, name, dropout)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with refusing(f"{path_or_name}: no causal language model can be built of its config.json and "
-                  "weights", "give the folder of a trained model"):
-        if weights is None:
-            announce_random_start(path_or_name)
-            return kind(config).float()
-        return build_lm(kind, config, weights, path_or_name)
-
-
-def build_lm(kind, config, weights, source):
-    """The model of this class, configuration and weights, in float32.
-
-    Raises InputError, which names `source`, where names or shapes differ.
-    """
-    with torch.device("meta"):  # shapes alone: a wrong configuration may ask for any amount
-        skeleton = kind(config)
-    weights = plain_names(weights, skeleton)
-    check_shapes(skeleton, weights, source)
-    transformers.utils.logging.disable_progress_bar()
-    return kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
-
-
-def plain_names(weights, skeleton):
-    """The weights by the names that the model has: older files leave out the prefix (GPT-2's), hold
-    constant buffers, or leave out an output layer that is the embedding's.
-    """
-    expected, prefix = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
-    constant = "|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"])
-    named = {}
-    for name, value in weights.items():
-        name = prefix + name if name not in expected and prefix + name in expected else name
-        if name in expected or not re.search(constant, name):
-            named[name] = value
-    for name, source in (skeleton.all_tied_weights_keys or {}).items():
-        if name not in named and source in named:
-            named[name] = named[source]
-    return named

@@ -1,14 +1,8 @@
 """Which reader a checkpoint is: a T5 becomes a FiDT5, a causal language model a CausalReader."""
 import os
 
-from causal_reader import (
-    PASSAGE_WEIGHTS,
-    TEMPLATE,
-    CausalReader,
-    Prompts,
-    choose_prompts,
-    is_causal,
-)
+from causal_lm import is_causal
+from causal_reader import PASSAGE_WEIGHTS, TEMPLATE, CausalReader, Prompts, choose_prompts
 from checkpoints import find_model, read_config, read_training_args
 from model import CLASSES, FiDT5
 from utils import InputError

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from causal_helpers import CONFIGS, make_causal, make_tokenizer
-from causal_reader import CausalReader, PromptCollator, Prompts, choose_prompts, open_lm
+from causal_lm import open_lm
+from causal_reader import CausalReader, PromptCollator, Prompts, choose_prompts
 from checkpoints import load_tokenizer
 from conftest import make_records, run
 from readers import open_reader
@@ -273,7 +274,8 @@ def test_older_names_and_half_precision_are_read(folders, tmp_path):
         (tmp_path / file).write_bytes(open(f"{folders['gpt2']}/{file}", "rb").read())
     weights = load_file(f"{folders['gpt2']}/model.safetensors")
     old = {name.removeprefix("transformer."): value.bfloat16() for name, value in weights.items()}
-    save_file(old | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}, tmp_path / "model.safetensors")
+    old |= {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(old, tmp_path / "model.safetensors")
     reader = open_reader(tmp_path)
     assert isinstance(reader, CausalReader)
     assert all(p.dtype == torch.float32 for p in reader.parameters())
