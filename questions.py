@@ -1,9 +1,10 @@
 """Questions and their fields, in every file form of the field: one rule for reader and retriever.
 
 A record is a JSON object per question: `question` (or `query`, or BEIR's `text`), an id, `answers`
-(or `answer`), `target`, `ctxs` (ranked passages {title, text, score}). Files: a `.json` list or
-`.jsonl`; tables whose header names the columns, or without one of question and answers (DPR's
-nq-test.csv) or of id and text; any of them gzipped.
+(or `answer`), `target`, `ctxs` (ranked passages {title, text, score}), `passage` (ground truth) and
+`chat_history` (earlier turns). Files: a `.json` list or `.jsonl`; tables whose header names the
+columns, or without one of question and answers (DPR's nq-test.csv) or of id and text;
+any of them gzipped.
 """
 import ast
 import csv
@@ -130,6 +131,46 @@ def check_types(record, location, names=LIST_FIELDS):
                          f"{shorten(record['task'])}")
 
 
+def gold_passages(record, location=""):
+    """The ground-truth passages [{text, title and id where given}] of `passage`: a text, such an
+    object, or a list of them; [] where it is missing or empty.
+
+    Raises InputError for anything else.
+    """
+    passages = record.get("passage") or []
+    if not isinstance(passages, list):
+        passages = [passages]
+    passages = [{"text": item} if isinstance(item, str) else item for item in passages]
+    for item in passages:
+        if not is_context(item):
+            raise InputError(f"{location}: 'passage' must be a text, an object with a 'text' "
+                             "string and, if any, a 'title' string, or a list of them, it is "
+                             f"{shorten(record['passage'])}")
+    return passages
+
+
+def history_turns(record, location=""):
+    """The texts of the turns of `chat_history`, the oldest first: of a list of texts or of objects
+    {role, content}, or the lines of a text; [] where it is missing or empty.
+
+    Raises InputError for anything else.
+    """
+    history = record.get("chat_history") or []
+    turns = history.split("\n") if isinstance(history, str) else history
+    if not isinstance(turns, list):
+        turns = [None]
+    texts = []
+    for turn in turns:
+        if isinstance(turn, dict) and isinstance(turn.get("content"), str):
+            turn = f"{turn['role']}: {turn['content']}" if turn.get("role") else turn["content"]
+        if not isinstance(turn, str):
+            raise InputError(f"{location}: 'chat_history' must be a text, or a list of texts or of "
+                             f"objects {{role, content}}, it is {shorten(history)}")
+        if turn.strip():
+            texts.append(turn.strip())
+    return texts
+
+
 # ---------------------------------------------------------------- records for the reader
 
 def read_records(path, keep_contexts=None):
@@ -175,6 +216,8 @@ def check_record(record, location, index):
     if not isinstance(record.get("target", ""), (str, type(None))):
         raise InputError(f"{location}: 'target' must be a text, it is {shorten(record['target'])}")
     check_types(record, location, ["ctxs"])
+    gold_passages(record, location)
+    history_turns(record, location)
     record["ctxs"] = list(record.get("ctxs") or [])
     for context in record["ctxs"]:
         try:
