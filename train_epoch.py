@@ -188,8 +188,9 @@ def check_retriever(args):
                          "truth being one; leave --num_contexts out")
     if not os.path.exists(args.corpus):
         raise InputError(f"--corpus {args.corpus}: no such file; check the path")
-    for name in {args.retriever, args.t5_name} - {"bm25"}:
-        find_model(name)  # retrieving may take hours, after which the reader is opened
+    if args.retriever != "bm25":
+        find_model(args.retriever)
+    find_model(args.t5_name)  # opened after retrieval, which may take hours
 
 
 def check_args(args):
