@@ -64,6 +64,8 @@ def gold_answers(record, location):
     (FiD, src/preprocess.py). Raises InputError.
     """
     answers, answer, target = record.get("answers"), record.get("answer"), None
+    if answer is None:
+        answer = record.get("gold_answer")  # LocalRQA's
     if isinstance(answer, dict):
         value = answer.get("Value", answer.get("value"))
         if isinstance(value, str):
@@ -132,37 +134,44 @@ def check_types(record, location, names=LIST_FIELDS):
 
 
 def gold_passages(record, location=""):
-    """The ground-truth passages [{text, title and id where given}] of `passage`: a text, such an
-    object, or a list of them; [] where it is missing or empty.
+    """The ground-truth passages [{text, title and id where given}] of `passage` (a text, such an
+    object, or a list of them) or of LocalRQA's `gold_docs`; [] where both are missing or empty.
 
     Raises InputError for anything else.
     """
-    passages = record.get("passage") or []
-    if not isinstance(passages, list):
-        passages = [passages]
-    passages = [{"text": item} if isinstance(item, str) else item for item in passages]
-    for item in passages:
+    name = "passage" if record.get("passage") else "gold_docs"
+    items = record.get(name) or []
+    passages = []
+    for item in items if isinstance(items, list) else [items]:
+        if isinstance(item, str):
+            item = {"text": item}
+        elif isinstance(item, dict) and "page_content" in item:
+            metadata = item.get("metadata")
+            title = metadata.get("title") if isinstance(metadata, dict) else None
+            item = {"title": title, "text": item["page_content"]}
         if not is_context(item):
-            raise InputError(f"{location}: 'passage' must be a text, an object with a 'text' "
-                             "string and, if any, a 'title' string, or a list of them, it is "
-                             f"{shorten(record['passage'])}")
+            raise InputError(f"{location}: '{name}' must be a text, an object with a 'text' string "
+                             "and, if any, a 'title' string, or a list of them, it is "
+                             f"{shorten(items)}")
+        passages.append(item)
     return passages
 
 
 def history_turns(record, location=""):
     """The texts of the turns of `chat_history`, the oldest first: of a list of texts or of objects
-    {role, content}, or the lines of a text; [] where it is missing or empty.
+    {role, content} or {speaker, message}, or the lines of a text; [] where it is missing or empty.
 
     Raises InputError for anything else.
     """
     history = record.get("chat_history") or []
     turns = history.split("\n") if isinstance(history, str) else history
-    if not isinstance(turns, list):
-        turns = [None]
     texts = []
-    for turn in turns:
-        if isinstance(turn, dict) and isinstance(turn.get("content"), str):
-            turn = f"{turn['role']}: {turn['content']}" if turn.get("role") else turn["content"]
+    for turn in turns if isinstance(turns, list) else [turns]:
+        if isinstance(turn, dict):
+            speaker = turn.get("role") or turn.get("speaker")
+            turn = turn.get("content") or turn.get("message")
+            if speaker and isinstance(turn, str):
+                turn = f"{speaker}: {turn}"
         if not isinstance(turn, str):
             raise InputError(f"{location}: 'chat_history' must be a text, or a list of texts or of "
                              f"objects {{role, content}}, it is {shorten(history)}")
