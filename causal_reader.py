@@ -14,6 +14,7 @@ import inspect
 import math
 import os
 import re
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from causal_lm import open_lm
 from checkpoints import check_vocabulary
 from data import pad_labels, pad_passages
 from files import to_number
-from questions import context_score
+from questions import context_score, history_turns
 from training import add_lora
 from utils import InputError, refusing, shorten
 
@@ -132,9 +133,11 @@ def read_scores(contexts, prompts):
 class PromptCollator:
     """Turns (index, record, target) samples into a batch of prompts and targets.
 
-    A prompt begins with the tokenizer's <s>, where it has one, and takes max_length tokens: the
-    passage is cut on the right, so that the question and the words after the passage stay; a
-    question that is longer by itself is not cut. A question without contexts is asked alone.
+    A prompt begins with the tokenizer's <s>, where it has one, and takes max_length tokens: of a
+    record's chat_history, which goes before the question with a line per turn, the oldest turns
+    are left out, then the passage is cut on the right, so that the question and the words after the
+    passage stay; a question that is longer by itself is not cut. A question without contexts is
+    asked alone.
     The answer follows after the whitespace that the template ends with, else after one space, and
     its tokens, ending in exactly one </s>, are those that it has at that place.
 
@@ -168,9 +171,25 @@ class PromptCollator:
                 "labels": labels}
 
     def prompt_texts(self, record):
-        """[(prompt, span of the passage's text)] of a record's contexts, or of the question alone.
+        """[(prompt, span of the passage's text)] of a record's contexts, or of the question alone,
+        with the newest turns of its chat_history that all of the prompts have room for.
         """
-        question = record["question"]  # what a conversation's earlier turns will go before
+        turns, separator = history_turns(record), "\n"
+        if len(turns) == 1:  # a single one loses its oldest words
+            turns, separator = turns[0].split(), " "
+        histories = [separator.join(turns[first:]) + "\n" for first in range(len(turns))]
+        fitting = bisect_left(histories, True, key=lambda history: self.fits(record, history))
+        return self.fill_prompts(record, (*histories, "")[fitting])
+
+    def fits(self, record, history):
+        """True if a record's prompts, with this history, have at most max_length tokens."""
+        texts = [text for text, _ in self.fill_prompts(record, history)]
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return len(self.prefix) + max(map(len, rows)) <= self.max_length
+
+    def fill_prompts(self, record, history):
+        """prompt_texts with this history, a text that goes before the question."""
+        question = history + record["question"]
         contexts = record["ctxs"][:self.num_contexts]
         if not contexts:
             return [fill_template(drop_passage(self.template), question, {"text": ""})]

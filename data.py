@@ -7,6 +7,7 @@ from itertools import chain, islice
 
 import torch
 
+from questions import history_turns
 from utils import InputError, shorten
 
 COUNTED = 1000  # passages whose lengths are counted when a run starts: a fraction of a second
@@ -27,6 +28,51 @@ def input_texts(record, num_contexts):
     texts = [format_passage(record["question"], context)
              for context in record["ctxs"][:num_contexts]]
     return texts or [f"question: {record['question']}"]
+
+
+def encode_inputs(tokenizer, records, num_contexts, max_length):
+    """Per record the token ids of each of its inputs, at most max_length: "question: ... title: ...
+    context: ...", with "history: TURN TURN ..." before it where the record has a chat_history.
+
+    What does not fit is cut: first the oldest turns, then the passage's end. There is no </s>.
+    """
+    histories = [history_turns(record) for record in records]
+    texts = []
+    for record, turns in zip(records, histories):
+        blank = " " if turns else ""  # between history and question; most tokenizers add it anyway
+        texts.append([blank + text for text in input_texts(record, num_contexts)])
+    rows = iter(tokenizer(list(chain.from_iterable(texts)), add_special_tokens=False,
+                          truncation=True, max_length=max_length)["input_ids"])
+    inputs = [list(islice(rows, len(record_texts))) for record_texts in texts]
+    for index, turns in enumerate(histories):
+        if turns:
+            head, pieces = history_pieces(tokenizer, turns)
+            inputs[index] = [keep_newest(head, pieces, max_length - len(ids)) + ids
+                             for ids in inputs[index]]
+    return inputs
+
+
+def history_pieces(tokenizer, turns):
+    """The token ids of "history:", and of the pieces that are dropped whole, the oldest first: the
+    turns or, of a single one, its tokens.
+    """
+    head, *pieces = tokenizer(["history:", *(" " + turn for turn in turns)],
+                              add_special_tokens=False, verbose=False)["input_ids"]
+    if len(pieces) == 1:
+        pieces = [[token] for token in pieces[0]]
+    return head, pieces
+
+
+def keep_newest(head, pieces, room):
+    """The head and as many of the last pieces as fit into `room` tokens; nothing without a piece.
+    """
+    first, length = len(pieces), len(head)
+    while first > 0 and length + len(pieces[first - 1]) <= room:
+        first -= 1
+        length += len(pieces[first])
+    if first == len(pieces):
+        return []
+    return head + list(chain.from_iterable(pieces[first:]))
 
 
 def choose_target(record, seed=None):
@@ -77,7 +123,7 @@ def note_long_passages(records, collator, log):
 class Collator:
     """Turns (index, record, target) samples into a batch of tensors.
 
-    Truncates passages on the right at `max_length` tokens; they carry no </s>, as in FiD (under
+    Inputs are cut at `max_length` tokens, see encode_inputs; they carry no </s>, as in FiD (under
     transformers 3.0.2) and minFiD, and are padded to the longest of the batch only. Targets carry
     exactly one </s>. Returns {indices, inputs, labels (B, T) with -100 as padding, or None}; the
     inputs, which the reader takes by their names, are input_ids (B, N, L) and attention_mask (B, N,
@@ -90,13 +136,8 @@ class Collator:
             raise InputError("the tokenizer has no padding token; use the tokenizer of a T5 model")
 
     def __call__(self, samples):
-        texts = [self.texts(record) for _, record, _ in samples]
-        all_texts = [text for record_texts in texts for text in record_texts]
-        all_ids = self.tokenizer(all_texts, add_special_tokens=False, truncation=True,
-                                 max_length=self.max_length)["input_ids"]
-
-        remaining_ids = iter(all_ids)
-        questions = [list(islice(remaining_ids, len(record_texts))) for record_texts in texts]
+        records = [record for _, record, _ in samples]
+        questions = encode_inputs(self.tokenizer, records, self.num_contexts, self.max_length)
         input_ids, attention_mask = pad_passages(questions, self.tokenizer.pad_token_id)
         return {"indices": [index for index, _, _ in samples],
                 "inputs": {"input_ids": input_ids, "attention_mask": attention_mask},

@@ -1,9 +1,10 @@
 """Questions and their fields, in every file form of the field: one rule for reader and retriever.
 
 A record is a JSON object per question: `question` (or `query`, or BEIR's `text`), an id, `answers`
-(or `answer`), `target`, `ctxs` (ranked passages {title, text, score}). Files: a `.json` list or
-`.jsonl`; tables whose header names the columns, or without one of question and answers (DPR's
-nq-test.csv) or of id and text; any of them gzipped.
+(or `answer`), `target`, `ctxs` (ranked passages {title, text, score}), `passage` (ground truth) and
+`chat_history` (earlier turns). Files: a `.json` list or `.jsonl`; tables whose header names the
+columns, or without one of question and answers (DPR's nq-test.csv) or of id and text;
+any of them gzipped.
 """
 import ast
 import csv
@@ -63,6 +64,8 @@ def gold_answers(record, location):
     (FiD, src/preprocess.py). Raises InputError.
     """
     answers, answer, target = record.get("answers"), record.get("answer"), None
+    if answer is None:
+        answer = record.get("gold_answer")  # LocalRQA's
     if answer is None and isinstance(record.get("response"), str):
         answer = record["response"]
     if isinstance(answer, dict):
@@ -132,6 +135,53 @@ def check_types(record, location, names=LIST_FIELDS):
                          f"{shorten(record['task'])}")
 
 
+def gold_passages(record, location=""):
+    """The ground-truth passages [{text, title and id where given}] of `passage` (a text, such an
+    object, or a list of them) or of LocalRQA's `gold_docs`; [] where both are missing or empty.
+
+    Raises InputError for anything else.
+    """
+    name = "passage" if record.get("passage") else "gold_docs"
+    items = record.get(name) or []
+    passages = []
+    for item in items if isinstance(items, list) else [items]:
+        if isinstance(item, str):
+            item = {"text": item}
+        elif isinstance(item, dict) and "page_content" in item:
+            metadata = item.get("metadata")
+            title = metadata.get("title") if isinstance(metadata, dict) else None
+            item = {"title": title, "text": item["page_content"]}
+        if not is_context(item):
+            raise InputError(f"{location}: '{name}' must be a text, an object with a 'text' string "
+                             "and, if any, a 'title' string, or a list of them, it is "
+                             f"{shorten(items)}")
+        passages.append(item)
+    return passages
+
+
+def history_turns(record, location=""):
+    """The texts of the turns of `chat_history`, the oldest first: of a list of texts or of objects
+    {role, content} or {speaker, message}, or the lines of a text; [] where it is missing or empty.
+
+    Raises InputError for anything else.
+    """
+    history = record.get("chat_history") or []
+    turns = history.split("\n") if isinstance(history, str) else history
+    texts = []
+    for turn in turns if isinstance(turns, list) else [turns]:
+        if isinstance(turn, dict):
+            speaker = turn.get("role") or turn.get("speaker")
+            turn = turn.get("content") or turn.get("message")
+            if speaker and isinstance(turn, str):
+                turn = f"{speaker}: {turn}"
+        if not isinstance(turn, str):
+            raise InputError(f"{location}: 'chat_history' must be a text, or a list of texts or of "
+                             f"objects {{role, content}}, it is {shorten(history)}")
+        if turn.strip():
+            texts.append(turn.strip())
+    return texts
+
+
 # ---------------------------------------------------------------- records for the reader
 
 def read_records(path, keep_contexts=None):
@@ -177,6 +227,8 @@ def check_record(record, location, index):
     if not isinstance(record.get("target", ""), (str, type(None))):
         raise InputError(f"{location}: 'target' must be a text, it is {shorten(record['target'])}")
     check_types(record, location, ["ctxs"])
+    gold_passages(record, location)
+    history_turns(record, location)
     record["ctxs"] = list(record.get("ctxs") or [])
     for context in record["ctxs"]:
         try:

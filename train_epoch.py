@@ -6,16 +6,24 @@ r"""Trains a reader epoch by epoch and keeps the checkpoint with the best dev EM
         --data_test test.json --num_contexts 100 --batch_size 2 --grad_accumulation 4 \
         --use_checkpoint --lr 1e-4 --gpus 0,1,2,3,4,5,6,7
 
-Written: OUT (the best reader, a folder of transformers), OUT.jsonl (one row per evaluation) and
-OUT.state (everything that --resume needs to end with the weights of a run that was never stopped).
+With a frozen retriever the record's `passage`, the ground truth, and then retrieved passages are
+trained on, and retrieved ones alone are evaluated with:
+
+    python train_epoch.py OUT train.jsonl dev.jsonl --data_test test.jsonl --retriever DIR \
+        --corpus documents.jsonl --num_retrieved 3
+
+Written: OUT (the best reader, a folder of transformers), OUT.jsonl (one row per evaluation),
+OUT.state (everything that --resume needs to end with the weights of a run that was never stopped)
+and, with --retriever, OUT.retrieved (its passages).
 """
 import argparse
 import math
+import os
 import time
 
 import torch
 
-from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
+from checkpoints import claim_folder, find_model, load_tokenizer, save_checkpoint, versions
 from data import (
     TrainSet,
     check_targets,
@@ -27,6 +35,7 @@ from predict import ANSWER_MAXLENGTH, predict, summarize
 from questions import note_files, read_records
 from readers import add_prompt_flags, open_reader
 from resume import forget_replaced_state, load_state, restore_state, save_state
+from retrieval.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
 from training import (
     Progress,
     Run,
@@ -55,20 +64,31 @@ from utils import (
 
 # flags that may differ between a run and its resumption: they do not change the weights
 FREE_FLAGS = {"resume", "overwrite", "num_workers", "save_every", "logging_steps", "gpus",
-              "data_test", "batch_size_val", "tensorboard", "tqdm"}
+              "data_test", "batch_size_val", "tensorboard", "tqdm", "index"}
+
+# the three arguments, and the flags that may take their place
+PATH_FLAGS = {"model": "output_dir", "data_train": "train_file", "data_val": "eval_file"}
 
 
 # ---------------------------------------------------------------- flags
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    # no abbreviations: --model would be taken for --model_name_or_path
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
-    add("model", help="folder to write the best reader to; OUT.jsonl and OUT.state lie beside it")
-    add("data_train", help="training records: .json or .jsonl, may end in .gz")
-    add("data_val", help="dev records, which choose the best checkpoint")
+    add("model", nargs="?",
+        help="folder to write the best reader to; OUT.jsonl and OUT.state lie beside it")
+    add("data_train", nargs="?", help="training records: .json or .jsonl, may end in .gz")
+    add("data_val", nargs="?", help="dev records, which choose the best checkpoint")
     add = parser.add_argument_group("data").add_argument
-    add("--data_test", help="records to evaluate the best checkpoint on at the end")
-    add("--num_contexts", type=int, default=5, help="contexts per question")
+    for name, flag in PATH_FLAGS.items():
+        add(f"--{flag}", metavar="PATH",
+            help=f"{name}, where the three arguments are given as flags")
+    add("--data_test", "--test_file", metavar="FILE",
+        help="records to evaluate the best checkpoint on at the end")
+    add("--num_contexts", type=int,
+        help="contexts per question; not given: 5, with --retriever --num_retrieved + 1")
     add("--max_length", type=int, default=250,
         help="tokens per question and passage, truncated on the right")
     add("--answer_maxlength", type=int, default=-1,
@@ -76,6 +96,16 @@ def parse_args():
     add("--num_workers", type=int, default=0, help="processes that tokenise")
     add("--no_shuffle", action="store_true",
         help="keep the file's order and each record's first answer")
+    add = parser.add_argument_group("frozen retriever").add_argument
+    add("--retriever", "--embedding_model", metavar="DIR",
+        help="retriever whose passages are read, a folder or hub name, or bm25; "
+        "retrieved once, and kept in OUT.retrieved")
+    add("--corpus", "--full_dataset_file_path", metavar="FILE",
+        help="its documents: a .tsv or .csv with a header, or JSON lines, may end in .gz")
+    add("--index", "--full_dataset_index_path", metavar="DIR",
+        help="folder of the corpus's vectors, made or reused; not given: beside the corpus")
+    add("--num_retrieved", "--embedding_max_num_to_retrieve", type=int, metavar="N",
+        help="passages that are retrieved for a question; not given: 3")
     add = parser.add_argument_group("model").add_argument
     add("--t5_name", "--model_name_or_path", default="t5-base",
         help="checkpoint to start from, a T5 or a causal language model: hub name or folder")
@@ -88,8 +118,10 @@ def parse_args():
         "package peft)")
     add_prompt_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", type=int, default=1, help="questions per process and micro-batch")
-    add("--batch_size_val", type=int, default=2, help="questions per process in evaluation")
+    add("--batch_size", "--per_device_train_batch_size", type=int, default=1,
+        help="questions per process and micro-batch")
+    add("--batch_size_val", "--per_device_eval_batch_size", type=int, default=2,
+        help="questions per process in evaluation")
     add("--grad_accumulation", type=int, default=1, help="micro-batches per update")
     add("--accumulate", choices=["mean", "sum"], default="mean",
         help="mean: an update's gradient is that of one large batch; sum: the micro-batches' mean "
@@ -117,22 +149,69 @@ def parse_args():
     add("--tqdm", action="store_true",
         help="show progress bars even if the output is not a terminal")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
-    return parser.parse_args()
+    args = parser.parse_intermixed_args()
+    if args.retriever and args.num_retrieved is None:
+        args.num_retrieved = 3
+    if args.num_contexts is None:
+        args.num_contexts = args.num_retrieved + 1 if args.retriever else 5
+    return args
+
+
+def settle_paths(args):
+    """Sets the three arguments where their flags are given. Raises InputError for both, or neither.
+    """
+    given = [name for name in PATH_FLAGS if getattr(args, name) is not None]
+    given_flags = [name for name, flag in PATH_FLAGS.items() if getattr(args, flag) is not None]
+    if given_flags and not given:
+        for name in given_flags:
+            setattr(args, name, getattr(args, PATH_FLAGS[name]))
+    elif given_flags:
+        raise InputError("OUT, the training and the dev records are given as three arguments or "
+                         "as --output_dir, --train_file and --eval_file, and here as both")
+    missing = [f"{name} (--{flag})" for name, flag in PATH_FLAGS.items()
+               if getattr(args, name) is None]
+    if missing:
+        raise InputError(f"missing: {', '.join(missing)}; give OUT train.json dev.json, or all "
+                         "three as flags")
+    for flag in PATH_FLAGS.values():
+        delattr(args, flag)
+
+
+def check_retriever(args):
+    """Raises InputError for flags of the frozen retriever that do not fit together."""
+    others = [name for name in ("corpus", "index", "num_retrieved") if getattr(args, name)]
+    if not args.retriever:
+        if others:
+            raise InputError(f"--{others[0]} is of a frozen retriever: give --retriever, too")
+        return
+    if not args.corpus:
+        raise InputError("--retriever needs --corpus, the documents that it searches")
+    if args.num_contexts != args.num_retrieved + 1:
+        raise InputError(f"--num_contexts {args.num_contexts}: a reader with --num_retrieved "
+                         f"{args.num_retrieved} gets {args.num_retrieved + 1} contexts, the ground "
+                         "truth being one; leave --num_contexts out")
+    if not os.path.exists(args.corpus):
+        raise InputError(f"--corpus {args.corpus}: no such file; check the path")
+    if args.retriever != "bm25":
+        find_model(args.retriever)
+    find_model(args.t5_name)  # opened after retrieval, which may take hours
 
 
 def check_args(args):
-    """Raises InputError for a flag that is out of range."""
+    """Rejects wrong flags before anything is read. Raises InputError."""
+    settle_paths(args)
     args.model = args.model.rstrip("/")
-    check_at_least(args, {"num_contexts": 1, "max_length": 1, "batch_size": 1, "batch_size_val": 1,
-                          "grad_accumulation": 1, "epochs": 1, "num_workers": 0,
-                          "num_warmup_steps": 0, "eval_every": 0, "save_every": 0,
-                          "logging_steps": 1, "weight_decay": 0, "lora": 1})
+    check_at_least(args, {"num_retrieved": 1, "num_contexts": 1, "max_length": 1, "batch_size": 1,
+                          "batch_size_val": 1, "grad_accumulation": 1, "epochs": 1,
+                          "num_workers": 0, "num_warmup_steps": 0, "eval_every": 0,
+                          "save_every": 0, "logging_steps": 1, "weight_decay": 0, "lora": 1})
     check_positive(args, ["lr", "clip"])
     check_seed(args)
     if not 0 <= args.dropout < 1:
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
     if args.warmup_ratio is not None and not 0 <= args.warmup_ratio <= 1:
         raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
+    check_retriever(args)
 
 
 # ---------------------------------------------------------------- training
@@ -298,13 +377,17 @@ def set_up(args, world):
 
     Raises InputError.
     """
-    # data
-    train = read_records(args.data_train, args.num_contexts)
-    dev = read_records(args.data_val, args.num_contexts)
+    # data; the state comes first: one of other flags is refused before anything is retrieved
+    state = load_state(args.model, args, world, FREE_FLAGS)
+    if args.retriever:
+        retrieve_once(args, given_paths(args), world)
+    train = read_records(data_path(args, "train"), args.num_contexts)
+    dev = read_records(data_path(args, "dev"), args.num_contexts)
+    if args.retriever:
+        put_gold_first(args, train, world.log)
     if not any(record["answers"] for record in dev):
         raise InputError(f"{args.data_val}: no record has 'answers', so no checkpoint can be "
                          "chosen by it")
-    state = load_state(args.model, args, world, FREE_FLAGS)
     tokenizer = load_tokenizer(args.t5_name, args.t5_name)
     check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
 
@@ -340,6 +423,19 @@ def set_up(args, world):
     return run
 
 
+def given_paths(args):
+    """{name: file} of the records that the flags name."""
+    paths = {"train": args.data_train, "dev": args.data_val, "test": args.data_test}
+    return {name: path for name, path in paths.items() if path}
+
+
+def data_path(args, name):
+    """The file that the records of this name are read from: the given one, or what retrieve_once
+    has made of it.
+    """
+    return retrieved_path(args.model, name) if args.retriever else given_paths(args)[name]
+
+
 def count_warmup(args, last_update):
     """The updates of warm-up in a run of that many."""
     if args.warmup_ratio is None:
@@ -362,6 +458,8 @@ def describe(run):
         f"processes ({args.accumulate}); {run.last_update // args.epochs} updates per epoch, "
         f"{run.last_update} in all, {warmup} of warm-up")
     note_long_passages(run.train_set.records, run.collator, log)
+    if args.retriever:
+        note_reach(run.dev, args.data_val, log)
     if warmup >= run.last_update:
         log(f"warning: the warm-up of {warmup} updates outlasts the run, the learning rate never "
             f"gets to {args.lr:g}; --warmup_ratio 0.1 would fit")
@@ -374,9 +472,9 @@ def main(args):
     world = start_processes(args.gpus)
     set_seed(args.seed, world.rank)
     with claim_folder(args.model, args.resume, args.overwrite, world):
-        # now, not after the training
-        test = read_records(args.data_test, args.num_contexts) if args.data_test else None
         run = set_up(args, world)
+        # now, not after the training
+        test = read_records(data_path(args, "test"), args.num_contexts) if args.data_test else None
         if test:
             run.unwrapped.check_records(test, args.num_contexts, args.data_test)
         describe(run)

@@ -23,13 +23,13 @@ DEFAULTS = {"query_max_length": 256, "key_max_length": 256, "query_template": "{
             "key_template": "{title} {text}", "add_instruction": True}
 
 
-def parse_args(description):
+def parse_args(description, arguments=None):
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add_data_flags(parser)
     add_method_flags(parser)
     add_output_flags(parser)
     add_run_flags(parser)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def add_data_flags(parser):

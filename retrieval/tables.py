@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import shlex
 from itertools import chain
 
 from files import (
@@ -26,6 +27,13 @@ ID_COLUMNS = ("_id", "id", "docid", "doc_id", "passage_id")
 TEXT_COLUMNS = ("text", "contents", "content", "body")
 READ_COLUMNS = ("title", *TEXT_COLUMNS)  # whose values must be texts
 BEGINNING = 65536     # bytes that a table's header fits into
+
+
+# what makes JSON lines of a pickle of documents: objects with page_content and metadata, as
+# LangChain's and LocalRQA's, or dictionaries
+UNPICKLE = ("import json, pickle, sys; [print(json.dumps(d if isinstance(d, dict) else "
+            "{'title': d.metadata.get('title', ''), 'text': d.page_content})) for d in "
+            "pickle.load(open(sys.argv[1], 'rb'))]")
 
 
 class NotPlain(Exception):
@@ -105,12 +113,24 @@ def plain_lines(path):
                          "files") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    refuse_pickle(path, beginning)
     unpacked = f"{path}.lines"
     if os.path.exists(unpacked) and os.stat(unpacked).st_mtime_ns == changed:
         return unpacked
     if str(path).endswith(".gz") or beginning.startswith((b"[", codecs.BOM_UTF8)):
         return write_plain_lines(path, read_lines(path))
     return path
+
+
+def refuse_pickle(path, beginning):
+    """Raises InputError, which tells how to convert it, for a pickle: opening one may run any code.
+    """
+    is_binary = beginning[:1] == b"\x80" and beginning[1:2] in (b"\2", b"\3", b"\4", b"\5")
+    if is_binary or str(path).endswith((".pkl", ".pickle")):
+        target = os.path.splitext(path)[0] + ".jsonl"
+        raise InputError(f"{path}: a pickle, which may run any code when it is opened; if you "
+                         f'trust it: python -c "{UNPICKLE}" {shlex.quote(str(path))} > '
+                         f"{shlex.quote(target)}")
 
 
 def write_plain_lines(path, lines):

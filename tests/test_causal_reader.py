@@ -205,6 +205,29 @@ def test_the_passage_is_cut_and_nothing_else(tokenizer):
     assert text.split() == ["who", "wrote", "it?", "Passage:", "Answer:"]
 
 
+def test_the_oldest_turns_go_before_the_passage_is_cut(tokenizer):
+    record = {"id": "a", "question": "who?", "ctxs": [{"title": "T", "text": "some text"}] * 2,
+              "chat_history": ["one town", "two", "three letters"]}
+    template = r"{title}: {text}\n{question}"
+    fitting = []
+    for first in range(4):
+        lines = ["T: some text", *record["chat_history"][first:], "who?"]
+        text = "\n".join(lines)
+        fitting.append((len(tokenizer(text, add_special_tokens=False)["input_ids"]), text))
+    (longest, _), (shortest, question_alone) = fitting[0], fitting[3]
+    for max_length in range(shortest, longest + 2):
+        expected = next(text for length, text in fitting if length <= max_length)
+        assert collate(tokenizer, template, record, max_length)[0] == [expected] * 2
+    (text, _), _ = collate(tokenizer, template, record, shortest - 2)
+    assert text != question_alone and question_alone.startswith(text.split("\n")[0])
+    assert text.endswith("\nwho?")
+    # a single text loses its oldest words
+    record["chat_history"] = "one town two three letters"
+    (text, _), _ = collate(tokenizer, template, record, longest - 3)
+    kept = text.removeprefix("T: some text\n").removesuffix("\nwho?")
+    assert record["chat_history"].endswith(kept) and 0 < len(kept) < len(record["chat_history"])
+
+
 def test_targets_have_the_tokens_of_their_place(tokenizer):
     eos = tokenizer.eos_token_id
     for template, separator in [("{text}{question}:", " "), (r"{text}{question}:\n", "\n"),

@@ -1,5 +1,12 @@
 """Corpora of every form: ids and indices, kept tables of lines, other columns, bad lines."""
 import gzip
+import importlib
+import json
+import os
+import pickle
+import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -182,3 +189,23 @@ def test_a_changed_table_is_read_anew(tmp_path):
 def test_long_cells_are_read(tmp_path):
     (tmp_path / "long.tsv").write_text("id\ttext\ttitle\n1\t" + "word " * 40_000 + "\tit\n")
     assert len(Corpus(str(tmp_path / "long.tsv"), "{text}").text(0)) == 199_999
+
+
+def test_a_pickle_is_refused_with_the_line_that_converts_it(tmp_path, monkeypatch):
+    (tmp_path / "store.py").write_text("class Document:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    document = importlib.import_module("store").Document()  # as LangChain has them
+    document.page_content, document.metadata = "a text", {"title": "T"}
+    rows = [document, {"_id": "x", "text": "another"}]
+    for name in ("my documents.pkl", "documents"):
+        path = tmp_path / name
+        path.write_bytes(pickle.dumps(rows))
+        with pytest.raises(InputError, match=f"{name}: a pickle") as error:
+            Corpus([path], "{title} {text}")
+        message = str(error.value)
+        assert "\n" not in message
+        command = message[message.index("python -c"):]
+        subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True,
+                       check=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+        converted = [json.loads(line) for line in open(path.with_suffix(".jsonl"))]
+        assert converted == [{"title": "T", "text": "a text"}, rows[1]]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 import data
 from conftest import TOKENIZER
@@ -13,6 +13,7 @@ from data import (
     TrainSet,
     check_targets,
     choose_target,
+    encode_inputs,
     eval_loader,
     input_texts,
     note_long_passages,
@@ -75,6 +76,74 @@ def test_passages_that_are_cut_off_are_counted(tokenizer, monkeypatch):
     monkeypatch.setattr(data, "COUNTED", 2)
     note_long_passages(records, Collator(tokenizer, 3, length), said.append)
     assert said[1].startswith("note: 1 of the first 2 passages exceed")
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_history_comes_before_question_and_passage(tokenizer):
+    """As one text; a record without a history is read as if there were no such field."""
+    question = "question: who? title: T context: some text"
+    histories = [
+        (None, question), ([], question), ("", question), (" \n", question), ([""], question),
+        ("one two", f"history: one two {question}"),
+        ("one\n\ntwo", f"history: one two {question}"),
+        (["one", "two three"], f"history: one two three {question}"),
+        ([{"role": "user", "content": "one"}, {"content": "two"}],
+         f"history: user: one two {question}")]
+    records = [{"question": "who?", "ctxs": [CONTEXT], "chat_history": history}
+               for history, _ in histories]
+    for (_, text), inputs in zip(histories, encode_inputs(tokenizer, records, 1, 250)):
+        assert inputs == [ids_of(tokenizer, text)]
+    alone = encode_inputs(tokenizer, [{"question": "who?", "ctxs": [], "chat_history": "one"}], 1,
+                          250)
+    assert alone == [[ids_of(tokenizer, "history: one question: who?")]]
+
+
+@pytest.mark.parametrize("history", [["one town", "two", "three letters it"],
+                                     "one town\ntwo\nthree letters it"])
+def test_the_oldest_turns_go_first_then_the_passage(tokenizer, history):
+    record = {"question": "who?", "ctxs": [CONTEXT, {"text": "x"}], "chat_history": history}
+    turns = ["one town", "two", "three letters it"]
+    for number, text in enumerate(input_texts(record, 2)):
+        base = ids_of(tokenizer, text)
+        fitting = [ids_of(tokenizer, " ".join(["history:", *turns[first:], text]))
+                   for first in range(3)] + [base]
+        for max_length in range(1, len(fitting[0]) + 2):
+            ids = encode_inputs(tokenizer, [record], 2, max_length)[0][number]
+            expected = next((ids for ids in fitting if len(ids) <= max_length), base[:max_length])
+            assert ids == expected, max_length
+
+
+def test_a_history_of_one_text_loses_its_oldest_tokens(tokenizer):
+    record = {"question": "who?", "ctxs": [CONTEXT], "chat_history": "one town two three letters"}
+    base, head = ids_of(tokenizer, input_texts(record, 1)[0]), ids_of(tokenizer, "history:")
+    history = ids_of(tokenizer, record["chat_history"])
+    for room in range(len(head) + len(history) + 2):
+        kept = min(len(history), max(0, room - len(head)))
+        expected = head + history[len(history) - kept:] + base if kept else base
+        assert encode_inputs(tokenizer, [record], 1, len(base) + room) == [[expected]]
+
+
+def test_a_tokenizer_of_bytes_keeps_the_blanks_between_turns():
+    tokenizer = ByT5Tokenizer()
+    record = {"question": "who?", "ctxs": [], "chat_history": ["one", "two"]}
+    assert encode_inputs(tokenizer, [record], 1, 99)[0][0] == ids_of(
+        tokenizer, "history: one two question: who?")
+
+
+def test_a_batch_without_histories_is_tokenised_in_one_call(tokenizer):
+    calls = []
+
+    def count(*args, **flags):
+        calls.append(args)
+        return tokenizer(*args, **flags)
+    records = [{"question": "who?", "ctxs": [CONTEXT] * 3}] * 4
+    encode_inputs(count, records, 3, 50)
+    assert len(calls) == 1
+    encode_inputs(count, [records[0], records[0] | {"chat_history": "one"}], 3, 50)
+    assert len(calls) == 3
 
 
 def test_collator_masks_what_is_absent(tokenizer):

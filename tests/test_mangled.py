@@ -204,7 +204,8 @@ def expect_no_complaints(complaints):
 CONTEXTS = [{"id": "d0", "title": "T", "text": "some text", "score": 2.5, "has_answer": False},
             {"id": "d2", "title": "", "text": "another", "score": "1"}]
 RECORDS = [{"id": f"q{i}", "question": f"who is it {i}", "answers": ["Foo", "bar"],
-            "target": "Foo", "ctxs": CONTEXTS} for i in range(3)]
+            "target": "Foo", "ctxs": CONTEXTS, "passage": CONTEXTS[:1],
+            "chat_history": ["one", {"role": "user", "content": "two"}]} for i in range(3)]
 TRIVIA = [{"question": "who", "answer": {"Value": "ROME", "Aliases": ["Rome"]}, "ctxs": CONTEXTS}]
 EMBEDDER = [{"query": "q0", "pos": ["a"], "neg": ["b", {"title": "t", "text": "c"}],
              "pos_index": [0], "neg_index": [1, 2], "teacher_scores": [1.5, -2, 0], "task": "qa",

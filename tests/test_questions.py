@@ -6,6 +6,8 @@ import pytest
 
 from questions import (
     check_record,
+    gold_passages,
+    history_turns,
     make_question,
     note_contexts,
     note_files,
@@ -264,3 +266,38 @@ def test_queries_that_qrels_name_need_ids(tmp_path):
         read_queries([tmp_path / "nq.csv"])
     with pytest.raises(InputError, match="one.tsv:1: one column instead of two"):
         read_queries([tmp_path / "one.tsv"])
+
+
+# ---------------------------------------------------------------- ground truth and earlier turns
+
+def test_ground_truth_passages_of_every_form(tmp_path):
+    forms = [
+        (None, []), ("", []), ([], []), ("a text", [{"text": "a text"}]),
+        ({"title": "T", "text": "x", "id": 7}, [{"title": "T", "text": "x", "id": 7}]),
+        (["a", {"text": "b"}], [{"text": "a"}, {"text": "b"}])]
+    for value, expected in forms:
+        assert gold_passages({"passage": value}) == expected
+    documents = [{"page_content": "a", "fmt_content": "f", "metadata": {"title": "T"}},
+                 {"page_content": "b"}]
+    assert gold_passages({"gold_docs": documents}) == [{"title": "T", "text": "a"},
+                                                       {"title": None, "text": "b"}]
+    path = tmp_path / "r.jsonl"  # a record of LocalRQA
+    path.write_text(json.dumps({"question": "q", "gold_answer": "yes", "gold_docs": documents,
+                                "chat_history": [{"speaker": "USER", "message": "hi"}]}))
+    record, = read_records(path)
+    assert record["answers"] == ["yes"] and history_turns(record) == ["USER: hi"]
+
+
+@pytest.mark.parametrize("name, values", [
+    ("passage", [7, True, [None], {"title": "T"}, {"text": 3}, {"title": 3, "text": "x"}, [["x"]]]),
+    ("gold_docs", [[{"page_content": 3}], 2.5]),
+    ("chat_history", [7, {"a": 1}, [["x"]], [None], [{"role": "user"}],
+                      [{"role": "user", "content": 3}]]),
+])
+def test_wrong_ground_truth_and_history_are_refused_with_file_and_line(tmp_path, name, values):
+    path = tmp_path / "r.jsonl"
+    for value in values:
+        path.write_text('{"question": "q"}\n' + json.dumps({"question": "q", name: value}))
+        with pytest.raises(InputError, match=f"r.jsonl:2: '{name}' must be a text") as error:
+            read_records(path)
+        assert "\n" not in str(error.value)
