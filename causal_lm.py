@@ -70,7 +70,7 @@ def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
     name, unreadable file, other architecture, other shapes.
     """
     folder, weights = find_model(path_or_name)
-    config = read_config(folder, "causal language model")
+    config = read_config(folder, "causal language")
     if not is_causal(config) or weights is not None:
         raise InputError(f"{path_or_name}: is a {config.model_type} model, not a causal language "
                          "model; give the folder of one, such as GPT-2 or Llama")

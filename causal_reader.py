@@ -24,7 +24,6 @@ from torch import nn
 from causal_lm import open_lm
 from checkpoints import check_vocabulary
 from data import pad_labels, pad_passages
-from files import to_number
 from questions import context_score, history_turns
 from training import add_lora
 from utils import InputError, refusing, shorten
@@ -59,25 +58,28 @@ def choose_prompts(given, stated, source):
         value, origin = stated.get(name, default), f"{source}: its args.json says {name}"
         if given.get(name) is not None:
             value, origin = given[name], f"--{name}"
-        with refusing(f"{origin} {shorten(value)} cannot be", "see --help"):
-            check_prompt_value(name, value)
+        fault = find_fault(name, value)
+        if fault:
+            raise InputError(f"{origin} {shorten(value)}: {fault}")
         values[name] = value
     return Prompts(**values)
 
 
-def check_prompt_value(name, value):
-    """Raises ValueError for a value that the field of Prompts cannot have."""
+def find_fault(name, value):
+    """Why the field of Prompts cannot have the value, or None."""
     if name == "passage_weights" and value not in PASSAGE_WEIGHTS:
-        raise ValueError(f"one of {', '.join(PASSAGE_WEIGHTS)} can")
-    if name == "retriever_temperature" and not 0 < to_number(value) < float("inf"):
-        raise ValueError("it must be above 0")
+        return f"must be one of {', '.join(PASSAGE_WEIGHTS)}"
+    if name == "retriever_temperature":
+        is_right = type(value) in (int, float) and 0 < value < math.inf
+        return None if is_right else "must be a number above 0"
     if name == "prompt_template":
-        fields = re.findall(r"\{(\w*)\}", value)
+        fields = re.findall(r"\{(\w*)\}", value) if isinstance(value, str) else []
         unknown = [field for field in fields if field not in FIELDS]
         if unknown:
-            raise ValueError(f"{{{unknown[0]}}} is none of {{question}}, {{title}}, {{text}}")
+            return f"{{{unknown[0]}}} is none of {{question}}, {{title}} and {{text}}"
         if "question" not in fields or fields.count("text") != 1:
-            raise ValueError("it needs {question}, and {text} once")
+            return "must be a text with {question}, and with {text} once"
+    return None
 
 
 def fill_template(template, question, context):

@@ -35,7 +35,7 @@ def open_reader(path_or_name, dropout=None, args=None):
     if os.path.isfile(path_or_name):  # minFiD's
         return open_fid(path_or_name, dropout, given)
     folder, _ = find_model(path_or_name)
-    config = read_config(folder, "T5 or causal language model")
+    config = read_config(folder, "T5 or causal language")
     if config.model_type in CLASSES:
         return open_fid(path_or_name, dropout, given)
     if not is_causal(config):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -119,7 +120,8 @@ def add_lora(transformer, rank):
     except ImportError:
         raise InputError("--lora needs the package peft: pip install peft") from None
     adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    return get_peft_model(transformer, adapters)
+    with warnings.catch_warnings(action="ignore"):  # of what peft finds out and sets right itself
+        return get_peft_model(transformer, adapters)
 
 
 def count_trained(model):

@@ -266,14 +266,23 @@ def test_weights_are_the_softmax_of_the_scores(folders):
 
 
 @pytest.mark.parametrize("given, message", [
-    ({"prompt_template": "{question}"}, r"--prompt_template .* needs \{question\}, and \{text\}"),
+    ({"prompt_template": "{question}"}, r"with \{question\}, and with \{text\}"),
     ({"prompt_template": "{text} {question} {text}"}, "once"),
     ({"prompt_template": "{text} {question} {key}"}, r"\{key\} is none of \{question\}"),
-    ({"retriever_temperature": 0.0}, "--retriever_temperature 0.0 cannot be .*above 0"),
+    ({"retriever_temperature": 0.0}, "--retriever_temperature 0.0: must be .* above 0"),
     ({"retriever_temperature": float("nan")}, "--retriever_temperature nan")])
 def test_flags_that_cannot_be_are_refused(given, message):
     with pytest.raises(InputError, match=message):
         choose_prompts(given, {}, "x")
+
+
+def test_what_a_checkpoint_states_is_checked_too():
+    stated = {"passage_weights": "score", "retriever_temperature": 2}
+    assert choose_prompts({"retriever_temperature": 3.0}, stated, "x")[1:] == ("score", 3.0)
+    for name, value in [("prompt_template", 7), ("passage_weights", []),
+                        ("retriever_temperature", "x")]:
+        with pytest.raises(InputError, match=f"x: its args.json says {name}"):
+            choose_prompts({}, {name: value}, "x")
 
 
 # ---------------------------------------------------------------- folders
@@ -452,7 +461,7 @@ def test_what_a_reader_does_not_offer_is_one_line(folders, tiny, records_file, t
         assert len(lines) == 1 and message in lines[0] and "Traceback" not in error, error
 
     refuse("--lora is for causal language models", "--lora", 4)
-    refuse("needs {question}, and {text} once", "--prompt_template", "{question}",
+    refuse("with {question}, and with {text} once", "--prompt_template", "{question}",
            model=folders["llama"])
     refuse("are more than the 256 that the model reads", "--max_length", 250,
            model=folders["llama"])
