@@ -379,13 +379,14 @@ def context_text(job):
 
 def make_causal_texts(tokenizer, prompts, answers, location):
     """For each prompt a list of Texts, one per answer, tokenised as a whole: the answer's tokens
-    are those from the first on that the prompt alone does not begin with.
+    are those from the first on that the prompt alone does not begin with. The space between them
+    is the answer's.
 
     Special tokens are put before as the tokenizer has them, none after (LLM-Embedder).
     """
     whole_texts = [prompt + answer for prompt in prompts for answer in answers]
     rows = tokenize(tokenizer, whole_texts)
-    prompt_rows = tokenize(tokenizer, prompts)
+    prompt_rows = tokenize(tokenizer, [prompt.rstrip(" ") for prompt in prompts])
     family = []
     for i, prompt_ids in enumerate(prompt_rows):
         texts = []
