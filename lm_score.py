@@ -454,19 +454,20 @@ def make_reader_texts(scorer, job):
         answers = [collator.target_ids(answer) for answer in job.answers]
         texts = [format_passage(job.question, key) for key in [{"text": ""}, *job.keys]]
         bare, *prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        longest = len(bare)
+        longest, most = len(bare), room
         prompts = [ids[:room] for ids in prompts]
     else:
         collator = PromptCollator(tokenizer, len(job.keys), room, scorer.prompts)
         answers = [collator.target_ids(answer) for answer in job.answers]
-        most = getattr(scorer.model.config, "max_position_embeddings", None) or math.inf
-        room = collator.max_length = min(room, most - max(len(ids) for ids in answers))
+        positions = getattr(scorer.model.config, "max_position_embeddings", None) or math.inf
+        most = positions - max(len(ids) for ids in answers)
+        collator.max_length = min(room, most)
         record = {"question": job.question, "ctxs": job.keys}
         prompts = collator.prompt_ids([record])[0]
         longest = max(len(ids) for ids in prompts)
-    if longest > room:
+    if longest > most:
         raise InputError(f"{job.location}: the question takes {longest} tokens, the reader has "
-                         f"room for {room}; shorten it")
+                         f"room for {most}; shorten it")
     return [[Text(ids, answer) for answer in answers] for ids in prompts]
 
 
