@@ -10,7 +10,8 @@ all texts have its first word in common; "question first" puts the question befo
 then have both in common. Nothing is tokenised: the token ids are the same for all.
 
     LLM-Embedder's way    transformers' model on batches of 8 texts in the order of the file, padded
-                          to the longest, with the logits of all places, and of them the loss
+                          to the longest, with the logits of all places, and the loss of each; the
+                          model also computes its own loss, since it is given the labels
     answer logits only    the same batches, with the logits of the answers' places alone
     ours                  causal_lm.score_texts
 """
@@ -101,7 +102,9 @@ def score_padded_batches(model, families, answers_only):
             losses[labels != -100] = F.cross_entropy(logits.float(), labels[labels != -100],
                                                      reduction="none")
         else:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            # the labels let the model compute its mean loss, too, which LLM-Embedder does not use
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
+                           labels=F.pad(labels, (1, 0), value=-100)).logits
             logits = logits[:, :-1].contiguous()                                # (b, L - 1, V)
             losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
             losses = losses.view(labels.shape).float()
@@ -110,7 +113,7 @@ def score_padded_batches(model, families, answers_only):
 
 
 def open_systems(args, dtype, device):
-    """{name: a function of families} of one model."""
+    """({name: a function of families} of one model, the size of its vocabulary)."""
     with tempfile.TemporaryDirectory() as folder:
         path = args.model
         if path is None:
@@ -121,9 +124,11 @@ def open_systems(args, dtype, device):
         ours, reason = open_causal_lm(path, device, dtype)
     if reason:
         raise InputError(f"{path}: has {reason}, and is computed in padded batches anyway")
-    return {"LLM-Embedder's way": lambda families: score_padded_batches(theirs, families, False),
-            "answer logits only": lambda families: score_padded_batches(theirs, families, True),
-            "ours": lambda families: score_texts(ours, families)}
+    systems = {
+        "LLM-Embedder's way": lambda families: score_padded_batches(theirs, families, False),
+        "answer logits only": lambda families: score_padded_batches(theirs, families, True),
+        "ours": lambda families: score_texts(ours, families)}
+    return systems, ours.config.vocab_size
 
 
 def check_agreement(systems, families, tolerance):
@@ -141,9 +146,9 @@ def measure(args, device):
     num_keys = args.questions * args.keys
     for precision in args.precisions:
         dtype = torch.float32 if precision == "float32" else torch.bfloat16
-        systems = open_systems(args, dtype, device)
+        systems, vocabulary = open_systems(args, dtype, device)
         for order in HEADS:
-            rounds = [make_families(order, args.questions, args.keys, 50000, seed)
+            rounds = [make_families(order, args.questions, args.keys, vocabulary, seed)
                       for seed in range(args.rounds + 1)]
             check_agreement(systems, rounds[0][:1], 1e-2 if precision == "float32" else 2)
             times = time_rounds(systems, args.rounds,

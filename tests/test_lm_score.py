@@ -1,4 +1,4 @@
-"""lm_score.py as a user runs it: a plain loop's numbers, cuts, several processes, resuming, errors."""
+"""lm_score.py as a user runs it: numbers of a plain loop, cuts, processes, resuming, errors."""
 import json
 import os
 import signal
@@ -123,7 +123,8 @@ def test_sums_and_several_answers(models, tmp_path):
                      for answer in record["answers"])
     assert len(first[0]) > len(second[0])
     expected = [sum(row) for row in first]
-    assert score(path, models["gpt2"], "--likelihood", "sum")[0] == pytest.approx(expected, abs=1e-3)
+    sums = score(path, models["gpt2"], "--likelihood", "sum")[0]
+    assert sums == pytest.approx(expected, abs=1e-3)
     means = [[sum(row) / len(row) for row in rows] for rows in (first, second)]
     best = score(path, models["gpt2"], "--answer", "best")[0]
     assert best == pytest.approx([max(pair) for pair in zip(*means)], abs=1e-4)
@@ -202,8 +203,8 @@ def test_other_sequence_to_sequence_model(tmp_path):
     tokenizer = make_tokenizer(pad_token="<pad>")
     torch.manual_seed(0)
     bart = BartForConditionalGeneration(BartConfig(
-        vocab_size=len(tokenizer) + 8, d_model=16, encoder_layers=1, decoder_layers=1, pad_token_id=2,
-        encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
+        vocab_size=len(tokenizer) + 8, d_model=16, encoder_layers=1, decoder_layers=1,
+        pad_token_id=2, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
         decoder_attention_heads=2, init_std=0.3, decoder_start_token_id=1)).eval()
     bart.save_pretrained(tmp_path / "bart")
     tokenizer.save_pretrained(tmp_path / "bart")
@@ -331,7 +332,7 @@ QA = {"task": "qa", **FIELDS, "pos": ["a key"], "neg": []}
     ({"query": "who?", "answers": ["x"]}, [], "r.jsonl:1: no keys: neither 'pos' and 'neg'"),
     ({"query": "who?", "pos": ["a"]}, [], "r.jsonl:1: no answer, whose likelihood"),
     ({**QA, "answers": [" "]}, [], "r.jsonl:1: no answer, whose likelihood"),
-    ({**QA, "task": "poem"}, [], "r.jsonl:1: there is no template for the task 'poem', only for qa"),
+    ({**QA, "task": "poem"}, [], "r.jsonl:1: there is no template for the task 'poem', only"),
     ({**QA, "answers": ["word " * 400]}, [], "r.jsonl:1: question and answer take"),
     ({**QA, "query": "word " * 400}, [], "r.jsonl:1: question and answer take"),
     ({**QA, "pos": [3]}, [], "r.jsonl:1: every entry of 'pos' must be"),
