@@ -13,6 +13,7 @@ A token attends to the tokens before it in its segment and to the segments that 
 and takes its position from the whole text. Only attention and the positions know of it; the model
 stays transformers' own.
 """
+import inspect
 import re
 from typing import NamedTuple
 
@@ -36,8 +37,8 @@ from packed_attention import GROUP_TOKENS, attention, split_by_length
 from utils import InputError, refusing, shorten
 
 PACKED = "packed_causal"  # the name of packed_causal_attention among transformers' attentions
-# tokens of a forward pass: on a CPU what its cache holds of a layer, on a GPU what keeps it busy
-PASS_TOKENS = {"cpu": 1024, "cuda": 16384}
+# tokens of a forward pass: enough to keep the device busy, few enough for the answers' logits
+PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 # what layers may be called in config.json; others, such as "linear_attention", carry a state along
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # buffers that older versions of transformers saved
@@ -119,14 +120,16 @@ def plain_names(weights, skeleton):
     return named
 
 
-def open_causal_lm(path_or_name, device, dtype=torch.float32):
-    """(the model in evaluation mode, why it cannot take packed texts or None). Raises InputError as
-    open_lm, and for a folder without weights.
+def open_causal_lm(path_or_name, device, dtype=torch.float32, longest=None):
+    """(the model in evaluation mode, why it cannot take packed texts or None).
+
+    longest: tokens of the longest text that it will be given, None where that is not known. Raises
+    InputError as open_lm, and for a folder without weights.
     """
     model = open_lm(path_or_name, dtype=dtype, trained=True)
     use_fused_gelu(model)
     model.to(device).eval()
-    return model, why_not_packed(model)
+    return model, why_not_packed(model, longest)
 
 
 def check_loading(loading, source):
@@ -149,37 +152,49 @@ def use_fused_gelu(model):
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
-@torch.inference_mode()
-def why_not_packed(model):
-    """Why a model cannot take packed texts, or None if it can; its attention is then set to do so.
-
-    Some short texts are computed both ways: models that do more than causal attention, such as
-    ALiBi or a recurrent state, differ.
+def why_not_packed(model, longest=None):
+    """Why a model cannot take packed texts of at most `longest` tokens, or None if it can; its
+    attention is then set to do so.
     """
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or [])
-    rope = getattr(config, "rope_parameters", None) or {}
     if layer_types - LAYER_TYPES or getattr(config, "attention_chunk_size", None):
-        return f"layers of the kind {', '.join(sorted(layer_types - LAYER_TYPES))}"
-    if "dynamic" in str(rope) or "longrope" in str(rope):
-        return "positions that depend on the longest text"
-    texts = [ids for family in PROBE for ids in family]
-    device = model.device
-    expected = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
-                for ids in texts]
+        return "layers that are not causal attention to the whole text"
+    window = getattr(config, "sliding_window", None)
+    if window and (longest is None or longest > window):
+        return f"attention to {window} tokens only"
+    if depends_on_longest(config):
+        return "positions that depend on the longest text, which is given alone"
     own_attention = config._attn_implementation
+    if not agrees_when_packed(model):
+        model.set_attn_implementation(own_attention)
+        return "an attention of its own"
+    return None
+
+
+def depends_on_longest(config):
+    """True if the longest text of a batch changes the positions of all."""
+    return "longrope" in str(getattr(config.get_text_config(), "rope_parameters", None))
+
+
+@torch.inference_mode()
+def agrees_when_packed(model):
+    """True if the PROBE's logits are the same packed as text by text, which sets the attention.
+
+    Models that do more than causal attention differ, such as those with ALiBi or a state.
+    """
+    texts = list_texts(PROBE)
+    expected = torch.stack([
+        model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
+        for ids in texts])
     try:
         model.set_attn_implementation(PACKED)
-        packed = pack_texts(PROBE, device)
+        packed = pack_texts(PROBE, model.device)
         logits = packed_logits(model, packed, [rows[-1] for rows in packed.rows])
-        difference = (logits - torch.stack(expected)).abs().max() / logits.abs().max()
-        tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
-        reason = None if difference < tolerance else "an attention of its own"
     except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError):
-        reason = "an attention of its own"  # that takes no other function or no positions
-    if reason:
-        model.set_attn_implementation(own_attention)
-    return reason
+        return False  # it takes no other attention, or hands it no groups
+    tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
+    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 # ---------------------------------------------------------------- packing
@@ -430,20 +445,25 @@ def score_padded(model, texts):
     where causal attention never looks.
     """
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i].prompt) - len(texts[i].answer))
-    lengths = [len(texts[i].prompt) + len(texts[i].answer) - 1 for i in order]
+    lengths = [len(texts[i].prompt) + len(texts[i].answer) for i in order]
+    most_texts = 1 if depends_on_longest(model.config) else None
+    takes_places = "logits_to_keep" in inspect.signature(model.forward).parameters
     scores = [None] * len(texts)
-    for first, last in split_by_length(lengths, PASS_TOKENS[model.device.type]):
+    for first, last in split_by_length(lengths, PASS_TOKENS[model.device.type], most_texts):
         ids = torch.zeros(last - first, lengths[first], dtype=torch.long)
         is_place = torch.zeros_like(ids, dtype=torch.bool)  # what follows is of the answer
         targets = []
         for row, i in enumerate(order[first:last]):
             text = texts[i]
-            ids[row, :lengths[first + row]] = torch.tensor(text.prompt + text.answer)[:-1]
-            is_place[row, len(text.prompt) - 1:lengths[first + row]] = True
+            ids[row, :lengths[first + row]] = torch.tensor(text.prompt + text.answer)
+            is_place[row, len(text.prompt) - 1:lengths[first + row] - 1] = True
             targets += text.answer
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-        part = sum_by_text(log_likelihoods(logits[is_place.to(model.device)], targets),
-                           [texts[i] for i in order[first:last]])
+        ids, is_place = ids.to(model.device), is_place.to(model.device)
+        if takes_places:  # as all but a few do
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=is_place).logits
+        else:
+            logits = model(input_ids=ids, use_cache=False).logits[is_place]          # (R, V)
+        part = sum_by_text(log_likelihoods(logits, targets), [texts[i] for i in order[first:last]])
         for i, score in zip(order[first:last], part):
             scores[i] = score
     return scores

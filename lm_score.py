@@ -31,6 +31,7 @@ from causal_lm import (
     score_texts,
     sum_by_text,
 )
+from causal_reader import PromptCollator, choose_prompts
 from checkpoints import (
     check_vocabulary,
     find_model,
@@ -47,7 +48,7 @@ from packed_attention import split_by_length
 from questions import check_types, gold_answers, is_context, read_questions, refuse_table
 from retrieval.corpus import check_template, format_key, open_corpus
 from retrieval.fingerprint import hash_file, hash_windows, model_files
-from retrieval.mining import check_indices, collated_path, list_candidates
+from retrieval.mining import check_indices, collated_path
 from utils import (
     HelpFormatter,
     InputError,
@@ -92,11 +93,13 @@ class Job(NamedTuple):
 
 class Scorer(NamedTuple):
     """A model, and what it is given."""
-    kind: str          # causal, t5, fid or seq2seq
+    kind: str          # causal, t5 or seq2seq
     model: object
     tokenizer: object
     device: torch.device
     limit: int         # tokens: of a whole text, of a sequence-to-sequence model's input
+    is_reader: bool    # it reads passages in prompts of its own
+    prompts: object    # a causal reader's Prompts
     is_packed: bool    # the causal model takes texts side by side
 
 
@@ -117,8 +120,9 @@ def parse_args():
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", default="meta-llama/Llama-2-7b-chat-hf",
         help="causal language model, sequence-to-sequence model, or reader: folder or hub name")
-    add("--fid", action="store_true",
-        help="the model is a Fusion-in-Decoder reader, though its folder does not say so")
+    add("--reader", action="store_true",
+        help="the model is a reader, which has prompts of its own, though its folder does not say "
+        "so, as those of train_epoch.py do")
     add("--t5_name", default="t5-base",
         help="whose tokenizer to use if a reader carries none")
     add("--bf16", action="store_true", help="compute in bfloat16; not given: float32")
@@ -171,14 +175,14 @@ def check_text_template(template):
 
 # ---------------------------------------------------------------- records
 
-def read_jobs(args, is_fid, world):
+def read_jobs(args, is_reader, world):
     """A Job per record of --eval_data. Raises InputError for one that cannot be scored."""
     refuse_table(args.eval_data, "a table has no keys; run retrieve.py --output FILE.jsonl first")
     corpus = open_corpus(args.corpus, args.key_template, world) if args.corpus else None
     jobs = []
     for question in read_questions(args.eval_data):
         keys = list_keys(question, corpus)
-        if is_fid:
+        if is_reader:
             keys = [to_context(key, args.key_template, question.location) for key in keys]
         else:
             keys = [format_key(key, args.key_template, question.location) for key in keys]
@@ -207,8 +211,10 @@ def list_keys(question, corpus):
                                                  "pos_index", "neg_index")):
         raise InputError(f"{question.location}: no keys: neither 'pos' and 'neg', nor 'history', "
                          "nor 'ctxs'; retrieve.py --output, or --metrics collate_neg, adds some")
-    keys, _ = list_candidates(record, scored=True)
-    keys = keys or record.get("ctxs") or []
+    keys = record.get("history")
+    if keys is None:
+        keys = [*(record.get("pos") or []), *(record.get("neg") or [])]
+    keys = keys or record.get("ctxs") or record.get("key") or []
     indices = [*(record.get("pos_index") or []), *(record.get("neg_index") or [])]
     if keys or not indices:
         return keys
@@ -241,36 +247,45 @@ def choose_answers(question, how):
 
 # ---------------------------------------------------------------- models
 
-def open_scorer(args, is_fid, config, world):
+def open_scorer(args, is_reader, config, world):
     """The Scorer of --model_name_or_path. Raises InputError."""
-    name, limit = args.model_name_or_path, args.context_max_length
-    num_positions = getattr(config, "max_position_embeddings", None)
-    if num_positions:
-        limit = min(limit, num_positions)
-    tokenizer = load_tokenizer(name, args.t5_name)
+    name, trained = args.model_name_or_path, read_training_args(args.model_name_or_path)
+    num_positions = getattr(config, "max_position_embeddings", None) or math.inf
+    limit = min(args.context_max_length, num_positions)
+    if is_reader:
+        limit = trained.get("max_length") or limit  # of a prompt
+    prompts, is_packed = None, False
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    is_packed = False
+    tokenizer = load_tokenizer(name, args.t5_name)
     if config.model_type in CLASSES:
-        kind = "fid" if is_fid else "t5"
-        model = FiDT5.from_pretrained(name).to(world.device).eval()
-        model.check_tokenizer(tokenizer)
-        if is_fid:
-            limit = read_training_args(name).get("max_length") or limit
+        kind, model = "t5", FiDT5.from_pretrained(name).to(world.device).eval()
+        if is_reader:
             # the originals padded to it; only a released reader's bias sees it
             model.config.passage_stride = limit
     elif config.is_encoder_decoder:
         kind, model = "seq2seq", open_seq2seq(name, dtype, world.device)
-        check_vocabulary(tokenizer, model.get_input_embeddings(), "give the folder that the model "
-                         "came with")
     else:
         kind = "causal"
-        model, reason = open_causal_lm(name, world.device, dtype)
-        check_vocabulary(tokenizer, model.get_input_embeddings(), "give the folder that the model "
-                         "came with")
+        model, reason = open_causal_lm(name, world.device, dtype,
+                                       None if is_reader else limit)
         is_packed = reason is None
         if not is_packed:
             world.log(f"note: {name} has {reason}: its texts are padded, which takes longer")
-    return Scorer(kind, model, tokenizer, world.device, limit, is_packed)
+        if is_reader:
+            prompts = choose_prompts({}, trained.get("prompts", {}), name)
+    check_vocabulary(tokenizer, embeddings_of(model), "give the folder that the model came with")
+    return Scorer(kind, model, tokenizer, world.device, limit, is_reader, prompts, is_packed)
+
+
+def describe(scorer):
+    """What the model is, in words."""
+    kinds = {"causal": "causal language model", "t5": "T5", "seq2seq": "sequence-to-sequence model"}
+    return f"reader ({kinds[scorer.kind]})" if scorer.is_reader else kinds[scorer.kind]
+
+
+def embeddings_of(model):
+    """The embedding of a model's tokens."""
+    return model.t5.shared if isinstance(model, FiDT5) else model.get_input_embeddings()
 
 
 def open_seq2seq(name, dtype, device):
@@ -294,7 +309,7 @@ def make_family(scorer, job, key_max_length):
 
     Raises InputError if question and answer do not fit.
     """
-    if scorer.kind == "fid":
+    if scorer.is_reader:
         return make_reader_texts(scorer, job)
     tokenizer = scorer.tokenizer
     key_ids = tokenizer(job.keys, add_special_tokens=False, verbose=False)["input_ids"]
@@ -364,13 +379,14 @@ def context_text(job):
 
 def make_causal_texts(tokenizer, prompts, answers, location):
     """For each prompt a list of Texts, one per answer, tokenised as a whole: the answer's tokens
-    are those from the first on that the prompt alone does not begin with.
+    are those from the first on that the prompt alone does not begin with. The space between them
+    is the answer's.
 
     Special tokens are put before as the tokenizer has them, none after (LLM-Embedder).
     """
     whole_texts = [prompt + answer for prompt in prompts for answer in answers]
     rows = tokenize(tokenizer, whole_texts)
-    prompt_rows = tokenize(tokenizer, prompts)
+    prompt_rows = tokenize(tokenizer, [prompt.rstrip(" ") for prompt in prompts])
     family = []
     for i, prompt_ids in enumerate(prompt_rows):
         texts = []
@@ -427,18 +443,32 @@ def make_side_by_side(scorer, job, keys, answers):
 
 
 def make_reader_texts(scorer, job):
-    """For each passage a list of Texts as a Fusion-in-Decoder reader was trained: the passage is
-    cut on the right, and the answer ends with </s>.
+    """For each passage a list of Texts as the reader was trained: the passage is cut on the right,
+    and the answer ends with </s>.
+
+    Raises InputError if question and answer do not fit.
     """
-    collator = Collator(scorer.tokenizer, 1, scorer.limit)
-    answers = [collator.target_ids(answer) for answer in job.answers]
-    bare = format_passage(job.question, {"text": ""})
-    rows = scorer.tokenizer([bare] + [format_passage(job.question, key) for key in job.keys],
-                            add_special_tokens=False, verbose=False)["input_ids"]
-    if len(rows[0]) > scorer.limit:
-        raise InputError(f"{job.location}: the question takes {len(rows[0])} tokens, the reader "
-                         f"reads {scorer.limit}; shorten it")
-    return [[Text(ids[:scorer.limit], answer) for answer in answers] for ids in rows[1:]]
+    tokenizer, room = scorer.tokenizer, scorer.limit
+    if scorer.kind == "t5":
+        collator = Collator(tokenizer, 1, room)
+        answers = [collator.target_ids(answer) for answer in job.answers]
+        texts = [format_passage(job.question, key) for key in [{"text": ""}, *job.keys]]
+        bare, *prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        longest, most = len(bare), room
+        prompts = [ids[:room] for ids in prompts]
+    else:
+        collator = PromptCollator(tokenizer, len(job.keys), room, scorer.prompts)
+        answers = [collator.target_ids(answer) for answer in job.answers]
+        positions = getattr(scorer.model.config, "max_position_embeddings", None) or math.inf
+        most = positions - max(len(ids) for ids in answers)
+        collator.max_length = min(room, most)
+        record = {"question": job.question, "ctxs": job.keys}
+        prompts = collator.prompt_ids([record])[0]
+        longest = max(len(ids) for ids in prompts)
+    if longest > most:
+        raise InputError(f"{job.location}: the question takes {longest} tokens, the reader has "
+                         f"room for {most}; shorten it")
+    return [[Text(ids, answer) for answer in answers] for ids in prompts]
 
 
 # ---------------------------------------------------------------- scores
@@ -542,10 +572,9 @@ def main(args):
     check_args(args)
     folder = find_model(args.model_name_or_path)[0]
     config = read_config(folder, "language")
-    is_fid = args.fid or (config.model_type in CLASSES
-                          and "num_contexts" in read_training_args(args.model_name_or_path))
-    jobs = read_jobs(args, is_fid, world)
-    scorer = open_scorer(args, is_fid, config, world)
+    is_reader = args.reader or "num_contexts" in read_training_args(args.model_name_or_path)
+    jobs = read_jobs(args, is_reader, world)
+    scorer = open_scorer(args, is_reader, config, world)
     journal = Journal(args.output, make_fingerprint(args, world), world)
 
     # the same batches for any number of processes, so that the numbers are the same, too
@@ -553,7 +582,7 @@ def main(args):
                for first in range(0, len(jobs), args.batch_size)]
     remaining = [number for number in range(len(batches)) if number not in journal.done]
     num_keys = sum(len(job.keys) for job in jobs)
-    world.log(f"{len(jobs)} questions with {num_keys} keys; {scorer.kind} model on {world.size} x "
+    world.log(f"{len(jobs)} questions with {num_keys} keys; {describe(scorer)} on {world.size} x "
               f"{world.device.type}")
     if len(remaining) < len(batches):
         num_left = sum(len(batches[number]) for number in remaining)

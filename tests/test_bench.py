@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+from causal_helpers import make_causal
 from conftest import ROOT
 
 
@@ -38,3 +39,15 @@ def test_retrieve_bench(tmp_path):
     assert 0.5 < indices["HNSW8"]["recall"] <= 1
     assert {row["what"] for row in rows} >= {"BM25", "encoding", "exact search, 20 queries"}
     assert "| HNSW8 |" in output
+
+
+def test_lm_score_bench(tmp_path):
+    model = make_causal(tmp_path / "model", "gpt2")
+    output = run_bench("lm_score.py", "--model", model, "--questions", 1, "--keys", 3,
+                       "--rounds", 1, "--json", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {(row["precision"], row["template"]) for row in rows} == {
+        (precision, template) for precision in ("float32", "bf16")
+        for template in ("qa", "question first")}
+    assert all(row["keys_per_second"] > 0 for row in rows)
+    assert output.count("keys per second") == 12

@@ -24,15 +24,17 @@ import torch
 import causal_helpers
 import conftest
 import dense.flags
+import lm_score
 import readers
 import retrieval.flags
 import train_epoch
-from checkpoints import load_tokenizer, read_training_args
+from checkpoints import load_tokenizer, read_config, read_training_args
 from dense.evaluation import annotated_set, read_dev_set
 from dense.examples import read_training
 from dense.model import BiEncoder, CrossEncoder
 from files import read_json, read_lines
 from golden_retrievers import dpr_file, mindpr_file
+from journal import read_journal
 from model import FiDT5
 from questions import make_question, read_questions, read_records, read_unique_questions
 from resume import load_state, restore_state, save_state
@@ -325,6 +327,17 @@ def read_index_json(path):
 
 
 # {name: (file's name, rows, function of its path, count of the records in its content or None)}
+def lm_score_args(path):
+    return Namespace(eval_data=path, model_name_or_path=path, t5_name="tokenizer", corpus=None,
+                     key_template=TEMPLATE, template=None, answer="mean", likelihood="sum",
+                     bf16=False, context_max_length=60, key_max_length=20)
+
+
+def read_scored(path):
+    return count_writable([job.record for job in lm_score.read_jobs(lm_score_args(path), False,
+                                                                    ALONE)])
+
+
 READERS = {
     "records": ("r.jsonl", RECORDS, lambda path: count_writable(read_records(path)), count_lines),
     "record list": ("r.json", [RECORDS], lambda path: count_writable(read_records(path, 1)),
@@ -366,6 +379,9 @@ READERS = {
                     read_index_json, None),
     "args.json": ("folder/args.json", [{"num_contexts": 5, "max_length": 100, "args": {}}],
                   lambda path: read_training_args("folder"), None),
+    "keys to score": ("t.json", EMBEDDER, lambda path: read_scored(path), count_lines),
+    "journal": ("x.journal.0", [{"data": "a"}, [0, [[1.5, -2.5]]], [1, [[0.5]]]],
+                lambda path: read_journal(path, {"data": "a"}), None),
     "retriever's flags": ("folder/args.json", [{"args": {"key_max_length": 20, "version": "bge"}}],
                           lambda path: read_stated_flags("folder"), None),
 }
@@ -516,6 +532,14 @@ def open_causal_reader(path):
     reader.generate(**batch["inputs"], max_length=3)
 
 
+def score_one(path):
+    """Scores a key as lm_score.py does."""
+    args = lm_score_args(path)
+    jobs = [lm_score.Job({}, "who", ["the a"], ["a town"], lm_score.KNOWLEDGE, True, "mangled")]
+    config = read_config(path, "language")
+    lm_score.score_jobs(lm_score.open_scorer(args, False, config, ALONE), jobs, args)
+
+
 def open_retriever(path):
     model = BiEncoder.open(path, trained=True).eval()
     tokenizer = load_tokenizer(path, "tokenizer")
@@ -599,6 +623,7 @@ OPENERS = {
     "reader": (make_reader, open_reader, None),
     "old reader": (make_old_reader, open_reader, None),
     "causal reader": (make_causal_reader, open_causal_reader, None),
+    "language model": (causal_helpers.make_causal, score_one, None),
     "retriever": (make_retriever, open_retriever, None),
     "ranker": (make_ranker, open_ranker, None),
     "minDPR's file": (lambda folder: mindpr_file(folder / "x"), open_retriever, "x/model"),

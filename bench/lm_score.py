@@ -1,0 +1,181 @@
+"""Keys per second that lm_score.py's passes score, against padded batches, alternating in one
+process.
+
+    python bench/lm_score.py       # GPT-2 small's shape with random weights, 20 keys a question
+    python bench/lm_score.py --model MODEL --gpus 0 --questions 200
+
+Texts are random token ids: keys of 60 to 140 tokens, questions of 8 to 20, answers of 2 to 8,
+between the words of a template. "qa" is LLM-Embedder's template, which puts the key first, so that
+all texts have its first word in common; "question first" puts the question before the keys, which
+then have both in common. Nothing is tokenised: the token ids are the same for all.
+
+    LLM-Embedder's way    transformers' model on batches of 8 texts in the order of the file, padded
+                          to the longest, with the logits of all places, and the loss of each; the
+                          model also computes its own loss, since it is given the labels
+    answer logits only    the same batches, with the logits of the answers' places alone
+    ours                  causal_lm.score_texts
+"""
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
+from bi_encoder import ratio, time_rounds
+from causal_lm import Text, open_causal_lm, score_texts
+from utils import HelpFormatter, InputError, run_script, start_processes
+
+THEIR_BATCH = 8  # texts
+HEADS = {"qa": 3, "question first": 3}  # tokens of the template before its first field
+BETWEEN, TAIL = 4, 4  # tokens of the template between the fields, and before the answer
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--model", help="causal language model; not given: GPT-2 small's shape, random weights")
+    add("--questions", type=int, default=4, help="questions per round")
+    add("--keys", type=int, default=20, help="keys per question")
+    add("--precisions", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"],
+        help="what is computed in")
+    add("--rounds", type=int, default=5, help="the median is shown")
+    add("--json", metavar="FILE", help="write the rows as JSON")
+    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU")
+    return parser.parse_args()
+
+
+def make_families(order, num_questions, num_keys, vocabulary, seed):
+    """A list of Texts, one per key, for each question; the template puts first what `order` says.
+    """
+    template = random.Random(0)  # its words are the same for all
+    head, between, tail = ([template.randrange(vocabulary) for _ in range(count)]
+                           for count in (HEADS[order], BETWEEN, TAIL))
+    rng = random.Random(seed)
+
+    def draw(shortest, longest):
+        return [rng.randrange(vocabulary) for _ in range(rng.randint(shortest, longest))]
+
+    families = []
+    for _ in range(num_questions):
+        question, answer = draw(8, 20), draw(2, 8)
+        family = []
+        for _ in range(num_keys):
+            fields = [draw(60, 140), question]
+            first, second = fields if order == "qa" else reversed(fields)
+            family.append(Text(head + first + between + second + tail, answer))
+        families.append(family)
+    return families
+
+
+@torch.inference_mode()
+def score_padded_batches(model, families, answers_only):
+    """Log-likelihoods of all answers by padded batches of THEIR_BATCH texts in their order."""
+    texts = [text for family in families for text in family]
+    scores = []
+    for first in range(0, len(texts), THEIR_BATCH):
+        part = texts[first:first + THEIR_BATCH]
+        longest = max(len(text.prompt) + len(text.answer) for text in part)
+        ids = torch.zeros(len(part), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        labels = torch.full_like(ids, -100)
+        for row, text in enumerate(part):
+            start, end = len(text.prompt), len(text.prompt) + len(text.answer)
+            ids[row, :end] = torch.tensor(text.prompt + text.answer)
+            mask[row, :end] = 1
+            labels[row, start:end] = torch.tensor(text.answer)
+        ids, mask, labels = (tensor.to(model.device) for tensor in (ids, mask, labels[:, 1:]))
+        losses = torch.zeros(labels.shape, device=model.device)
+        if answers_only:
+            places = F.pad(labels != -100, (0, 1))                              # (b, L)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
+                           logits_to_keep=places).logits                        # (R, V)
+            losses[labels != -100] = F.cross_entropy(logits.float(), labels[labels != -100],
+                                                     reduction="none")
+        else:
+            # the labels let the model compute its mean loss, too, which LLM-Embedder does not use
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
+                           labels=F.pad(labels, (1, 0), value=-100)).logits
+            logits = logits[:, :-1].contiguous()                                # (b, L - 1, V)
+            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            losses = losses.view(labels.shape).float()
+        scores += (-losses.sum(1)).tolist()
+    return scores
+
+
+def open_systems(args, dtype, device):
+    """({name: a function of families} of one model, the size of its vocabulary)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.model
+        if path is None:
+            path = folder
+            torch.manual_seed(0)
+            GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        ours, reason = open_causal_lm(path, device, dtype)
+    if reason:
+        raise InputError(f"{path}: has {reason}, and is computed in padded batches anyway")
+    systems = {
+        "LLM-Embedder's way": lambda families: score_padded_batches(theirs, families, False),
+        "answer logits only": lambda families: score_padded_batches(theirs, families, True),
+        "ours": lambda families: score_texts(ours, families)}
+    return systems, ours.config.vocab_size
+
+
+def check_agreement(systems, families, tolerance):
+    """Raises InputError if the systems' scores differ."""
+    scores = {name: torch.tensor(system(families)) for name, system in systems.items()}
+    for name, values in scores.items():
+        difference = (values - scores["ours"]).abs().max().item()
+        if difference > tolerance:
+            raise InputError(f"{name} differs from ours by {difference}")
+
+
+def measure(args, device):
+    """Rows of (precision, template, name, keys per second, ratio), printed as they come."""
+    rows = []
+    num_keys = args.questions * args.keys
+    for precision in args.precisions:
+        dtype = torch.float32 if precision == "float32" else torch.bfloat16
+        systems, vocabulary = open_systems(args, dtype, device)
+        for order in HEADS:
+            rounds = [make_families(order, args.questions, args.keys, vocabulary, seed)
+                      for seed in range(args.rounds + 1)]
+            check_agreement(systems, rounds[0][:1], 1e-2 if precision == "float32" else 2)
+            times = time_rounds(systems, args.rounds,
+                                lambda system, index, rounds=rounds: system(rounds[index]))
+            for name in systems:
+                rate = num_keys / sorted(times[name])[len(times[name]) // 2]
+                row = {"precision": precision, "template": order, "name": name,
+                       "keys_per_second": rate, "ours": ratio(times, name, "ours")}
+                rows.append(row)
+                print(f"{precision:8} {order:15} {name:20} {rate:8.1f} keys per second   ours "
+                      f"{row['ours']:.2f}x", flush=True)
+    return rows
+
+
+def main(args):
+    device = start_processes(args.gpus).device
+    transformers.utils.logging.disable_progress_bar()
+    machine = {"device": torch.cuda.get_device_name() if device.type == "cuda"
+               else f"{platform.machine()} cpu", "threads": torch.get_num_threads(),
+               "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+               "transformers": transformers.__version__}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    rows = measure(args, device)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"machine": machine, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
