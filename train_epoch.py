@@ -84,7 +84,7 @@ def parse_args():
     add = parser.add_argument_group("data").add_argument
     for name, flag in PATH_FLAGS.items():
         add(f"--{flag}", metavar="PATH",
-            help=f"{name}, where the three arguments are given as flags")
+            help=f"in place of the argument {name}: all three as flags, or none")
     add("--data_test", "--test_file", metavar="FILE",
         help="records to evaluate the best checkpoint on at the end")
     add("--num_contexts", type=int,
@@ -182,7 +182,7 @@ def check_retriever(args):
     others = [name for name in ("corpus", "index", "num_retrieved") if getattr(args, name)]
     if not args.retriever:
         if others:
-            raise InputError(f"--{others[0]} is of a frozen retriever: give --retriever, too")
+            raise InputError(f"--{others[0]} is for a frozen retriever: give --retriever, too")
         return
     if not args.corpus:
         raise InputError("--retriever needs --corpus, the documents that it searches")

@@ -128,20 +128,24 @@ def hash_records(records):
     return digest.hexdigest()
 
 
-def list_missing(folder, made_of, digests):
-    """The names of digests, {name: hash of its records}, whose file has not been made of these.
+def read_kept(folder, made_of):
+    """{name: hash of its records} of the files that the folder holds, made of this; {} if it was
+    made of anything else.
 
-    Raises InputError for a folder that holds anything else.
+    Raises InputError for a folder that holds files of others.
     """
-    path = os.path.join(folder, "made_of.json")
-    given = read_settings(path)
+    given = read_settings(os.path.join(folder, "made_of.json"))
     names = os.listdir(folder) if os.path.isdir(folder) else []
     if "records" not in given and any(not name.startswith("made_of.json") for name in names):
         raise InputError(f"{folder}: holds files that no run has written, such as {min(names)}; "
                          "they are not touched: choose another name for the reader")
-    kept = given.get("records")
-    if given != made_of | {"records": kept} or not isinstance(kept, dict):
-        return list(digests)
+    kept = given.pop("records", None)
+    return kept if given == made_of and isinstance(kept, dict) else {}
+
+
+def list_missing(folder, made_of, digests):
+    """The names of digests, {name: hash of its records}, whose file has yet to be made of these."""
+    kept = read_kept(folder, made_of)
     return [name for name, digest in digests.items() if kept.get(name) != digest
             or not os.path.exists(os.path.join(folder, f"{name}.jsonl"))]
 
@@ -149,13 +153,11 @@ def list_missing(folder, made_of, digests):
 def keep_results(folder, made_of, digests, questions, results, corpus):
     """Writes the file of each name, {name: its questions}, whose results follow one another.
 
-    What is being written is not listed in made_of.json until it is whole.
+    made_of.json lists a file from when it is whole until it is written anew.
     """
+    kept = {name: digest for name, digest in read_kept(folder, made_of).items()
+            if name not in questions}
     path = os.path.join(folder, "made_of.json")
-    given = read_settings(path)
-    kept = {}
-    if given == made_of | {"records": given.get("records")}:
-        kept = {name: digest for name, digest in given["records"].items() if name not in questions}
     write_json(path, made_of | {"records": kept})
     first = 0
     for name in questions:

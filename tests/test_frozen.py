@@ -23,7 +23,8 @@ NAMES = ("train", "dev", "test")
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    return make_bert(tmp_path_factory.mktemp("bert"))
+    """A retriever that is known by its name to want E5's instructions."""
+    return make_bert(tmp_path_factory.mktemp("bert") / "e5-tiny")
 
 
 @pytest.fixture
@@ -98,6 +99,7 @@ def test_training_records_get_ground_truth_and_what_they_lack_is_told(folder, be
     retrieve_once(args, train_epoch.given_paths(args), world)
     assert "note: 1 of 4 records of train.jsonl have ctxs; the retrieved passages replace them" \
         in said
+    assert "e5's instructions are put before the texts of qa" in said
     assert any("m.retrieved: 2 of 8 documents for each of the 8 questions of train, dev, test" in
                line for line in said)
     records = read_records(retrieved_path("m", "train"))
@@ -190,7 +192,7 @@ def test_only_what_has_changed_is_retrieved(folder, bert, tiny, monkeypatch):
 
     # other weights of the retriever
     before = read_kept()
-    args.retriever = make_bert(folder / "bert", num_hidden_layers=1)
+    args.retriever = make_bert(folder / "other" / "e5-tiny", num_hidden_layers=1)
     with pytest.raises(InputError, match="the model has changed since this index was made"):
         retrieve_once(args, train_epoch.given_paths(args), world)
     assert read_kept() == before
@@ -250,8 +252,8 @@ def test_killed_while_it_writes_and_started_again(folder, tiny):
     ([], "missing: model (--output_dir), data_train (--train_file), data_val (--eval_file)"),
     (["m", "a"], "missing: data_val (--eval_file)"),
     (["m", "a", "b", "--retriever", "bm25"], "--retriever needs --corpus"),
-    (["m", "a", "b", "--corpus", "documents.jsonl"], "--corpus is of a frozen retriever"),
-    (["m", "a", "b", "--num_retrieved", "3"], "--num_retrieved is of a frozen retriever"),
+    (["m", "a", "b", "--corpus", "documents.jsonl"], "--corpus is for a frozen retriever"),
+    (["m", "a", "b", "--num_retrieved", "3"], "--num_retrieved is for a frozen retriever"),
     (["m", "a", "b", "--retriever", "bm25", "--corpus", "no.jsonl"],
      "--corpus no.jsonl: no such file"),
     (["m", "a", "b", "--retriever", "bm25", "--corpus", "documents.jsonl", "--num_retrieved", "0"],

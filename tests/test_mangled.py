@@ -43,6 +43,7 @@ from retrieval.corpus import Corpus
 from retrieval.faiss_index import read_index
 from retrieval.fingerprint import check_fingerprint
 from retrieval.flags import read_stated_flags
+from retrieval.frozen import list_missing
 from retrieval.qrels import merge_qrels
 from retrieval.results import read_run
 from retrieval.vectors import open_array
@@ -377,6 +378,8 @@ READERS = {
     "dev qrels": ("q.qrels", TREC, read_dev_qrels, None),
     "fingerprint": ("folder/index.json", [{"documents": 5, "model": "", "files": [["", 3, "ab"]]}],
                     read_index_json, None),
+    "made_of.json": ("folder/made_of.json", [{"documents": 5, "records": {"train": "ab"}}],
+                     lambda path: list_missing("folder", {"documents": 5}, {"train": "ab"}), None),
     "args.json": ("folder/args.json", [{"num_contexts": 5, "max_length": 100, "args": {}}],
                   lambda path: read_training_args("folder"), None),
     "keys to score": ("t.json", EMBEDDER, lambda path: read_scored(path), count_lines),
