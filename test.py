@@ -13,16 +13,13 @@ import argparse
 import os
 import time
 
-from checkpoints import load_tokenizer, read_training_args
+from checkpoints import load_tokenizer
 from data import note_long_passages
 from files import check_paths, is_stream
 from model import FiDT5
-from predict import predict, summarize, write_predictions, write_scores
+from predict import as_trained, predict, summarize, write_predictions, write_scores
 from questions import note_contexts, read_records
 from utils import HelpFormatter, InputError, check_at_least, run_script, start_processes
-
-# minFiD's defaults, for checkpoints that do not say
-UNKNOWN = {"num_contexts": 5, "max_length": 200}
 
 
 def parse_args():
@@ -62,18 +59,9 @@ def choose_lengths(args, log):
 
     Raises InputError if a value is out of range.
     """
-    trained_args = read_training_args(args.model)
-    for name, default in UNKNOWN.items():
-        given, trained = getattr(args, name), trained_args.get(name)
-        if given is None:
-            value = trained or default
-            setattr(args, name, [value] if name == "num_contexts" else value)
-            if trained is None:
-                log(f"note: {args.model} does not tell its {name}; taking {value}, --{name} "
-                    "changes it")
-        elif trained is not None and given not in (trained, [trained]):
-            log(f"warning: --{name} {str(given).strip('[]')}, but the checkpoint was trained with "
-                f"{trained}")
+    args.max_length = as_trained("max_length", args.max_length, args.model, log)
+    num_contexts = as_trained("num_contexts", args.num_contexts, args.model, log)
+    args.num_contexts = num_contexts if isinstance(num_contexts, list) else [num_contexts]
     if min(args.num_contexts) < 0:
         raise InputError("--num_contexts must be 0 or more")
     check_at_least(args, {"max_length": 1, "batch_size": 1, "num_beams": 1, "num_workers": 0,
