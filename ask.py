@@ -4,10 +4,10 @@ r"""Asks: one question from a corpus to an answer, with the passages that it was
     python ask.py OUT --corpus psgs_w100.tsv --query_encoder runs/dpr --index wiki.index
     python ask.py OUT --corpus notes.jsonl --retrieval_method bm25 --html page.html < questions.txt
 
-Without --question the questions are read from a pipe, one per line, or typed at a prompt; an empty
-line ends it. The corpus is searched as by retrieve.py, whose index is made or reused, and the
-passages are read as by test.py; both are opened once. Passages are printed by their share of the
-reader's attention: the softmax of its cross-attention scores (arXiv 2012.04584, section 3.2).
+Without --question the questions are read from a pipe, one per line, or typed at a prompt, which
+an empty line ends. The corpus is searched as by retrieve.py, whose index is made or reused, and the
+passages are read as by test.py; both are opened once. The passages are printed in the order of the
+reader's shares: how much of its attention each gets as the answer begins.
 """
 import time
 
@@ -171,14 +171,10 @@ def timed(seconds, part):
     seconds[part] = time.perf_counter() - start
 
 
-class Reader(NamedTuple):
-    """What reads passages."""
-    model: FiDT5
-    tokenizer: object
-
-
-def load_reader(args, world):
-    """The Reader of the flags, with the number of contexts and the lengths of its training."""
+def open_reader(args, world):
+    """(model, tokenizer) of the reader; settles the number of contexts and the lengths as in its
+    training, where no flag does.
+    """
     model = FiDT5.from_pretrained(args.model).to(world.device)
     tokenizer = load_tokenizer(args.model, args.t5_name)
     model.check_tokenizer(tokenizer)
@@ -186,7 +182,7 @@ def load_reader(args, world):
     args.max_length = as_trained("max_length", args.max_length, args.model, world.log)
     # the originals padded to it; only a released reader's bias sees it
     model.config.passage_stride = args.max_length
-    return Reader(model, tokenizer)
+    return model, tokenizer
 
 
 def open_search(args, corpus, world):
@@ -209,17 +205,17 @@ class Answer(NamedTuple):
     seconds: dict  # {part: seconds}
 
 
-def answer_question(args, text, corpus, index, reader, world):
-    """The Answer to a question's text."""
+def answer_question(args, text, corpus, index, model, tokenizer, world):
+    """The Answer to a question's text; `index` is what open_search returns."""
     seconds = {}
     contexts = find_contexts(args, text, corpus, index, world, seconds)
     record = {"id": 0, "question": text, "answers": [], "ctxs": contexts}
     with timed(seconds, "read"):
-        prediction, = predict(reader.model, [record], reader.tokenizer, world, batch_size=1,
+        prediction, = predict(model, [record], tokenizer, world, batch_size=1,
                               num_contexts=args.num_contexts, max_length=args.max_length,
                               answer_maxlength=args.answer_maxlength, num_beams=args.num_beams,
-                              with_scores=True)
-    # a question without contexts is read alone, and has a score as such
+                              with_scores="shares")
+    # logarithms of shares; a question without contexts is read alone, and has one as such
     shares = 100 * torch.tensor(prediction.context_scores).softmax(0)
     for context, share in zip(contexts, shares.tolist()):
         context["share"] = share
@@ -227,8 +223,8 @@ def answer_question(args, text, corpus, index, reader, world):
 
 
 def find_contexts(args, text, corpus, index, world, seconds):
-    """The contexts {id, title, text, score} of a question, best first; `index` is what open_search
-    returns. Puts the times into `seconds`.
+    """The contexts {id, title, text, score} of a question, best first; puts the times into
+    `seconds`.
     """
     questions = [make_question({"question": text}, "the question", 0, args.task)]
     if args.retrieval_method == "dense":
@@ -242,18 +238,18 @@ def find_contexts(args, text, corpus, index, world, seconds):
         return read_contexts(results, 0, corpus, None)
 
 
-def note_unread(args, answer, reader, is_first, log):
+def note_unread(args, answer, tokenizer, is_first):
     """Logs that a question fills the reader's input, or, once, that the ends of passages are not
     read.
     """
-    ids = reader.tokenizer(f"question: {answer.question}", add_special_tokens=False,
-                           truncation=True, max_length=args.max_length)["input_ids"]
+    ids = tokenizer(f"question: {answer.question}", add_special_tokens=False, truncation=True,
+                    max_length=args.max_length)["input_ids"]
     if len(ids) == args.max_length:
         log(f"note: the question takes all of the {args.max_length} tokens that are read of a "
             "question with its passage: no passage is read (--max_length)")
     elif is_first:
-        note_long_passages([{"question": answer.question, "ctxs": answer.contexts}],
-                           reader.tokenizer, args.num_contexts, args.max_length, log)
+        record = {"question": answer.question, "ctxs": answer.contexts}
+        note_long_passages([record], tokenizer, args.num_contexts, args.max_length, log)
 
 
 # ---------------------------------------------------------------- what is shown
@@ -304,7 +300,8 @@ def cut_excerpt(text, pattern, length):
         start = text.rfind(" ", 0, max(match.start() - length // 2, 1)) + 1
     if end > start + length:
         end = start + length
-        end = max(text.rfind(" ", start, end), end - length // 4)  # some languages have no blanks
+        blank = text.rfind(" ", end - length // 4, end)  # some languages have none
+        end = blank if blank > 0 else end
     return ("… " if start else "") + text[start:end] + (" …" if end < len(text) else "")
 
 
@@ -335,7 +332,7 @@ def print_answer(answer, count, in_colour):
             pieces[i] = paint(pieces[i], GREEN) if in_colour else f"**{pieces[i]}**"
         lines.append(textwrap.indent("".join(pieces), " " * 9))
     if num_others:
-        lines.append(f"{others_share:5.1f} %  of {num_others} others")
+        lines.append(f"{others_share:5.1f} %  for {num_others} others")
     lines += ["", paint(f"  {describe_seconds(answer.seconds)}", DIM), ""]
     print("\n".join(lines), flush=True)
 
@@ -419,7 +416,7 @@ def make_section(answer, count):
                                        excerpt="".join(pieces)))
     remarks = describe_seconds(answer.seconds)
     if num_others:
-        remarks = f"{others_share:.1f} % of {num_others} others; {remarks}"
+        remarks = f"{others_share:.1f} % for {num_others} others; {remarks}"
     if not answer.contexts:
         remarks = f"no passage was found; the question was read alone; {remarks}"
     return SECTION.format(question=html.escape(clean(answer.question)),
@@ -437,7 +434,7 @@ def main(args):
     with redirect_stdout(sys.stderr):
         world = start_processes(args.gpus)
         with timed(seconds, "reader"):
-            reader = load_reader(args, world)
+            model, tokenizer = open_reader(args, world)
         args.hits = args.num_contexts
         with timed(seconds, "corpus and index"):
             corpus = open_corpus(args.corpus, args.key_template, world)
@@ -453,9 +450,9 @@ def main(args):
     answers = []
     try:
         for i, text in enumerate(questions):
-            answer = answer_question(args, text, corpus, index, reader, world)
+            answer = answer_question(args, text, corpus, index, model, tokenizer, world)
             answers.append(answer)
-            note_unread(args, answer, reader, i == 0, log)
+            note_unread(args, answer, tokenizer, is_first=i == 0)
             if args.json:
                 print_record(answer, i)
             else:

@@ -110,10 +110,10 @@ def command(script, *args, processes=1):
     return launch + [str(ROOT / script), *map(str, args)]
 
 
-def run(script, *args, processes=1, code=0, cwd=None):
+def run(script, *args, processes=1, code=0, cwd=None, stdin=""):
     """Runs a script and returns (stdout, stderr); fails the test if it exits with another code."""
     if processes == 1:
-        returned, stdout, stderr = start_server().run(script, args, cwd or os.getcwd())
+        returned, stdout, stderr = start_server().run(script, args, cwd or os.getcwd(), stdin)
     else:
         process = subprocess.run(command(script, *args, processes=processes), capture_output=True,
                                  text=True, env=os.environ | ENVIRONMENT, timeout=300, cwd=cwd)
@@ -137,7 +137,8 @@ while line := sys.stdin.readline():
         signal.alarm(300)
         random.seed()  # as in a new process
         numpy.random.seed()
-        for number, path in enumerate([os.devnull, request["stdout"], request["stderr"]]):
+        os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
+        for number, path in ((1, request["stdout"]), (2, request["stderr"])):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(request["cwd"])
         sys.argv = [request["script"], *request["args"]]
@@ -158,9 +159,11 @@ class ScriptServer:
                                         env=os.environ | ENVIRONMENT)
         self.folder = tempfile.TemporaryDirectory()
 
-    def run(self, script, args, cwd):
-        """(exit code, stdout, stderr) of a script."""
-        paths = {name: os.path.join(self.folder.name, name) for name in ("stdout", "stderr")}
+    def run(self, script, args, cwd, stdin):
+        """(exit code, stdout, stderr) of a script; `stdin` is what it can read there, a text."""
+        names = ("stdin", "stdout", "stderr")
+        paths = {name: os.path.join(self.folder.name, name) for name in names}
+        Path(paths["stdin"]).write_text(stdin)
         request = {"script": str(ROOT / script), "args": [str(arg) for arg in args],
                    "cwd": str(cwd), **paths}
         print(json.dumps(request), file=self.process.stdin, flush=True)
