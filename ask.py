@@ -54,6 +54,7 @@ from retrieve import (
 from utils import HelpFormatter, InputError, check_at_least, run_script, shorten, start_processes
 
 PROMPT = "question: "
+NOTHING_FOUND = "no passage was found; the question was read alone"
 EXCERPT = 300        # characters of a passage on the terminal
 LONG_EXCERPT = 1500  # and on the page
 WIDEST = 100         # columns of the terminal that are filled at most
@@ -83,10 +84,11 @@ def parse_args():
     add = parser.add_argument_group("retrieval").add_argument
     add("--retrieval_method", choices=["dense", "bm25"],
         help="not given: dense if there is a --query_encoder")
+    add("--query_encoder", default="",
+        help="retriever: checkpoint folder or hub name; needed for dense retrieval")
     add_search_flags(add)
     add_run_flags(parser)
-    # what the functions of retrieve.py ask for beside these flags; no retriever is taken unasked
-    parser.set_defaults(query_encoder="", eval_data=None, ranker=False)
+    parser.set_defaults(eval_data=None, ranker=False)  # retrieve.py's functions look at them
     return parser.parse_args()
 
 
@@ -321,7 +323,7 @@ def print_answer(answer, count, in_colour):
     if shown:
         lines.append(paint("  share  rank      score", DIM))
     elif not answer.contexts:
-        lines.append("  no passage was found; the question was read alone")
+        lines.append(f"  {NOTHING_FOUND}")
     for passage in shown:
         lines.append(f"{passage.share:5.1f} %  {passage.rank:4d}  {passage.score:9.3f}  "
                      f"{paint(passage.title, BOLD)}")
@@ -332,7 +334,7 @@ def print_answer(answer, count, in_colour):
             pieces[i] = paint(pieces[i], GREEN) if in_colour else f"**{pieces[i]}**"
         lines.append(textwrap.indent("".join(pieces), " " * 9))
     if num_others:
-        lines.append(f"{others_share:5.1f} %  for {num_others} others")
+        lines.append(f"{others_share:5.1f} %  in {num_others} more")
     lines += ["", paint(f"  {describe_seconds(answer.seconds)}", DIM), ""]
     print("\n".join(lines), flush=True)
 
@@ -416,9 +418,9 @@ def make_section(answer, count):
                                        excerpt="".join(pieces)))
     remarks = describe_seconds(answer.seconds)
     if num_others:
-        remarks = f"{others_share:.1f} % for {num_others} others; {remarks}"
+        remarks = f"{others_share:.1f} % in {num_others} more; {remarks}"
     if not answer.contexts:
-        remarks = f"no passage was found; the question was read alone; {remarks}"
+        remarks = f"{NOTHING_FOUND}; {remarks}"
     return SECTION.format(question=html.escape(clean(answer.question)),
                           answer=html.escape(clean(answer.text) or "(an empty answer)"),
                           passages="\n".join(passages), remarks=remarks)

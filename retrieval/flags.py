@@ -75,6 +75,8 @@ def add_method_flags(parser):
     add("--results", nargs="+", default=[], metavar="FILE",
         help="earlier results to rank or fuse: TREC runs or records with ctxs")
     add("--hits", type=int, default=200, help="documents per query")
+    add("--query_encoder", default="BAAI/bge-base-en",
+        help="retriever (dense, rank) or, with --ranker, cross-encoder; the default is for English")
     add("--ranker", action="store_true", help="rank with a cross-encoder")
     add("--fusion", choices=["rrf", "weighted"], default="rrf",
         help="reciprocal rank, or sum of scores scaled to 0 .. 1")
@@ -84,8 +86,6 @@ def add_method_flags(parser):
 
 def add_search_flags(add):
     """Adds what dense retrieval and BM25 are told of encoders and indices."""
-    add("--query_encoder", default="BAAI/bge-base-en",
-        help="retriever (dense, rank) or, with --ranker, cross-encoder; the default is for English")
     add("--key_encoder", help="encoder of the documents, if it is a checkpoint of its own")
     add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
     add("--pooling_method", choices=["cls", "mean", "last"],

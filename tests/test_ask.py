@@ -90,7 +90,7 @@ def test_the_passage_of_the_highest_share_is_printed_first(files):
         context = record["ctxs"][rank]
         assert row.split("%")[1].split()[:2] == [str(rank + 1), f"{context['score']:.3f}"]
         assert row.endswith(context["title"])
-    assert "for 2 others" in stdout
+    assert "in 2 more" in stdout
     assert re.search(r"search \d+\.\d+ s, read \d+\.\d+ s", stdout)
     assert "loaded in" in stderr and "\x1b" not in stdout
 
