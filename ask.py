@@ -6,8 +6,9 @@ r"""Asks: one question from a corpus to an answer, with the passages that it was
 
 Without --question the questions are read from a pipe, one per line, or typed at a prompt, which
 an empty line ends. The corpus is searched as by retrieve.py, whose index is made or reused, and the
-passages are read as by test.py; both are opened once. The passages are printed in the order of the
-reader's shares: how much of its attention each gets as the answer begins.
+passages are read as by test.py; both are opened once. The passages are printed in the order of
+their shares: of the reader's attention as the answer begins or, of a causal language model, of the
+answer's likelihood.
 """
 import time
 
@@ -31,9 +32,9 @@ import transformers
 from checkpoints import load_tokenizer
 from data import note_long_passages
 from files import check_paths, decode_line, new_file
-from model import FiDT5
-from predict import as_trained, predict
+from predict import ANSWER_MAXLENGTH, as_trained, predict
 from questions import make_question
+from readers import add_prompt_flags, open_reader
 from retrieval import bm25
 from retrieval.corpus import open_corpus
 from retrieval.flags import (
@@ -71,8 +72,10 @@ def parse_args():
         help="tokens per question and passage; not given: as trained, else 200")
     add("--t5_name", default="t5-base",
         help="whose tokenizer to use if the checkpoint carries none")
-    add("--answer_maxlength", type=int, default=50, help="most tokens to generate")
+    add("--answer_maxlength", type=int, default=ANSWER_MAXLENGTH,
+        help="most tokens to generate")
     add("--num_beams", type=int, default=1, help="beams; 1 is greedy")
+    add_prompt_flags(parser)
     add = parser.add_argument_group("questions and answers").add_argument
     add("--question", action="append", metavar="TEXT",
         help="a question, in quotes; may be repeated; not given: one per line of a pipe, or typed")
@@ -173,17 +176,16 @@ def timed(seconds, part):
     seconds[part] = time.perf_counter() - start
 
 
-def open_reader(args, world):
+def load_reader(args, world):
     """(model, tokenizer) of the reader; settles the number of contexts and the lengths as in its
     training, where no flag does.
     """
-    model = FiDT5.from_pretrained(args.model).to(world.device)
+    model = open_reader(args.model, args=args).to(world.device)
     tokenizer = load_tokenizer(args.model, args.t5_name)
     model.check_tokenizer(tokenizer)
     args.num_contexts = as_trained("num_contexts", args.num_contexts, args.model, world.log)
     args.max_length = as_trained("max_length", args.max_length, args.model, world.log)
-    # the originals padded to it; only a released reader's bias sees it
-    model.config.passage_stride = args.max_length
+    model.prepare(args.max_length, args.answer_maxlength)
     return model, tokenizer
 
 
@@ -240,18 +242,20 @@ def find_contexts(args, text, corpus, index, world, seconds):
         return read_contexts(results, 0, corpus, None)
 
 
-def note_unread(args, answer, tokenizer, is_first):
+def note_unread(args, answer, model, tokenizer, is_first):
     """Logs that a question fills the reader's input, or, once, that the ends of passages are not
     read.
     """
-    ids = tokenizer(f"question: {answer.question}", add_special_tokens=False, truncation=True,
+    collator = model.make_collator(tokenizer, args.num_contexts, args.max_length)
+    alone, = collator.texts({"question": answer.question, "ctxs": []})
+    ids = tokenizer(alone, add_special_tokens=False, truncation=True,
                     max_length=args.max_length)["input_ids"]
     if len(ids) == args.max_length:
         log(f"note: the question takes all of the {args.max_length} tokens that are read of a "
             "question with its passage: no passage is read (--max_length)")
     elif is_first:
         record = {"question": answer.question, "ctxs": answer.contexts}
-        note_long_passages([record], tokenizer, args.num_contexts, args.max_length, log)
+        note_long_passages([record], collator, log)
 
 
 # ---------------------------------------------------------------- what is shown
@@ -391,7 +395,7 @@ SECTION = """<section>
 PASSAGE = """<li>
 <h2 dir="auto">{title}</h2>
 <div class="bar"><span style="width: {share:.1f}%"></span></div>
-<div class="quiet">{share:.1f} % of the reader's attention; rank {rank} in the search, with score
+<div class="quiet">the reader's share {share:.1f} %; rank {rank} of the search, score
 {score:.3f}</div>
 <p dir="auto">{excerpt}</p>
 </li>"""
@@ -431,12 +435,13 @@ def make_section(answer, count):
 def main(args):
     seconds = {"libraries": time.perf_counter() - START}
     check_args(args)
+    sys.stdout.reconfigure(errors="replace")  # of letters that the terminal does not have
     transformers.utils.logging.disable_progress_bar()
     # what is said on the way goes to stderr: a pipe gets the answers
     with redirect_stdout(sys.stderr):
         world = start_processes(args.gpus)
         with timed(seconds, "reader"):
-            model, tokenizer = open_reader(args, world)
+            model, tokenizer = load_reader(args, world)
         args.hits = args.num_contexts
         with timed(seconds, "corpus and index"):
             corpus = open_corpus(args.corpus, args.key_template, world)
@@ -452,9 +457,15 @@ def main(args):
     answers = []
     try:
         for i, text in enumerate(questions):
-            answer = answer_question(args, text, corpus, index, model, tokenizer, world)
+            try:
+                answer = answer_question(args, text, corpus, index, model, tokenizer, world)
+            except InputError as error:
+                if not is_typed:
+                    raise
+                log(f"error: {error}")  # another question may do
+                continue
             answers.append(answer)
-            note_unread(args, answer, tokenizer, is_first=i == 0)
+            note_unread(args, answer, model, tokenizer, is_first=len(answers) == 1)
             if args.json:
                 print_record(answer, i)
             else:

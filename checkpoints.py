@@ -223,7 +223,7 @@ def is_size(name, value):
         least = 0
     elif name.startswith("relative_"):  # the buckets of T5's position bias, and their reach
         least = 1
-    return least <= value <= (MOST_LAYERS if "layers" in name else MOST)
+    return least <= value <= (MOST_LAYERS if "layer" in name else MOST)
 
 
 def check_shapes(model, weights, source):

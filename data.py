@@ -58,11 +58,12 @@ def check_targets(records, tokenizer, max_length, path):
                                  f"{max_length}; raise it or shorten the answer")
 
 
-def note_long_passages(records, tokenizer, num_contexts, max_length, log):
+def note_long_passages(records, collator, log):
     """Logs how many passages, of the first COUNTED, have more tokens than the reader reads."""
-    texts = chain.from_iterable(input_texts(record, num_contexts) for record in records)
-    rows = tokenizer(list(islice(texts, COUNTED)), add_special_tokens=False, truncation=True,
-                     max_length=max_length + 1)["input_ids"]
+    max_length = collator.max_length
+    texts = chain.from_iterable(collator.texts(record) for record in records)
+    rows = collator.tokenizer(list(islice(texts, COUNTED)), add_special_tokens=False,
+                              truncation=True, max_length=max_length + 1)["input_ids"]
     num_long = sum(len(ids) > max_length for ids in rows)
     if num_long:
         first = "the first " if len(rows) == COUNTED else ""
@@ -78,8 +79,9 @@ class Collator:
 
     Truncates passages on the right at `max_length` tokens; they carry no </s>, as in FiD (under
     transformers 3.0.2) and minFiD, and are padded to the longest of the batch only. Targets carry
-    exactly one </s>. Returns {indices, input_ids (B, N, L), attention_mask (B, N, L) bool, labels
-    (B, T) with -100 as padding, or None}.
+    exactly one </s>. Returns {indices, inputs, labels (B, T) with -100 as padding, or None}; the
+    inputs, which the reader takes by their names, are input_ids (B, N, L) and attention_mask (B, N,
+    L) bool.
     """
 
     def __init__(self, tokenizer, num_contexts, max_length):
@@ -88,40 +90,58 @@ class Collator:
             raise InputError("the tokenizer has no padding token; use the tokenizer of a T5 model")
 
     def __call__(self, samples):
-        texts = [input_texts(record, self.num_contexts) for _, record, _ in samples]
+        texts = [self.texts(record) for _, record, _ in samples]
         all_texts = [text for record_texts in texts for text in record_texts]
         all_ids = self.tokenizer(all_texts, add_special_tokens=False, truncation=True,
                                  max_length=self.max_length)["input_ids"]
 
-        B, N = len(samples), max(len(record_texts) for record_texts in texts)
-        L = max(1, max(len(ids) for ids in all_ids))
-        input_ids = torch.full((B, N, L), self.tokenizer.pad_token_id)
-        attention_mask = torch.zeros((B, N, L), dtype=torch.bool)
         remaining_ids = iter(all_ids)
-        for b, record_texts in enumerate(texts):
-            for n in range(len(record_texts)):
-                ids = next(remaining_ids)
-                input_ids[b, n, :len(ids)] = torch.tensor(ids, dtype=torch.long)
-                attention_mask[b, n, :len(ids)] = True
-        return {"indices": [index for index, _, _ in samples], "input_ids": input_ids,
-                "attention_mask": attention_mask,
+        questions = [list(islice(remaining_ids, len(record_texts))) for record_texts in texts]
+        input_ids, attention_mask = pad_passages(questions, self.tokenizer.pad_token_id)
+        return {"indices": [index for index, _, _ in samples],
+                "inputs": {"input_ids": input_ids, "attention_mask": attention_mask},
                 "labels": self.labels([target for _, _, target in samples])}
+
+    def texts(self, record):
+        """The texts that are read of a record."""
+        return input_texts(record, self.num_contexts)
 
     def labels(self, targets):
         """(B, T) ids ending in </s>, -100 after it; a target of None is all -100 (no loss); None if
         all of them are.
         """
-        if all(target is None for target in targets):
-            return None
-        rows = [[-100] if target is None else self.target_ids(target) for target in targets]
-        rows = [torch.tensor(row) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        return pad_labels(targets, self.target_ids)
 
     def target_ids(self, target):
         """The target's token ids with exactly one </s>, at the end."""
         eos = self.tokenizer.eos_token_id
         ids = self.tokenizer(target, add_special_tokens=False)["input_ids"]
         return [token for token in ids if token != eos] + [eos]
+
+
+def pad_passages(questions, pad_token, side="right"):
+    """(ids, mask), both (B, N, L), of lists of the token ids of each question's passages; the
+    padding lies on that side of them.
+    """
+    B, N = len(questions), max(len(passages) for passages in questions)
+    L = max(1, max(len(ids) for passages in questions for ids in passages))
+    input_ids = torch.full((B, N, L), pad_token)
+    attention_mask = torch.zeros((B, N, L), dtype=torch.bool)
+    for b, passages in enumerate(questions):
+        for n, ids in enumerate(passages):
+            place = slice(len(ids)) if side == "right" else slice(L - len(ids), L)
+            input_ids[b, n, place] = torch.tensor(ids, dtype=torch.long)
+            attention_mask[b, n, place] = True
+    return input_ids, attention_mask
+
+
+def pad_labels(targets, target_ids):
+    """(B, T) of the targets' ids, see Collator.labels."""
+    if all(target is None for target in targets):
+        return None
+    rows = [[-100] if target is None else target_ids(target) for target in targets]
+    rows = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
 class TrainSet(torch.utils.data.Dataset):

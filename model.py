@@ -29,6 +29,7 @@ from checkpoints import (
     read_config,
     read_weights,
 )
+from data import Collator
 from files import read_settings
 from layers import decode, encode
 from packed_attention import group_texts, split_by_length
@@ -222,6 +223,28 @@ class FiDT5(nn.Module):
         """Raises InputError if the tokenizer has ids that the model has no embedding for."""
         check_vocabulary(tokenizer, self.t5.shared, "name the model that the tokenizer belongs to "
                          "with --t5_name")
+
+    def prepare(self, max_length, answer_maxlength):
+        """Tells the model the length that the originals padded passages to; only the position bias
+        of a released reader sees it.
+        """
+        self.config.passage_stride = max_length
+
+    def check_records(self, records, num_contexts, path):
+        """Any record can be read."""
+
+    def make_collator(self, tokenizer, num_contexts, max_length):
+        """What turns samples into this reader's batches."""
+        return Collator(tokenizer, num_contexts, max_length)
+
+    def add_adapters(self, rank):
+        """Raises InputError."""
+        raise InputError("--lora is for causal language models: the layers of a T5 reader "
+                         "(layers.py) run without the modules that peft replaces; leave it out")
+
+    def describe(self):
+        """What args.json says of the reader, beside its training: nothing."""
+        return {}
 
     # ---------------------------------------------------------------- training
 

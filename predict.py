@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 
 from checkpoints import read_training_args
-from data import Collator, eval_loader
+from data import eval_loader
 from files import new_file
 from metrics import exact_match, f1, has_answer
 from utils import gather_lists, progress_bar
 
+ANSWER_MAXLENGTH = 50  # most tokens of an answer, where no flag says otherwise
 # minFiD's defaults, for checkpoints that do not say
 UNKNOWN = {"num_contexts": 5, "max_length": 200}
 
@@ -39,7 +40,7 @@ class Prediction(NamedTuple):
     text: str
     em: object
     f1: object
-    context_scores: object  # cross-attention score of each context, or None if not asked for
+    context_scores: object  # the reader's score of each context, or None if not asked for
 
 
 class Summary(NamedTuple):
@@ -51,20 +52,21 @@ class Summary(NamedTuple):
 
 
 def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch_size,
-            num_workers=0, answer_maxlength=50, num_beams=1, bf16=False, with_scores=False):
+            num_workers=0, answer_maxlength=ANSWER_MAXLENGTH, num_beams=1, bf16=False,
+            with_scores=False):
     """The Predictions for all records, in their order, on every process.
 
     Every record is answered once, in the same batch for any number of processes.
     """
-    collator = Collator(tokenizer, num_contexts, max_length)
+    collator = model.make_collator(tokenizer, num_contexts, max_length)
     loader = eval_loader(records, batch_size, collator, num_workers, world.rank, world.size)
     model.eval()
     predictions = []
     for batch in progress_bar(loader, desc=f"answering, {num_contexts} contexts",
                               is_main=world.is_main):
-        ids, mask = batch["input_ids"].to(world.device), batch["attention_mask"].to(world.device)
+        inputs = {name: tensor.to(world.device) for name, tensor in batch["inputs"].items()}
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-            output = model.generate(ids, mask, answer_maxlength, num_beams,
+            output = model.generate(**inputs, max_length=answer_maxlength, num_beams=num_beams,
                                     return_scores=with_scores)
         if with_scores:
             generated, scores = output[0], output[1].tolist()
@@ -72,7 +74,7 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
             generated, scores = output, [None] * len(output)
         texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
         for index, text, context_scores in zip(batch["indices"], texts, scores):
-            predictions.append(score_prediction(index, text, records[index]["answers"],
+            predictions.append(score_prediction(index, text.strip(), records[index]["answers"],
                                                 context_scores))
     return sorted(gather_lists(predictions, world), key=lambda prediction: prediction.index)
 
@@ -95,7 +97,7 @@ def summarize(predictions):
 
 def write_predictions(path, predictions, records):
     """Writes minFiD's tab-separated lines (index, prediction, answers, em), or JSONL if the path
-    ends in .jsonl: with the contexts that were read, where they have cross-attention scores.
+    ends in .jsonl: with the contexts that were read, where they have scores of the reader.
     """
     with new_file(path) as file:
         for prediction in predictions:
@@ -112,8 +114,8 @@ def write_predictions(path, predictions, records):
 
 
 def describe_contexts(record, scores):
-    """{best_context, contexts} of a prediction: the id of the context with the highest
-    cross-attention score, and every context's id (or index), score and whether it holds an answer.
+    """{best_context, contexts} of a prediction: the id of the context with the highest score of the
+    reader, and every context's id (or index), score and whether it holds an answer.
     """
     contexts = []
     for index, (context, score) in enumerate(zip(record["ctxs"], scores)):
@@ -125,8 +127,8 @@ def describe_contexts(record, scores):
 
 
 def write_scores(path, predictions, records):
-    """Writes the records with the cross-attention score of each context that was read; the contexts
-    keep their order.
+    """Writes the records with the reader's score of each context that was read; the contexts keep
+    their order.
     """
     for prediction in predictions:
         contexts = records[prediction.index]["ctxs"]

@@ -1,13 +1,13 @@
-r"""Evaluates a reader checkpoint: exact match, F1, predictions, cross-attention scores.
+r"""Evaluates a reader checkpoint: exact match, F1, predictions, scores of the contexts.
 
     python test.py OUT test.json
     python test.py OUT test.json --num_contexts 1 5 10 --pred predictions.tsv
     torchrun --standalone --nproc_per_node=8 test.py nq_reader_base test.json --num_contexts 100 \
         --gpus 0,1,2,3,4,5,6,7
 
-OUT is a folder written by train_epoch.py, any T5 folder or hub name, a released FiD reader or
-minFiD's file. The number of contexts and the lengths default to those that the checkpoint was
-trained with.
+OUT is a folder written by train_epoch.py, any T5 folder or hub name, a released FiD reader,
+minFiD's file, or the folder or hub name of a causal language model (causal_reader.py). The number
+of contexts and the lengths default to those that the checkpoint was trained with.
 """
 import argparse
 import os
@@ -16,9 +16,16 @@ import time
 from checkpoints import load_tokenizer
 from data import note_long_passages
 from files import check_paths, is_stream
-from model import FiDT5
-from predict import as_trained, predict, summarize, write_predictions, write_scores
+from predict import (
+    ANSWER_MAXLENGTH,
+    as_trained,
+    predict,
+    summarize,
+    write_predictions,
+    write_scores,
+)
 from questions import note_contexts, read_records
+from readers import add_prompt_flags, open_reader
 from utils import HelpFormatter, InputError, check_at_least, run_script, start_processes
 
 
@@ -36,15 +43,18 @@ def parse_args():
     add = parser.add_argument_group("model").add_argument
     add("--t5_name", default="t5-base",
         help="whose tokenizer to use if the checkpoint carries none")
-    add("--answer_maxlength", type=int, default=50, help="most tokens to generate")
+    add("--answer_maxlength", type=int, default=ANSWER_MAXLENGTH,
+        help="most tokens to generate")
     add("--num_beams", type=int, default=1, help="beams; 1 is greedy")
+    add_prompt_flags(parser)
     add = parser.add_argument_group("outputs").add_argument
     add("--pred", metavar="FILE",
         help="write predictions: tab-separated index, prediction, golds, score as minFiD does, or "
         "JSONL if FILE ends in .jsonl; with several --num_contexts one file each")
     add("--scores", metavar="FILE", nargs="?", const="",
-        help="cross-attention scores of the contexts: into the .jsonl of --pred and, if FILE is "
-        "given (.json or .jsonl), as 'score' into the records (the given one is kept as "
+        help="the reader's scores of the contexts (cross-attention or, of a causal language model, "
+        "the log of the context's posterior given the answer): into the .jsonl of --pred and, if "
+        "FILE is given (.json or .jsonl), as 'score' into the records (the given one is kept as "
         "'retrieval_score')")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
@@ -96,11 +106,11 @@ def main(args):
     choose_lengths(args, world.log)
     check_outputs(args)
     records = read_records(args.data)
-    model = FiDT5.from_pretrained(args.model).to(world.device)
+    model = open_reader(args.model, args=args).to(world.device)
     tokenizer = load_tokenizer(args.model, args.t5_name)
     model.check_tokenizer(tokenizer)
-    # the originals padded to it; only a released reader's bias sees it
-    model.config.passage_stride = args.max_length
+    model.check_records(records, max(args.num_contexts), args.data)
+    model.prepare(args.max_length, args.answer_maxlength)
 
     unscored = sum(not record["answers"] for record in records)
     note = f", {unscored} of them without answers: predicted, not scored" if unscored else ""
@@ -108,7 +118,8 @@ def main(args):
     world.log(f"{len(records)} questions{note}; {parameters:,} parameters on {world.size} x "
               f"{world.device.type}, length {args.max_length}")
     note_contexts(records, args.data, world.log)
-    note_long_passages(records, tokenizer, max(args.num_contexts), args.max_length, world.log)
+    note_long_passages(records, model.make_collator(tokenizer, max(args.num_contexts),
+                                                    args.max_length), world.log)
     world.log(f"{'contexts':>8} {'EM':>6} {'F1':>6} {'correct':>13} {'questions/s':>12}")
     for num_contexts in args.num_contexts:
         start = time.time()
@@ -134,7 +145,7 @@ def main(args):
             print(f"         predictions in {path}")
     if args.scores and world.is_main:
         write_scores(args.scores, predictions, records)
-        print(f"cross-attention scores of {num_contexts} contexts in {args.scores}")
+        print(f"the reader's scores of {num_contexts} contexts in {args.scores}")
 
 
 if __name__ == "__main__":

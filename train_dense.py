@@ -39,7 +39,9 @@ from training import (
     Progress,
     Run,
     RunLog,
+    add_lora,
     count_on_bar,
+    count_trained,
     describe_machine,
     epoch_bar,
     make_optimizer,
@@ -382,17 +384,9 @@ def open_retriever(args, tokenizer):
 
 
 def add_adapters(model, args):
-    """Freezes the transformers and adds LoRA adapters of rank --lora (arXiv 2106.09685).
-
-    Raises InputError without peft.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise InputError("--lora needs the package peft: pip install peft") from None
+    """Freezes the transformers and adds LoRA adapters of rank --lora. Raises InputError."""
     for module in encoders_of(model, args):
-        adapters = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
-        module.model = get_peft_model(module.model, adapters)
+        module.model = add_lora(module.model, args.lora)
         if not args.ranker:  # no vector passes through a pooler; DDP would wait for its gradient
             for name, parameter in module.model.named_parameters():
                 if ".pooler." in name:
@@ -467,8 +461,7 @@ def describe(run, updates, warmup):
     kind = f"retriever, metric {args.dense_metric}, pooling {args.pooling_method}"
     if args.ranker:
         kind = "ranker"
-    trained = sum(parameter.numel() for parameter in run.unwrapped.parameters()
-                  if parameter.requires_grad)
+    trained = count_trained(run.unwrapped)
     log(f"{len(run.train_set.examples)} training examples of {len(run.dataset_sizes)} dataset(s), "
         f"groups of {run.train_set.group_rules[0].group_size}; {trained:,} trained parameters; "
         f"{kind}; batch {args.batch_size * run.world.size} x {args.grad_accumulation}; {updates} "

@@ -1,13 +1,13 @@
-r"""Trains a Fusion-in-Decoder reader (arXiv 2007.01282) epoch by epoch and keeps the checkpoint
-with the best dev EM.
+r"""Trains a reader epoch by epoch and keeps the checkpoint with the best dev EM: Fusion-in-Decoder
+(arXiv 2007.01282) from a T5, RA-DIT's reader (arXiv 2310.01352) from a causal language model.
 
     python train_epoch.py OUT train.json dev.json --t5_name t5-base --num_contexts 100 --gpus 0
     torchrun --standalone --nproc_per_node=8 train_epoch.py OUT train.json dev.json \
         --data_test test.json --num_contexts 100 --batch_size 2 --grad_accumulation 4 \
         --use_checkpoint --lr 1e-4 --gpus 0,1,2,3,4,5,6,7
 
-Written: OUT (the best reader, a T5 folder), OUT.jsonl (one row per evaluation) and OUT.state
-(everything that --resume needs to end with the weights of a run that was never stopped).
+Written: OUT (the best reader, a folder of transformers), OUT.jsonl (one row per evaluation) and
+OUT.state (everything that --resume needs to end with the weights of a run that was never stopped).
 """
 import argparse
 import math
@@ -17,22 +17,22 @@ import torch
 
 from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
 from data import (
-    Collator,
     TrainSet,
     check_targets,
     note_long_passages,
     plan_epoch,
     train_loader,
 )
-from model import FiDT5
-from predict import predict, summarize
+from predict import ANSWER_MAXLENGTH, predict, summarize
 from questions import note_files, read_records
+from readers import add_prompt_flags, open_reader
 from resume import forget_replaced_state, load_state, restore_state, save_state
 from training import (
     Progress,
     Run,
     RunLog,
     count_on_bar,
+    count_trained,
     describe_machine,
     epoch_bar,
     make_optimizer,
@@ -77,11 +77,16 @@ def parse_args():
     add("--no_shuffle", action="store_true",
         help="keep the file's order and each record's first answer")
     add = parser.add_argument_group("model").add_argument
-    add("--t5_name", default="t5-base", help="checkpoint to start from: hub name or folder")
+    add("--t5_name", "--model_name_or_path", default="t5-base",
+        help="checkpoint to start from, a T5 or a causal language model: hub name or folder")
     add("--dropout", type=float, default=0.1, help="dropout rate")
     add("--use_checkpoint", action="store_true",
         help="recompute the encoder's activations in the backward pass to save memory")
     add("--bf16", action="store_true", help="bfloat16 autocast; weights and optimizer stay float32")
+    add("--lora", type=int, metavar="R",
+        help="train LoRA adapters of rank R, merged when saved (causal language models; needs the "
+        "package peft)")
+    add_prompt_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=1, help="questions per process and micro-batch")
     add("--batch_size_val", type=int, default=2, help="questions per process in evaluation")
@@ -121,7 +126,7 @@ def check_args(args):
     check_at_least(args, {"num_contexts": 1, "max_length": 1, "batch_size": 1, "batch_size_val": 1,
                           "grad_accumulation": 1, "epochs": 1, "num_workers": 0,
                           "num_warmup_steps": 0, "eval_every": 0, "save_every": 0,
-                          "logging_steps": 1, "weight_decay": 0})
+                          "logging_steps": 1, "weight_decay": 0, "lora": 1})
     check_positive(args, ["lr", "clip"])
     check_seed(args)
     if not 0 <= args.dropout < 1:
@@ -146,6 +151,7 @@ def train_update(run, batches, micro_batches):
     losses, weight, questions, indices = [], 0, 0, []
     for i in range(micro_batches):
         batch = next(batches)
+        inputs = {name: tensor.to(device) for name, tensor in batch["inputs"].items()}
         labels = batch["labels"]
         is_real = labels is not None  # else this process only takes part in the gradient exchange
         if not is_real:
@@ -154,8 +160,7 @@ def train_update(run, batches, micro_batches):
         # forward and backward pass; gradients add up in the weights' .grad
         with run.exchange_gradients(is_last=i == micro_batches - 1):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss, _ = run.model(batch["input_ids"].to(device),
-                                    batch["attention_mask"].to(device), labels.to(device),
+                loss, _ = run.model(**inputs, labels=labels.to(device),
                                     reduction="sum" if by_token else "mean")
             loss.backward()
 
@@ -276,13 +281,13 @@ def report(run, measures):
 
 
 def save_best(run):
-    """Writes OUT: the reader as a T5 folder with its tokenizer and args.json."""
+    """Writes OUT: the reader as a folder of transformers with its tokenizer and args.json."""
     args, progress = run.args, run.progress
     dev_em, dev_f1 = progress.best
     info = {"dev_em": dev_em, "dev_f1": dev_f1, "epoch": progress.epoch,
             "update": progress.total_updates, "num_contexts": args.num_contexts,
             "max_length": args.max_length, "answer_maxlength": args.answer_maxlength,
-            "args": vars(args), "versions": versions()}
+            **run.unwrapped.describe(), "args": vars(args), "versions": versions()}
     save_checkpoint(run.out, info, run.unwrapped.save_pretrained, run.tokenizer.save_pretrained)
 
 
@@ -304,10 +309,14 @@ def set_up(args, world):
     check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
 
     # model
-    reader = FiDT5.from_pretrained(args.t5_name, dropout=args.dropout).to(world.device)
+    reader = open_reader(args.t5_name, args.dropout, args).to(world.device)
     reader.check_tokenizer(tokenizer)
-    reader.config.passage_stride = args.max_length
+    reader.check_records(train, args.num_contexts, args.data_train)
+    reader.check_records(dev, args.num_contexts, args.data_val)
+    reader.prepare(args.max_length, ANSWER_MAXLENGTH)
     reader.set_checkpoint(args.use_checkpoint)
+    if args.lora:
+        reader.add_adapters(args.lora)
     reader.train()
 
     # optimizer and schedule
@@ -323,7 +332,7 @@ def set_up(args, world):
     log = RunLog(f"{args.model}.jsonl", world.is_main, progress.rows, tensorboard)
     run = Run(args=args, world=world, out=args.model, model=wrap_model(reader, world),
               tokenizer=tokenizer, train_set=TrainSet(train, args.seed, not args.no_shuffle),
-              dev=dev, collator=Collator(tokenizer, args.num_contexts, args.max_length),
+              dev=dev, collator=reader.make_collator(tokenizer, args.num_contexts, args.max_length),
               optimizer=optimizer, scheduler=scheduler, last_update=last_update, log=log,
               progress=progress)
     if state:
@@ -342,17 +351,17 @@ def describe(run):
     """Logs the lines that a run starts with."""
     args, world, log = run.args, run.world, run.world.log
     parameters = sum(parameter.numel() for parameter in run.unwrapped.parameters())
+    adapters = f", {count_trained(run.unwrapped):,} of them trained" if args.lora else ""
     warmup = count_warmup(args, run.last_update)
     log(describe_machine(world, args.gpus))
     log(f"{len(run.train_set.records)} training and {len(run.dev)} dev questions, "
         f"{args.num_contexts} contexts of at most {args.max_length} tokens; {parameters:,} "
-        "parameters")
+        f"parameters{adapters}")
     log(f"effective batch {args.batch_size * args.grad_accumulation * world.size} = "
         f"{args.batch_size} questions x {args.grad_accumulation} micro-batches x {world.size} "
         f"processes ({args.accumulate}); {run.last_update // args.epochs} updates per epoch, "
         f"{run.last_update} in all, {warmup} of warm-up")
-    note_long_passages(run.train_set.records, run.tokenizer, args.num_contexts, args.max_length,
-                       log)
+    note_long_passages(run.train_set.records, run.collator, log)
     if warmup >= run.last_update:
         log(f"warning: the warm-up of {warmup} updates outlasts the run, the learning rate never "
             f"gets to {args.lr:g}; --warmup_ratio 0.1 would fit")
@@ -368,6 +377,8 @@ def main(args):
         # now, not after the training
         test = read_records(args.data_test, args.num_contexts) if args.data_test else None
         run = set_up(args, world)
+        if test:
+            run.unwrapped.check_records(test, args.num_contexts, args.data_test)
         describe(run)
         note_files([(args.data_train, run.train_set.records), (args.data_val, run.dev),
                     (args.data_test, test)], world.log)
@@ -383,7 +394,7 @@ def main(args):
                   "by F1 or as the last: train longer or with a higher --lr, and look at what "
                   "test.py --pred writes")
     if test:
-        best_reader = FiDT5.from_pretrained(run.out).to(world.device)
+        best_reader = open_reader(run.out).to(world.device)
         summary = answer(run, best_reader, test)
         world.log(f"test EM {summary.em:.2f} ({summary.correct}/{summary.count}), F1 "
                   f"{summary.f1:.2f} with the best checkpoint on {args.data_test}")

@@ -109,6 +109,24 @@ def make_optimizer(model, lr, weight_decay, eps, warmup, updates):
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, warmup, updates)
 
 
+def add_lora(transformer, rank):
+    """The transformer, frozen, with LoRA adapters of that rank (arXiv 2106.09685).
+
+    Raises InputError without peft.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise InputError("--lora needs the package peft: pip install peft") from None
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return get_peft_model(transformer, adapters)
+
+
+def count_trained(model):
+    """The number of weights that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def wrap_model(model, world):
     """The model inside DistributedDataParallel if there are several processes."""
     if world.size == 1:

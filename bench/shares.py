@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from checkpoints import load_tokenizer
 from metrics import has_answer
 from model import FiDT5
-from predict import as_trained, predict
+from predict import ANSWER_MAXLENGTH, as_trained, predict
 from questions import read_records
 from utils import HelpFormatter, run_script, start_processes
 
@@ -47,7 +47,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model, "t5-base")
     lengths = {name: as_trained(name, None, args.model, print)
                for name in ("num_contexts", "max_length")}
-    model.config.passage_stride = lengths["max_length"]
+    model.prepare(lengths["max_length"], ANSWER_MAXLENGTH)
     kinds = {"shares": "attention_shares (ask.py)",
              True: "crossattention_scores (test.py --scores)"}
     for kind, name in kinds.items():

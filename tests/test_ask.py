@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 import world
-from ask import answer_pattern, cut_excerpt
+from ask import answer_pattern, cut_excerpt, read_typed
 from conftest import TOKENIZER, make_bert, run
 from retrieval_helpers import write_rows
 
@@ -129,6 +129,19 @@ def test_what_is_marked_and_what_is_cut():
     assert "the harbour opens" in excerpt and len(excerpt) < 70
     assert excerpt[:2] == "… " and excerpt[-2:] == " …"
     assert cut_excerpt("x" * 1000, answer_pattern("y"), 60) == "x" * 60 + " …"
+
+
+@pytest.mark.parametrize("last", ["", EOFError, KeyboardInterrupt])
+def test_the_prompt_ends_without_a_traceback(last, monkeypatch):
+    typed = iter(["who wrote it ", last])
+
+    def read_line(prompt=""):
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+    monkeypatch.setattr("builtins.input", read_line)
+    assert list(read_typed()) == ["who wrote it"]
 
 
 def test_a_question_longer_than_the_reader_reads_is_noted(files):

@@ -67,13 +67,13 @@ def test_passages_that_are_cut_off_are_counted(tokenizer, monkeypatch):
     text = input_texts(records[0], 1)[0]
     length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     said = []
-    note_long_passages(records, tokenizer, 2, length, said.append)
+    note_long_passages(records, Collator(tokenizer, 2, length), said.append)
     assert len(said) == 1  # the first passage just fits
     assert said[0].startswith(f"note: 1 of 3 passages exceed {length} tokens")
-    note_long_passages(records, tokenizer, 1, length, said.append)
+    note_long_passages(records, Collator(tokenizer, 1, length), said.append)
     assert len(said) == 1
     monkeypatch.setattr(data, "COUNTED", 2)
-    note_long_passages(records, tokenizer, 3, length, said.append)
+    note_long_passages(records, Collator(tokenizer, 3, length), said.append)
     assert said[1].startswith("note: 1 of the first 2 passages exceed")
 
 
@@ -82,12 +82,12 @@ def test_collator_masks_what_is_absent(tokenizer):
                {"question": "who?", "ctxs": []}]
     batch = Collator(tokenizer, 3, 250)([(i, r, "one town" if i < 2 else None) for i,
                                          r in enumerate(records)])
-    mask = batch["attention_mask"]
+    ids, mask = batch["inputs"]["input_ids"], batch["inputs"]["attention_mask"]
     assert mask.any(2).tolist() == [[True] * 3, [True, False, False], [True, False, False]]
     assert mask.shape[2] == len(tokenizer("question: who? title: T context: some text",
                                           add_special_tokens=False).input_ids)
-    assert (batch["input_ids"][~mask] == tokenizer.pad_token_id).all()
-    assert tokenizer.eos_token_id not in batch["input_ids"]  # passages end without </s>
+    assert (ids[~mask] == tokenizer.pad_token_id).all()
+    assert tokenizer.eos_token_id not in ids  # passages end without </s>
     labels = batch["labels"].tolist()
     assert labels[0][-1] == tokenizer.eos_token_id and labels[0].count(tokenizer.eos_token_id) == 1
     assert set(labels[2]) == {-100}
@@ -96,9 +96,8 @@ def test_collator_masks_what_is_absent(tokenizer):
 def test_collator_truncates_on_the_right(tokenizer):
     batch = Collator(tokenizer, 1, 5)([(0, {"question": "who?", "ctxs": [CONTEXT]}, None)])
     assert batch["labels"] is None
-    assert batch["input_ids"][0,
-                              0].tolist() == tokenizer("question: who? title: T",
-                              add_special_tokens=False).input_ids[:5]
+    expected = tokenizer("question: who? title: T", add_special_tokens=False).input_ids[:5]
+    assert batch["inputs"]["input_ids"][0, 0].tolist() == expected
 
 
 def test_a_target_with_an_end_of_sequence_gets_no_second_one(tokenizer):

@@ -21,8 +21,10 @@ import numpy as np
 import pytest
 import torch
 
+import causal_helpers
 import conftest
 import dense.flags
+import readers
 import retrieval.flags
 import train_epoch
 from checkpoints import load_tokenizer, read_training_args
@@ -492,6 +494,27 @@ def open_reader(path):
     reader.generate(ids, torch.ones_like(ids), 3)
 
 
+def make_causal_reader(folder):
+    causal_helpers.make_causal(folder, num_hidden_layers=1, hidden_size=16)
+    prompts = {"prompt_template": "{text} {question}", "passage_weights": "score",
+               "retriever_temperature": 0.5}
+    info = {"num_contexts": 2, "max_length": 20, "prompts": prompts}
+    (folder / "args.json").write_text(json.dumps(info))
+
+
+def open_causal_reader(path):
+    reader = readers.open_reader(path).eval()
+    tokenizer = load_tokenizer(path, "tokenizer")
+    reader.check_tokenizer(tokenizer)
+    trained = read_training_args(path)
+    reader.prepare(20, 3)
+    record = {"id": "r", "question": "who wrote it", "ctxs": [{"text": "the a", "score": 1.0}]}
+    collator = reader.make_collator(tokenizer, trained.get("num_contexts", 1), 20)
+    batch = collator([(0, record, "a town")])
+    assert reader(**batch["inputs"], labels=batch["labels"])[0].isfinite()
+    reader.generate(**batch["inputs"], max_length=3)
+
+
 def open_retriever(path):
     model = BiEncoder.open(path, trained=True).eval()
     tokenizer = load_tokenizer(path, "tokenizer")
@@ -574,6 +597,7 @@ def resume_run(path):
 OPENERS = {
     "reader": (make_reader, open_reader, None),
     "old reader": (make_old_reader, open_reader, None),
+    "causal reader": (make_causal_reader, open_causal_reader, None),
     "retriever": (make_retriever, open_retriever, None),
     "ranker": (make_ranker, open_ranker, None),
     "minDPR's file": (lambda folder: mindpr_file(folder / "x"), open_retriever, "x/model"),

@@ -1,0 +1,489 @@
+"""A causal language model as the reader: every retrieved passage stands in a prompt of its own.
+
+    question and N passages -> PromptCollator -> N prompts (B, N, L), log weights (B, N)
+    training                -> -log p(answer | prompt n), weighted over n
+    generation              -> next-token probabilities (K, V), averaged over n to (B, V)
+
+B questions, N passages each, L tokens of a prompt at most; K prompts of all questions, T tokens of
+an answer, V of the vocabulary. Training is RA-DIT's of the language model (Lin et al. 2023, arXiv
+2310.01352, section 2.3), which FedRAG calls RALT; generation is REPLUG's ensemble (Shi et al. 2023,
+arXiv 2301.12652, eq. 2). CausalReader has the interface of model.FiDT5.
+"""
+import copy
+import inspect
+import math
+import os
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from checkpoints import (
+    announce_random_start,
+    check_shapes,
+    check_vocabulary,
+    find_model,
+    read_config,
+    read_weights,
+)
+from data import pad_labels, pad_passages
+from files import to_number
+from questions import context_score
+from training import add_lora
+from utils import InputError, refusing, shorten
+
+TEMPLATE = r"Background: {title} {text}\n\nQuestion: {question}\nAnswer:"
+FIELDS = ("question", "title", "text")
+ANCHOR = ":"  # what an answer is tokenised behind
+PASSAGE_WEIGHTS = ("equal", "score")
+
+
+# ---------------------------------------------------------------- prompts
+
+class Prompts(NamedTuple):
+    """How a question and its passages become weighted prompts; kept in the args.json of a reader.
+    """
+    prompt_template: str = TEMPLATE
+    passage_weights: str = "equal"      # or score: the softmax of score / retriever_temperature
+    retriever_temperature: float = 1.0
+
+
+def choose_prompts(given, stated, source):
+    """The Prompts of the flags that are given, else what a checkpoint states, else the defaults.
+
+    Both are dictionaries. Raises InputError, which names `source` for what it states, for a value
+    that cannot be.
+    """
+    values = {}
+    if not isinstance(stated, dict):
+        raise InputError(f"{source}: its args.json says 'prompts' {shorten(stated)}, which must be "
+                         "an object; mend it")
+    for name, default in Prompts._field_defaults.items():
+        value, origin = stated.get(name, default), f"{source}: its args.json says {name}"
+        if given.get(name) is not None:
+            value, origin = given[name], f"--{name}"
+        with refusing(f"{origin} {shorten(value)} cannot be", "see --help"):
+            check_prompt_value(name, value)
+        values[name] = value
+    return Prompts(**values)
+
+
+def check_prompt_value(name, value):
+    """Raises ValueError for a value that the field of Prompts cannot have."""
+    if name == "passage_weights" and value not in PASSAGE_WEIGHTS:
+        raise ValueError(f"one of {', '.join(PASSAGE_WEIGHTS)} can")
+    if name == "retriever_temperature" and not 0 < to_number(value) < float("inf"):
+        raise ValueError("it must be above 0")
+    if name == "prompt_template":
+        fields = re.findall(r"\{(\w*)\}", value)
+        unknown = [field for field in fields if field not in FIELDS]
+        if unknown:
+            raise ValueError(f"{{{unknown[0]}}} is none of {{question}}, {{title}}, {{text}}")
+        if "question" not in fields or fields.count("text") != 1:
+            raise ValueError("it needs {question}, and {text} once")
+
+
+def fill_template(template, question, context):
+    """(the prompt, start and end of the passage's text in it); a title that is missing goes with
+    the space behind its place.
+    """
+    title = context.get("title")
+    if not title:
+        template = template.replace("{title} ", "").replace("{title}", "")
+    values = {"question": question, "title": title, "text": context["text"]}
+    prompt, span = "", (0, 0)
+    for number, part in enumerate(re.split(r"\{(\w+)\}", template)):
+        text = values[part] if number % 2 else part  # fields stand at the odd places
+        if number % 2 and part == "text":
+            span = (len(prompt), len(prompt) + len(text))
+        prompt += text
+    return prompt, span
+
+
+def drop_passage(template):
+    """The template of a question without a passage: lines that hold the passage alone are left out.
+    """
+    lines = [line for line in template.split("\n")
+             if "{question}" in line or not ("{text}" in line or "{title}" in line)]
+    return "\n".join(lines).strip()
+
+
+def cut_passage(ids, offsets, span, max_length):
+    """The ids of a prompt, at most max_length as far as the passage's tokens, from the right, can
+    be left out: those that end, by their (start, end) in the prompt, within the span.
+    """
+    excess = len(ids) - max_length
+    if excess <= 0:
+        return ids
+    inside = [n for n, (_, end) in enumerate(offsets) if span[0] < end <= span[1]]
+    dropped = set(inside[-excess:])
+    return [token for n, token in enumerate(ids) if n not in dropped]
+
+
+def read_scores(contexts, prompts):
+    """The retriever's scores of contexts, or all 0 where they weigh the same.
+
+    Raises ValueError for a context without a finite score.
+    """
+    if prompts.passage_weights == "equal":
+        return [0.0] * len(contexts)
+    scores = [context_score(context) for context in contexts]
+    if not all(math.isfinite(score) for score in scores):
+        raise ValueError("a context has no finite score")
+    return scores
+
+
+class PromptCollator:
+    """Turns (index, record, target) samples into a batch of prompts and targets.
+
+    A prompt begins with the tokenizer's <s>, where it has one, and takes max_length tokens: the
+    passage is cut on the right, so that the question and the words after the passage stay; a
+    question that is longer by itself is not cut. A question without contexts is asked alone.
+    The answer follows after the whitespace that the template ends with, else after one space, and
+    its tokens, ending in exactly one </s>, are those that it has at that place.
+
+    Returns {indices, inputs, labels (B, T) with -100 as padding, or None}; the inputs are input_ids
+    (B, N, L), padded on the left, attention_mask (B, N, L) bool, and log_weights (B, N): the
+    logarithms of the passages' weights, -inf where there is none.
+    """
+
+    def __init__(self, tokenizer, num_contexts, max_length, prompts, longest=None):
+        """longest: the most tokens that the model reads, prompt and target, or None."""
+        self.tokenizer, self.num_contexts, self.max_length = tokenizer, num_contexts, max_length
+        self.prompts, self.longest = prompts, longest
+        template = prompts.prompt_template.replace(r"\n", "\n")
+        self.template = template.rstrip()
+        self.separator = template[len(self.template):] or " "
+        # what the tokenizer puts before a text; what it may put behind one is for targets only
+        start = [tokenizer.bos_token_id]
+        self.prefix = start if tokenizer("a")["input_ids"][:1] == start else []
+
+    def __call__(self, samples):
+        records = [record for _, record, _ in samples]
+        questions = self.prompt_ids(records)
+        labels = self.labels([target for _, _, target in samples])
+        self.check_lengths(records, questions, labels)
+        input_ids, attention_mask = pad_passages(questions, self.tokenizer.eos_token_id, "left")
+        weights = [self.log_weights(record) for record in records]
+        weights = nn.utils.rnn.pad_sequence(weights, batch_first=True, padding_value=-torch.inf)
+        return {"indices": [index for index, _, _ in samples],
+                "inputs": {"input_ids": input_ids, "attention_mask": attention_mask,
+                           "log_weights": weights},
+                "labels": labels}
+
+    def prompt_texts(self, record):
+        """[(prompt, span of the passage's text)] of a record's contexts, or of the question alone.
+        """
+        question = record["question"]  # what a conversation's earlier turns will go before
+        contexts = record["ctxs"][:self.num_contexts]
+        if not contexts:
+            return [fill_template(drop_passage(self.template), question, {"text": ""})]
+        return [fill_template(self.template, question, context) for context in contexts]
+
+    def texts(self, record):
+        """The texts that are read of a record."""
+        return [text for text, _ in self.prompt_texts(record)]
+
+    def prompt_ids(self, records):
+        """The token ids of each record's prompts."""
+        prompts = [self.prompt_texts(record) for record in records]
+        texts = [text for record_prompts in prompts for text, _ in record_prompts]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        rows = zip(encoded["input_ids"], encoded["offset_mapping"])
+        room = self.max_length - len(self.prefix)
+        return [[self.prefix + cut_passage(*next(rows), span, room) for _, span in record_prompts]
+                for record_prompts in prompts]
+
+    def check_lengths(self, records, questions, labels):
+        """Raises InputError for a prompt that, with its target, is longer than the model reads."""
+        for number, (record, prompts) in enumerate(zip(records, questions)):
+            target = 0 if labels is None else int(labels[number].ne(-100).sum())
+            tokens = max(map(len, prompts)) + target
+            if self.longest and tokens > self.longest:
+                raise InputError(f"record {shorten(record['id'])} takes {tokens} tokens, passage "
+                                 f"and answer together, the model reads {self.longest}; lower "
+                                 "--max_length, or drop the record")
+
+    def log_weights(self, record):
+        """(n) logarithms of the weights of a record's n contexts, which sum to one; a question
+        alone weighs one.
+        """
+        scores = read_scores(record["ctxs"][:self.num_contexts], self.prompts) or [0.0]
+        scores = torch.tensor(scores, dtype=torch.float64) / self.prompts.retriever_temperature
+        return scores.log_softmax(0).float()
+
+    def labels(self, targets):
+        """(B, T) ids ending in </s>, as data.Collator.labels."""
+        return pad_labels(targets, self.target_ids)
+
+    def target_ids(self, target):
+        """The target's token ids behind a prompt, with exactly one </s>, at the end."""
+        eos = self.tokenizer.eos_token_id
+        start = len(self.tokenizer(ANCHOR, add_special_tokens=False)["input_ids"])
+        text = ANCHOR + self.separator + target
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][start:]
+        return [token for token in ids if token != eos] + [eos]
+
+
+# ---------------------------------------------------------------- the reader
+
+class CausalReader(nn.Module):
+    """A causal language model that reads N prompts per question; see the module's docstring."""
+
+    def __init__(self, lm, prompts=None):
+        super().__init__()
+        self.lm = lm
+        self.prompts = prompts or Prompts()
+        self.config = lm.config
+        # models with relative positions alone take none
+        self.takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
+
+    @property
+    def longest(self):
+        """The most tokens that the model reads, or None where its configuration sets no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def describe(self):
+        """What args.json says of the reader, for those that open it later."""
+        return {"prompts": self.prompts._asdict()}
+
+    def set_checkpoint(self, use_checkpoint):
+        """Turns activation recomputation of the layers on or off."""
+        if not use_checkpoint:
+            self.lm.activation_checkpointing_disable()
+            return
+        with refusing("--use_checkpoint is not offered with this model", "leave it out"):
+            self.lm.activation_checkpointing_enable()
+
+    def add_adapters(self, rank):
+        """Freezes the weights and adds LoRA adapters, which save_pretrained merges."""
+        self.lm = add_lora(self.lm, rank)
+
+    def check_tokenizer(self, tokenizer):
+        """Raises InputError for a tokenizer that does not fit the model, or that lacks an end of
+        sequence; answers then end with its end of sequence too.
+        """
+        name, eos = tokenizer.name_or_path, tokenizer.eos_token_id
+        check_vocabulary(tokenizer, self.lm.get_input_embeddings(), "name the model that the "
+                         "tokenizer belongs to with --t5_name")
+        if eos is None:
+            raise InputError(f"{name}: the tokenizer has no end-of-sequence token, which every "
+                             "answer ends with; set eos_token in its tokenizer_config.json")
+        if not tokenizer.is_fast:
+            raise InputError(f"{name}: the tokenizer does not tell where its tokens stand in the "
+                             "text, by which passages are cut; save it with a tokenizer.json")
+        if eos not in self.end_tokens:
+            self.config.eos_token_id = eos if self.config.eos_token_id is None else [
+                *self.end_tokens, eos]
+
+    @property
+    def end_tokens(self):
+        """The ids that end an answer; chat models have several."""
+        ends = self.config.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
+
+    def prepare(self, max_length, answer_maxlength):
+        """Raises InputError if prompts and answers of these lengths are more than the model reads.
+        """
+        if self.longest and max_length + answer_maxlength > self.longest:
+            raise InputError(f"--max_length {max_length} and answers of {answer_maxlength} tokens "
+                             f"are more than the {self.longest} that the model reads; lower "
+                             "--max_length")
+
+    def check_records(self, records, num_contexts, path):
+        """Raises InputError for a record whose contexts cannot be weighted."""
+        for record in records:
+            try:
+                read_scores(record["ctxs"][:num_contexts], self.prompts)
+            except ValueError:
+                raise InputError(f"{path}: record {shorten(record['id'])} has a context without a "
+                                 "finite 'score', which --passage_weights score needs; retrieve.py "
+                                 "writes them, --passage_weights equal does without") from None
+
+    def make_collator(self, tokenizer, num_contexts, max_length):
+        """What turns samples into this reader's batches."""
+        return PromptCollator(tokenizer, num_contexts, max_length, self.prompts, self.longest)
+
+    # ---------------------------------------------------------------- training
+
+    def forward(self, input_ids, attention_mask, log_weights, labels, reduction="mean"):
+        """(loss, logits (K, T, V) of the answers behind each prompt).
+
+        The loss of a question is sum_n w_n sum_t -log p(y_t | prompt n, y_<t): over its N passages,
+        whose weights w sum to one, and the T tokens of its answer, </s> included. `sum` adds up the
+        questions, `mean` divides that by the number of answer tokens, each counted once however
+        many passages there are. So with train_epoch.py's --accumulate mean every answer token of an
+        update counts alike, as with FiDT5; with sum the means of its micro-batches add up. With
+        equal weights a question's loss is RA-DIT's (arXiv 2310.01352, section 2.3) divided by N:
+        there a question counts by the number of its passages.
+        """
+        is_real = attention_mask.any(2)                                                  # (B, N)
+        question = is_real.nonzero()[:, 0]      # (K) the question that each prompt is of
+        targets = labels[question]                                                       # (K, T)
+        ids = torch.cat([input_ids[is_real], targets[:, :-1].clamp(min=0)], 1)   # (K, L + T - 1)
+        mask = torch.cat([attention_mask[is_real], targets[:, :-1] != -100], 1)
+
+        # prompts end in the same column, so that the last T columns predict the answers
+        logits = self.run(ids, mask, labels.shape[1]).logits.float()                  # (K, T, V)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100,
+                                 reduction="none")                                       # (K * T)
+        losses = losses.view(targets.shape).sum(1)                              # (K * T) -> (K)
+        loss = (log_weights[is_real].exp() * losses).sum()
+        if reduction == "mean":
+            loss = loss / labels.ne(-100).sum().clamp(min=1)
+        return loss, logits
+
+    def run(self, ids, mask, count, cache=None, use_cache=False):
+        """The model's output for ids (K, n), the last of each row's tokens in mask (K, past + n);
+        logits (K, count, V) of the last `count` ids only.
+        """
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "past_key_values": cache,
+                  "use_cache": use_cache, "logits_to_keep": count}
+        if self.takes_positions:
+            positions = mask.long().cumsum(1).clamp(min=1) - 1  # padding counts for nothing
+            inputs["position_ids"] = positions[:, -ids.shape[1]:]
+        return self.lm(**inputs)
+
+    # ---------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask, log_weights, max_length=50, num_beams=1,
+                 return_scores=False):
+        """Ids (B, <= max_length) of the answers, greedy, </s> and what follows it included.
+
+        The token is the likeliest under sum_n w_n p(. | prompt n, tokens before), an average of
+        probabilities, not of logits (REPLUG, arXiv 2301.12652, eq. 2). Each prompt is run once,
+        then one token a step; questions that have ended leave the batch. With `return_scores` also
+        scores (B, N): log of w_n p(answer | prompt n), normalised over n, which is the posterior of
+        the passage given the answer; -inf where there is no passage. Raises InputError for more
+        than one beam.
+        """
+        if num_beams > 1:
+            raise InputError(f"--num_beams {num_beams}: a causal language model answers greedily "
+                             "only, leave the flag out")
+        B, device = len(input_ids), input_ids.device
+        is_real = attention_mask.any(2)                                                  # (B, N)
+        prompts, mask, weights = input_ids[is_real], attention_mask[is_real], log_weights[is_real]
+        if self.longest and prompts.shape[1] + max_length > self.longest:
+            raise InputError(f"a prompt of {prompts.shape[1]} tokens and an answer of {max_length} "
+                             f"are more than the {self.longest} that the model reads; lower "
+                             "--max_length or --answer_maxlength")
+        ends = torch.tensor(self.end_tokens, device=device)
+        answers = torch.full((B, max_length), ends[-1], device=device)
+        likelihoods = torch.zeros_like(weights)  # (K) log p(tokens so far | prompt)
+        # of the questions (b) and the prompts (k) that are still at it: their numbers
+        questions, rows = torch.arange(B, device=device), torch.arange(len(prompts), device=device)
+        owner = is_real.nonzero()[:, 0]          # (k) each prompt's place in `questions`
+
+        output = self.run(prompts, mask, 1, use_cache=True)
+        for step in range(max_length):
+            log_p = output.logits[:, -1].float().log_softmax(-1)                         # (k, V)
+            # (b, k) x (k, V): a product adds in the same order each time
+            shares = F.one_hot(owner, len(questions)).T * weights[rows].exp()
+            token = (shares @ log_p.exp()).argmax(-1)                                    # (b)
+            answers[questions, step] = token
+            likelihoods[rows] += log_p[torch.arange(len(rows), device=device), token[owner]]
+
+            alive = ~torch.isin(token, ends)
+            if step == max_length - 1 or not alive.any():
+                break
+            kept = alive[owner]                                                          # (k)
+            if not alive.all():
+                output.past_key_values.batch_select_indices(kept)
+                owner = (alive.cumsum(0) - 1)[owner[kept]]
+                questions, token = questions[alive], token[alive]
+                rows, mask = rows[kept], mask[kept]
+            mask = F.pad(mask, (0, 1), value=True)
+            output = self.run(token[owner, None], mask, 1, output.past_key_values, True)
+
+        answers = answers[:, :step + 1]
+        if not return_scores:
+            return answers
+        scores = torch.full(is_real.shape, -torch.inf, device=device)
+        scores[is_real] = weights + likelihoods
+        return answers, scores.log_softmax(1)
+
+    # ---------------------------------------------------------------- files
+
+    @classmethod
+    def from_pretrained(cls, path_or_name, dropout=None, prompts=None):
+        """A reader from a causal language model's folder or hub name; see open_lm."""
+        return cls(open_lm(path_or_name, dropout), prompts)
+
+    def save_pretrained(self, folder):
+        """Writes the files of transformers' AutoModelForCausalLM, adapters merged into the weights.
+        """
+        lm = self.lm
+        if hasattr(lm, "merge_and_unload"):
+            lm = copy.deepcopy(lm).merge_and_unload()
+        os.makedirs(folder, exist_ok=True)
+        lm.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------- opening
+
+def is_causal(config):
+    """True for the configuration of a causal language model: encoders and models of encoder and
+    decoder, some of which transformers can run as one, are none.
+    """
+    masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in masked
+            and not config.is_encoder_decoder)
+
+
+def open_lm(path_or_name, dropout=None):
+    """The causal language model of a folder or hub name, in float32.
+
+    `dropout` replaces the configuration's rates. A folder without weights gives random ones and
+    says so. Raises InputError where nothing fits, as FiDT5.from_pretrained.
+    """
+    folder, weights = find_model(path_or_name)
+    config = read_config(folder, "causal language model")
+    if not is_causal(config) or weights is not None:
+        raise InputError(f"{folder}: is a {config.model_type} model, no causal language model")
+    weights = read_weights(folder)
+    if dropout is not None:  # of whatever name the family gives it
+        for name, value in config.to_dict().items():
+            if name.endswith(("dropout", "pdrop")) and type(value) in (int, float):
+                setattr(config, name, dropout)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with refusing(f"{path_or_name}: no causal language model can be built of its config.json and "
+                  "weights", "give the folder of a trained model"):
+        if weights is None:
+            announce_random_start(path_or_name)
+            return kind(config).float()
+        return build_lm(kind, config, weights, path_or_name)
+
+
+def build_lm(kind, config, weights, source):
+    """The model of this class, configuration and weights, in float32.
+
+    Raises InputError, which names `source`, where names or shapes differ.
+    """
+    with torch.device("meta"):  # shapes alone: a wrong configuration may ask for any amount
+        skeleton = kind(config)
+    weights = plain_names(weights, skeleton)
+    check_shapes(skeleton, weights, source)
+    transformers.utils.logging.disable_progress_bar()
+    return kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+
+
+def plain_names(weights, skeleton):
+    """The weights by the names that the model has: older files leave out the prefix (GPT-2's), hold
+    constant buffers, or leave out an output layer that is the embedding's.
+    """
+    expected, prefix = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
+    constant = "|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"])
+    named = {}
+    for name, value in weights.items():
+        name = prefix + name if name not in expected and prefix + name in expected else name
+        if name in expected or not re.search(constant, name):
+            named[name] = value
+    for name, source in (skeleton.all_tied_weights_keys or {}).items():
+        if name not in named and source in named:
+            named[name] = named[source]
+    return named

@@ -1,0 +1,433 @@
+"""CausalReader against a plain loop over prompts; prompts, targets, folders and scripts."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from causal_helpers import CONFIGS, make_causal, make_tokenizer
+from causal_reader import CausalReader, PromptCollator, Prompts, choose_prompts, open_lm
+from checkpoints import load_tokenizer
+from conftest import make_records, run
+from readers import open_reader
+from test_train_epoch import assert_same_run, kill_after, state
+from utils import InputError
+
+FAMILIES = list(CONFIGS)
+RECORDS = [
+    {"id": "a", "question": "who wrote it?", "answers": ["one town"],
+     "ctxs": [{"title": "T", "text": "some text of a town", "score": 3.0},
+              {"title": None, "text": "the river", "score": 1.5},
+              {"title": "A", "text": "x", "score": 1.0}]},
+    {"id": "b", "question": "where?", "answers": ["x"], "ctxs": []},
+    {"id": "c", "question": "what is a hobby", "answers": ["to bake bread in the morning"],
+     "ctxs": [{"title": "B", "text": "the baker kept a dog", "score": -0.5}]}]
+SCORES = Prompts(passage_weights="score", retriever_temperature=0.7)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{family: a tiny model's folder}"""
+    return {family: make_causal(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+def open_causal(folder, prompts=None, **options):
+    reader = CausalReader.from_pretrained(folder, prompts=prompts, **options)
+    tokenizer = load_tokenizer(folder, folder)
+    reader.check_tokenizer(tokenizer)
+    return reader, tokenizer
+
+
+def make_batch(reader, tokenizer, records=RECORDS, max_length=60):
+    samples = [(index, record, record["answers"][0]) for index, record in enumerate(records)]
+    return reader.make_collator(tokenizer, 3, max_length)(samples)
+
+
+# ---------------------------------------------------------------- the plain form
+
+def plain_prompts(inputs):
+    """[[(ids of a prompt, its weight)]] of each question."""
+    questions = []
+    for ids, mask, log_weights in zip(*inputs.values()):
+        questions.append([(row[real].tolist(), weight.exp()) for row, real, weight
+                          in zip(ids, mask, log_weights) if real.any()])
+    return questions
+
+
+def plain_loss(lm, inputs, labels):
+    """The summed loss, prompt after prompt and token after token."""
+    total = 0
+    for prompts, label in zip(plain_prompts(inputs), labels):
+        target = [token for token in label.tolist() if token != -100]
+        for ids, weight in prompts:
+            log_p = lm(input_ids=torch.tensor([ids + target])).logits[0].log_softmax(-1)
+            for place, token in enumerate(target):
+                total = total - weight * log_p[len(ids) + place - 1, token]
+    return total
+
+
+@torch.no_grad()
+def plain_generation(lm, inputs, max_length, ends):
+    """([ids], [scores]) of the answers: at each step every prompt is run whole."""
+    answers, scores = [], []
+    for prompts in plain_prompts(inputs):
+        answer, likelihoods = [], [weight.log() for _, weight in prompts]
+        while len(answer) < max_length and not (answer and answer[-1] in ends):
+            rows = [lm(input_ids=torch.tensor([ids + answer])).logits[0, -1].softmax(-1)
+                    for ids, _ in prompts]
+            mean = sum(weight * row for row, (_, weight) in zip(rows, prompts))
+            answer.append(int(mean.argmax()))
+            likelihoods = [value + row[answer[-1]].log() for value, row in zip(likelihoods, rows)]
+        answers.append(answer)
+        scores.append(torch.stack(likelihoods).log_softmax(0))
+    return answers, scores
+
+
+@pytest.mark.parametrize("prompts", [None, SCORES], ids=["equal", "score"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_a_plain_loop(folders, family, prompts):
+    reader, tokenizer = open_causal(folders[family], prompts)
+    reader.eval()
+    batch = make_batch(reader, tokenizer)
+    inputs, labels = batch["inputs"], batch["labels"]
+    assert inputs["attention_mask"].any(2).sum(1).tolist() == [3, 1, 1]
+    want = plain_loss(reader.lm, inputs, labels)
+    want.backward()
+    gradients = {name: p.grad.clone() for name, p in reader.named_parameters()}
+    reader.zero_grad()
+    loss, logits = reader(**inputs, labels=labels, reduction="sum")
+    loss.backward()
+    torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-6)
+    assert logits.shape == (5, labels.shape[1], reader.config.vocab_size)
+    for name, parameter in reader.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-5)
+    tokens = labels.ne(-100).sum()
+    torch.testing.assert_close(reader(**inputs, labels=labels)[0], want / tokens)
+
+
+@pytest.mark.parametrize("prompts", [None, SCORES], ids=["equal", "score"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_and_scores_equal_a_plain_loop(folders, family, prompts):
+    reader, tokenizer = open_causal(folders[family], prompts)
+    reader.eval()
+    inputs = make_batch(reader, tokenizer)["inputs"]
+    first = plain_generation(reader.lm, inputs, 12, [])[0]
+    # one question ends early, another later, the third never
+    reader.config.eos_token_id = [first[0][2], first[2][5]]
+    want, want_scores = plain_generation(reader.lm, inputs, 12, reader.end_tokens)
+    assert len({len(answer) for answer in want}) > 1
+    answers, scores = reader.generate(**inputs, max_length=12, return_scores=True)
+    for answer, row in zip(want, answers.tolist()):
+        assert row[:len(answer)] == answer and set(row[len(answer):]) <= {reader.end_tokens[-1]}
+    assert answers.shape[1] == max(map(len, want))
+    for score, row, real in zip(want_scores, scores, inputs["attention_mask"].any(2)):
+        torch.testing.assert_close(row[real], score, atol=1e-4, rtol=0)
+        assert row[~real].tolist() == [-torch.inf] * int((~real).sum())
+    assert torch.equal(reader.generate(**inputs, max_length=12), answers)
+
+
+def test_probabilities_are_averaged_and_not_logits(folders):
+    """Of two prompts one is sure of a token that the other knows nothing of."""
+    reader, tokenizer = open_causal(folders["gpt2"])
+    inputs = make_batch(reader, tokenizer)["inputs"]
+    rows = torch.zeros(5, 1, reader.config.vocab_size)
+    rows[0, 0, 7], rows[1, 0, [7, 9]] = 9.0, torch.tensor([-50.0, 5.0])
+    rows[2, 0, [7, 9]] = torch.tensor([-50.0, 5.0])
+    reader.run = lambda *args, **options: type("Output", (), {"logits": rows})
+    assert rows[:3].mean(0).argmax() == 9 and rows[:3].softmax(-1).mean(0).argmax() == 7
+    assert reader.generate(**inputs, max_length=1)[0].tolist() == [7]
+
+
+def test_a_batch_that_is_not_real_has_a_loss_of_zero(folders):
+    reader, tokenizer = open_causal(folders["llama"])
+    inputs = make_batch(reader, tokenizer)["inputs"]
+    loss, _ = reader(**inputs, labels=torch.full((3, 1), -100))
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in reader.parameters())
+
+
+def test_checkpointing_replays_dropout(folders):
+    gradients = []
+    for use_checkpoint in (False, True):
+        reader, tokenizer = open_causal(folders["llama"], dropout=0.3)
+        assert reader.lm.model.layers[0].self_attn.attention_dropout == 0.3
+        reader.train().set_checkpoint(use_checkpoint)
+        batch = make_batch(reader, tokenizer)
+        torch.manual_seed(5)
+        reader(**batch["inputs"], labels=batch["labels"])[0].backward()
+        gradients.append([p.grad for p in reader.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+# ---------------------------------------------------------------- prompts and targets
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def collate(tokenizer, template, record, max_length=100, target=None):
+    collator = PromptCollator(tokenizer, 2, max_length, Prompts(template))
+    batch = collator([(0, record, target)])
+    texts = []
+    for ids, mask in zip(batch["inputs"]["input_ids"][0], batch["inputs"]["attention_mask"][0]):
+        texts.append(tokenizer.decode(ids[mask]))
+    return texts, batch
+
+
+def test_prompts(tokenizer):
+    texts, batch = collate(tokenizer, Prompts().prompt_template, RECORDS[0])
+    assert texts == ["Background: T some text of a town\n\nQuestion: who wrote it?\nAnswer:",
+                     "Background: the river\n\nQuestion: who wrote it?\nAnswer:"]
+    assert not batch["inputs"]["attention_mask"][0, 1, 0]  # the padding lies on the left
+    assert batch["inputs"]["log_weights"].exp().tolist() == [[0.5, 0.5]] and not batch["labels"]
+    alone, _ = collate(tokenizer, Prompts().prompt_template, RECORDS[1])
+    assert alone == ["Question: where?\nAnswer:"]
+    alone, _ = collate(tokenizer, "({text}) {question} A", RECORDS[1])
+    assert alone == ["() where? A"]
+    odd = {"question": "{text}?", "ctxs": [{"title": "{title}", "text": "{question} {x}"}]}
+    assert collate(tokenizer, "{title}: {text} {question}", odd)[0] == [
+        "{title}: {question} {x} {text}?"]
+
+
+def test_the_passage_is_cut_and_nothing_else(tokenizer):
+    record = {"id": "r", "question": "who wrote it?", "ctxs": [{"text": "the river " * 40}]}
+    template = r"{question} Passage: {text}\nAnswer:"
+    full, batch = collate(tokenizer, template, record, max_length=10 ** 6)
+    for length in range(30, batch["inputs"]["attention_mask"].sum(), 7):
+        (text,), batch = collate(tokenizer, template, record, max_length=length)
+        assert batch["inputs"]["attention_mask"].sum() == length
+        assert text.startswith("who wrote it? Passage:") and text.endswith("\nAnswer:")
+        assert full[0].startswith(text.removesuffix("\nAnswer:").rstrip())
+    (text,), _ = collate(tokenizer, template, record, max_length=1)  # what cannot be cut stays
+    assert text.split() == ["who", "wrote", "it?", "Passage:", "Answer:"]
+
+
+def test_targets_have_the_tokens_of_their_place(tokenizer):
+    eos = tokenizer.eos_token_id
+    for template, separator in [("{text}{question}:", " "), (r"{text}{question}:\n", "\n"),
+                                ("{text}{question}:  ", "  ")]:
+        texts, batch = collate(tokenizer, template, RECORDS[0], target="one town <end>")
+        labels = batch["labels"][0].tolist()
+        assert labels[-1] == eos and labels.count(eos) == 1
+        ids, mask = batch["inputs"]["input_ids"][0, 0], batch["inputs"]["attention_mask"][0, 0]
+        joined = tokenizer(texts[0] + separator + "one town ", add_special_tokens=False).input_ids
+        assert ids[mask].tolist() + labels[:-1] == joined
+
+
+def test_a_tokenizer_with_a_beginning_puts_it_before_prompts_alone(tmp_path):
+    tokenizer = make_tokenizer(bos_token="<s>", pad_token="<pad>")
+    from tokenizers.processors import TemplateProcessing
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    texts, batch = collate(tokenizer, "{text} {question}:", RECORDS[0], 12, "one town")
+    assert [text.startswith("<s>") and text.count("<s>") == 1 for text in texts] == [True] * 2
+    assert batch["inputs"]["attention_mask"].sum(2).max() <= 12
+    assert tokenizer.bos_token_id not in batch["labels"]
+
+
+def test_weights_are_the_softmax_of_the_scores(folders):
+    reader, tokenizer = open_causal(folders["llama"], SCORES)
+    weights = make_batch(reader, tokenizer)["inputs"]["log_weights"]
+    want = (torch.tensor([3.0, 1.5, 1.0]) / 0.7).softmax(0)
+    torch.testing.assert_close(weights[0].exp(), want)
+    assert weights[1:].exp().tolist() == [[1, 0, 0], [1, 0, 0]]
+    reader.check_records(RECORDS, 3, "f.json")
+    for score in (None, float("inf")):
+        record = {"id": "r7", "ctxs": [{"text": "x", "score": 2}, {"text": "x", "score": score}]}
+        reader.check_records([record], 1, "f.json")
+        with pytest.raises(InputError, match="f.json: record 'r7' has a context without a finite"):
+            reader.check_records([record], 2, "f.json")
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"prompt_template": "{question}"}, r"--prompt_template .* needs \{question\}, and \{text\}"),
+    ({"prompt_template": "{text} {question} {text}"}, "once"),
+    ({"prompt_template": "{text} {question} {key}"}, r"\{key\} is none of \{question\}"),
+    ({"retriever_temperature": 0.0}, "--retriever_temperature 0.0 cannot be .*above 0"),
+    ({"retriever_temperature": float("nan")}, "--retriever_temperature nan")])
+def test_flags_that_cannot_be_are_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        choose_prompts(given, {}, "x")
+
+
+# ---------------------------------------------------------------- folders
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_folders_open_in_transformers_with_equal_logits(folders, family, tmp_path):
+    reader, tokenizer = open_causal(folders[family])
+    ids = torch.tensor([tokenizer("who wrote the river").input_ids])
+    want = AutoModelForCausalLM.from_pretrained(folders[family]).eval()(ids).logits
+    reader.eval().save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    for lm in (reader.lm, again, open_lm(tmp_path / "ours").eval()):
+        torch.testing.assert_close(lm(ids).logits, want, atol=1e-6, rtol=0)
+    names = set(load_file(tmp_path / "ours" / "model.safetensors"))
+    assert names == set(load_file(f"{folders[family]}/model.safetensors"))
+
+
+def test_older_names_and_half_precision_are_read(folders, tmp_path):
+    """GPT-2's file on the hub has no prefix and holds the causal masks."""
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes(open(f"{folders['gpt2']}/{file}", "rb").read())
+    weights = load_file(f"{folders['gpt2']}/model.safetensors")
+    old = {name.removeprefix("transformer."): value.bfloat16() for name, value in weights.items()}
+    save_file(old | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}, tmp_path / "model.safetensors")
+    reader = open_reader(tmp_path)
+    assert isinstance(reader, CausalReader)
+    assert all(p.dtype == torch.float32 for p in reader.parameters())
+    assert reader.lm.lm_head.weight is reader.lm.transformer.wte.weight
+    torch.testing.assert_close(reader.lm.lm_head.weight,
+                               weights["transformer.wte.weight"].bfloat16().float())
+
+
+def test_no_weights_starts_at_random_and_says_so(folders, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes(open(f"{folders['llama']}/config.json", "rb").read())
+    assert isinstance(open_reader(tmp_path), CausalReader)
+    assert "starting from random initialisation" in capsys.readouterr().out
+
+
+def test_bad_checkpoints_are_one_clear_line(folders, tiny, tmp_path):
+    def refuse(message, **changes):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(InputError) as error:
+            open_reader(tmp_path)
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+    config = json.load(open(f"{folders['llama']}/config.json"))
+    save_file(load_file(f"{folders['llama']}/model.safetensors"), tmp_path / "model.safetensors")
+    refuse("down_proj.weight is (32, 48) in the file, (32, 40) by", intermediate_size=40)
+    refuse("missing in the file", num_hidden_layers=3)
+    refuse("unknown by the configuration", num_hidden_layers=1)
+    refuse("config.json says num_hidden_layers 5000", num_hidden_layers=5000)
+    refuse("weights do not match config.json", hidden_size=10 ** 6)  # at once, without the memory
+    refuse("is a bert model; the reader needs T5", model_type="bert")
+    refuse("is a bart model; the reader needs T5", model_type="bart")
+    with pytest.raises(InputError, match="no such folder or file"):
+        open_reader("no-such/model")
+    with pytest.raises(InputError, match="--passage_weights is for causal language models"):
+        open_reader(tiny, args=SCORES)
+
+
+def test_tokenizers_that_do_not_fit_are_refused(folders):
+    reader, tokenizer = open_causal(folders["llama"])
+    assert tokenizer.pad_token is None
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="has no end-of-sequence token"):
+        reader.check_tokenizer(tokenizer)
+    other = make_tokenizer(eos_token="<pad>")
+    reader.check_tokenizer(other)
+    assert reader.end_tokens == [1, 2]  # the model's own and the tokenizer's
+    other.add_tokens([f"<{number}>" for number in range(9)])
+    with pytest.raises(InputError, match="the tokenizer has 409 ids, the model embeds 408"):
+        reader.check_tokenizer(other)
+
+
+def test_what_is_longer_than_the_model_reads_is_refused(folders):
+    reader, tokenizer = open_causal(folders["gpt2"])
+    reader.prepare(206, 50)
+    with pytest.raises(InputError, match="--max_length 207 and answers of 50 tokens are more than"):
+        reader.prepare(207, 50)
+    record = make_records(1)[0] | {"id": "r7", "question": "who " * 300}
+    with pytest.raises(InputError, match="record 'r7' takes .* the model reads 256"):
+        make_batch(reader, tokenizer, [record])
+    inputs = make_batch(reader, tokenizer)["inputs"]
+    with pytest.raises(InputError, match="and an answer of 250 are more than the 256"):
+        reader.generate(**inputs, max_length=250)
+    with pytest.raises(InputError, match="--num_beams 3: a causal language model"):
+        reader.generate(**inputs, num_beams=3)
+
+
+# ---------------------------------------------------------------- the scripts
+
+FAST = ("--num_contexts", 3, "--max_length", 100, "--num_warmup_steps", 2, "--lr", "1e-2")
+
+
+def test_memorises_and_answers_as_trained(folders, tmp_path):
+    records = make_records(5)
+    records[1]["ctxs"] = []  # asked alone
+    data = tmp_path / "r.json"
+    data.write_text(json.dumps(records))
+    train = ["train_epoch.py", tmp_path / "m", data, data, *FAST, "--batch_size", 2, "--dropout", 0,
+             "--no_shuffle", "--model_name_or_path", folders["llama"], "--epochs", 20]
+    out, _ = run(*train, "--prompt_template", r"{text} {title}\n{question} =", "--passage_weights",
+                 "score", "--retriever_temperature", 2, "--data_test", data)
+    assert "best dev EM 100.00" in out and "test EM 100.00 (5/5)" in out
+    rows = [json.loads(line) for line in open(tmp_path / "m.jsonl")]
+    assert rows[-1]["loss"] < 0.1 < rows[0]["loss"]
+    saved = json.load(open(tmp_path / "m" / "args.json"))
+    assert saved["prompts"] == {"prompt_template": r"{text} {title}\n{question} =",
+                                "passage_weights": "score", "retriever_temperature": 2.0}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+    # prompts and weights are those of the training unless flags say otherwise
+    out, _ = run("test.py", tmp_path / "m", data, "--pred", tmp_path / "p.jsonl", "--scores",
+                 tmp_path / "s.json")
+    assert "100.00 100.00      5/5" in out
+    row = json.loads(open(tmp_path / "p.jsonl").readline())
+    assert row["prediction"] in records[0]["answers"] and len(row["contexts"]) == 3
+    posterior = torch.tensor([context["score"] for context in row["contexts"]]).exp()
+    torch.testing.assert_close(posterior.sum(), torch.tensor(1.0))
+    scored = json.load(open(tmp_path / "s.json"))
+    assert scored[0]["ctxs"][0]["score"] == row["contexts"][0]["score"]
+    assert scored[0]["ctxs"][0]["retrieval_score"] == records[0]["ctxs"][0]["score"]
+    out, _ = run("test.py", tmp_path / "m", data, "--prompt_template", "{question} {text}")
+    assert "100.00 100.00      5/5" not in out
+    _, error = run("test.py", tmp_path / "m", data, "--num_beams", 2, code=1)
+    assert error.count("error: --num_beams 2: a causal language model") == 1
+    del records[0]["ctxs"][1]["score"]
+    data.write_text(json.dumps(records))
+    _, error = run("test.py", tmp_path / "m", data, code=1)
+    assert f"error: {data}: record 'r-0' has a context without a finite 'score'" in error
+    _, error = run(*train, "--resume", code=1)
+    assert "--prompt_template '{text} {title}\\\\n{question} =' (now None)" in error
+
+
+def test_the_split_of_a_batch_does_not_matter(folders, records_file, tmp_path):
+    """1 x batch 4, and 2 processes x 2 micro-batches of 1, end with the same weights."""
+    splits = {"one": (4, 1, 1), "both": (1, 2, 2)}
+    for name, (batch, accumulation, processes) in splits.items():
+        run("train_epoch.py", tmp_path / name, records_file, records_file, *FAST, "--lr", "1e-3",
+            "--t5_name", folders["qwen2"], "--epochs", 1, "--dropout", 0, "--batch_size", batch,
+            "--grad_accumulation", accumulation, processes=processes)
+    first, other = [state(tmp_path / name) for name in splits]
+    assert first["progress"]["total_updates"] == 3
+    for key, value in first["model"].items():
+        torch.testing.assert_close(other["model"][key], value, atol=2e-5, rtol=0)
+
+
+def test_adapters_killed_and_resumed_equal_uninterrupted_ones(folders, records_file, tmp_path):
+    pytest.importorskip("peft")
+    common = [records_file, records_file, *FAST, "--t5_name", folders["gpt2"], "--epochs", 3,
+              "--batch_size", 2, "--dropout", 0.2, "--save_every", 1, "--eval_every", 4, "--lora",
+              4, "--use_checkpoint"]
+    out, _ = run("train_epoch.py", tmp_path / "whole", *common)
+    kill_after([tmp_path / "killed", *common, "--resume"], tmp_path / "killed", 2, 1)
+    done, _ = run("train_epoch.py", tmp_path / "killed", *common, "--resume")
+    assert "resuming after" in done
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    # adapters are merged: the names are the model's, the embeddings stayed, the layers did not
+    before = load_file(f"{folders['gpt2']}/model.safetensors")
+    assert weights[0].keys() == before.keys()
+    changed = {name for name, value in before.items() if not torch.equal(weights[0][name], value)}
+    assert changed and all(".attn.c_" in name or ".mlp.c_" in name for name in changed)
+    out, _ = run("test.py", tmp_path / "whole", records_file)
+    assert " 11 questions" in f" {out}"
+
+
+def test_what_a_reader_does_not_offer_is_one_line(folders, tiny, records_file, tmp_path):
+    def refuse(message, *args, model=tiny):
+        _, error = run("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST,
+                       "--t5_name", model, *args, code=1)
+        lines = [line for line in error.splitlines() if line.startswith("error")]
+        assert len(lines) == 1 and message in lines[0] and "Traceback" not in error, error
+
+    refuse("--lora is for causal language models", "--lora", 4)
+    refuse("needs {question}, and {text} once", "--prompt_template", "{question}",
+           model=folders["llama"])
+    refuse("are more than the 256 that the model reads", "--max_length", 250,
+           model=folders["llama"])
