@@ -146,7 +146,7 @@ def make_example(record, location, template):
     if record.get("positive_ctxs") is not None:  # DPR's
         pos = record["positive_ctxs"][:1]
         neg = record.get("hard_negative_ctxs") or record.get("negative_ctxs")
-        scores = None
+        scores = record.get("teacher_scores")
     elif record.get("history") is not None:      # LLM-Embedder's chat and lrlm
         pos = []  # the teacher will choose the positive
         neg = record["history"]

@@ -8,6 +8,13 @@
 # stage that was run with another command is never passed over in silence: the recipe stops, and
 # REDO=NAME runs this stage and all behind it anew. An OUT is of one recipe.
 
+need_file() {  # FILE REMEDY
+    if [ ! -e "$1" ]; then
+        echo "error: $1: no such file; $2" >&2
+        exit 1
+    fi
+}
+
 describe_command() {  # COMMAND...: a word a line, without the launcher and the GPUs, which may change
     local word script= before=
     local words=()
