@@ -127,5 +127,5 @@ def plain_attention(q, k, v, bias, p, scale):
 def fused_attention(q, k, v, bias, p, scale):
     """The same by torch's scaled_dot_product_attention."""
     n, H, L, _ = q.shape
-    mask = None if bias is None else bias.to(q.dtype).expand(n, H, L, L)
+    mask = None if bias is None else bias.to(q.dtype).expand(n, H, L, k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)

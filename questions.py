@@ -56,13 +56,15 @@ def record_id(record, location):
 
 
 def gold_answers(record, location):
-    """(answers, target or None) of `answers`, or of `answer`: a text, NQ-open's list or TriviaQA's
-    object.
+    """(answers, target or None) of `answers`, of `answer`: a text, NQ-open's list or TriviaQA's
+    object, or of FedRAG's `response`.
 
     TriviaQA's target is the value, in title case if it is all upper case; every alias is right
     (FiD, src/preprocess.py). Raises InputError.
     """
     answers, answer, target = record.get("answers"), record.get("answer"), None
+    if answer is None and isinstance(record.get("response"), str):
+        answer = record["response"]
     if isinstance(answer, dict):
         value = answer.get("Value", answer.get("value"))
         if isinstance(value, str):

@@ -111,12 +111,17 @@ def to_documents(questions, results):
 # ---------------------------------------------------------------- collated files
 
 def collated_paths(args):
-    """{kind of collated file: path}, as in LLM-Embedder: records.json to records.neg.NAME.json."""
-    stem, ending = os.path.splitext(str(args.eval_data).removesuffix(".gz"))
+    """{kind of collated file: path} beside --eval_data."""
+    name = args.save_name or args.retrieval_method
+    return {kind: collated_path(args.eval_data, middle, name) for kind, middle in COLLATED.items()}
+
+
+def collated_path(path, middle, name):
+    """The path of a collated file, as in LLM-Embedder: records.json to records.MIDDLE.NAME.json."""
+    stem, ending = os.path.splitext(str(path).removesuffix(".gz"))
     if ending not in (".json", ".jsonl"):  # a table's; the collated file holds records
         ending = ".json"
-    name = args.save_name or args.retrieval_method
-    return {kind: f"{stem}.{middle}.{name}{ending}" for kind, middle in COLLATED.items()}
+    return f"{stem}.{middle}.{name}{ending}"
 
 
 def write_collated(kind, path, questions, results, corpus, labels, args, are_candidates):

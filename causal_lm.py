@@ -1,0 +1,384 @@
+"""Causal language models over many texts side by side: no padding, and what texts begin with alike
+is computed once.
+
+The tokens of all texts are the one row (1, S) of a forward pass, so that linear layers, norms and
+the embedding waste nothing. Texts that share a beginning share its rows:
+
+    texts               segments             rows of the packed input
+    k n o w  a b        k n o w              a b c d e k n o w
+    k n o w  c d e          a b
+                            c d e
+
+A token attends to the tokens before it in its segment and to the segments that its own follows on,
+and takes its position from the whole text. Only attention and the positions know of it; the model
+stays transformers' own.
+"""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.activations import NewGELUActivation
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from checkpoints import find_model, find_weights, read_config
+from packed_attention import GROUP_TOKENS, attention, split_by_length
+from utils import InputError, refusing, shorten
+
+PACKED = "packed_causal"  # the name of packed_causal_attention among transformers' attentions
+# tokens of a forward pass: on a CPU what its cache holds of a layer, on a GPU what keeps it busy
+PASS_TOKENS = {"cpu": 1024, "cuda": 16384}
+# what layers may be called in config.json; others, such as "linear_attention", carry a state along
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+PROBE = [[[5, 6, 7, 8], [5, 6, 9]], [[10, 11]], [[5, 6, 7, 12, 13]]]  # token ids
+
+
+class Text(NamedTuple):
+    """A prompt and the answer whose likelihood is asked for, as token ids."""
+    prompt: list
+    answer: list
+
+
+# ---------------------------------------------------------------- opening
+
+def open_causal_lm(path_or_name, device, dtype=torch.float32):
+    """(the model in evaluation mode, why it cannot take packed texts or None).
+
+    Raises InputError where nothing fits: unknown name, unreadable or missing weights, another kind
+    of model.
+    """
+    folder, weights = find_model(path_or_name)
+    config = read_config(folder, "causal language")
+    if weights is not None or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(f"{path_or_name}: is a {config.model_type} model, not a causal language "
+                         "model; give the folder of one, such as GPT-2 or Llama")
+    find_weights(folder, required=True)
+    with refusing(f"{path_or_name}: its weights cannot be read", "fetch the folder again"):
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype,
+                                                              output_loading_info=True)
+    check_loading(loading, path_or_name)
+    use_fused_gelu(model)
+    model.to(device).eval()
+    return model, why_not_packed(model)
+
+
+def check_loading(loading, source):
+    """Raises InputError for weights that are missing, or of another shape than the model's."""
+    for kind in ("missing_keys", "mismatched_keys"):
+        for key in loading[kind]:
+            raise InputError(f"{source}: weights do not match config.json: {shorten(key)} is "
+                             f"{kind.removesuffix('_keys')}; give the folder that the weights "
+                             "came with")
+
+
+def use_fused_gelu(model):
+    """Computes GPT-2's activation by torch's one function in place of the formula's eight.
+
+    The same numbers to rounding. A pass of GPT-2's shape takes 0.8 times as long on a CPU.
+    """
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+@torch.inference_mode()
+def why_not_packed(model):
+    """Why a model cannot take packed texts, or None if it can; its attention is then set to do so.
+
+    Some short texts are computed both ways: models that do more than causal attention, such as
+    ALiBi or a recurrent state, differ.
+    """
+    config = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    rope = getattr(config, "rope_parameters", None) or {}
+    if layer_types - LAYER_TYPES or getattr(config, "attention_chunk_size", None):
+        return f"layers of the kind {', '.join(sorted(layer_types - LAYER_TYPES))}"
+    if "dynamic" in str(rope) or "longrope" in str(rope):
+        return "positions that depend on the longest text"
+    texts = [ids for family in PROBE for ids in family]
+    device = model.device
+    expected = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
+                for ids in texts]
+    own_attention = config._attn_implementation
+    try:
+        model.set_attn_implementation(PACKED)
+        packed = pack_texts(PROBE, device)
+        logits = packed_logits(model, packed, [rows[-1] for rows in packed.rows])
+        difference = (logits - torch.stack(expected)).abs().max() / logits.abs().max()
+        tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
+        reason = None if difference < tolerance else "an attention of its own"
+    except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError):
+        reason = "an attention of its own"  # that takes no other function or no positions
+    if reason:
+        model.set_attn_implementation(own_attention)
+    return reason
+
+
+# ---------------------------------------------------------------- packing
+
+class Segment(NamedTuple):
+    """Tokens that follow on those of another segment, `parent` (its index, None at a beginning)."""
+    ids: list
+    parent: int | None
+
+
+class SegmentGroup(NamedTuple):
+    """Segments of similar length whose attention is one padded batch: n segments of at most L
+    tokens, which see at most K.
+    """
+    start: int                     # rows start .. end of the packed tokens are the group's
+    end: int
+    n: int
+    query_rows: torch.Tensor       # (n * L) the group's row at each position, any at padding
+    real_positions: torch.Tensor   # (end - start) positions of the n * L that hold real tokens
+    key_rows: torch.Tensor         # (n * K) the packed row that each key is taken from
+    bias: torch.Tensor             # (n, 1, L, K) float, -inf at keys that a query must not see
+
+
+class Packed(NamedTuple):
+    """Texts side by side, S tokens."""
+    input_ids: torch.Tensor     # (1, S)
+    position_ids: torch.Tensor  # (1, S)
+    groups: list
+    rows: list                  # for each text, in the order given, an array of its tokens' rows
+
+
+def pack_texts(families, device):
+    """The Packed of texts. A family is a text (a list of ids) or a list of families, which share
+    what all their texts begin with.
+    """
+    segments, last_segments = [], []
+    for family in families:
+        add_family(family, 0, None, segments, last_segments)
+    rows, order = place_segments(segments)
+    ids = np.concatenate([np.array(segments[i].ids, dtype=np.int64) for i in order])
+    positions = np.concatenate([np.arange(len(rows[i]) - len(segments[i].ids), len(rows[i]))
+                                for i in order])
+    return Packed(torch.from_numpy(ids).to(device)[None],
+                  torch.from_numpy(positions).to(device)[None],
+                  group_segments([(len(segments[i].ids), rows[i]) for i in order], device),
+                  [rows[i] for i in last_segments])
+
+
+def add_family(family, num_shared, parent, segments, last_segments):
+    """Appends the segments of a family, whose first `num_shared` tokens the parent ends with."""
+    while isinstance(family[0], list) and len(family) == 1:
+        family = family[0]
+    if isinstance(family[0], list):
+        texts = list_texts(family)
+        prefix = common_prefix(texts)
+    else:
+        prefix = family
+    segments.append(Segment(prefix[num_shared:], parent))
+    parent = len(segments) - 1
+    if isinstance(family[0], list):
+        for member in family:
+            add_family(member, len(prefix), parent, segments, last_segments)
+    else:
+        last_segments.append(parent)
+
+
+def list_texts(family):
+    """The texts of a family, in their order."""
+    if not isinstance(family[0], list):
+        return [family]
+    return [text for member in family for text in list_texts(member)]
+
+
+def common_prefix(texts):
+    """What all texts begin with."""
+    first, last = min(texts), max(texts)  # the two that differ earliest, in the order of lists
+    for i, (token, other) in enumerate(zip(first, last)):
+        if token != other:
+            return first[:i]
+    return first
+
+
+def place_segments(segments):
+    """(rows, order): an array of the rows of each segment's tokens, after those of the segments
+    before it, and the order in which segments lie side by side.
+
+    Segments that see equally many tokens are neighbours.
+    """
+    own_lengths = np.array([len(segment.ids) for segment in segments])
+    lengths = own_lengths.copy()
+    for i, segment in enumerate(segments):
+        if segment.parent is not None:  # it comes before its children
+            lengths[i] += lengths[segment.parent]
+    order = np.lexsort([-own_lengths, -lengths])
+    starts = np.empty_like(lengths)
+    starts[order] = np.cumsum(own_lengths[order]) - own_lengths[order]
+    rows = []
+    for i, segment in enumerate(segments):
+        own_rows = np.arange(starts[i], starts[i] + own_lengths[i])
+        before = [] if segment.parent is None else [rows[segment.parent]]
+        rows.append(np.concatenate([*before, own_rows]))
+    return rows, order
+
+
+def group_segments(placed, device):
+    """SegmentGroups of [(number of own tokens, rows of all that they see)], whose rows come in
+    falling number.
+    """
+    groups, start = [], 0
+    placed = [(own, rows) for own, rows in placed if own]
+    lengths = [len(rows) for _, rows in placed]
+    for first, last in split_by_length(lengths, GROUP_TOKENS[torch.device(device).type]):
+        own_lengths = np.array([own for own, _ in placed[first:last]])
+        before = np.array(lengths[first:last]) - own_lengths          # (n) tokens that each follows
+        n, L, K = last - first, own_lengths.max(), lengths[first]
+        end = start + own_lengths.sum()
+        is_real = np.arange(L) < own_lengths[:, None]                 # (n, L)
+        query_rows = np.clip(is_real.ravel().cumsum() - 1, 0, None)   # (n * L)
+        key_rows = np.zeros((n, K), dtype=np.int64)
+        for i, (_, rows) in enumerate(placed[first:last]):
+            key_rows[i, :len(rows)] = rows
+        last_seen = before[:, None] + np.arange(L)                    # (n, L)
+        is_seen = np.arange(K) <= last_seen[:, :, None]               # (n, L, K)
+        bias = torch.zeros(n, 1, L, K, device=device)
+        bias.masked_fill_(~torch.from_numpy(is_seen)[:, None].to(device), float("-inf"))
+        groups.append(SegmentGroup(int(start), int(end), n, torch.from_numpy(query_rows).to(device),
+                                   torch.from_numpy(is_real.ravel().nonzero()[0]).to(device),
+                                   torch.from_numpy(key_rows.ravel()).to(device), bias))
+        start = end
+    return groups
+
+
+# ---------------------------------------------------------------- the forward pass
+
+def packed_causal_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
+                            groups=None, sliding_window=None, softcap=None, s_aux=None, **kwargs):
+    """Attention of packed texts as transformers calls it, (1, S, H, d), a group at a time.
+
+    query (1, H, S, d); key and value (1, H or fewer, S, d). Raises NotImplementedError for what it
+    does not do.
+    """
+    longest = max(group.bias.shape[-1] for group in groups)
+    if softcap is not None or s_aux is not None or (sliding_window or longest) < longest:
+        raise NotImplementedError("attention with a window, a cap or sinks")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (1, H, S, d) -> (S, H, d)
+    repeats = q.shape[1] // k.shape[1]  # of heads that share keys and values
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    outputs = []
+    for group in groups:
+        queries = pad_rows(q[group.start:group.end], group.query_rows, group.n)
+        keys = pad_rows(k, group.key_rows, group.n).repeat_interleave(repeats, 1)
+        values = pad_rows(v, group.key_rows, group.n).repeat_interleave(repeats, 1)
+        y = attention(queries, keys, values, group.bias, dropout, scale)        # (n, H, L, d)
+        y = y.transpose(1, 2).flatten(0, 1)                                     # (n * L, H, d)
+        outputs.append(y.index_select(0, group.real_positions))
+    return torch.cat(outputs)[None], None
+
+
+def pad_rows(packed, rows, n):
+    """The rows of (S, H, d), as (n, H, L, d)."""
+    chosen = packed.index_select(0, rows)
+    return chosen.view(n, -1, *chosen.shape[1:]).transpose(1, 2)
+
+
+AttentionInterface.register(PACKED, packed_causal_attention)
+
+
+def packed_logits(model, packed, rows):
+    """Logits (R, V) of what follows on R rows of packed texts; gradients flow."""
+    rows = torch.as_tensor(np.asarray(rows), device=packed.input_ids.device)
+    return model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False,
+                 groups=packed.groups, logits_to_keep=rows).logits[0]
+
+
+# ---------------------------------------------------------------- likelihood of answers
+
+@torch.inference_mode()
+def score_texts(model, families, is_packed=True):
+    """The log-likelihood of each Text's answer given its prompt, summed over its tokens, in their
+    order.
+
+    families: lists of Texts (or of such lists) that are likely to begin alike.
+    """
+    scores = []
+    if not is_packed:
+        return score_padded(model, [text for family in families for text in list_leaves(family)])
+    for part in split_families(families, PASS_TOKENS[model.device.type]):
+        texts = [text for family in part for text in list_leaves(family)]
+        # nothing is asked of what follows the last token
+        packed = pack_texts([to_ids(family) for family in part], model.device)
+        rows, targets = [], []
+        for text, text_rows in zip(texts, packed.rows):
+            rows.append(text_rows[len(text.prompt) - 1:])
+            targets += text.answer
+        logits = packed_logits(model, packed, np.concatenate(rows))
+        scores += sum_by_text(log_likelihoods(logits, targets), texts)
+    return scores
+
+
+def list_leaves(family):
+    """The Texts of a family, in their order."""
+    if isinstance(family, Text):
+        return [family]
+    return [text for member in family for text in list_leaves(member)]
+
+
+def to_ids(family):
+    """A family of Texts as one of token ids, without each text's last token."""
+    if isinstance(family, Text):
+        return (family.prompt + family.answer)[:-1]
+    return [to_ids(member) for member in family]
+
+
+def split_families(families, most_tokens):
+    """Yields lists of families of at most so many tokens, shared ones counted once per text; a
+    larger family is split.
+    """
+    part, num_tokens = [], 0
+    for family in families:
+        current = []
+        for member in [family] if isinstance(family, Text) else family:
+            size = sum(len(text.prompt) + len(text.answer) for text in list_leaves(member))
+            if num_tokens + size > most_tokens and (part or current):
+                yield part + ([current] if current else [])
+                part, current, num_tokens = [], [], 0
+            current.append(member)
+            num_tokens += size
+        if current:
+            part.append(current)
+    if part:
+        yield part
+
+
+def log_likelihoods(logits, targets):
+    """Log-likelihood (R) of the target ids under logits (R, V)."""
+    targets = torch.tensor(targets, device=logits.device)
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def sum_by_text(values, texts):
+    """Sums of consecutive values, one per answer token, over each text's answer."""
+    lengths = [len(text.answer) for text in texts]
+    return [part.sum().item() for part in values.double().cpu().split(lengths)]
+
+
+def score_padded(model, texts):
+    """score_texts in plain form, for models that do not take packed texts: padded on the right,
+    where causal attention never looks.
+    """
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i].prompt) - len(texts[i].answer))
+    lengths = [len(texts[i].prompt) + len(texts[i].answer) - 1 for i in order]
+    scores = [None] * len(texts)
+    for first, last in split_by_length(lengths, PASS_TOKENS[model.device.type]):
+        ids = torch.zeros(last - first, lengths[first], dtype=torch.long)
+        is_place = torch.zeros_like(ids, dtype=torch.bool)  # what follows is of the answer
+        targets = []
+        for row, i in enumerate(order[first:last]):
+            text = texts[i]
+            ids[row, :lengths[first + row]] = torch.tensor(text.prompt + text.answer)[:-1]
+            is_place[row, len(text.prompt) - 1:lengths[first + row]] = True
+            targets += text.answer
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+        part = sum_by_text(log_likelihoods(logits[is_place.to(model.device)], targets),
+                           [texts[i] for i in order[first:last]])
+        for i, score in zip(order[first:last], part):
+            scores[i] = score
+    return scores

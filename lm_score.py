@@ -1,0 +1,579 @@
+r"""Scores passages by how likely they make the answer to a language model.
+
+    python lm_score.py --eval_data train.json --model_name_or_path meta-llama/Llama-2-7b-chat-hf
+    torchrun --nproc_per_node=8 lm_score.py --eval_data llm-embedder:qa/msmarco/train.json \
+        --save_name llama2-7b
+    python lm_score.py --eval_data train.ctxs.jsonl --model_name_or_path OUT --likelihood sum
+
+train.json becomes train.scored.NAME.json, with log p(answer | question, key) for each of a record's
+keys as `teacher_scores`, which train_dense.py distils from. The model is a causal language model, a
+sequence-to-sequence model, or a reader of train_epoch.py, which then reads one passage at a time.
+Sources: LLM-Embedder (arXiv 2310.07554, section 3.2), REPLUG (arXiv 2301.12652, section 4). After a
+crash the same command goes on where it was.
+"""
+import argparse
+import json
+import math
+import os
+from collections import defaultdict
+from typing import NamedTuple
+
+import torch
+import transformers
+from transformers import AutoModelForSeq2SeqLM
+
+from causal_lm import (
+    Text,
+    check_loading,
+    common_prefix,
+    log_likelihoods,
+    open_causal_lm,
+    score_texts,
+    sum_by_text,
+)
+from checkpoints import (
+    check_vocabulary,
+    find_model,
+    find_weights,
+    load_tokenizer,
+    read_config,
+    read_training_args,
+)
+from data import Collator, format_passage
+from files import check_paths, new_file
+from journal import Journal
+from model import CLASSES, FiDT5, Memory
+from packed_attention import split_by_length
+from questions import check_types, gold_answers, is_context, read_questions, refuse_table
+from retrieval.corpus import check_template, format_key, open_corpus
+from retrieval.fingerprint import hash_file, hash_windows, model_files
+from retrieval.mining import check_indices, collated_path, list_candidates
+from utils import (
+    HelpFormatter,
+    InputError,
+    check_at_least,
+    find_files,
+    gather_lists,
+    progress_bar,
+    refusing,
+    resolve_path,
+    run_script,
+    shorten,
+    start_processes,
+    wait_for_all,
+)
+
+KNOWLEDGE = "Knowledge: {key}\n\nQuestion: {query}\n\nAnswer: {answer}"
+# LLM-Embedder's; it has none for tool
+TEMPLATES = {
+    "qa": KNOWLEDGE,
+    "convsearch": KNOWLEDGE,
+    "icl": "{key}\n{query}\n{answer}",
+    "chat": "{key}\nSpeaker 1: {query}\nSpeaker 2: {answer}",
+    "lrlm": "{key}{context}{query}{answer}",  # token ids side by side
+    "tool": "Tool: {key}\n\nRequest: {query}\n\nAnswer: {answer}",
+}
+STRIPPED = ("qa", "convsearch", "tool")  # tasks whose texts lose the blanks around them
+MODEL_WINDOWS = 256  # windows of a model's files that tell it from another
+FREE_FLAGS = {"gpus", "data_root", "output", "eval_data", "model_name_or_path"}  # see Journal
+SEQ2SEQ_TOKENS = {"cpu": 4096, "cuda": 16384}  # of prompts, encoded at a time, with padding
+
+
+class Job(NamedTuple):
+    """A record's candidates, to be scored by the likelihood of its answers."""
+    record: dict
+    question: str
+    keys: list      # texts; passages {title, text} for a reader
+    answers: list
+    template: str
+    is_stripped: bool
+    location: str
+
+
+class Scorer(NamedTuple):
+    """A model, and what it is given."""
+    kind: str          # causal, t5, fid or seq2seq
+    model: object
+    tokenizer: object
+    device: torch.device
+    limit: int         # tokens: of a whole text, of a sequence-to-sequence model's input
+    is_packed: bool    # the causal model takes texts side by side
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("data").add_argument
+    add("--eval_data", required=True, metavar="FILE",
+        help="records with answers and keys: pos and neg, history, or ctxs; .json or .jsonl, may "
+        "end in .gz")
+    add("--corpus", nargs="+", metavar="FILE",
+        help="documents of records that have pos_index and neg_index only")
+    add("--key_template", default="{title} {text}",
+        help="the text of a key that is an object, or a document")
+    add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
+    add("--save_name",
+        help="name in the written file: train.json becomes train.scored.NAME.json; not given: the "
+        "last part of the model's name")
+    add = parser.add_argument_group("model").add_argument
+    add("--model_name_or_path", default="meta-llama/Llama-2-7b-chat-hf",
+        help="causal language model, sequence-to-sequence model, or reader: folder or hub name")
+    add("--fid", action="store_true",
+        help="the model is a Fusion-in-Decoder reader, though its folder does not say so")
+    add("--t5_name", default="t5-base",
+        help="whose tokenizer to use if a reader carries none")
+    add("--bf16", action="store_true", help="compute in bfloat16; not given: float32")
+    add = parser.add_argument_group("texts").add_argument
+    add("--template",
+        help="text with {key}, {query} and, at its end, {answer}, \\n being a line end; not given: "
+        "LLM-Embedder's by the record's task, qa where it names none. A reader has its own")
+    add("--context_max_length", type=int, default=1024,
+        help="tokens per text, at most as many as the model has positions; keys are cut to fit")
+    add("--key_max_length", type=int, default=512, help="tokens per key, cut on the right")
+    add = parser.add_argument_group("scores").add_argument
+    add("--likelihood", choices=["mean", "sum"], default="mean",
+        help="log-likelihood per token of the answer (LLM-Embedder), or of all of them (REPLUG)")
+    add("--answer", choices=["first", "best", "mean"], default="first",
+        help="which of several answers: the record's target, else its first; the likeliest; the "
+        "mean of all their scores")
+    add = parser.add_argument_group("run").add_argument
+    add("--batch_size", "--lm_batch_size", type=int, default=8,
+        help="questions at a time; the passes through the model have as many tokens as suit the "
+        "device")
+    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU")
+    return parser.parse_args()
+
+
+def check_args(args):
+    """Raises InputError for flags that cannot work; resolves paths."""
+    check_at_least(args, {"context_max_length": 2, "key_max_length": 1, "batch_size": 1})
+    check_template("key_template", args.key_template, defaultdict(str))
+    args.eval_data = resolve_path(args.eval_data, args.data_root)
+    args.model_name_or_path = resolve_path(args.model_name_or_path, args.data_root)
+    args.corpus = [file for path in args.corpus or [] for file in find_files(path, args.data_root)]
+    if args.template is not None:
+        args.template = args.template.replace("\\n", "\n")
+        check_text_template(args.template)
+    name = args.save_name or os.path.basename(args.model_name_or_path.rstrip("/"))
+    args.output = collated_path(args.eval_data, "scored", name)
+    check_paths([args.output], [args.eval_data, args.model_name_or_path, *args.corpus])
+
+
+def check_text_template(template):
+    """Raises InputError for a --template without one place for the key, or the answer at its end.
+    """
+    if template.count("{key}") != 1:
+        raise InputError(f"--template {shorten(template)} must name {{key}} once: that is where "
+                         "the passage goes")
+    if template.count("{answer}") != 1 or not template.endswith("{answer}"):
+        raise InputError(f"--template {shorten(template)} must end with {{answer}}: the "
+                         "likelihood is of what follows on all else")
+
+
+# ---------------------------------------------------------------- records
+
+def read_jobs(args, is_fid, world):
+    """A Job per record of --eval_data. Raises InputError for one that cannot be scored."""
+    refuse_table(args.eval_data, "a table has no keys; run retrieve.py --output FILE.jsonl first")
+    corpus = open_corpus(args.corpus, args.key_template, world) if args.corpus else None
+    jobs = []
+    for question in read_questions(args.eval_data):
+        keys = list_keys(question, corpus)
+        if is_fid:
+            keys = [to_context(key, args.key_template, question.location) for key in keys]
+        else:
+            keys = [format_key(key, args.key_template, question.location) for key in keys]
+        template, is_stripped = args.template, True
+        if template is None:
+            task = question.task or "qa"
+            if task not in TEMPLATES:
+                raise InputError(f"{question.location}: there is no template for the task "
+                                 f"{shorten(task)}, only for {', '.join(TEMPLATES)}; give one with "
+                                 "--template")
+            template, is_stripped = TEMPLATES[task], task in STRIPPED
+        jobs.append(Job(question.record, question.text, keys, choose_answers(question, args.answer),
+                        template, is_stripped, question.location))
+    return jobs
+
+
+def list_keys(question, corpus):
+    """The keys of a record, in the order of its teacher_scores: positives and negatives, history,
+    ctxs, or the documents that pos_index and neg_index name.
+
+    Raises InputError for a record without any of these fields.
+    """
+    record = question.record
+    check_types(record, question.location, ["key", "history", "ctxs"])
+    if all(record.get(name) is None for name in ("pos", "neg", "history", "ctxs", "key",
+                                                 "pos_index", "neg_index")):
+        raise InputError(f"{question.location}: no keys: neither 'pos' and 'neg', nor 'history', "
+                         "nor 'ctxs'; retrieve.py --output, or --metrics collate_neg, adds some")
+    keys, _ = list_candidates(record, scored=True)
+    keys = keys or record.get("ctxs") or []
+    indices = [*(record.get("pos_index") or []), *(record.get("neg_index") or [])]
+    if keys or not indices:
+        return keys
+    if corpus is None:
+        raise InputError(f"{question.location}: keys are named by their indices only; give the "
+                         "corpus with --corpus")
+    check_indices(question, indices, corpus)
+    return [corpus.passage(index) for index in indices]
+
+
+def to_context(key, template, location):
+    """A key as a passage {title, text}, which a reader reads."""
+    if is_context(key):
+        return key
+    return {"text": format_key(key, template, location)}
+
+
+def choose_answers(question, how):
+    """The answers whose likelihood is asked for. Raises InputError where there is none."""
+    answers, target = gold_answers(question.record, question.location)
+    target = question.record.get("target") or target
+    if how == "first" and target is not None:
+        answers = [target]
+    answers = answers[:1] if how == "first" else list(dict.fromkeys(answers))
+    if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise InputError(f"{question.location}: no answer, whose likelihood could be computed; add "
+                         "'answers', or drop the record")
+    return answers
+
+
+# ---------------------------------------------------------------- models
+
+def open_scorer(args, is_fid, config, world):
+    """The Scorer of --model_name_or_path. Raises InputError."""
+    name, limit = args.model_name_or_path, args.context_max_length
+    num_positions = getattr(config, "max_position_embeddings", None)
+    if num_positions:
+        limit = min(limit, num_positions)
+    tokenizer = load_tokenizer(name, args.t5_name)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    is_packed = False
+    if config.model_type in CLASSES:
+        kind = "fid" if is_fid else "t5"
+        model = FiDT5.from_pretrained(name).to(world.device).eval()
+        model.check_tokenizer(tokenizer)
+        if is_fid:
+            limit = read_training_args(name).get("max_length") or limit
+            # the originals padded to it; only a released reader's bias sees it
+            model.config.passage_stride = limit
+    elif config.is_encoder_decoder:
+        kind, model = "seq2seq", open_seq2seq(name, dtype, world.device)
+        check_vocabulary(tokenizer, model.get_input_embeddings(), "give the folder that the model "
+                         "came with")
+    else:
+        kind = "causal"
+        model, reason = open_causal_lm(name, world.device, dtype)
+        check_vocabulary(tokenizer, model.get_input_embeddings(), "give the folder that the model "
+                         "came with")
+        is_packed = reason is None
+        if not is_packed:
+            world.log(f"note: {name} has {reason}: its texts are padded, which takes longer")
+    return Scorer(kind, model, tokenizer, world.device, limit, is_packed)
+
+
+def open_seq2seq(name, dtype, device):
+    """A sequence-to-sequence model other than a T5, such as BART. Raises InputError."""
+    folder, _ = find_model(name)
+    find_weights(folder, required=True)
+    with refusing(f"{name}: its weights cannot be read", "fetch the folder again"):
+        model, loading = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype,
+                                                               output_loading_info=True)
+    check_loading(loading, name)
+    if model.config.pad_token_id is None:
+        raise InputError(f"{name}: config.json says no pad_token_id, which the decoder of a "
+                         "sequence-to-sequence model begins and is padded with; add it")
+    return model.to(device).eval()
+
+
+# ---------------------------------------------------------------- texts
+
+def make_family(scorer, job, key_max_length):
+    """For each key of a job a list of Texts, one per answer; keys are cut to fit.
+
+    Raises InputError if question and answer do not fit.
+    """
+    if scorer.kind == "fid":
+        return make_reader_texts(scorer, job)
+    tokenizer = scorer.tokenizer
+    key_ids = tokenizer(job.keys, add_special_tokens=False, verbose=False)["input_ids"]
+    keys = list(job.keys)
+    for i, ids in enumerate(key_ids):
+        if len(ids) > key_max_length:
+            key_ids[i] = ids[:key_max_length]
+            keys[i] = decode_key(tokenizer, key_ids[i])
+    family = make_texts(scorer, job, keys)
+    for i, ids in enumerate(key_ids):
+        while excess := max(count_excess(scorer, text) for text in family[i]):
+            if not ids:
+                raise InputError(f"{job.location}: question and answer take {excess} tokens more "
+                                 f"than the {scorer.limit} that a text may have; shorten them, or "
+                                 "raise --context_max_length if the model has the positions")
+            ids = ids[:max(0, len(ids) - excess)]
+            family[i] = make_texts(scorer, job, [decode_key(tokenizer, ids)])[0]
+    return family
+
+
+def decode_key(tokenizer, ids):
+    """The text of a key that was cut to these ids; half a character at its end goes."""
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def count_excess(scorer, text):
+    """The tokens that a Text has beyond the limit."""
+    length = len(text.prompt) + (len(text.answer) if scorer.kind == "causal" else 0)
+    return max(0, length - scorer.limit)
+
+
+def make_texts(scorer, job, keys):
+    """For each key a list of Texts, one per answer, of the job's template."""
+    answers = [strip(answer, job) for answer in job.answers]
+    if scorer.kind == "causal" and job.template == TEMPLATES["lrlm"]:
+        return make_side_by_side(scorer, job, keys, answers)
+    prompts = [fill_template(job, key) for key in keys]
+    if scorer.kind == "causal":
+        return make_causal_texts(scorer.tokenizer, prompts, answers, job.location)
+    prompt_ids = scorer.tokenizer([prompt.rstrip() for prompt in prompts],
+                                  verbose=False)["input_ids"]
+    answer_ids = scorer.tokenizer(text_target=answers, verbose=False)["input_ids"]
+    return [[Text(ids, answer) for answer in answer_ids] for ids in prompt_ids]
+
+
+def strip(text, job):
+    """A text of the job as its template has it."""
+    return text.strip() if job.is_stripped else text
+
+
+def fill_template(job, key):
+    """The text of the job's template up to the answer, with this key."""
+    before, after = job.template.removesuffix("{answer}").split("{key}")
+    before, after = (part.replace("{context}", context_text(job))
+                     .replace("{query}", strip(job.question, job)) for part in (before, after))
+    return before + strip(key, job) + after
+
+
+def context_text(job):
+    """The text that precedes an lrlm record's question. Raises InputError."""
+    context = job.record.get("context") or ""
+    if not isinstance(context, str):
+        raise InputError(f"{job.location}: 'context' must be a text, it is {shorten(context)}")
+    return context
+
+
+def make_causal_texts(tokenizer, prompts, answers, location):
+    """For each prompt a list of Texts, one per answer, tokenised as a whole: the answer's tokens
+    are those from the first on that the prompt alone does not begin with.
+
+    Special tokens are put before as the tokenizer has them, none after (LLM-Embedder).
+    """
+    whole_texts = [prompt + answer for prompt in prompts for answer in answers]
+    rows = tokenize(tokenizer, whole_texts)
+    prompt_rows = tokenize(tokenizer, prompts)
+    family = []
+    for i, prompt_ids in enumerate(prompt_rows):
+        texts = []
+        for ids in rows[i * len(answers):(i + 1) * len(answers)]:
+            start = len(common_prefix([ids, prompt_ids]))
+            texts.append(make_text(tokenizer, ids[:start], ids[start:], location))
+        family.append(texts)
+    return family
+
+
+def tokenize(tokenizer, texts):
+    """The ids of texts with the special tokens before, but not the end token that some tokenizers
+    put after them.
+    """
+    rows = tokenizer(texts, verbose=False)["input_ids"]
+    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
+
+
+def make_text(tokenizer, prompt, answer, location):
+    """The Text of ids. A prompt without a token begins with the start token, or else the end token:
+    the answer's first token must follow on something.
+    """
+    if not answer:
+        raise InputError(f"{location}: an answer has no tokens of its own; drop the record")
+    if not prompt:
+        start = tokenizer.bos_token_id
+        start = tokenizer.eos_token_id if start is None else start
+        if start is None:
+            raise InputError(f"{location}: nothing stands before the answer, and the tokenizer has "
+                             "no start token; begin --template with some text")
+        prompt = [start]
+    return Text(prompt, answer)
+
+
+def make_side_by_side(scorer, job, keys, answers):
+    """For each key a list of Texts as LLM-Embedder has them for lrlm: the ids of key, context,
+    question and answer side by side, without special tokens.
+
+    The context's oldest tokens go first where a text is too long.
+    """
+    def to_rows(texts):
+        return scorer.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    key_rows, answer_rows = to_rows(keys), to_rows(answers)
+    context, query = to_rows([context_text(job), job.question])
+    longest_answer = max(len(ids) for ids in answer_rows)
+    family = []
+    for key in key_rows:
+        room = max(0, scorer.limit - len(key) - len(query) - longest_answer)
+        prompt = key + context[max(0, len(context) - room):] + query
+        family.append([make_text(scorer.tokenizer, prompt, answer, job.location)
+                       for answer in answer_rows])
+    return family
+
+
+def make_reader_texts(scorer, job):
+    """For each passage a list of Texts as a Fusion-in-Decoder reader was trained: the passage is
+    cut on the right, and the answer ends with </s>.
+    """
+    collator = Collator(scorer.tokenizer, 1, scorer.limit)
+    answers = [collator.target_ids(answer) for answer in job.answers]
+    bare = format_passage(job.question, {"text": ""})
+    rows = scorer.tokenizer([bare] + [format_passage(job.question, key) for key in job.keys],
+                            add_special_tokens=False, verbose=False)["input_ids"]
+    if len(rows[0]) > scorer.limit:
+        raise InputError(f"{job.location}: the question takes {len(rows[0])} tokens, the reader "
+                         f"reads {scorer.limit}; shorten it")
+    return [[Text(ids[:scorer.limit], answer) for answer in answers] for ids in rows[1:]]
+
+
+# ---------------------------------------------------------------- scores
+
+def score_jobs(scorer, jobs, args):
+    """The teacher scores of each job, one per key. Raises InputError for one that is no number."""
+    families = [make_family(scorer, job, args.key_max_length) if job.keys else [] for job in jobs]
+    if scorer.kind == "causal":
+        values = score_texts(scorer.model, families, scorer.is_packed)
+    else:
+        keys = [texts for family in families for texts in family]
+        values = score_seq2seq(scorer, keys, args.bf16)
+    remaining = iter(values)
+    scores = []
+    for job, family in zip(jobs, families):
+        job_scores = [combine([next(remaining) for _ in texts], texts, args) for texts in family]
+        if not all(math.isfinite(score) for score in job_scores):
+            raise InputError(f"{job.location}: teacher_scores would be nan or infinite; are the "
+                             f"weights of {args.model_name_or_path} whole? Without --bf16 numbers "
+                             "are more exact")
+        scores.append(job_scores)
+    return scores
+
+
+def combine(values, texts, args):
+    """One score of a key's log-likelihoods, one per answer."""
+    if args.likelihood == "mean":
+        values = [value / len(text.answer) for value, text in zip(values, texts)]
+    return max(values) if args.answer == "best" else sum(values) / len(values)
+
+
+@torch.inference_mode()
+def score_seq2seq(scorer, keys, bf16):
+    """The log-likelihood of each Text's answer, summed over its tokens, in their order.
+
+    keys: lists of Texts with the same prompt, which is encoded once.
+    """
+    device = scorer.device
+    order = sorted(range(len(keys)), key=lambda i: -len(keys[i][0].prompt))
+    lengths = [len(keys[i][0].prompt) for i in order]
+    values = [None] * len(keys)
+    for first, last in split_by_length(lengths, SEQ2SEQ_TOKENS[device.type]):
+        part = [keys[i] for i in order[first:last]]
+        texts = [text for key in part for text in key]
+        owners = [i for i, key in enumerate(part) for _ in key]  # the prompt of each answer
+        prompts = pad_rows([key[0].prompt for key in part], 0).to(device)              # (b, L)
+        is_real = pad_rows([[1] * len(key[0].prompt) for key in part], 0).to(device)   # (b, L)
+        labels = pad_rows([text.answer for text in texts], -100).to(device)            # (B, T)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = answer_logits(scorer, prompts, is_real, labels, owners)           # (B, T, V)
+        targets = [token for text in texts for token in text.answer]
+        part_values = iter(sum_by_text(log_likelihoods(logits[labels != -100], targets), texts))
+        for i, key in zip(order[first:last], part):
+            values[i] = [next(part_values) for _ in key]
+    return [value for key_values in values for value in key_values]
+
+
+def pad_rows(rows, padding):
+    """(rows, longest) of lists of integers, padded on the right."""
+    rows = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+
+
+def answer_logits(scorer, prompts, is_real, labels, owners):
+    """Logits (B, T, V) of the labels (B, T) given prompts (b, L), those that `owners` (B) names."""
+    if scorer.kind == "seq2seq":
+        return scorer.model(input_ids=prompts[owners], attention_mask=is_real[owners],
+                            labels=labels).logits
+    model = scorer.model
+    memory = model.encode(prompts[:, None], is_real[:, None])  # (b, L) -> (b, 1, L)
+    memory = Memory(*(tensor[owners] for tensor in memory))
+    if model.cross_bias is not None:
+        model.cross_bias.memory_offsets = memory.offsets
+    return model.decode(model.t5._shift_right(labels), memory)
+
+
+# ---------------------------------------------------------------- the run
+
+def make_fingerprint(args, world):
+    """What the scores depend on, on every process: the data, the model, and the flags."""
+    fingerprint = []
+    if world.is_main:
+        folder = find_model(args.model_name_or_path)[0]
+        hashes = [hash_windows(path, MODEL_WINDOWS) for path in model_files(folder)]
+        flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+        fingerprint = [{"data": hash_file(args.eval_data), "model": hashes, **flags}]
+    return gather_lists(fingerprint, world)[0]
+
+
+def write_scored(path, jobs, scores):
+    """Writes the records with their teacher scores, one per line."""
+    with new_file(path) as file:
+        for job, job_scores in zip(jobs, scores):
+            record = dict(job.record, teacher_scores=job_scores)
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def main(args):
+    transformers.utils.logging.disable_progress_bar()
+    world = start_processes(args.gpus)
+    check_args(args)
+    folder = find_model(args.model_name_or_path)[0]
+    config = read_config(folder, "language")
+    is_fid = args.fid or (config.model_type in CLASSES
+                          and "num_contexts" in read_training_args(args.model_name_or_path))
+    jobs = read_jobs(args, is_fid, world)
+    scorer = open_scorer(args, is_fid, config, world)
+    journal = Journal(args.output, make_fingerprint(args, world), world)
+
+    # the same batches for any number of processes, so that the numbers are the same, too
+    batches = [jobs[first:first + args.batch_size]
+               for first in range(0, len(jobs), args.batch_size)]
+    remaining = [number for number in range(len(batches)) if number not in journal.done]
+    num_keys = sum(len(job.keys) for job in jobs)
+    world.log(f"{len(jobs)} questions with {num_keys} keys; {scorer.kind} model on {world.size} x "
+              f"{world.device.type}")
+    if len(remaining) < len(batches):
+        num_left = sum(len(batches[number]) for number in remaining)
+        world.log(f"going on from {args.output}.journal.*: {len(jobs) - num_left} questions are "
+                  "done")
+    own = remaining[world.rank::world.size]
+    with progress_bar(total=sum(len(batches[number]) for number in own), desc="scoring",
+                      unit=" questions", is_main=world.is_main) as bar:
+        for number in own:
+            journal.add(number, score_jobs(scorer, batches[number], args))
+            bar.update(len(batches[number]))
+
+    done = dict(gather_lists(journal.done.items(), world))
+    if world.is_main:
+        scores = [job_scores for number in range(len(batches)) for job_scores in done[number]]
+        write_scored(args.output, jobs, scores)
+    wait_for_all(world)
+    journal.remove()
+    world.log(f"teacher_scores in {args.output}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
