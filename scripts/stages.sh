@@ -15,14 +15,14 @@ need_file() {  # FILE REMEDY
     fi
 }
 
-describe_command() {  # COMMAND...: a word a line, without the launcher and the GPUs, which may change
+describe_command() {  # COMMAND...: a word a line, without what may change: launcher, GPUs, --resume
     local word script= before=
     local words=()
     for word in "$@"; do
         if [ -z "$script" ] && [[ $word == *.py ]]; then
             script=$(basename "$word")
             words=("$script")  # what launches it is left out
-        elif [ "$word" != --gpus ] && [ "$before" != --gpus ]; then
+        elif [ "$word" != --gpus ] && [ "$before" != --gpus ] && [ "$word" != --resume ]; then
             words+=("$word")
         fi
         before=$word
@@ -36,18 +36,18 @@ mark_stage() {  # NAME STATE DESCRIPTION: whole or not at all
     mv -f "$OUT/stages/.writing" "$OUT/stages/$1"
 }
 
-first_difference() {  # THEN NOW, descriptions: the first words that differ, each behind its flag
-    local i then now
+first_difference() {  # THEN NOW, descriptions: what differs first, a flag with its value
+    local i then now flag=
     mapfile -t then <<< "$1"
     mapfile -t now <<< "$2"
     for ((i = 0; i < ${#now[@]}; i++)); do
         [ "${then[$i]-}" = "${now[$i]}" ] || break
+        flag=${now[$i]}
     done
-    local flag=
-    if ((i > 0)) && [[ ${now[$((i - 1))]} == --* ]]; then
-        flag="${now[$((i - 1))]} "
+    if [[ $flag == --* ]] && [[ ${now[$i]-} != --* ]]; then
+        i=$((i - 1))
     fi
-    echo "$flag${then[$i]-nothing}, now $flag${now[$i]-nothing}"
+    echo "${then[*]:$i:2}, now ${now[*]:$i:2}"
 }
 
 replace_resume() {  # COMMAND...: sets COMMAND, in which an earlier run is replaced, not gone on with

@@ -1,11 +1,13 @@
 """The recipes of the loop, their stages and their table, on small files."""
 import json
 import os
+import random
 import subprocess
 
 import pytest
 
-from conftest import ROOT, run
+import world
+from conftest import ROOT, make_bert, run
 
 # ---------------------------------------------------------------- stages
 
@@ -131,3 +133,122 @@ def test_table_of_seeds(measures):
 def test_table_refuses_in_one_line(measures, words, message):
     _, errors = run("scripts/table.py", "--columns", *words, cwd=measures, code=1)
     assert message in errors and len(errors.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- a small world, and a recipe on it
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    """A folder with corpus.tsv (60 passages), and questions about it, with their positives, in
+    LLM-Embedder's form (train.json, test.json) and DPR's (train.dpr.json).
+    """
+    rng = random.Random(0)
+    entities, people = world.make_entities(rng, 20, 10, held_out=False)
+    passages = [passage for entity in entities
+                for passage in world.write_passages(rng, entity, people)]
+    for index, passage in enumerate(passages):
+        passage["id"] = str(index)
+    folder = tmp_path_factory.mktemp("world")
+    rows = [f"{passage['id']}\t{passage['text']}\t{passage['title']}" for passage in passages]
+    world.write_lines(folder / "corpus.tsv", ["id\ttext\ttitle", *rows])
+    ranker = world.OverlapRanker(passages, blur=0.1)
+    records, dpr_records = [], []
+    for record in world.make_records(rng, "r", entities, ranker, 24, top_k=1):
+        gold = [passages[int(index)] for index in record["gold"]]
+        shared = {name: record[name] for name in ("id", "question", "answers")}
+        records.append(shared | {"pos": [f"{passage['title']} {passage['text']}"
+                                         for passage in gold],
+                                 "pos_index": [int(passage["id"]) for passage in gold]})
+        contexts = [{"title": passage["title"], "text": passage["text"],
+                     "passage_id": passage["id"]} for passage in gold]
+        dpr_records.append(shared | {"positive_ctxs": contexts, "hard_negative_ctxs": []})
+    for name, rows in (("train", records[:16]), ("test", records[16:]),
+                       ("train.dpr", dpr_records[:16])):
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    make_bert(folder / "bert")
+    return folder
+
+
+@pytest.fixture
+def run_recipe(launcher, tmp_path):
+    """A function(script, code=0, **settings) that runs a recipe into tmp_path / "out", and returns
+    (the lines it printed, those of its errors).
+    """
+    def start(script, code=0, **settings):
+        env = os.environ | {"OUT": str(tmp_path / "out"), "LAUNCH": launcher, "PYTHON": launcher,
+                            "GPUS": ""} | {name: str(value) for name, value in settings.items()}
+        process = subprocess.run(["sh", ROOT / "scripts" / script], env=env, timeout=200,
+                                 capture_output=True, text=True)
+        assert process.returncode == code, process.stdout + process.stderr
+        return process.stdout.splitlines(), process.stderr.splitlines()
+    return start
+
+
+def stages_run(lines):
+    """The stages that a recipe ran, by what it printed."""
+    return [line[3:] for line in lines if line.startswith("== ") and "done before" not in line]
+
+
+# ---------------------------------------------------------------- three iterations
+
+TINY = "--max_steps 2 --batch_size 4 --group_size 4 --num_warmup_steps 1 --num_workers 0 --bf16 false --lr 1e-3"
+
+
+def three_iterations(folder, train):
+    """The settings of scripts/3iter-*.sh on the small world."""
+    bert = folder / "bert"
+    return {"TRAIN": folder / train, "TEST": folder / "test.json", "CORPUS": folder / "corpus.tsv",
+            "MODEL": bert, "RANKER_MODEL": bert, "HITS": 60, "NEGATIVES": 6,
+            "RETRIEVER_FLAGS": TINY, "RANKER_FLAGS": TINY, "DISTILLED_FLAGS": TINY,
+            "SEARCH_FLAGS": "--num_workers 0 --bf16 false"}
+
+
+def test_three_iterations(small_world, run_recipe, tmp_path):
+    settings = three_iterations(small_world, "train.json")
+    lines, _ = run_recipe("3iter-nq.sh", code=-9, KILL_AT="collate_score", **settings)
+    assert stages_run(lines)[-1] == "ranker-scores" and len(stages_run(lines)) == 11
+    # the stage that was killed runs again, and what is behind it
+    lines, _ = run_recipe("3iter-nq.sh", **settings)
+    assert stages_run(lines) == ["ranker-scores", "retriever3", "retriever3-test"]
+    table = lines[-6:]
+    assert table[0].split() == ["nq@1", "nq@5", "nq@20", "nq@100"]
+    assert [line.split("(")[0].strip() for line in table[2:]] == [
+        "retriever 1", "retriever 2", "ranker", "retriever 3"]
+    out = tmp_path / "out"
+    bm25 = json.loads((out / "bm25.json").read_text())
+    assert table[1].split() == ["BM25", f"{100 * bm25['nq@1']:.2f}", f"{100 * bm25['nq@5']:.2f}",
+                                f"{100 * bm25['nq@20']:.2f}", "-"]
+
+    # each retriever has negatives of its own, the last one the ranker's scores of one positive and
+    # of the negatives
+    mined = [json.loads((out / f"train.neg.{name}.json").read_text().splitlines()[0])
+             for name in ("bm25", "retriever1", "retriever2")]
+    assert len({str(record["neg_index"]) for record in mined}) == 3
+    scored = json.loads((out / "train.neg.retriever2.scored.ranker.json").read_text()
+                        .splitlines()[0])
+    scores = scored.pop("teacher_scores")
+    assert scored == mined[2] and len(scores) == len(scored["pos"]) + 6
+    # the ranker orders what retriever 2 found
+    assert json.loads((out / "ranker.json").read_text())["nq@20"] == json.loads(
+        (out / "retriever2.json").read_text())["nq@20"]
+
+    # the same command does nothing again, and tells the same table
+    lines, _ = run_recipe("3iter-nq.sh", **settings)
+    assert not stages_run(lines) and lines[-6:] == table
+    _, errors = run_recipe("3iter-nq.sh", code=1, **settings | {"NEGATIVES": 5})
+    assert len(errors) == 1
+    assert "stage bm25-negatives" in errors[0] and "--max_neg_num 6, now --max_neg_num 5" in errors[0]
+    _, errors = run_recipe("3iter-nq.sh", code=1, **settings | {"CORPUS": tmp_path / "no.tsv"})
+    assert len(errors) == 1 and "no.tsv: no such file; scripts/get_data.sh" in errors[0]
+
+
+def test_three_iterations_of_records_in_dprs_form(small_world, run_recipe, tmp_path):
+    """The first stages, with the flags and measures of MS MARCO."""
+    settings = three_iterations(small_world, "train.dpr.json")
+    lines, _ = run_recipe("3iter-msmarco.sh", code=-9, KILL_AT="train_dense.py", **settings)
+    assert stages_run(lines) == ["bm25-test", "bm25-negatives", "retriever1"]
+    measures = json.loads((tmp_path / "out" / "bm25.json").read_text())
+    assert {"mrr@10", "ndcg@10", "recall@50", "recall@200"} < set(measures)
+    path = tmp_path / "out" / "train.neg.bm25.json"
+    assert len(json.loads(path.read_text().splitlines()[0])["hard_negative_ctxs"]) == 6
+    assert (tmp_path / "out" / "retriever1" / "model.safetensors").exists()
