@@ -15,7 +15,7 @@ import time
 
 from checkpoints import load_tokenizer, read_training_args
 from data import note_long_passages
-from files import check_paths, is_stream
+from files import check_paths, is_stream, write_json
 from model import FiDT5
 from predict import predict, summarize, write_predictions, write_scores
 from questions import note_contexts, read_records
@@ -49,6 +49,8 @@ def parse_args():
         help="cross-attention scores of the contexts: into the .jsonl of --pred and, if FILE is "
         "given (.json or .jsonl), as 'score' into the records (the given one is kept as "
         "'retrieval_score')")
+    add("--measures", metavar="FILE",
+        help="write EM and F1 as JSON, as fractions; of several --num_contexts the last one's")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
     add("--bf16", action="store_true", help="bfloat16 autocast")
@@ -86,7 +88,7 @@ def check_outputs(args):
     predictions = []
     if args.pred:
         predictions = [prediction_path(args, num_contexts) for num_contexts in args.num_contexts]
-    check_paths([*predictions, args.scores], [args.data, args.model])
+    check_paths([*predictions, args.scores, args.measures], [args.data, args.model])
     if (args.pred or "").endswith((".json", ".csv")):
         raise InputError(f"--pred {args.pred}: predictions are JSON lines (.jsonl) or separated by "
                          "tabs (.tsv)")
@@ -115,6 +117,8 @@ def main(args):
     model.config.passage_stride = args.max_length
 
     unscored = sum(not record["answers"] for record in records)
+    if args.measures and unscored == len(records):
+        raise InputError(f"--measures: no record of {args.data} has answers to be measured by")
     note = f", {unscored} of them without answers: predicted, not scored" if unscored else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.log(f"{len(records)} questions{note}; {parameters:,} parameters on {world.size} x "
@@ -147,6 +151,10 @@ def main(args):
     if args.scores and world.is_main:
         write_scores(args.scores, predictions, records)
         print(f"cross-attention scores of {num_contexts} contexts in {args.scores}")
+    if args.measures and world.is_main:
+        write_json(args.measures, {"questions": count, "num_contexts": num_contexts,
+                                   "em": em / 100, "f1": f1 / 100})
+        print(f"measures of {num_contexts} contexts in {args.measures}")
 
 
 if __name__ == "__main__":
