@@ -330,7 +330,7 @@ class FiDT5(nn.Module):
         start = torch.full((B, 1), self.start_token, device=memory.mask.device)
         layer_scores = []  # of (B, H, 1, M)
         self.decode(start, memory, raw_scores=layer_scores)
-        scores = torch.stack(layer_scores)                                      # (layers, B, H, 1, M)
+        scores = torch.stack(layer_scores)                                   # (layers, B, H, 1, M)
         if self.cross_bias is not None:
             scores = scores + self.cross_bias.position_bias(B, 1, 0)
         if kind == "attention":

@@ -39,8 +39,8 @@ def read_rows(path):
                     float(cell["mean"]), float(cell["lowest"]), float(cell["highest"])
             rows.append((row["name"], values))
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: is no table of recall@5 and em as scripts/table.py --json writes "
-                         "it; run make demo-loop") from None
+        raise InputError(f"{path}: is no table of recall@5 and em as scripts/table.py --json "
+                         "writes it; run make demo-loop") from None
     if not rows:
         raise InputError(f"{path}: holds no rows")
     return rows

@@ -16,8 +16,9 @@ WORK=${OUT:-out/loop}
 PYTHON=${PYTHON:-python}
 LAUNCH=${LAUNCH:-$PYTHON}
 GPUS=
-HITS=${HITS:-20}
-CONTEXTS=${CONTEXTS:-5}
+HITS=8        # what the teachers score
+TEST_HITS=20  # what is measured
+CONTEXTS=5    # what a reader reads
 ROOT=$(dirname "$0")/..
 WORLD=$WORK/world
 CORPUS=$WORLD/corpus.tsv
@@ -30,7 +31,7 @@ CUTOFFS="1 5 20"
 COLUMNS="recall@1 recall@5 recall@20"
 QRELS=$WORLD/qrels.test.tsv
 LENGTHS="--query_max_length 32 --key_max_length 110"
-export PYTHON LAUNCH GPUS HITS CONTEXTS CORPUS DEV TEST BM25_FLAGS METRICS CUTOFFS QRELS
+export PYTHON LAUNCH GPUS HITS TEST_HITS CONTEXTS CORPUS DEV TEST BM25_FLAGS METRICS CUTOFFS QRELS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
 
 set_flags() {  # SEED; what SMALL adds makes a test of this recipe small
@@ -40,7 +41,7 @@ set_flags() {  # SEED; what SMALL adds makes a test of this recipe small
 --seed $1 ${SMALL:-}"
     # beside the distillation: the passage that the teacher likes best against those of other questions
     TAUGHT="$LENGTHS $TRAINED --select_positive teacher --contrastive_weight 1 --group_size 4 \
---epochs 2"
+--epochs 3"
     READER="--max_length 110 --batch_size 8 --batch_size_val 64 --epochs 1 --lr 5e-4 \
 --num_warmup_steps 20 --dropout 0 --seed $1"
 }
@@ -86,6 +87,7 @@ teach_with_labels() {
     MODEL=$OUT/start
     RANKER_MODEL=$OUT/start
     OUT=$OUT/3iter
+    HITS=$TEST_HITS
     NEGATIVES=20
     MINING=
     SEARCH_FLAGS="--bf16 false $BM25_FLAGS"

@@ -14,8 +14,10 @@
 # among the first 5/20/100 passages of 73.8/84.3/89.3 % of NaturalQuestions' test questions, and of
 # 77.0/83.6/87.7 % of TriviaQA's. Not run here on either; make demo-loop runs it on a small world.
 #
-# The retriever goes on from round to round, the reader starts from READER_MODEL each time. HITS
-# passages are found for a question, the reader reads the first CONTEXTS of them and scores all.
+# The retriever's flags are those of FiD's README; 27.7 is the root of the size of its vectors, which
+# FiD's code divides scores by. The retriever goes on from round to round, the reader starts from
+# READER_MODEL each time. HITS passages are found for a question, the reader reads the first CONTEXTS
+# of them and scores all.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 DATA=${DATA:-data}
@@ -31,9 +33,10 @@ TEST=${TEST:-$DATA/NQ/test.json}
 CORPUS=${CORPUS:-$DATA/psgs_w100.tsv.gz}
 READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 --grad_accumulation 4 \
 --batch_size_val 4 --epochs 10 --lr 1e-4 --num_warmup_steps 1000 --dropout 0.1 --num_workers 3}
-RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---loss fid-kd --group_size 100 --batch_size 8 --lr 5e-5 --max_steps 20000 \
---num_warmup_steps 1000 --pooling_method mean --dense_metric ip \
---query_max_length 40 --key_max_length 200 --num_workers 3}
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---loss fid-kd --group_size 100 --batch_size 1 --lr 1e-4 \
+--max_steps 30000 --early_exit_steps 20000 --num_warmup_steps 1000 --pooling_method mean \
+--dense_metric ip --student_temperature 27.7 --query_max_length 40 --key_max_length 200 \
+--num_workers 3}
 . "$(dirname "$0")/rounds.sh"
 
 search_all 0

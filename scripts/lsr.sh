@@ -14,7 +14,9 @@
 # (readerN, emN.json).
 #
 # REPLUG retrieves 20 passages, refreshes its index every 3,000 updates of 64 queries, in all 25,000,
-# with both temperatures 0.1. Not run here at that size; make demo-loop runs it on a small world.
+# and has both temperatures 0.1. As its equation 4 is written, its softmax is of likelihoods; here it
+# is of their logarithms, with which the temperature 1 gives each passage the probability that the
+# answer came of it. Not run here at that size; make demo-loop runs it on a small world.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 DATA=${DATA:-data}
@@ -32,11 +34,12 @@ CORPUS=${CORPUS:-$DATA/psgs_w100.tsv.gz}
 READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 --grad_accumulation 4 \
 --batch_size_val 4 --epochs 10 --lr 1e-4 --num_warmup_steps 1000 --dropout 0.1 --num_workers 3}
 RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---loss kl --group_size 20 --batch_size 8 --lr 2e-5 --max_steps 3000 \
---pooling_method mean --dense_metric ip --teacher_temperature 0.1 --student_temperature 0.1 \
+--pooling_method mean --dense_metric ip --teacher_temperature 1 --student_temperature 0.1 \
 --num_workers 3}
 . "$(dirname "$0")/rounds.sh"
 
 search 0 train
+search 0 test
 for ((round = 1; round <= ROUNDS; round++)); do
     last=$((round - 1))
     stage "scores$round" $LAUNCH "$ROOT/lm_score.py" --eval_data "$OUT/contexts.$last.train.jsonl" \

@@ -6,9 +6,9 @@
         --query_encoder bert-base-uncased
 
 A retriever that has not been trained at all learns from them to match words and names, without
-questions or labels; distillation starts from it. After the cropping of Contriever (arXiv 2112.09118,
-section 3.1), with the whole document as the key, as the inverse cloze task has it where it leaves
-the sentence in. Half of the crops begin where the document does, with its title.
+questions or labels; distillation starts from it. After Contriever's cropping (arXiv 2112.09118,
+section 3.1), with the whole document as the key. Half of the crops begin where the document does,
+with its title.
 """
 import argparse
 import json

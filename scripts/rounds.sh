@@ -1,7 +1,7 @@
 # What scripts/fid-kd.sh and scripts/lsr.sh share; they source it, and say before what data, models
 # and flags. The retriever of round 0 is BM25. READER_FLAGS and RETRIEVER_FLAGS take the place of a
 # recipe's own; BM25_FLAGS, SEARCH_FLAGS, SCORE_FLAGS and TEST_FLAGS add to what is set. QRELS names
-# qrels of TEST, for METRICS other than nq.
+# qrels of TEST, for METRICS other than nq; TEST_HITS are found for its questions, in place of HITS.
 METRICS=${METRICS:-nq}
 CUTOFFS=${CUTOFFS:-1 5 20 100}
 GPUS=${GPUS-0,1,2,3,4,5,6,7}
@@ -18,7 +18,7 @@ need_file "$CORPUS" "scripts/get_data.sh passages fetches Wikipedia; CORPUS name
 mkdir -p "$OUT"
 
 search() {  # ROUND SPLIT: writes contexts.ROUND.SPLIT.jsonl, of test the measures, too
-    local round=$1 split=$2 questions=$TRAIN outputs=()
+    local round=$1 split=$2 questions=$TRAIN hits=$HITS outputs=()
     local method=(--query_encoder "$OUT/retriever$round" --index "$OUT/index" --overwrite_index)
     if [ "$round" = 0 ]; then
         method=(--retrieval_method bm25 --index "$OUT/bm25-index" ${BM25_FLAGS:-})
@@ -27,11 +27,12 @@ search() {  # ROUND SPLIT: writes contexts.ROUND.SPLIT.jsonl, of test the measur
         questions=$DEV
     elif [ "$split" = test ]; then
         questions=$TEST
+        hits=${TEST_HITS:-$HITS}
         outputs=(--metrics $METRICS --cutoffs $CUTOFFS ${QRELS:+--qrels "qrels=$QRELS"} \
             --measures "$OUT/retrieval$round.json")
     fi
     stage "contexts$round-$split" $LAUNCH "$ROOT/retrieve.py" "${method[@]}" --corpus "$CORPUS" \
-        --eval_data "$questions" --hits "$HITS" --output "$OUT/contexts.$round.$split.jsonl" \
+        --eval_data "$questions" --hits "$hits" --output "$OUT/contexts.$round.$split.jsonl" \
         "${outputs[@]}" ${SEARCH_FLAGS:-} --gpus "$GPUS"
 }
 
