@@ -218,8 +218,8 @@ def answer_question(args, text, corpus, index, model, tokenizer, world):
         prediction, = predict(model, [record], tokenizer, world, batch_size=1,
                               num_contexts=args.num_contexts, max_length=args.max_length,
                               answer_maxlength=args.answer_maxlength, num_beams=args.num_beams,
-                              with_scores="shares")
-    # logarithms of shares; a question without contexts is read alone, and has one as such
+                              with_scores="attention")
+    # the scores are logarithms of shares; a question that is read alone has one of its own
     shares = 100 * torch.tensor(prediction.context_scores).softmax(0)
     for context, share in zip(contexts, shares.tolist()):
         context["share"] = share

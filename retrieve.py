@@ -30,7 +30,12 @@ from retrieval import bm25
 from retrieval.corpus import open_corpus
 from retrieval.exact_search import merge_processes, part_range, search_vectors
 from retrieval.faiss_index import open_indices, search_indices
-from retrieval.fingerprint import await_index, check_fingerprint, fingerprint
+from retrieval.fingerprint import (
+    await_index,
+    check_fingerprint,
+    fingerprint,
+    remove_other_index,
+)
 from retrieval.flags import check_args, list_measures, parse_args, settle_defaults
 from retrieval.measures import mark_answers, measure, read_labels
 from retrieval.mining import (
@@ -143,6 +148,8 @@ def make_bm25_index(args, corpus, words, world):
     settings = {"model": "bm25", "k1": args.k1, "b": args.b, "stopwords": args.stopwords,
                 "stemmer": args.stemmer, "template": corpus.template}
     expected = fingerprint(corpus, None, settings, world)
+    if args.overwrite_index and world.is_main:
+        remove_other_index(args.index, expected)
     if world.is_main and not check_fingerprint(args.index, expected):
         with lock(args.index):
             # another command may have made it meanwhile
@@ -257,6 +264,8 @@ def open_vectors(args, corpus, model, collator, task, world):
                 "pooling": args.pooling_method, "separator": model.query_encoder.separator,
                 "instruction": collator.instruction(task)[1]}
     expected = fingerprint(corpus, args.key_encoder or args.query_encoder, settings, world)
+    if args.overwrite_index and world.is_main:
+        remove_other_index(args.index, expected)
 
     def tokenize(texts):
         return collator.keys(texts, [task] * len(texts))

@@ -15,7 +15,7 @@ import time
 
 from checkpoints import load_tokenizer
 from data import note_long_passages
-from files import check_paths, is_stream
+from files import check_paths, is_stream, write_json
 from predict import (
     ANSWER_MAXLENGTH,
     as_trained,
@@ -56,6 +56,11 @@ def parse_args():
         "the log of the context's posterior given the answer): into the .jsonl of --pred and, if "
         "FILE is given (.json or .jsonl), as 'score' into the records (the given one is kept as "
         "'retrieval_score')")
+    add("--measures", metavar="FILE",
+        help="write EM and F1 as JSON, as fractions; of several --num_contexts the last one's")
+    add("--score_kind", choices=["logits", "attention"], default="logits",
+        help="cross-attention scores: the mean of a passage's scores before the softmax (FiD-KD), "
+        "or the log of the attention that the passage gets (as in Atlas)")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
     add("--bf16", action="store_true", help="bfloat16 autocast")
@@ -84,7 +89,7 @@ def check_outputs(args):
     predictions = []
     if args.pred:
         predictions = [prediction_path(args, num_contexts) for num_contexts in args.num_contexts]
-    check_paths([*predictions, args.scores], [args.data, args.model])
+    check_paths([*predictions, args.scores, args.measures], [args.data, args.model])
     if (args.pred or "").endswith((".json", ".csv")):
         raise InputError(f"--pred {args.pred}: predictions are JSON lines (.jsonl) or separated by "
                          "tabs (.tsv)")
@@ -113,6 +118,8 @@ def main(args):
     model.prepare(args.max_length, args.answer_maxlength)
 
     unscored = sum(not record["answers"] for record in records)
+    if args.measures and unscored == len(records):
+        raise InputError(f"--measures: no record of {args.data} has answers to be measured by")
     note = f", {unscored} of them without answers: predicted, not scored" if unscored else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.log(f"{len(records)} questions{note}; {parameters:,} parameters on {world.size} x "
@@ -127,7 +134,7 @@ def main(args):
                               max_length=args.max_length, batch_size=args.batch_size,
                               num_workers=args.num_workers, num_beams=args.num_beams,
                               answer_maxlength=args.answer_maxlength, bf16=args.bf16,
-                              with_scores=args.scores is not None)
+                              with_scores=args.score_kind if args.scores is not None else False)
         em, f1, correct, count = summarize(predictions)
         speed = len(records) / (time.time() - start)
         if count:
@@ -146,6 +153,10 @@ def main(args):
     if args.scores and world.is_main:
         write_scores(args.scores, predictions, records)
         print(f"the reader's scores of {num_contexts} contexts in {args.scores}")
+    if args.measures and world.is_main:
+        write_json(args.measures, {"questions": count, "num_contexts": num_contexts,
+                                   "em": em / 100, "f1": f1 / 100})
+        print(f"measures of {num_contexts} contexts in {args.measures}")
 
 
 if __name__ == "__main__":

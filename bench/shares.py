@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Where a reader's attention goes: in how many of the questions that it answers right the passage
-with the highest score holds the answer, by both scores of model.py and by the retriever's.
+with the highest score holds the answer, by both kinds of scores (test.py --score_kind) and by the
+order of the contexts.
 
     python bench/shares.py out/demo toy/data/test.json
 """
@@ -48,17 +49,15 @@ def main(args):
     lengths = {name: as_trained(name, None, args.model, print)
                for name in ("num_contexts", "max_length")}
     model.prepare(lengths["max_length"], ANSWER_MAXLENGTH)
-    kinds = {"shares": "attention_shares (ask.py)",
-             True: "crossattention_scores (test.py --scores)"}
-    for kind, name in kinds.items():
+    for kind in ("attention", "logits"):
         predictions = predict(model, records, tokenizer, world, batch_size=16, with_scores=kind,
                               **lengths)
         num_holding, num_right = count_holding(records, predictions)
-        print(f"{name:42} {num_holding} of {num_right}")
+        print(f"{kind:17} {num_holding} of {num_right}")
     by_rank = [prediction._replace(context_scores=[0] * len(prediction.context_scores))
                for prediction in predictions]  # of equal scores the first passage is the best
     num_holding, num_right = count_holding(records, by_rank)
-    print(f"{'the first passage':42} {num_holding} of {num_right}")
+    print(f"the first passage {num_holding} of {num_right}")
 
 
 if __name__ == "__main__":

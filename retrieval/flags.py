@@ -93,6 +93,9 @@ def add_search_flags(add):
     add("--index", metavar="DIR",
         help="folder of the corpus's vectors and index, made or reused; not given: beside the "
              "corpus")
+    add("--overwrite_index", action="store_true",
+        help="replace an index in --index that was made of another model or corpus, or with other "
+             "settings, in place of refusing it")
     add("--dtype", choices=["float16", "float32"], default="float16",
         help="numbers of the stored vectors")
     add("--faiss_index_factory", default="Flat",

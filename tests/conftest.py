@@ -3,10 +3,12 @@ import functools
 import json
 import os
 import random
+import socketserver
 import string
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,42 @@ class ScriptServer:
 def start_server():
     """The ScriptServer of this test process; it ends with it."""
     return ScriptServer()
+
+
+# Stands in recipes for `python`: has the ScriptServer run a script. With KILL_AT in the environment
+# it then kills the recipe that called it by a command line with these words.
+LAUNCHER = """#!{python} -SE
+import json, os, signal, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect("{address}")
+    server.sendall(json.dumps([sys.argv[1:], os.getcwd()]).encode() + b"\\n")
+    code, stdout, stderr = json.load(server.makefile())
+sys.stdout.write(stdout)
+sys.stderr.write(stderr)
+sys.stdout.flush()
+if os.environ.get("KILL_AT", "nothing") in " ".join(sys.argv):
+    os.kill(os.getppid(), signal.SIGKILL)
+sys.exit(code)
+"""
+
+
+class LaunchHandler(socketserver.StreamRequestHandler):
+    """Answers LAUNCHER's request, ([script, arguments], folder), with (code, stdout, stderr)."""
+
+    def handle(self):
+        (script, *args), cwd = json.loads(self.rfile.readline())
+        self.wfile.write(json.dumps(start_server().run(script, args, cwd)).encode())
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """The path of a program that runs a script as `python` does, without its time to start."""
+    with tempfile.TemporaryDirectory() as folder:  # of a short name, as sockets need it
+        address = os.path.join(folder, "socket")
+        path = Path(folder) / "launcher"
+        path.write_text(LAUNCHER.format(python=sys.executable, address=address))
+        path.chmod(0o755)
+        with socketserver.UnixStreamServer(address, LaunchHandler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield str(path)
+            server.shutdown()

@@ -246,7 +246,7 @@ def test_attention_shares_are_sums_of_transformers_attentions(tiny):
     ids, mask, _ = random_batch()
     mask[0, 1, 4:] = False
     reader = FiDT5.from_pretrained(tiny).eval()
-    _, log_shares = reader.generate(ids, mask, 5, return_scores="shares")
+    _, log_shares = reader.generate(ids, mask, 5, return_scores="attention")
     t5 = T5ForConditionalGeneration.from_pretrained(tiny, attn_implementation="eager").eval()
     B, N, L = ids.shape
     with torch.no_grad():
