@@ -6,12 +6,30 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoints import read_training_args
 from data import eval_loader
 from files import new_file
 from metrics import exact_match, f1, has_answer
 from utils import gather_lists, progress_bar
 
 ANSWER_MAXLENGTH = 50  # most tokens of an answer, where no flag says otherwise
+# minFiD's defaults, for checkpoints that do not say
+UNKNOWN = {"num_contexts": 5, "max_length": 200}
+
+
+def as_trained(name, given, model, log):
+    """The number of contexts or the input length: as given, else as in the checkpoint's training,
+    else minFiD's; logs where the first two differ, or the second is unknown.
+
+    `given` may be a list of numbers, or None. Raises InputError for a broken args.json.
+    """
+    trained = read_training_args(model).get(name)
+    if given is None and trained is None:
+        log(f"note: {model} does not tell its {name}; taking {UNKNOWN[name]}, --{name} changes it")
+    elif given is not None and trained is not None and given not in (trained, [trained]):
+        log(f"warning: --{name} {str(given).strip('[]')}, but the checkpoint was trained with "
+            f"{trained}")
+    return given if given is not None else trained or UNKNOWN[name]
 
 
 class Prediction(NamedTuple):

@@ -14,6 +14,7 @@ questions only the index is made.
 import os
 import time
 from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,12 @@ from retrieval import bm25
 from retrieval.corpus import open_corpus
 from retrieval.exact_search import merge_processes, part_range, search_vectors
 from retrieval.faiss_index import open_indices, search_indices
-from retrieval.fingerprint import await_index, check_fingerprint, fingerprint
+from retrieval.fingerprint import (
+    await_index,
+    check_fingerprint,
+    fingerprint,
+    remove_other_index,
+)
 from retrieval.flags import check_args, list_measures, parse_args, settle_defaults
 from retrieval.measures import mark_answers, measure, read_labels
 from retrieval.mining import (
@@ -122,6 +128,11 @@ def search_bm25(args, corpus, questions, world):
     if not questions:
         return None
     index = bm25.load_index(args.index, len(corpus))
+    return search_words(args, index, words, questions, world)
+
+
+def search_words(args, index, words, questions, world):
+    """Results of questions in an open BM25 index; `words` is what bm25.open_words returns."""
     share = range(world.rank, len(questions), world.size)
     token_lists = bm25.tokenize_texts([questions[i].text for i in share], words)
     rows = []
@@ -137,6 +148,8 @@ def make_bm25_index(args, corpus, words, world):
     settings = {"model": "bm25", "k1": args.k1, "b": args.b, "stopwords": args.stopwords,
                 "stemmer": args.stemmer, "template": corpus.template}
     expected = fingerprint(corpus, None, settings, world)
+    if args.overwrite_index and world.is_main:
+        remove_other_index(args.index, expected)
     if world.is_main and not check_fingerprint(args.index, expected):
         with lock(args.index):
             # another command may have made it meanwhile
@@ -151,34 +164,54 @@ def make_bm25_index(args, corpus, words, world):
 
 # ---------------------------------------------------------------- dense retrieval
 
+class DenseIndex(NamedTuple):
+    """What dense retrieval opens once, before any question."""
+    model: BiEncoder
+    collator: GroupCollator
+    vectors: np.ndarray  # (N, D), memory-mapped
+    metric: str          # that the vectors are searched with: ip or l2
+    parts: list          # of a faiss index, as open_indices returns them; None: search is exact
+
+
 def search_dense(args, corpus, questions, world):
     """Dense retrieval: every process searches its part of the corpus for all questions.
 
     The main process merges the best of all parts.
     """
-    model, collator = open_retriever(args, corpus, world)
     tasks = sorted({question.task for question in questions}) or [args.task]
+    index = open_dense(args, corpus, tasks, world)
+    if not questions:
+        return None
+    query_vectors = encode_questions(args, index.model, index.collator, questions, world)
+    return search_query_vectors(args, index, query_vectors, world)
+
+
+def open_dense(args, corpus, tasks, world):
+    """The DenseIndex of the flags for questions of these tasks; encodes what is missing."""
+    model, collator = open_retriever(args, corpus, world)
     check_one_instruction(collator, tasks)
     log_instructions(args, collator, tasks, world.log)
 
     # any task will do for the documents: all have the same instruction before them
     vectors = open_vectors(args, corpus, model, collator, tasks[0], world)
     metric = "l2" if model.metric == "l2" else "ip"  # the vectors of cos have length 1
-    is_exact = args.faiss_index_factory == "Flat"
-    if not is_exact:
-        indices = open_indices(args.index, vectors, args.faiss_index_factory, metric,
-                               args.train_sample, args.seed, world)
-    if not questions:
-        return None
+    parts = None
+    if args.faiss_index_factory != "Flat":
+        parts = open_indices(args.index, vectors, args.faiss_index_factory, metric,
+                             args.train_sample, args.seed, world)
+    return DenseIndex(model, collator, vectors, metric, parts)
 
-    query_vectors = encode_questions(args, model, collator, questions, world)
-    if is_exact:
-        first, last = part_range(len(vectors), world.rank, world.size)
-        doc_indices, scores = search_vectors(vectors, query_vectors, first, last, args.hits, metric,
-                                             world.is_main)
+
+def search_query_vectors(args, index, query_vectors, world):
+    """Results of the questions' vectors (Q, D) on the main process, None on the others."""
+    if index.parts is None:
+        first, last = part_range(len(index.vectors), world.rank, world.size)
+        doc_indices, scores = search_vectors(index.vectors, query_vectors, first, last, args.hits,
+                                             index.metric, world.is_main)
     else:
         settings = {"nprobe": args.nprobe, "efSearch": args.efSearch}
-        doc_indices, scores = search_indices(indices, query_vectors, args.hits, metric, settings)
+        doc_indices, scores = search_indices(index.parts, query_vectors, args.hits, index.metric,
+                                             settings)
     doc_indices, scores = merge_processes(doc_indices, scores, args.hits, world)
     return Results(doc_indices, scores) if world.is_main else None
 
@@ -231,6 +264,8 @@ def open_vectors(args, corpus, model, collator, task, world):
                 "pooling": args.pooling_method, "separator": model.query_encoder.separator,
                 "instruction": collator.instruction(task)[1]}
     expected = fingerprint(corpus, args.key_encoder or args.query_encoder, settings, world)
+    if args.overwrite_index and world.is_main:
+        remove_other_index(args.index, expected)
 
     def tokenize(texts):
         return collator.keys(texts, [task] * len(texts))

@@ -13,16 +13,20 @@ import argparse
 import os
 import time
 
-from checkpoints import load_tokenizer, read_training_args
+from checkpoints import load_tokenizer
 from data import note_long_passages
-from files import check_paths, is_stream
-from predict import ANSWER_MAXLENGTH, predict, summarize, write_predictions, write_scores
+from files import check_paths, is_stream, write_json
+from predict import (
+    ANSWER_MAXLENGTH,
+    as_trained,
+    predict,
+    summarize,
+    write_predictions,
+    write_scores,
+)
 from questions import note_contexts, read_records
 from readers import add_prompt_flags, open_reader
 from utils import HelpFormatter, InputError, check_at_least, run_script, start_processes
-
-# minFiD's defaults, for checkpoints that do not say
-UNKNOWN = {"num_contexts": 5, "max_length": 200}
 
 
 def parse_args():
@@ -52,6 +56,11 @@ def parse_args():
         "the log of the context's posterior given the answer): into the .jsonl of --pred and, if "
         "FILE is given (.json or .jsonl), as 'score' into the records (the given one is kept as "
         "'retrieval_score')")
+    add("--measures", metavar="FILE",
+        help="write EM and F1 as JSON, as fractions; of several --num_contexts the last one's")
+    add("--score_kind", choices=["logits", "attention"], default="logits",
+        help="cross-attention scores: the mean of a passage's scores before the softmax (FiD-KD), "
+        "or the log of the attention that the passage gets (as in Atlas)")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
     add("--bf16", action="store_true", help="bfloat16 autocast")
@@ -65,18 +74,9 @@ def choose_lengths(args, log):
 
     Raises InputError if a value is out of range.
     """
-    trained_args = read_training_args(args.model)
-    for name, default in UNKNOWN.items():
-        given, trained = getattr(args, name), trained_args.get(name)
-        if given is None:
-            value = trained or default
-            setattr(args, name, [value] if name == "num_contexts" else value)
-            if trained is None:
-                log(f"note: {args.model} does not tell its {name}; taking {value}, --{name} "
-                    "changes it")
-        elif trained is not None and given not in (trained, [trained]):
-            log(f"warning: --{name} {str(given).strip('[]')}, but the checkpoint was trained with "
-                f"{trained}")
+    args.max_length = as_trained("max_length", args.max_length, args.model, log)
+    num_contexts = as_trained("num_contexts", args.num_contexts, args.model, log)
+    args.num_contexts = num_contexts if isinstance(num_contexts, list) else [num_contexts]
     if min(args.num_contexts) < 0:
         raise InputError("--num_contexts must be 0 or more")
     check_at_least(args, {"max_length": 1, "batch_size": 1, "num_beams": 1, "num_workers": 0,
@@ -89,7 +89,7 @@ def check_outputs(args):
     predictions = []
     if args.pred:
         predictions = [prediction_path(args, num_contexts) for num_contexts in args.num_contexts]
-    check_paths([*predictions, args.scores], [args.data, args.model])
+    check_paths([*predictions, args.scores, args.measures], [args.data, args.model])
     if (args.pred or "").endswith((".json", ".csv")):
         raise InputError(f"--pred {args.pred}: predictions are JSON lines (.jsonl) or separated by "
                          "tabs (.tsv)")
@@ -118,6 +118,8 @@ def main(args):
     model.prepare(args.max_length, args.answer_maxlength)
 
     unscored = sum(not record["answers"] for record in records)
+    if args.measures and unscored == len(records):
+        raise InputError(f"--measures: no record of {args.data} has answers to be measured by")
     note = f", {unscored} of them without answers: predicted, not scored" if unscored else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.log(f"{len(records)} questions{note}; {parameters:,} parameters on {world.size} x "
@@ -132,7 +134,7 @@ def main(args):
                               max_length=args.max_length, batch_size=args.batch_size,
                               num_workers=args.num_workers, num_beams=args.num_beams,
                               answer_maxlength=args.answer_maxlength, bf16=args.bf16,
-                              with_scores=args.scores is not None)
+                              with_scores=args.score_kind if args.scores is not None else False)
         em, f1, correct, count = summarize(predictions)
         speed = len(records) / (time.time() - start)
         if count:
@@ -151,6 +153,10 @@ def main(args):
     if args.scores and world.is_main:
         write_scores(args.scores, predictions, records)
         print(f"the reader's scores of {num_contexts} contexts in {args.scores}")
+    if args.measures and world.is_main:
+        write_json(args.measures, {"questions": count, "num_contexts": num_contexts,
+                                   "em": em / 100, "f1": f1 / 100})
+        print(f"measures of {num_contexts} contexts in {args.measures}")
 
 
 if __name__ == "__main__":

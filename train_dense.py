@@ -7,9 +7,13 @@ it on the way.
         --queries queries.jsonl --positives qrels=train.tsv,min_score=1 \
         --negatives qrels=mined.tsv --group_size 8 --eval_qrels qrels=dev.tsv
 
+    python train_dense.py --output_dir OUT --train_data scored.json --loss fid-kd \
+        --query_encoder retriever    # scored.json: test.py READER FILE --scores scored.json
+
 Losses: InfoNCE over the keys of all processes (DPR, arXiv 2004.04906), distillation from teacher
-scores (LLM-Embedder, arXiv 2310.07554), graded labels. Written: OUT (a sentence-transformers
-folder), OUT.jsonl (a row per report), OUT.state (for --resume).
+scores (LLM-Embedder, arXiv 2310.07554), from a reader's cross-attention (FiD-KD, arXiv 2012.04584)
+or a language model's likelihood (REPLUG, arXiv 2301.12652), graded labels. Written: OUT (a
+sentence-transformers folder), OUT.jsonl (a row per report), OUT.state (for --resume).
 """
 import copy
 import math
@@ -135,7 +139,8 @@ def distillation_loss(flags, scores, groups, teacher):
     """The loss of the queries that have teacher scores (Q, G); scores (Q, K), groups (Q, G)."""
     own_scores = scores.gather(1, groups)                                                # (Q, G)
     if flags.loss == "fid-kd":
-        return losses.fid_kd(own_scores, teacher)
+        return losses.fid_kd(own_scores, teacher, flags.teacher_temperature,
+                             flags.student_temperature)
     if flags.stable_distill:
         return losses.stable_distillation(scores, groups, teacher, flags.teacher_temperature)
     return losses.distillation(own_scores, teacher, flags.teacher_temperature,

@@ -202,7 +202,7 @@ def identity(key, text):
     if isinstance(key, int):
         name = f"document {key}"
     elif isinstance(key, dict):
-        name = str(key.get("passage_id", text))
+        name = str(key.get("passage_id", key.get("id", text)))
     else:
         name = text
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()

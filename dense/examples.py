@@ -2,9 +2,9 @@
 visit of one trains on.
 
 LLM-Embedder's records (query, pos, neg, history, teacher_scores, task), DPR's (question,
-positive_ctxs, hard_negative_ctxs, negative_ctxs), or a corpus, queries and TREC or BEIR qrels with
-Trove's filters. A key is a text, a dictionary for the key template, or the index of a document
-whose text stays in the corpus's file.
+positive_ctxs, hard_negative_ctxs, negative_ctxs), the reader's with scores of their ctxs, or a
+corpus, queries and TREC or BEIR qrels with Trove's filters. A key is a text, a dictionary for the
+key template, or the index of a document whose text stays in the corpus's file.
 """
 import argparse
 import math
@@ -34,13 +34,15 @@ TRAIN_CONFIG_DEFAULTS = {"select_positive": "first", "select_negative": "random"
 # the remedy where there is none
 MAKE_POSITIVES = ("retrieve.py --metrics collate_pos makes records with positives of questions and "
                   "answers")
+MAKE_SCORES = ("test.py --scores FILE writes a reader's scores of the 'ctxs', lm_score.py writes "
+               "'teacher_scores'; --reader_scores takes the 'score' of FiD's own files")
 
 
 class Example(NamedTuple):
     """A query with its pools of keys.
 
-    scores: one per key, those of pos first, or None. They are a teacher's, or relevance labels if
-    pos is empty.
+    scores: one per key, those of pos first, or None. They are a teacher's, or relevance labels; pos
+    is empty where nobody has said which keys are right.
     """
     query: str
     pos: list
@@ -126,27 +128,31 @@ def graded_examples(corpus, queries, graded, group_size, source="the qrels"):
 
 # ---------------------------------------------------------------- records
 
-def read_examples(path, template="{title} {text}"):
-    """The examples of a file of LLM-Embedder's or DPR's records.
+def read_examples(path, template="{title} {text}", reader_scores=False, distills=False):
+    """The examples of a file of LLM-Embedder's, DPR's or scored reader's records.
 
-    Raises InputError with the location of a wrong field, or of a key that lacks a column of the
-    template.
+    reader_scores, distills: see trains_on_contexts. Raises InputError with the location of a wrong
+    field, or of a key that lacks a column of the template.
     """
     refuse_table(path, MAKE_POSITIVES)
-    examples = [make_example(record, location, template) for record, location in read_json(path)]
+    examples = [make_example(record, location, template, reader_scores, distills)
+                for record, location in read_json(path)]
     if not examples:
         raise InputError(f"{path}: holds no records")
     return examples
 
 
-def make_example(record, location, template):
+def make_example(record, location, template, reader_scores=False, distills=False):
     """The Example of a record. Raises InputError."""
     query = question_text(record, location)
-    check_types(record, location, [*LIST_FIELDS, "history"])
-    if record.get("positive_ctxs") is not None:  # DPR's
+    check_types(record, location, [*LIST_FIELDS, "history", "ctxs"])
+    if trains_on_contexts(record, reader_scores, distills):
+        pos = []                                 # nobody says which one is right
+        neg, scores = score_contexts(record, location, reader_scores)
+    elif record.get("positive_ctxs") is not None:  # DPR's
         pos = record["positive_ctxs"][:1]
         neg = record.get("hard_negative_ctxs") or record.get("negative_ctxs")
-        scores = None
+        scores = record.get("teacher_scores")
     elif record.get("history") is not None:      # LLM-Embedder's chat and lrlm
         pos = []  # the teacher will choose the positive
         neg = record["history"]
@@ -163,31 +169,70 @@ def make_example(record, location, template):
     return Example(query, pos, neg, scores, record.get("task") or "", location)
 
 
+def trains_on_contexts(record, reader_scores, distills):
+    """True if a record's keys are its `ctxs`: it has no others, or they have a reader's scores to
+    be distilled and the others have none.
+    """
+    if not record.get("ctxs"):
+        return False
+    if not any(record.get(name) for name in ("positive_ctxs", "history", "pos", "neg")):
+        return True
+    is_scored = reader_scores or any("retrieval_score" in context for context in record["ctxs"])
+    return distills and is_scored and record.get("teacher_scores") is None
+
+
+def score_contexts(record, location, reader_scores):
+    """(contexts, their scores or None) of a reader's record, a group to distil as it stands.
+
+    The scores are the record's `teacher_scores`, one per context, or the contexts' own `score`. A
+    retriever must not learn from its own scores: `score` counts only where test.py --scores has set
+    it, which keeps the retriever's as `retrieval_score` and leaves contexts that the reader has not
+    read without one, or where the caller knows by `reader_scores` that it is the reader's, as in
+    the files that FiD's code writes. Raises InputError for a context without such a score.
+    """
+    contexts = record["ctxs"]
+    if record.get("teacher_scores") is not None:
+        return contexts, record["teacher_scores"]
+    if not reader_scores:
+        contexts = [context for context in contexts if "retrieval_score" in context]
+    if not contexts:
+        return record["ctxs"], None
+    scores = [context.get("score") for context in contexts]
+    if None in scores:
+        raise InputError(f"{location}: context {scores.index(None)} has no 'score' of a reader; "
+                         f"{MAKE_SCORES}")
+    return contexts, scores
+
+
 def read_scores(scores, pos, neg, location):
     """Teacher scores as floats. Raises InputError if they are not a list of a number per key."""
     if not isinstance(scores, list):
         raise InputError(f"{location}: 'teacher_scores' must be a list, it is {shorten(scores)}")
     if len(scores) != len(pos) + len(neg):
         raise InputError(f"{location}: {len(scores)} teacher_scores for {len(pos)} positives and "
-                         f"{len(neg)} negatives (or history); there must be one per key, "
+                         f"{len(neg)} negatives (or history, or ctxs); there must be one per key, "
                          "positives first")
     try:
         return [to_number(score) for score in scores]
     except ValueError as error:
-        raise InputError(f"{location}: 'teacher_scores' must be finite numbers "
+        raise InputError(f"{location}: teacher scores must be finite numbers "
                          f"({first_line(error)})") from None
 
 
 # ---------------------------------------------------------------- what can be trained on
 
 def filter_examples(examples, group_size, select_positive, margin=None, least=None,
-                    in_batch_only=False):
+                    in_batch_only=False, needs_positive=True):
     """(the examples that can be trained on, {reason: (number of the others, location of the
-    first)}), by LLM-Embedder's rules.
+    first)}), by LLM-Embedder's rules; a distillation alone needs no positive, see is_unlabelled.
     """
     kept, dropped = [], {}
     for example in examples:
-        reason = reason_to_drop(example, group_size, select_positive, margin, least, in_batch_only)
+        if not needs_positive and is_unlabelled(example, select_positive):
+            reason = reason_to_drop_unlabelled(example, group_size, margin, least)
+        else:
+            reason = reason_to_drop(example, group_size, select_positive, margin, least,
+                                    in_batch_only)
         if reason is None:
             kept.append(example)
         else:
@@ -205,11 +250,32 @@ def reason_to_drop(example, group_size, select_positive, margin, least, in_batch
     least_negatives = 1 if example.pos else 2  # one of the two becomes the positive
     if group_size > 1 and not in_batch_only and len(example.neg) < least_negatives:
         return "no negative"
-    if has_scores and least is not None and max(example.scores) < least:
+    return reason_by_scores(example.scores, margin, least) if has_scores else None
+
+
+def reason_by_scores(scores, margin, least):
+    """Why an example with these teacher scores cannot be trained on, or None if it can."""
+    if least is not None and max(scores) < least:
         return "highest teacher score below --teacher_scores_min"
-    if has_scores and margin is not None and max(example.scores) - min(example.scores) < margin:
+    if margin is not None and max(scores) - min(scores) < margin:
         return "teacher scores closer than --teacher_scores_margin"
     return None
+
+
+def is_unlabelled(example, select_positive):
+    """True for keys none of which is a positive, nor chosen as one by its score: a distillation
+    alone takes them as they are.
+    """
+    return not example.pos and select_positive != "teacher"
+
+
+def reason_to_drop_unlabelled(example, group_size, margin, least):
+    """Why an example without a positive cannot be distilled, or None if it can."""
+    if not example.scores:
+        return "no teacher scores"
+    if len(example.neg) < group_size:
+        return "fewer scored keys than --train_group_size"
+    return reason_by_scores(example.scores, margin, least)
 
 
 def read_training(args, corpus, queries, log):
@@ -218,7 +284,8 @@ def read_training(args, corpus, queries, log):
     Raises InputError if nothing is left, or teacher scores are missing.
     """
     if args.train_data:
-        datasets = [read_examples(path, args.key_template) for path in args.train_data]
+        datasets = [read_examples(path, args.key_template, args.reader_scores, distills_only(args))
+                    for path in args.train_data]
     else:
         datasets = [read_qrels_examples(args, corpus, queries)]
     tasks = {examples[0].task for examples in datasets if examples}
@@ -233,13 +300,15 @@ def read_training(args, corpus, queries, log):
         examples = drop_examples(examples, args, flags, log)
         if not examples:
             source = args.train_data[index] if args.train_data else name_qrels(args)
+            if not has_positives and distills_only(flags):
+                raise InputError(f"{source}: no record has teacher scores; {MAKE_SCORES}")
             if not has_positives:
                 raise InputError(f"{source}: no record has a positive ('pos', 'positive_ctxs', or "
                                  f"'history' with teacher_scores); {MAKE_POSITIVES}")
             raise InputError(f"{source}: no example is left to train on")
         check_teacher(examples, flags)
         data.examples.extend(examples)
-        data.group_rules.extend([make_group_rule(args, flags)] * len(examples))
+        data.group_rules.extend(make_group_rule(args, flags, example) for example in examples)
         data.dataset_sizes.append(len(examples))
         data.task_flags.update({example.task: flags for example in examples})
     return data
@@ -286,27 +355,32 @@ def drop_examples(examples, args, flags, log):
     if not args.graded:
         examples, dropped = filter_examples(examples, args.train_group_size, flags.select_positive,
                                             flags.teacher_scores_margin, flags.teacher_scores_min,
-                                            has_only_in_batch_negatives(args))
+                                            has_only_in_batch_negatives(args),
+                                            not distills_only(flags))
         for reason, (count, first_location) in dropped.items():
             log(f"{count} records dropped: {reason}, first {first_location}")
     return examples[:flags.max_sample_num]
 
 
+def distills_only(flags):
+    """True if --loss names a distillation, which needs scores and no positives."""
+    return flags.loss in ("kl", "fid-kd")
+
+
 def check_teacher(examples, flags):
     """Raises InputError if the loss needs teacher scores and no example has any."""
-    if flags.loss:
-        needs_teacher = flags.loss in ("kl", "fid-kd")
-    else:
-        needs_teacher = not flags.contrastive_weight
+    needs_teacher = distills_only(flags) or not (flags.loss or flags.contrastive_weight)
     if needs_teacher and not any(example.scores for example in examples):
         raise InputError(f"{examples[0].location}: without teacher_scores only InfoNCE can be "
                          "trained; give --loss infonce")
 
 
-def make_group_rule(args, flags):
-    """The GroupRule of the examples of a dataset with these flags."""
+def make_group_rule(args, flags, example):
+    """The GroupRule of an example of a dataset with these flags."""
     group_size = 1 if has_only_in_batch_negatives(args) else args.train_group_size
-    select_positive = "graded" if args.graded else flags.select_positive
+    select_positive = flags.select_positive
+    if args.graded or distills_only(flags) and is_unlabelled(example, select_positive):
+        select_positive = "none"
     return GroupRule(group_size, select_positive, flags.select_negative, flags.stable_distill)
 
 
@@ -317,16 +391,18 @@ def choose_group(example, rule, rng):
     LLM-Embedder's rules.
 
     select_positive   first or random of pos; teacher: the highest score of all keys; teacher-pos:
-                      the highest of pos; graded: no positive, but a random group of the labelled
-                      keys
+                      the highest of pos; none: no positive, the keys are chosen as negatives are
     select_negative   first, random, teacher+ (highest scores) or teacher- (lowest); scarce
                       negatives are repeated
     stable            sorts the negatives by falling score, as stabilized distillation expects them
     """
     keys = example.pos + example.neg
     scores = example.scores
-    if rule.select_positive == "graded":
-        group = rng.sample(range(len(keys)), rule.group_size)
+    if rule.select_positive == "none":
+        group = choose_negatives(list(range(len(keys))), scores, rule.group_size,
+                                 rule.select_negative, rng)
+        if rule.stable:
+            group.sort(key=lambda index: scores[index], reverse=True)
     else:
         positive = choose_positive(example, rule.select_positive, rng)
         candidates = [index for index in range(len(example.pos), len(keys)) if index != positive]

@@ -35,7 +35,8 @@ def parse_args(description):
 def add_data_flags(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_data", nargs="+", default=[], metavar="FILE",
-        help="records of LLM-Embedder or DPR; named twice, a file counts twice")
+        help="records of LLM-Embedder or DPR, or a reader's with the scores that test.py --scores "
+        "or lm_score.py wrote; named twice, a file counts twice")
     add("--corpus", nargs="+", metavar="FILE",
         help="documents: .tsv or .csv with a header, BEIR's .jsonl or JSON lines, may end in .gz")
     add("--queries", nargs="+", default=[], metavar="FILE",
@@ -130,7 +131,10 @@ def add_loss_flags(parser):
     add("--select_positive", choices=["first", "random", "teacher", "teacher-pos"], default="first",
         help="which positive")
     add("--select_negative", choices=["first", "random", "teacher+", "teacher-"], default="random",
-        help="which negatives")
+        help="which negatives; where a distillation alone has no positive, which keys")
+    add("--reader_scores", action="store_true",
+        help="take the 'score' of ctxs for a reader's where the file does not say so by "
+        "'retrieval_score', as FiD's own files with cross-attention scores do not")
     add("--teacher_scores_margin", type=float, help="drop records whose teacher scores lie closer")
     add("--teacher_scores_min", type=float,
         help="drop records whose highest teacher score is lower")

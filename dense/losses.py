@@ -50,13 +50,14 @@ def stable_distillation(scores, groups, teacher_scores, teacher_temperature=1.0)
     return (weights * losses).sum(1).mean()
 
 
-def fid_kd(scores, reader_scores):
+def fid_kd(scores, reader_scores, teacher_temperature=1.0, student_temperature=1.0):
     """Distillation from the reader's cross-attention, averaged over queries and keys as FiD's code
     does (arXiv 2012.04584).
 
     scores, reader_scores (Q, G). It is distillation() divided by G.
     """
-    return distillation(scores, reader_scores) / scores.shape[1]
+    return distillation(scores, reader_scores, teacher_temperature,
+                        student_temperature) / scores.shape[1]
 
 
 def duplicates(identities, positives):

@@ -2,12 +2,13 @@
 import hashlib
 import os
 
-from files import read_settings
+from files import lock, read_settings, unwritable
 from utils import InputError, gather_lists, shorten, wait_for_all
 
 WINDOW = 65536        # bytes
 CORPUS_WINDOWS = 256  # windows of a corpus's file that are hashed: it may have many gigabytes
 WEIGHT_ENDINGS = (".safetensors", ".bin", "config.json")
+INDEX_ENDINGS = (".npy", ".faiss", ".json")  # of an index's own files, bm25s's too
 TOKENIZER_BEGINNINGS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens")
 
 
@@ -91,6 +92,23 @@ def check_fingerprint(folder, expected):
                          f"{shorten(given.get(first))}, now {shorten(expected[first])}); give "
                          "the flags it was made with, another --index folder, or delete this one")
     return True
+
+
+def remove_other_index(folder, expected):
+    """Removes the files of the folder's index if it has another fingerprint, index.json last: what
+    kill -9 leaves is still known as another one's. Raises InputError if they cannot be removed.
+    """
+    path = os.path.join(folder, "index.json")
+    given = read_settings(path)
+    if "documents" not in given or all(given.get(name) == expected[name] for name in expected):
+        return
+    with lock(folder):
+        names = [name for name in os.listdir(folder) if name.endswith(INDEX_ENDINGS)]
+        try:
+            for name in sorted(names, key=lambda name: name == "index.json"):
+                os.remove(os.path.join(folder, name))
+        except OSError as error:
+            raise unwritable(folder, error, "give another --index folder") from None
 
 
 def await_index(folder, expected, world):

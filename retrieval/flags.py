@@ -40,6 +40,11 @@ def add_data_flags(parser):
         help="queries in BEIR's form, in place of --eval_data")
     add("--qrels", action="append", default=[], metavar="qrels=FILE",
         help="labels to measure with, with train_dense.py's filters")
+    add_corpus_flags(add)
+
+
+def add_corpus_flags(add):
+    """Adds what the texts of documents and questions depend on, by the function of a group."""
     add("--corpus", nargs="+", metavar="FILE",
         help="documents: a .tsv or .csv with a header, as psgs_w100.tsv, BEIR's .jsonl or JSON "
              "lines, may end in .gz; scripts/make_corpus.py makes one of text files")
@@ -59,6 +64,7 @@ def add_data_flags(parser):
         help="whose instructions; not given: the checkpoint's, else by its name")
     add("--pair_types", action="store_true",
         help="token type 1 after a text's first [SEP], for minDPR's file; our folders state it")
+    add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
 
 
 def add_method_flags(parser):
@@ -71,14 +77,25 @@ def add_method_flags(parser):
     add("--hits", type=int, default=200, help="documents per query")
     add("--query_encoder", default="BAAI/bge-base-en",
         help="retriever (dense, rank) or, with --ranker, cross-encoder; the default is for English")
-    add("--key_encoder", help="encoder of the documents, if it is a checkpoint of its own")
     add("--ranker", action="store_true", help="rank with a cross-encoder")
+    add("--fusion", choices=["rrf", "weighted"], default="rrf",
+        help="reciprocal rank, or sum of scores scaled to 0 .. 1")
+    add("--fusion_weights", type=float, nargs="+", help="one per result; not given: equal")
+    add_search_flags(add)
+
+
+def add_search_flags(add):
+    """Adds what dense retrieval and BM25 are told of encoders and indices."""
+    add("--key_encoder", help="encoder of the documents, if it is a checkpoint of its own")
     add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
     add("--pooling_method", choices=["cls", "mean", "last"],
         help="not given: the checkpoint's, else cls")
     add("--index", metavar="DIR",
         help="folder of the corpus's vectors and index, made or reused; not given: beside the "
              "corpus")
+    add("--overwrite_index", action="store_true",
+        help="replace an index in --index that was made of another model or corpus, or with other "
+             "settings, in place of refusing it")
     add("--dtype", choices=["float16", "float32"], default="float16",
         help="numbers of the stored vectors")
     add("--faiss_index_factory", default="Flat",
@@ -95,9 +112,6 @@ def add_method_flags(parser):
              "es ...), or none")
     add("--stemmer",
         help="language whose PyStemmer stemmer BM25 uses (needs the package PyStemmer)")
-    add("--fusion", choices=["rrf", "weighted"], default="rrf",
-        help="reciprocal rank, or sum of scores scaled to 0 .. 1")
-    add("--fusion_weights", type=float, nargs="+", help="one per result; not given: equal")
 
 
 def add_output_flags(parser):
@@ -114,7 +128,6 @@ def add_output_flags(parser):
     add("--filter_answers", default=False, **SWITCH,
         help="collate_neg leaves out passages that hold an answer")
     add("--measures", metavar="FILE", help="write the measures as JSON")
-    add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
 
 
 def add_run_flags(parser):
@@ -169,12 +182,8 @@ def read_stated_flags(model):
 
 def check_args(args):
     """Rejects invalid combinations of flags before anything is read. Raises InputError."""
-    check_templates(args)
-    counts = ("hits", "max_neg_num", "train_sample", "nprobe", "efSearch")
-    check_at_least(args, dict.fromkeys(counts, 1))
-    check_at_least(args, {"query_max_length": 3, "key_max_length": 3, "num_workers": 0, "k1": 0,
-                          "b": 0})
-    check_seed(args)
+    check_search(args)
+    check_at_least(args, {"hits": 1, "max_neg_num": 1})
     if not all(map(math.isfinite, args.fusion_weights or [])):
         raise InputError("--fusion_weights must be finite numbers")
     if min(args.cutoffs) < 1:
@@ -188,6 +197,18 @@ def check_args(args):
     outputs += [collated_paths(args)[kind] for kind in list_collated(args)]
     check_paths(outputs, [args.eval_data, *args.queries, *args.results, *args.corpus, args.index,
                           args.query_encoder, args.key_encoder])
+
+
+def check_search(args):
+    """Raises InputError for flags of corpus and search that cannot be used."""
+    check_templates(args)
+    check_at_least(args, dict.fromkeys(("train_sample", "nprobe", "efSearch"), 1))
+    check_at_least(args, {"query_max_length": 3, "key_max_length": 3, "num_workers": 0, "k1": 0,
+                          "b": 0})
+    check_seed(args)
+    if args.faiss_index_factory == "Flat" and (args.nprobe or args.efSearch):
+        raise InputError("--nprobe and --efSearch are for approximate indices; name one with "
+                         "--faiss_index_factory")
 
 
 def list_measures(args):
@@ -239,9 +260,6 @@ def check_corpus(args):
 def check_method(args):
     """Raises InputError for flags that are for another --retrieval_method."""
     method = args.retrieval_method
-    if args.faiss_index_factory == "Flat" and (args.nprobe or args.efSearch):
-        raise InputError("--nprobe and --efSearch are for approximate indices; name one with "
-                         "--faiss_index_factory")
     if args.ranker and method != "rank":
         raise InputError("--ranker scores given candidates: use --retrieval_method rank")
     if args.results and method not in ("rank", "fuse"):

@@ -25,15 +25,18 @@ def list_candidates(record, scored=False):
 
         keys            document indices
         key             key_index
+        positive_ctxs   none: DPR's form, see dpr_candidates
         history         history_index
         pos and neg     pos_index and neg_index
 
     The indices are None unless every candidate has one. With `scored` the candidates are those
     that teacher_scores belong to in training: `key` then comes last.
     """
-    has_others = any(record.get(field) for field in ("history", "pos", "neg"))
+    has_others = any(record.get(field) for field in ("positive_ctxs", "history", "pos", "neg"))
     if record.get("key") is not None and not (scored and has_others):
         fields = ["key"]
+    elif record.get("positive_ctxs") is not None:
+        return dpr_candidates(record), None
     elif record.get("history") is not None:
         fields = ["history"]
     else:
@@ -45,11 +48,19 @@ def list_candidates(record, scored=False):
     return keys, doc_indices if len(doc_indices) == len(keys) else None
 
 
+def dpr_candidates(record):
+    """What train_dense.py takes of a record in DPR's form: the first of positive_ctxs, and the
+    hard_negative_ctxs or else the negative_ctxs.
+    """
+    negatives = record.get("hard_negative_ctxs") or record.get("negative_ctxs") or []
+    return record["positive_ctxs"][:1] + negatives
+
+
 def check_candidates(questions, corpus, template, need_indices, scored=False):
     """Raises InputError for candidates that are no keys, or lack a document index they need."""
     if questions and not any(has_candidates(question.record) for question in questions):
-        raise InputError("no question has candidates, in 'key', 'history', or 'pos' and 'neg'; "
-                         "give some, or rank an earlier result with --results")
+        raise InputError("no question has candidates, in 'key', 'positive_ctxs', 'history', or "
+                         "'pos' and 'neg'; give some, or rank an earlier result with --results")
     for question in questions:
         check_types(question.record, question.location,
                     ["key", "key_index", "history", "history_index"])
@@ -65,7 +76,7 @@ def check_candidates(questions, corpus, template, need_indices, scored=False):
 
 def has_candidates(record):
     """True if one of the fields of list_candidates holds some."""
-    return any(record.get(field) for field in ("key", "history", "pos", "neg"))
+    return any(record.get(field) for field in ("key", "positive_ctxs", "history", "pos", "neg"))
 
 
 def check_indices(question, doc_indices, corpus):

@@ -8,8 +8,9 @@
 #
 # Names: fid-nq and fid-tqa (all that FiD's own get-data.sh fetches for one of them: questions, splits,
 # the ids of 100 passages per question, and Wikipedia's passages), nq-open, triviaqa, passages, dpr-nq,
-# dpr-nq-qa, dpr-nq-model, and FiD's nq-reader-base, nq-reader-large, nq-retriever, tqa-reader-base,
-# tqa-reader-large, tqa-retriever.
+# dpr-nq-qa, dpr-nq-model, FiD's nq-reader-base, nq-reader-large, nq-retriever, tqa-reader-base,
+# tqa-reader-large, tqa-retriever, and llm-embedder (16.9 GB: the training and test files of its six
+# tasks with their corpora, but for that of conversational search).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 OUT=${OUT:-data}
@@ -46,6 +47,8 @@ print_addresses() {  # of the files of one data set
             echo $dpr/checkpoint/retriever/single/nq/hf_bert_base.cp ;;
         nq-reader-base | nq-reader-large | nq-retriever | tqa-reader-base | tqa-reader-large | tqa-retriever)
             echo "$fid/pretrained_models/${1//-/_}.tar.gz" ;;
+        llm-embedder)
+            echo https://huggingface.co/datasets/namespace-Pt/projects/resolve/main/llm-embedder.tar.gz ;;
         *)
             echo "error: no data set is named $1; see the head of $0" >&2
             return 1 ;;

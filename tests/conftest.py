@@ -3,10 +3,12 @@ import functools
 import json
 import os
 import random
+import socketserver
 import string
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -110,10 +112,10 @@ def command(script, *args, processes=1):
     return launch + [str(ROOT / script), *map(str, args)]
 
 
-def run(script, *args, processes=1, code=0, cwd=None):
+def run(script, *args, processes=1, code=0, cwd=None, stdin=""):
     """Runs a script and returns (stdout, stderr); fails the test if it exits with another code."""
     if processes == 1:
-        returned, stdout, stderr = start_server().run(script, args, cwd or os.getcwd())
+        returned, stdout, stderr = start_server().run(script, args, cwd or os.getcwd(), stdin)
     else:
         process = subprocess.run(command(script, *args, processes=processes), capture_output=True,
                                  text=True, env=os.environ | ENVIRONMENT, timeout=300, cwd=cwd)
@@ -137,7 +139,8 @@ while line := sys.stdin.readline():
         signal.alarm(300)
         random.seed()  # as in a new process
         numpy.random.seed()
-        for number, path in enumerate([os.devnull, request["stdout"], request["stderr"]]):
+        os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
+        for number, path in ((1, request["stdout"]), (2, request["stderr"])):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(request["cwd"])
         sys.argv = [request["script"], *request["args"]]
@@ -158,9 +161,11 @@ class ScriptServer:
                                         env=os.environ | ENVIRONMENT)
         self.folder = tempfile.TemporaryDirectory()
 
-    def run(self, script, args, cwd):
-        """(exit code, stdout, stderr) of a script."""
-        paths = {name: os.path.join(self.folder.name, name) for name in ("stdout", "stderr")}
+    def run(self, script, args, cwd, stdin):
+        """(exit code, stdout, stderr) of a script; `stdin` is what it can read there, a text."""
+        names = ("stdin", "stdout", "stderr")
+        paths = {name: os.path.join(self.folder.name, name) for name in names}
+        Path(paths["stdin"]).write_text(stdin)
         request = {"script": str(ROOT / script), "args": [str(arg) for arg in args],
                    "cwd": str(cwd), **paths}
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -172,3 +177,42 @@ class ScriptServer:
 def start_server():
     """The ScriptServer of this test process; it ends with it."""
     return ScriptServer()
+
+
+# Stands in recipes for `python`: has the ScriptServer run a script. With KILL_AT in the environment
+# it then kills the recipe that called it by a command line with these words.
+LAUNCHER = """#!{python} -SE
+import json, os, signal, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect("{address}")
+    server.sendall(json.dumps([sys.argv[1:], os.getcwd()]).encode() + b"\\n")
+    code, stdout, stderr = json.load(server.makefile())
+sys.stdout.write(stdout)
+sys.stderr.write(stderr)
+sys.stdout.flush()
+if os.environ.get("KILL_AT", "nothing") in " ".join(sys.argv):
+    os.kill(os.getppid(), signal.SIGKILL)
+sys.exit(code)
+"""
+
+
+class LaunchHandler(socketserver.StreamRequestHandler):
+    """Answers LAUNCHER's request, ([script, arguments], folder), with (code, stdout, stderr)."""
+
+    def handle(self):
+        (script, *args), cwd = json.loads(self.rfile.readline())
+        self.wfile.write(json.dumps(start_server().run(script, args, cwd)).encode())
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """The path of a program that runs a script as `python` does, without its time to start."""
+    with tempfile.TemporaryDirectory() as folder:  # of a short name, as sockets need it
+        address = os.path.join(folder, "socket")
+        path = Path(folder) / "launcher"
+        path.write_text(LAUNCHER.format(python=sys.executable, address=address))
+        path.chmod(0o755)
+        with socketserver.UnixStreamServer(address, LaunchHandler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield str(path)
+            server.shutdown()

@@ -116,13 +116,110 @@ def test_bad_records(tmp_path, record, message):
     assert "r.jsonl:1" in str(error.value)
 
 
+# ---------------------------------------------------------------- contexts with a reader's scores
+
+def scored_record(scores, **fields):
+    """A reader's record with a context per score; a score None: the reader has not read it."""
+    contexts = []
+    for index, score in enumerate(scores):
+        context = {"id": str(index), "title": "T", "text": f"c{index}", "score": 9.0 - index}
+        if score is not None:
+            context |= {"retrieval_score": 9.0 - index, "score": score}
+        contexts.append(context)
+    return {"question": "q", "answers": ["a"], "ctxs": contexts} | fields
+
+
+def read_scored(path, records, **changes):
+    """(training data, logged lines) of a distillation from these records, groups of two."""
+    logged = []
+    flags = training_flags(lines(path, records), **{"loss": "fid-kd"} | changes)
+    return read_training(flags, None, {}, logged.append), logged
+
+
+def test_contexts_that_a_reader_scored_are_a_group_as_they_are(tmp_path):
+    record = scored_record([-1.0, 2.0, 0.5, None])
+    data, logged = read_scored(tmp_path / "r.jsonl", [record])
+    example, = data.examples
+    assert not logged and example.pos == [] and example.scores == [-1.0, 2.0, 0.5]
+    assert [context["text"] for context in example.neg] == ["c0", "c1", "c2"]
+
+    # which of them a visit takes; none of them is a positive
+    def texts(**changes):
+        rule = data.group_rules[0]._replace(**changes)
+        keys, scores = choose_group(example, rule, random.Random(0))
+        assert scores == [example.scores[int(key["id"])] for key in keys]
+        return [key["text"] for key in keys]
+    assert texts(select_negative="first") == ["c0", "c1"]
+    assert texts(select_negative="teacher+") == ["c1", "c2"]
+    assert texts(select_negative="first", stable=True) == ["c1", "c0"]
+    drawn = Counter()
+    for seed in range(300):
+        keys, _ = choose_group(example, data.group_rules[0], random.Random(seed))
+        drawn.update(key["text"] for key in keys)
+    assert sum(drawn.values()) == 600 and all(150 < count < 250 for count in drawn.values())
+
+    # a positive is chosen by the teacher where a loss needs one
+    data, _ = read_scored(tmp_path / "r.jsonl", [record], loss=None, select_positive="teacher")
+    keys, scores = choose_group(data.examples[0], data.group_rules[0], random.Random(0))
+    assert keys[0]["text"] == "c1" and scores[0] == 2.0
+
+
+def test_scored_contexts_go_before_positives_without_scores(tmp_path):
+    record = scored_record([1.0, 2.0], pos=["p"], neg=["n"])
+    data, _ = read_scored(tmp_path / "r.jsonl", [record])
+    assert [key["text"] for key in data.examples[0].neg] == ["c0", "c1"]
+    for changes in ({"loss": "infonce"}, {}):
+        if not changes:
+            record["teacher_scores"] = [1.0, 0.0]
+        data, _ = read_scored(tmp_path / "r.jsonl", [record], **changes)
+        assert data.examples[0].pos == ["p"] and data.examples[0].neg == ["n"]
+
+
+def test_teacher_scores_of_contexts(tmp_path):
+    record = scored_record([None, None], teacher_scores=[-3.0, -1.0])
+    data, _ = read_scored(tmp_path / "r.jsonl", [record], loss="kl")
+    assert data.examples[0].scores == [-3.0, -1.0]
+    with pytest.raises(InputError, match="r.jsonl:1: 1 teacher_scores for 0 .* or ctxs"):
+        read_scored(tmp_path / "r.jsonl", [record | {"teacher_scores": [1.0]}])
+
+
+@pytest.mark.parametrize("loss", ["fid-kd", "kl"])
+def test_a_retriever_does_not_learn_from_its_own_scores(tmp_path, loss):
+    retrieved = scored_record([None, None, None])
+    with pytest.raises(InputError, match="r.jsonl: no record has teacher scores; test.py --scores"):
+        read_scored(tmp_path / "r.jsonl", [retrieved], loss=loss)
+    # FiD's own files hold the reader's scores without saying so
+    data, _ = read_scored(tmp_path / "r.jsonl", [retrieved], loss=loss, reader_scores=True)
+    assert data.examples[0].scores == [9.0, 8.0, 7.0]
+
+
+def test_scored_records_that_cannot_be_distilled(tmp_path):
+    records = [scored_record([1.0]), scored_record([1.0, 1.0]), scored_record([None, None]),
+               scored_record([1.0, 2.0])]
+    data, logged = read_scored(tmp_path / "r.jsonl", records, teacher_scores_margin=0.5)
+    assert len(data.examples) == 1
+    assert logged == [
+        f"1 records dropped: fewer scored keys than --train_group_size, first {tmp_path}/r.jsonl:1",
+        "1 records dropped: teacher scores closer than --teacher_scores_margin, first "
+        f"{tmp_path}/r.jsonl:2",
+        f"1 records dropped: no teacher scores, first {tmp_path}/r.jsonl:3"]
+    with pytest.raises(InputError, match="no example is left"):
+        read_scored(tmp_path / "r.jsonl", records, loss="infonce")
+    broken = scored_record([1.0, "high"])
+    with pytest.raises(InputError, match="r.jsonl:1: teacher scores must be finite numbers"):
+        read_scored(tmp_path / "r.jsonl", [broken])
+    del broken["ctxs"][1]["score"]
+    with pytest.raises(InputError, match="r.jsonl:1: context 1 has no 'score' of a reader"):
+        read_scored(tmp_path / "r.jsonl", [broken])
+
+
 def training_flags(*paths, **changes):
     flags = {"train_data": paths, "negatives": [], "graded": [], "loss": None,
              "use_train_config": False, "inbatch_same_dataset": "epoch", "train_group_size": 2,
              "contrastive_weight": 0.2, "stable_distill": False, "select_positive": "first",
              "select_negative": "random", "teacher_scores_margin": None, "teacher_scores_min": None,
              "max_sample_num": None, "teacher_temperature": 1.0, "positives": [],
-             "key_template": "{title} {text}"}
+             "key_template": "{title} {text}", "reader_scores": False}
     return Namespace(**flags | changes)
 
 
@@ -179,7 +276,7 @@ def test_examples_from_merged_qrels(tmp_path):
     labelled = select_qrels(f"qrels={qrels_file},min_score=0.1")
     graded = graded_examples(corpus, queries, labelled, 1)
     assert graded[0].scores == [3, 1, 2] and graded[0].neg == [0, 1, 3]
-    keys, labels = group(graded[0], 2, "graded", seed=1)
+    keys, labels = group(graded[0], 2, "none", "random", seed=1)
     assert [graded[0].scores[graded[0].neg.index(key)] for key in keys] == labels
     with pytest.raises(InputError, match="has 1 labelled documents, --group_size wants 2"):
         graded_examples(corpus, queries, labelled, 2)

@@ -180,3 +180,23 @@ def test_positives_cannot_be_mined_without_answers_or_passages(corpus):
     flags.metrics, flags.retrieval_method = ["collate_pos"], "rank"
     with pytest.raises(InputError, match="search it, or rank an earlier result with --results"):
         check_collated(flags)
+
+
+def test_scores_of_dpr_records_are_of_what_is_trained_on(corpus, tmp_path):
+    """collate_score and train_dense.py agree on the candidates: one positive, then negatives."""
+    record = {"question": "q", "key": ["others"],
+              "positive_ctxs": [{"title": "t", "text": text} for text in ("right", "too")],
+              "hard_negative_ctxs": [{"title": "t", "text": "hard"}],
+              "negative_ctxs": [{"title": "t", "text": "easy"}]}
+    keys, doc_indices = list_candidates(record, scored=True)
+    assert [key["text"] for key in keys] == ["right", "hard"] and doc_indices is None
+    assert list_candidates(record)[0] == ["others"]
+    easy = record | {"hard_negative_ctxs": [], "key": None}
+    assert [key["text"] for key in list_candidates(easy)[0]] == ["right", "easy"]
+    questions = make_questions(record)
+    check_candidates(questions, None, "{text}", need_indices=False, scored=True)
+    row, = collated(tmp_path, "collate_score", questions, make_results([1, 0]), None,
+                    are_candidates=True)
+    example, = read_examples(tmp_path / "out.json")
+    assert example.scores == row["teacher_scores"] == [-1, 0]
+    assert example.pos + example.neg == keys

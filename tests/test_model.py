@@ -242,6 +242,22 @@ def test_an_empty_question_is_finite(tiny):
     assert scores[1].tolist() == [float("-inf")] * 3 and scores[0].isfinite().all()
 
 
+def test_attention_shares_are_sums_of_transformers_attentions(tiny):
+    ids, mask, _ = random_batch()
+    mask[0, 1, 4:] = False
+    reader = FiDT5.from_pretrained(tiny).eval()
+    _, log_shares = reader.generate(ids, mask, 5, return_scores="attention")
+    t5 = T5ForConditionalGeneration.from_pretrained(tiny, attn_implementation="eager").eval()
+    B, N, L = ids.shape
+    with torch.no_grad():
+        states = t5.encoder(input_ids=ids.view(B * N, L), attention_mask=mask.view(B * N, L))
+        memory = states.last_hidden_state.view(B, N * L, -1)
+        output = t5(encoder_outputs=(memory,), attention_mask=mask.view(B, N * L),
+                    decoder_input_ids=torch.zeros(B, 1, dtype=torch.long), output_attentions=True)
+    attention = torch.stack(output.cross_attentions).mean((0, 2, 3))  # (B, N * L)
+    torch.testing.assert_close(log_shares.exp(), attention.view(B, N, L).sum(2), atol=1e-5, rtol=0)
+
+
 def test_passages_do_not_see_each_other(tiny):
     ids, mask, _ = random_batch()
     reader = FiDT5.from_pretrained(tiny).eval()

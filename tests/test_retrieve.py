@@ -381,6 +381,24 @@ def test_an_index_of_something_else_is_refused(bert, world_files, tmp_path):
         assert "holds an index of another" in stderr and "delete this one" in stderr
 
 
+def test_an_index_of_something_else_is_replaced_on_demand(bert, world_files, tmp_path):
+    """What is no part of an index stays; the same index is not made again."""
+    index = tmp_path / "index"
+    flags = ["--query_encoder", bert, "--index", index, "--hits", 5, "--overwrite_index"]
+    retrieve(world_files, *flags, "--trec", tmp_path / "first")
+    (index / "notes.txt").write_text("mine")
+    made = (index / "vectors.npy").stat().st_ino
+    retrieve(world_files, *flags, "--trec", tmp_path / "again")
+    assert (index / "vectors.npy").stat().st_ino == made
+    retrieve(world_files, *flags, "--retrieval_method", "bm25", "--metrics", "mrr")
+    assert not (index / "vectors.npy").exists()
+    retrieve(world_files, *flags, "--dense_metric", "ip", "--metrics", "mrr")
+    names = {path.name for path in index.iterdir()}
+    assert names == {".lock", "done.npy", "index.json", "notes.txt", "vectors.npy"}
+    retrieve(world_files, *flags, "--trec", tmp_path / "last")
+    assert (tmp_path / "last").read_text() == (tmp_path / "first").read_text()
+
+
 def test_a_full_disk_is_told_and_nothing_half_written_counts(bert, world_files, tmp_path):
     """A limit on the size of files stands in for the disk."""
     def limited(*flags):

@@ -1,0 +1,497 @@
+r"""Asks: one question from a corpus to an answer, with the passages that it was read from.
+
+    python ask.py OUT --corpus notes.jsonl --retrieval_method bm25 --question "Who has the key?"
+    python ask.py OUT --corpus psgs_w100.tsv --query_encoder runs/dpr --index wiki.index
+    python ask.py OUT --corpus notes.jsonl --retrieval_method bm25 --html page.html < questions.txt
+
+Without --question the questions are read from a pipe, one per line, or typed at a prompt, which
+an empty line ends. The corpus is searched as by retrieve.py, whose index is made or reused, and the
+passages are read as by test.py; both are opened once. The passages are printed in the order of
+their shares: of the reader's attention as the answer begins or, of a causal language model, of the
+answer's likelihood.
+"""
+import time
+
+START = time.perf_counter()  # importing the libraries is most of the loading time
+
+import argparse
+import html
+import json
+import os
+import re
+import shutil
+import sys
+import textwrap
+from contextlib import contextmanager, redirect_stdout
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import transformers
+
+from checkpoints import load_tokenizer
+from data import note_long_passages
+from files import check_paths, decode_line, new_file
+from predict import ANSWER_MAXLENGTH, as_trained, predict
+from questions import make_question
+from readers import add_prompt_flags, open_reader
+from retrieval import bm25
+from retrieval.corpus import open_corpus
+from retrieval.flags import (
+    add_corpus_flags,
+    add_run_flags,
+    add_search_flags,
+    check_search,
+    settle_defaults,
+)
+from retrieval.results import read_contexts
+from retrieve import (
+    encode_questions,
+    make_bm25_index,
+    open_dense,
+    search_query_vectors,
+    search_words,
+)
+from utils import HelpFormatter, InputError, check_at_least, run_script, shorten, start_processes
+
+PROMPT = "question: "
+NOTHING_FOUND = "no passage was found; the question was read alone"
+EXCERPT = 300        # characters of a passage on the terminal
+LONG_EXCERPT = 1500  # and on the page
+WIDEST = 100         # columns of the terminal that are filled at most
+CONTROLS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")  # blanks, and what would steer a terminal
+BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[1;32m", "\033[2m", "\033[0m"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("reader").add_argument
+    add("model", help="the reader: checkpoint folder, minFiD file or hub name")
+    add("--num_contexts", type=int, help="passages to read; not given: as trained, else 5")
+    add("--max_length", type=int,
+        help="tokens per question and passage; not given: as trained, else 200")
+    add("--t5_name", default="t5-base",
+        help="whose tokenizer to use if the checkpoint carries none")
+    add("--answer_maxlength", type=int, default=ANSWER_MAXLENGTH,
+        help="most tokens to generate")
+    add("--num_beams", type=int, default=1, help="beams; 1 is greedy")
+    add_prompt_flags(parser)
+    add = parser.add_argument_group("questions and answers").add_argument
+    add("--question", action="append", metavar="TEXT",
+        help="a question, in quotes; may be repeated; not given: one per line of a pipe, or typed")
+    add("--show", type=int, default=5, metavar="N", help="passages to show of those that were read")
+    add("--html", metavar="FILE", help="write questions, answers and passages as one page")
+    add("--json", action="store_true",
+        help="print a record per question, with all passages as ctxs, in place of text")
+    add_corpus_flags(parser.add_argument_group("documents").add_argument)
+    add = parser.add_argument_group("retrieval").add_argument
+    add("--retrieval_method", choices=["dense", "bm25"],
+        help="not given: dense if there is a --query_encoder")
+    add("--query_encoder", default="",
+        help="retriever: checkpoint folder or hub name; needed for dense retrieval")
+    add_search_flags(add)
+    add_run_flags(parser)
+    parser.set_defaults(eval_data=None, ranker=False)  # retrieve.py's functions look at them
+    return parser.parse_args()
+
+
+def check_args(args):
+    """Settles how to search and rejects flags that do not fit. Raises InputError."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("ask.py runs in one process: start it without torchrun")
+    for name in ("query_encoder", "key_encoder"):
+        if args.retrieval_method == "bm25" and getattr(args, name):
+            raise InputError(f"--{name} is for dense retrieval and bm25 has no encoder; leave one "
+                             "of the two out")
+    if args.retrieval_method != "bm25" and not args.query_encoder:
+        raise InputError("nothing to search with: give --query_encoder DIR, or --retrieval_method "
+                         "bm25")
+    args.retrieval_method = args.retrieval_method or "dense"
+    if not args.corpus:
+        raise InputError("nothing to search in: give --corpus FILE (scripts/make_corpus.py makes "
+                         "one of a folder of texts)")
+    for question in args.question or []:
+        check_question(question, "--question")
+    settle_defaults(args)
+    check_search(args)
+    check_at_least(args, {"num_contexts": 1, "max_length": 1, "answer_maxlength": 2, "num_beams": 1,
+                          "show": 0})
+    check_paths([args.html], [*args.corpus, args.index, args.model, args.query_encoder,
+                              args.key_encoder])
+
+
+# ---------------------------------------------------------------- questions
+
+def check_question(text, location):
+    """Raises InputError for a question without a character, or with a half one."""
+    if not text.strip():
+        raise InputError(f"{location}: the question is empty; write one")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{location}: {shorten(text)} is not in UTF-8; set the terminal to "
+                         "it") from None
+
+
+def read_piped():
+    """Yields the lines of stdin that have text. Raises InputError if none has."""
+    count = 0
+    for line_number, line in enumerate(sys.stdin.buffer, 1):
+        text = decode_line(line, "stdin", line_number).strip()
+        if text:
+            check_question(text, f"stdin:{line_number}")
+            count += 1
+            yield text
+    if not count:
+        raise InputError("stdin holds no question; write one per line, or give --question TEXT")
+
+
+def read_typed():
+    """Yields the lines that are typed at a prompt, up to an empty one, Ctrl-D or Ctrl-C."""
+    import readline  # noqa: F401  input() then edits lines and remembers them
+    print("type a question; an empty line ends", file=sys.stderr)
+    while True:
+        try:
+            if sys.stdout.isatty():
+                text = input(PROMPT)
+            else:  # input would write the prompt among the answers
+                print(PROMPT, end="", file=sys.stderr, flush=True)
+                text = input()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if not text.strip():
+            return
+        check_question(text, "the line")
+        yield text.strip()
+
+
+# ---------------------------------------------------------------- opening
+
+@contextmanager
+def timed(seconds, part):
+    """Puts the seconds that the block takes into {part: seconds}."""
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start
+
+
+def load_reader(args, world):
+    """(model, tokenizer) of the reader; settles the number of contexts and the lengths as in its
+    training, where no flag does.
+    """
+    model = open_reader(args.model, args=args).to(world.device)
+    tokenizer = load_tokenizer(args.model, args.t5_name)
+    model.check_tokenizer(tokenizer)
+    args.num_contexts = as_trained("num_contexts", args.num_contexts, args.model, world.log)
+    args.max_length = as_trained("max_length", args.max_length, args.model, world.log)
+    model.prepare(args.max_length, args.answer_maxlength)
+    return model, tokenizer
+
+
+def open_search(args, corpus, world):
+    """What a search needs: (BM25 index, words) or a DenseIndex; made if it is not there."""
+    if args.retrieval_method == "dense":
+        return open_dense(args, corpus, [args.task], world)
+    words = bm25.open_words(args.stopwords, args.stemmer)
+    make_bm25_index(args, corpus, words, world)
+    return bm25.load_index(args.index, len(corpus)), words
+
+
+# ---------------------------------------------------------------- answering
+
+class Answer(NamedTuple):
+    """The answer to a question, and where it comes from."""
+    question: str
+    text: str
+    # those that were read, in the retriever's order: {id, title, text, score, share (per cent)}
+    contexts: list
+    seconds: dict  # {part: seconds}
+
+
+def answer_question(args, text, corpus, index, model, tokenizer, world):
+    """The Answer to a question's text; `index` is what open_search returns."""
+    seconds = {}
+    contexts = find_contexts(args, text, corpus, index, world, seconds)
+    record = {"id": 0, "question": text, "answers": [], "ctxs": contexts}
+    with timed(seconds, "read"):
+        prediction, = predict(model, [record], tokenizer, world, batch_size=1,
+                              num_contexts=args.num_contexts, max_length=args.max_length,
+                              answer_maxlength=args.answer_maxlength, num_beams=args.num_beams,
+                              with_scores="attention")
+    # the scores are logarithms of shares; a question that is read alone has one of its own
+    shares = 100 * torch.tensor(prediction.context_scores).softmax(0)
+    for context, share in zip(contexts, shares.tolist()):
+        context["share"] = share
+    return Answer(text, prediction.text, contexts, seconds)
+
+
+def find_contexts(args, text, corpus, index, world, seconds):
+    """The contexts {id, title, text, score} of a question, best first; puts the times into
+    `seconds`.
+    """
+    questions = [make_question({"question": text}, "the question", 0, args.task)]
+    if args.retrieval_method == "dense":
+        with timed(seconds, "encode"):
+            query_vectors = encode_questions(args, index.model, index.collator, questions, world)
+        with timed(seconds, "search"):
+            results = search_query_vectors(args, index, query_vectors, world)
+            return read_contexts(results, 0, corpus, None)
+    with timed(seconds, "search"):
+        results = search_words(args, *index, questions, world)
+        return read_contexts(results, 0, corpus, None)
+
+
+def note_unread(args, answer, model, tokenizer, is_first):
+    """Logs that a question fills the reader's input, or, once, that the ends of passages are not
+    read.
+    """
+    collator = model.make_collator(tokenizer, args.num_contexts, args.max_length)
+    alone, = collator.texts({"question": answer.question, "ctxs": []})
+    ids = tokenizer(alone, add_special_tokens=False, truncation=True,
+                    max_length=args.max_length)["input_ids"]
+    if len(ids) == args.max_length:
+        log(f"note: the question takes all of the {args.max_length} tokens that are read of a "
+            "question with its passage: no passage is read (--max_length)")
+    elif is_first:
+        record = {"question": answer.question, "ctxs": answer.contexts}
+        note_long_passages([record], collator, log)
+
+
+# ---------------------------------------------------------------- what is shown
+
+class Shown(NamedTuple):
+    """A passage as it is shown: its rank in the retriever's order, from 1, and an excerpt."""
+    rank: int
+    score: float
+    share: float
+    title: str
+    pieces: list  # of the excerpt; every second one, from the second on, is the answer
+
+
+def choose_shown(answer, count, length):
+    """([Shown], those of the highest shares first, number of the others, their share)."""
+    ranked = sorted(enumerate(answer.contexts, 1), key=lambda pair: -pair[1]["share"])
+    pattern = answer_pattern(answer.text)
+    shown = []
+    for rank, context in ranked[:count]:
+        pieces = pattern.split(cut_excerpt(context["text"], pattern, length))
+        title = clean(context["title"] or "") or context["id"]
+        shown.append(Shown(rank, context["score"], context["share"], title, pieces))
+    others = [context["share"] for _, context in ranked[count:]]
+    return shown, len(others), sum(others)
+
+
+def answer_pattern(text):
+    """What finds an answer's words in a text, in any case; it has one group."""
+    words = r"\s+".join(re.escape(word) for word in text.split())
+    if not words:
+        return re.compile("((?!))")  # matches nowhere
+    return re.compile(rf"((?<!\w){words}(?!\w))", re.IGNORECASE)
+
+
+def clean(text):
+    """A text of someone else in one line, without characters that steer a terminal."""
+    return CONTROLS.sub(" ", text).strip()
+
+
+def cut_excerpt(text, pattern, length):
+    """About `length` characters of a text, whole words, with the first match of the pattern."""
+    text = clean(text)
+    if len(text) <= length:
+        return text
+    match = pattern.search(text)
+    start, end = 0, len(text)
+    if match and match.end() > length:
+        start = text.rfind(" ", 0, max(match.start() - length // 2, 1)) + 1
+    if end > start + length:
+        end = start + length
+        blank = text.rfind(" ", end - length // 4, end)  # some languages have none
+        end = blank if blank > 0 else end
+    return ("… " if start else "") + text[start:end] + (" …" if end < len(text) else "")
+
+
+def describe_seconds(seconds, digits=3):
+    """The times of the parts in one line."""
+    return ", ".join(f"{part} {value:.{digits}f} s" for part, value in seconds.items())
+
+
+def print_answer(answer, count, in_colour):
+    """Prints an answer and the `count` passages of the highest shares."""
+    def paint(text, colour):
+        return f"{colour}{text}{PLAIN}" if in_colour else text
+    width = min(shutil.get_terminal_size().columns, WIDEST)
+    shown, num_others, others_share = choose_shown(answer, count, EXCERPT)
+    lines = [paint(clean(answer.question), BOLD),
+             f"  {paint(clean(answer.text) or '(an empty answer)', GREEN)}", ""]
+    if shown:
+        lines.append(paint("  share  rank      score", DIM))
+    elif not answer.contexts:
+        lines.append(f"  {NOTHING_FOUND}")
+    for passage in shown:
+        lines.append(f"{passage.share:5.1f} %  {passage.rank:4d}  {passage.score:9.3f}  "
+                     f"{paint(passage.title, BOLD)}")
+        # wrapped first, since marks take no room on a terminal
+        excerpt = textwrap.fill("".join(passage.pieces), max(width - 9, 20))
+        pieces = answer_pattern(answer.text).split(excerpt)
+        for i in range(1, len(pieces), 2):
+            pieces[i] = paint(pieces[i], GREEN) if in_colour else f"**{pieces[i]}**"
+        lines.append(textwrap.indent("".join(pieces), " " * 9))
+    if num_others:
+        lines.append(f"{others_share:5.1f} %  in {num_others} more")
+    lines += ["", paint(f"  {describe_seconds(answer.seconds)}", DIM), ""]
+    print("\n".join(lines), flush=True)
+
+
+def print_record(answer, index):
+    """Prints an answer as a record for other scripts, in one line."""
+    record = {"id": index, "question": answer.question, "prediction": answer.text,
+              "ctxs": answer.contexts, "seconds": answer.seconds}
+    print(json.dumps(record, ensure_ascii=False), flush=True)
+
+
+# ---------------------------------------------------------------- the page
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --ink: #1c1f23; --paper: #fcfcfa; --quiet: #62676d;
+  --line: #dcdcd6; --bar: #3b7dd8; --mark: #ffe58a; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e4df; --paper: #17191c; --quiet: #9a9fa6;
+  --line: #34383d; --bar: #6ea3ee; --mark: #6b5600; }} }}
+body {{ margin: 0 auto; max-width: 44rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+  color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }}
+section {{ margin: 2rem 0 3rem; }}
+h1 {{ margin: 0; font-size: 1.25rem; }}
+.answer {{ margin: .25rem 0 1rem; font-size: 1.6rem; font-weight: 600; }}
+ol {{ margin: 0; padding: 0; list-style: none; }}
+li {{ padding: .75rem 0; border-top: 1px solid var(--line); }}
+h2 {{ margin: 0; font-size: 1rem; }}
+li p {{ margin: .25rem 0 0; }}
+.bar {{ height: .4rem; margin: .25rem 0; border-radius: .2rem; background: var(--line); }}
+.bar span {{ display: block; height: 100%; border-radius: .2rem; background: var(--bar); }}
+.quiet, footer {{ color: var(--quiet); font-size: .875rem; }}
+mark {{ color: inherit; background: var(--mark); border-radius: .2rem; }}
+</style>
+</head>
+<body>
+{sections}
+<footer>{footer}</footer>
+</body>
+</html>
+"""
+SECTION = """<section>
+<h1 dir="auto">{question}</h1>
+<p class="answer" dir="auto">{answer}</p>
+<ol>
+{passages}
+</ol>
+<p class="quiet">{remarks}</p>
+</section>"""
+PASSAGE = """<li>
+<h2 dir="auto">{title}</h2>
+<div class="bar"><span style="width: {share:.1f}%"></span></div>
+<div class="quiet">the reader's share {share:.1f} %; rank {rank} of the search, score
+{score:.3f}</div>
+<p dir="auto">{excerpt}</p>
+</li>"""
+
+
+def write_page(path, answers, footer, count):
+    """Writes the answers with `count` passages each as one page of HTML, which needs nothing else.
+    """
+    sections = "\n".join(make_section(answer, count) for answer in answers)
+    title = html.escape(clean(answers[0].question))
+    with new_file(path) as file:
+        file.write(PAGE.format(title=title, sections=sections, footer=html.escape(footer)))
+
+
+def make_section(answer, count):
+    """The HTML of a question, its answer and its passages."""
+    shown, num_others, others_share = choose_shown(answer, count, LONG_EXCERPT)
+    passages = []
+    for passage in shown:
+        pieces = [html.escape(piece) for piece in passage.pieces]
+        pieces[1::2] = [f"<mark>{piece}</mark>" for piece in pieces[1::2]]
+        passages.append(PASSAGE.format(title=html.escape(passage.title), share=passage.share,
+                                       rank=passage.rank, score=passage.score,
+                                       excerpt="".join(pieces)))
+    remarks = describe_seconds(answer.seconds)
+    if num_others:
+        remarks = f"{others_share:.1f} % in {num_others} more; {remarks}"
+    if not answer.contexts:
+        remarks = f"{NOTHING_FOUND}; {remarks}"
+    return SECTION.format(question=html.escape(clean(answer.question)),
+                          answer=html.escape(clean(answer.text) or "(an empty answer)"),
+                          passages="\n".join(passages), remarks=remarks)
+
+
+# ---------------------------------------------------------------- main
+
+def main(args):
+    seconds = {"libraries": time.perf_counter() - START}
+    check_args(args)
+    sys.stdout.reconfigure(errors="replace")  # of letters that the terminal does not have
+    transformers.utils.logging.disable_progress_bar()
+    # what is said on the way goes to stderr: a pipe gets the answers
+    with redirect_stdout(sys.stderr):
+        world = start_processes(args.gpus)
+        with timed(seconds, "reader"):
+            model, tokenizer = load_reader(args, world)
+        args.hits = args.num_contexts
+        with timed(seconds, "corpus and index"):
+            corpus = open_corpus(args.corpus, args.key_template, world)
+            index = open_search(args, corpus, world)
+    sources = (f"{len(corpus):,} documents of {', '.join(args.corpus)}, "
+               f"{args.query_encoder or 'BM25'}; {args.model} reads {args.num_contexts}, "
+               f"{args.max_length} tokens each")
+    log(f"{sources}; loaded in {sum(seconds.values()):.1f} s ({describe_seconds(seconds, 1)})")
+
+    is_typed = not args.question and sys.stdin.isatty()
+    questions = args.question or (read_typed() if is_typed else read_piped())
+    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    answers = []
+    try:
+        for i, text in enumerate(questions):
+            try:
+                answer = answer_question(args, text, corpus, index, model, tokenizer, world)
+            except InputError as error:
+                if not is_typed:
+                    raise
+                log(f"error: {error}")  # another question may do
+                continue
+            answers.append(answer)
+            note_unread(args, answer, model, tokenizer, is_first=len(answers) == 1)
+            if args.json:
+                print_record(answer, i)
+            else:
+                print_answer(answer, args.show, in_colour)
+            if args.html and is_typed:  # it can be looked at between the questions
+                write_page(args.html, answers, sources, args.show)
+    finally:
+        if args.html and answers:
+            write_page(args.html, answers, sources, args.show)
+            log(f"page: {args.html}")
+    if len(answers) > 1:
+        log_times([answer.seconds for answer in answers])
+
+
+def log(text):
+    """Prints on stderr, beside the answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def log_times(rows):
+    """Logs the first answer's time and, by part, the median over all, of [{part: seconds}]."""
+    parts = {part: median(row[part] for row in rows) for part in rows[0]}
+    total = median(sum(row.values()) for row in rows)
+    log(f"{len(rows)} questions: the first took {sum(rows[0].values()):.3f} s, the median "
+        f"{total:.3f} s ({describe_seconds(parts)})")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Where a reader's attention goes: in how many of the questions that it answers right the passage
+with the highest score holds the answer, by both kinds of scores (test.py --score_kind) and by the
+order of the contexts.
+
+    python bench/shares.py out/demo toy/data/test.json
+"""
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from checkpoints import load_tokenizer
+from metrics import has_answer
+from model import FiDT5
+from predict import ANSWER_MAXLENGTH, as_trained, predict
+from questions import read_records
+from utils import HelpFormatter, run_script, start_processes
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("model", help="the reader's folder")
+    add("data", help="records with answers and ctxs")
+    add("--questions", type=int, default=300, help="how many of them, from the first on")
+    return parser.parse_args()
+
+
+def count_holding(records, predictions):
+    """(questions whose best passage by the scores holds the answer, questions answered right)."""
+    num_holding, num_right = 0, 0
+    for record, prediction in zip(records, predictions):
+        if not prediction.em or not record["ctxs"]:
+            continue
+        num_right += 1
+        # a reader with fewer contexts than the record has scores the first ones
+        scored = zip(prediction.context_scores, record["ctxs"])
+        _, best = max(scored, key=lambda pair: pair[0])
+        num_holding += has_answer(best["text"], record["answers"])
+    return num_holding, num_right
+
+
+def main(args):
+    world = start_processes("")
+    records = read_records(args.data)[:args.questions]
+    model = FiDT5.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model, "t5-base")
+    lengths = {name: as_trained(name, None, args.model, print)
+               for name in ("num_contexts", "max_length")}
+    model.prepare(lengths["max_length"], ANSWER_MAXLENGTH)
+    for kind in ("attention", "logits"):
+        predictions = predict(model, records, tokenizer, world, batch_size=16, with_scores=kind,
+                              **lengths)
+        num_holding, num_right = count_holding(records, predictions)
+        print(f"{kind:17} {num_holding} of {num_right}")
+    by_rank = [prediction._replace(context_scores=[0] * len(prediction.context_scores))
+               for prediction in predictions]  # of equal scores the first passage is the best
+    num_holding, num_right = count_holding(records, by_rank)
+    print(f"the first passage {num_holding} of {num_right}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

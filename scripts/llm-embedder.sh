@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# LLM-Embedder (arXiv 2310.07554): one retriever for six tasks, trained on all of them at once, on 8
+# GPUs.
+#
+#   OUT=/data scripts/get_data.sh llm-embedder          # 17 GB packed
+#   DATA=/data/llm-embedder scripts/llm-embedder.sh     # the same command goes on where it was stopped
+#
+# Files and flags are those of LLM-Embedder's script of this name. Each batch is of one dataset; the
+# losses are each task's own (--use_train_config); a dataset named twice counts twice. The archive's
+# files bring the scores of Llama-2-7B-chat along; a file of a distilled task that has none is scored
+# first, with the language model LM.
+#
+# Measured is what retrieval alone can tell: tools, conversational search (if its corpus is there:
+# 54 million passages, which LLM-Embedder's docs/evaluation.md tells how to fetch), and passages of
+# Wikipedia that hold an answer. LLM-Embedder measures the other tasks by what a language model makes
+# of the passages. Published (docs/evaluation.md): ndcg 0.8645 on tools, 0.5053 on conversational
+# search, without a word on the cutoff. Not run here.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
+set -euo pipefail
+DATA=${DATA:-/data/llm-embedder}
+OUT=${OUT:-runs/llm-embedder}
+MODEL=${MODEL:-BAAI/bge-base-en}
+LM=${LM:-meta-llama/Llama-2-7b-chat-hf}
+GPUS=${GPUS-0,1,2,3,4,5,6,7}
+PROCESSES=${PROCESSES:-8}
+PYTHON=${PYTHON:-python}
+LAUNCH=${LAUNCH:-torchrun --standalone --nnodes=1 --nproc_per_node=$PROCESSES}
+ROOT=$(dirname "$0")/..
+. "$ROOT/scripts/stages.sh"
+
+DISTILLED=(chat/msc/train lrlm/arxiv/train lrlm/books3/train lrlm/codeparrot/train
+           qa/msmarco/train qa/nq/train icl/icl/train)
+CONTRASTIVE=(convsearch/qrecc/train.concat tool/toolbench/train tool/toolbench/train)
+for name in "${DISTILLED[@]}" "${CONTRASTIVE[@]}" tool/toolbench/{test,corpus} qa/nq/{test,corpus}; do
+    need_file "$DATA/$name.json" "scripts/get_data.sh llm-embedder fetches it, DATA names its folder"
+done
+
+# the language model's scores, where they are missing
+TRAIN=()
+for name in "${CONTRASTIVE[@]}"; do
+    TRAIN+=("$DATA/$name.json")
+done
+mkdir -p "$OUT/scored"
+for name in "${DISTILLED[@]}"; do
+    if grep -q '"teacher_scores"' "$DATA/$name.json"; then
+        TRAIN+=("$DATA/$name.json")
+        continue
+    fi
+    flat=${name//\//-}  # the scores are written beside the questions: in OUT, not among the data
+    ln -sfn "$(realpath "$DATA/$name.json")" "$OUT/scored/$flat.json"
+    stage "score-$flat" $LAUNCH "$ROOT/lm_score.py" --eval_data "$OUT/scored/$flat.json" \
+        --model_name_or_path "$LM" --save_name lm ${SCORE_FLAGS:---bf16} --gpus "$GPUS"
+    TRAIN+=("$OUT/scored/$flat.scored.lm.json")
+done
+
+stage retriever $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/retriever" \
+    --train_data "${TRAIN[@]}" --query_encoder "$MODEL" --version llm-embedder \
+    --inbatch_same_dataset epoch --use_train_config --batch_size 100 --gradient_checkpointing \
+    --max_steps 30000 --early_exit_steps 10000 --save_steps 5000 --lr 5e-6 --bf16 \
+    ${RETRIEVER_FLAGS:-} --resume --gpus "$GPUS"
+
+measure() {  # NAME TASK QUESTIONS CORPUS FLAGS...
+    local name=$1 task=$2 questions=$3 corpus=$4
+    shift 4
+    stage "$name" $LAUNCH "$ROOT/retrieve.py" --query_encoder "$OUT/retriever" --task "$task" \
+        --eval_data "$DATA/$questions" --corpus "$DATA/$corpus" --index "$OUT/$name.index" \
+        --overwrite_index --measures "$OUT/$name.json" "$@" ${SEARCH_FLAGS:---bf16} --gpus "$GPUS"
+    ROWS+=("$name=$OUT/$name.json")
+}
+
+ROWS=()
+measure tool tool tool/toolbench/test.json tool/toolbench/corpus.json --key_template '{text}' \
+    --metrics ndcg recall --cutoffs 1 3 5
+measure nq qa qa/nq/test.json qa/nq/corpus.json --query_max_length 32 --key_max_length 128 \
+    --metrics nq --cutoffs 1 5 20 100
+if [ -e "$DATA/convsearch/qrecc/corpus.json" ]; then
+    measure qrecc convsearch convsearch/qrecc/test.concat.json convsearch/qrecc/corpus.json \
+        --key_template '{text}' --metrics ndcg recall --cutoffs 3 10 100 --hits 100
+else
+    echo "note: $DATA/convsearch/qrecc/corpus.json is missing; conversational search is not measured"
+fi
+$PYTHON "$ROOT/scripts/table.py" "${ROWS[@]}" \
+    --columns ndcg@1 ndcg@3 ndcg@5 ndcg@10 nq@1 nq@5 nq@20 nq@100

@@ -1,0 +1,117 @@
+# The stages of a recipe, which sources this file: each runs once, and the same command goes on at
+# the stage where it was stopped, also by kill -9.
+#
+#   . "$ROOT/scripts/stages.sh"
+#   stage retriever $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/retriever" ... --resume
+#
+# $OUT/stages/NAME holds a stage's state (running, done or again) and its command, a word a line. A
+# stage that was run with another command is never passed over in silence: the recipe stops, and
+# REDO=NAME runs this stage and all behind it anew. An OUT is of one recipe.
+
+need_file() {  # FILE REMEDY
+    if [ ! -e "$1" ]; then
+        echo "error: $1: no such file; $2" >&2
+        exit 1
+    fi
+}
+
+describe_command() {  # COMMAND...: a word a line, without what may change: launcher, GPUs, --resume
+    local word script= before=
+    local words=()
+    for word in "$@"; do
+        if [ -z "$script" ] && [[ $word == *.py ]]; then
+            script=$(basename "$word")
+            words=("$script")  # what launches it is left out
+        elif [ "$word" != --gpus ] && [ "$before" != --gpus ] && [ "$word" != --resume ]; then
+            words+=("$word")
+        fi
+        before=$word
+    done
+    printf '%q\n' "${words[@]}"
+}
+
+mark_stage() {  # NAME STATE DESCRIPTION: whole or not at all
+    mkdir -p "$OUT/stages"
+    printf '%s\n' "$2" "$3" > "$OUT/stages/.writing"
+    mv -f "$OUT/stages/.writing" "$OUT/stages/$1"
+}
+
+first_difference() {  # THEN NOW, descriptions: what differs first, a flag with its value
+    local i then now flag=
+    mapfile -t then <<< "$1"
+    mapfile -t now <<< "$2"
+    for ((i = 0; i < ${#now[@]}; i++)); do
+        [ "${then[$i]-}" = "${now[$i]}" ] || break
+        flag=${now[$i]}
+    done
+    if [[ $flag == --* ]] && [[ ${now[$i]-} != --* ]]; then
+        i=$((i - 1))
+    fi
+    echo "${then[*]:$i:2}, now ${now[*]:$i:2}"
+}
+
+replace_resume() {  # COMMAND...: sets COMMAND, in which an earlier run is replaced, not gone on with
+    local word
+    COMMAND=()
+    for word in "$@"; do
+        if [ "$word" = --resume ]; then
+            word=--overwrite
+        fi
+        COMMAND+=("$word")
+    done
+}
+
+note_redo() {
+    if [ -n "${REDO:-}" ]; then
+        echo "note: this recipe did not come to a stage named $REDO, so that none is run anew" >&2
+    fi
+}
+trap note_redo EXIT
+
+PASSED=" "  # the stages that the recipe has come by
+
+stage() {  # NAME COMMAND...: runs the command, a program, unless it is done
+    local name=$1 marker=$OUT/stages/$1 state=new then= now other status=0
+    shift
+    now=$(describe_command "$@")
+    if [ -e "$marker" ]; then
+        state=$(head -n 1 "$marker")
+        then=$(tail -n +2 "$marker")
+    fi
+
+    # a new start of this stage is one of all behind it, too: their input changes
+    if [ "${REDO:-}" = "$name" ]; then
+        REDO= state=again
+        for other in "$OUT"/stages/*; do
+            if [ -e "$other" ] && [[ $PASSED != *" ${other##*/} "* ]]; then
+                mark_stage "${other##*/}" again ""
+            fi
+        done
+    fi
+    PASSED+="$name "
+
+    if [ "$state" = done ] || [ "$state" = running ]; then
+        if [ "$then" != "$now" ]; then
+            echo "error: stage $name in $OUT was run with other settings" \
+                "($(first_difference "$then" "$now")); give another OUT, or REDO=$name to run it" \
+                "and the stages behind it anew" >&2
+            exit 1
+        fi
+    fi
+    if [ "$state" = done ]; then
+        echo "== $name: done before"
+        return
+    fi
+    echo "== $name"
+    if [ "$state" = again ]; then
+        replace_resume "$@"
+        set -- "${COMMAND[@]}"
+    fi
+    mark_stage "$name" running "$now"
+    "$@" || status=$?
+    if [ $status != 0 ]; then
+        echo "error: stage $name failed with exit code $status; the same command goes on there" >&2
+        exit $status
+    fi
+    mark_stage "$name" done "$now"
+}

@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Prints one table of measures, in per cent, from the files that retrieve.py --measures and test.py
+--measures write.
+
+    python scripts/table.py --columns recall@1 recall@5 em \\
+        "BM25=out/bm25.json,out/bm25.em.json" "mined negatives=out/mined.json,out/mined.em.json"
+    python scripts/table.py --columns em --seeds 1 2 3 "FiD-KD=out/seed{seed}/em.json"
+
+A row merges its files, flat JSON objects of fractions; a measure that none of them has is a dash.
+With --seeds, {seed} in a path stands for each of them: the table has the mean and, behind ±, half
+the distance from the lowest to the highest.
+"""
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from files import check_paths, read_settings, to_number, write_json
+from utils import HelpFormatter, InputError, run_script, shorten
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="NAME=FILE,FILE", help="a row and the files of its measures")
+    add("--columns", nargs="+", required=True, metavar="NAME",
+        help="measures to show: recall@5, em")
+    add("--seeds", nargs="+", default=[], metavar="SEED", help="what {seed} in a path stands for")
+    add("--json", metavar="FILE",
+        help="write the same numbers as JSON, with the lowest and the highest of the seeds")
+    args = parser.parse_args()
+
+    # a row behind the last column or seed is a row
+    for name in ("columns", "seeds"):
+        words = getattr(args, name)
+        args.rows += [word for word in words if "=" in word]
+        setattr(args, name, [word for word in words if "=" not in word])
+    return args
+
+
+# ---------------------------------------------------------------- reading
+
+def split_row(row, seeds):
+    """(name, [paths of one seed, in the order of the files] per seed) of NAME=FILE,FILE.
+
+    A row without {seed} has one list of paths. Raises InputError.
+    """
+    name, _, files = row.partition("=")
+    paths = [path for path in files.split(",") if path]
+    if not name or not paths:
+        raise InputError(f"{shorten(row)}: a row is NAME=FILE, or NAME=FILE,FILE with several")
+    if "{seed}" not in files:
+        return name, [paths]
+    if not seeds:
+        raise InputError(f"{shorten(row)}: {{seed}} stands for nothing; give --seeds")
+    return name, [[path.replace("{seed}", seed) for path in paths] for seed in seeds]
+
+
+def read_measures(paths, columns):
+    """{column: fraction} of the columns that the files have.
+
+    Raises InputError for a missing file, a value that is no number, or two values of a column.
+    """
+    measures = {}
+    for path in paths:
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such file; the stage that writes it has not run, or the "
+                             "path is wrong")
+        content = read_settings(path)
+        for column in columns:
+            if column not in content:
+                continue
+            try:
+                value = to_number(content[column])
+            except ValueError:
+                raise InputError(f"{path}: {column} is {shorten(content[column])}, which is no "
+                                 "number") from None
+            if measures.setdefault(column, value) != value:
+                raise InputError(f"{path}: {column} is {value}, and {measures[column]} in another "
+                                 "file of the row; leave one of them out")
+    return measures
+
+
+def read_row(row, columns, seeds):
+    """(name, {column: [per cent per seed]}) of a row. Raises InputError."""
+    name, paths_of_seeds = split_row(row, seeds)
+    per_seed = [read_measures(paths, columns) for paths in paths_of_seeds]
+    values = {}
+    for column in columns:
+        measured = [100 * measures[column] for measures in per_seed if column in measures]
+        if measured and len(measured) < len(per_seed):
+            raise InputError(f"{shorten(row)}: {column} is in the files of some seeds, not of all")
+        values[column] = measured
+    return name, values
+
+
+# ---------------------------------------------------------------- writing
+
+def format_cell(values):
+    """'83.21', '83.21 ±1.30' of several seeds, or '-' of none."""
+    if not values:
+        return "-"
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.2f}"
+    return f"{mean:.2f} ±{(max(values) - min(values)) / 2:.2f}"
+
+
+def print_table(rows, columns):
+    """Prints [(name, {column: [per cent per seed]})], columns aligned on the right."""
+    lines = [["", *columns]]
+    for name, values in rows:
+        lines.append([name, *(format_cell(values[column]) for column in columns)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for name, *cells in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        print("  ".join([name.ljust(widths[0]), *aligned]))
+
+
+def summarize(values):
+    """{mean, lowest, highest} of a cell in per cent, or None of an empty one."""
+    if not values:
+        return None
+    numbers = {"mean": sum(values) / len(values), "lowest": min(values), "highest": max(values)}
+    return {name: round(number, 2) for name, number in numbers.items()}
+
+
+def main(args):
+    if not args.rows:
+        raise InputError("no row to print: name some, as NAME=FILE,FILE")
+    if not args.columns:
+        raise InputError("no measure to show: name some with --columns")
+    check_paths([args.json], [])
+    rows = [read_row(row, args.columns, args.seeds) for row in args.rows]
+    print_table(rows, args.columns)
+    if len(args.seeds) > 1:
+        print(f"mean of the seeds {', '.join(args.seeds)} ± half the distance from the lowest to "
+              "the highest")
+    if args.json:
+        summary = [{"name": name, "values": {column: summarize(values[column])
+                                             for column in args.columns}} for name, values in rows]
+        write_json(args.json, {"columns": args.columns, "seeds": args.seeds, "rows": summary})
+        print(f"the table: {args.json}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

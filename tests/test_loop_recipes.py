@@ -1,0 +1,254 @@
+"""The recipes of the loop, their stages and their table, on small files."""
+import json
+import os
+import random
+import subprocess
+
+import pytest
+
+import world
+from conftest import ROOT, make_bert, run
+
+# ---------------------------------------------------------------- stages
+
+RECIPE = """
+set -euo pipefail
+. "$ROOT/scripts/stages.sh"
+stage first ./record.py --lr "${LR:-1}" --gpus "${GPUS-}" --resume "two words"
+stage second ./record.py ${FAIL:+--fail} --index "$OUT/index"
+stage third $LAUNCH ./record.py --resume
+"""
+# notes how it was called
+RECORD = """#!/usr/bin/env bash
+echo "$@" >> calls
+[[ $* != *--fail* ]] || { [ -e mended ] || exit 7; }
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A function(**settings) that runs a recipe of three stages: (finished process, its calls)."""
+    (tmp_path / "recipe.sh").write_text(RECIPE)
+    (tmp_path / "record.py").write_text(RECORD)
+    (tmp_path / "record.py").chmod(0o755)
+
+    def start(code=0, **settings):
+        (tmp_path / "calls").write_text("")
+        env = os.environ | {"ROOT": str(ROOT), "OUT": "out", "LAUNCH": "env"} | settings
+        process = subprocess.run(["bash", "recipe.sh"], cwd=tmp_path, env=env, timeout=30,
+                                 capture_output=True, text=True)
+        assert process.returncode == code, process.stderr
+        return process, (tmp_path / "calls").read_text().splitlines()
+    return start
+
+
+def test_a_stage_runs_once(recipe):
+    process, calls = recipe()
+    assert process.stdout.splitlines() == ["== first", "== second", "== third"]
+    assert calls == ["--lr 1 --gpus  --resume two words", "--index out/index", "--resume"]
+    # what launches a stage, and on which GPUs, changes nothing that it makes
+    process, calls = recipe(GPUS="0,1", LAUNCH="env A=1")
+    assert process.stdout.splitlines() == [f"== {name}: done before"
+                                           for name in ("first", "second", "third")]
+    assert not calls and not process.stderr
+
+
+def test_a_recipe_goes_on_at_the_stage_that_failed(recipe, tmp_path):
+    process, calls = recipe(code=7, FAIL="1")
+    assert process.stderr.splitlines() == [
+        "error: stage second failed with exit code 7; the same command goes on there"]
+    assert len(calls) == 2
+    (tmp_path / "mended").touch()
+    process, calls = recipe(FAIL="1")
+    assert process.stdout.splitlines() == ["== first: done before", "== second", "== third"]
+    assert calls == ["--fail --index out/index", "--resume"]  # --resume: third is new
+
+
+def test_a_changed_command_is_told_and_run_anew_on_demand(recipe, tmp_path):
+    recipe()
+    process, calls = recipe(code=1, LR="2")
+    assert process.stderr.splitlines() == [
+        "error: stage first in out was run with other settings (--lr 1, now --lr 2); give another "
+        "OUT, or REDO=first to run it and the stages behind it anew"]
+    assert not calls
+
+    # an earlier run's models are replaced, also by a command that goes on after a failure
+    process, calls = recipe(code=7, LR="2", FAIL="1", REDO="first")
+    assert calls == ["--lr 2 --gpus  --overwrite two words", "--fail --index out/index"]
+    (tmp_path / "mended").touch()
+    process, calls = recipe(LR="2", FAIL="1")
+    assert calls == ["--fail --index out/index", "--overwrite"]
+    process, calls = recipe(LR="2", FAIL="1", REDO="third")
+    assert calls == ["--overwrite"]
+    process, calls = recipe(LR="2", FAIL="1", REDO="fourth")
+    assert process.stderr.splitlines() == [
+        "note: this recipe did not come to a stage named fourth, so that none is run anew"]
+    assert not calls
+
+
+# ---------------------------------------------------------------- the table
+
+@pytest.fixture
+def measures(tmp_path):
+    """A folder of files of measures."""
+    files = {"bm25": {"method": "bm25", "queries": 600, "recall@1": 0.460833, "recall@5": 0.9775},
+             "em1": {"em": 0.9}, "em2": {"em": 0.92}, "em3": {"em": 0.94}}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_table_of_one_seed(measures):
+    table, _ = run("scripts/table.py", "--columns", "recall@1", "recall@5", "em",
+                   "BM25=bm25.json", "BM25, read=bm25.json,em2.json", cwd=measures)
+    assert table.splitlines() == ["            recall@1  recall@5     em",
+                                  "BM25           46.08     97.75      -",
+                                  "BM25, read     46.08     97.75  92.00"]
+
+
+def test_table_of_seeds(measures):
+    table, _ = run("scripts/table.py", "a=bm25.json", "b=bm25.json,em{seed}.json", "--columns",
+                   "em", "recall@5", "--seeds", "1", "2", "3", "--json", "t.json", cwd=measures)
+    assert table.splitlines() == [
+        "            em     recall@5", "a            -        97.75", "b  92.00 ±2.00  97.75 ±0.00",
+        "mean of the seeds 1, 2, 3 ± half the distance from the lowest to the highest",
+        "the table: t.json"]
+    content = json.loads((measures / "t.json").read_text())
+    assert content["columns"] == ["em", "recall@5"] and content["seeds"] == ["1", "2", "3"]
+    assert content["rows"][0]["values"]["em"] is None
+    assert content["rows"][1]["values"]["em"] == {"mean": 92, "lowest": 90, "highest": 94}
+
+
+@pytest.mark.parametrize("words, message", [
+    (["em", "a=no.json"], "no.json: no such file; the stage that writes it has not run"),
+    (["method", "a=bm25.json"], "bm25.json: method is 'bm25', which is no number"),
+    (["em", "a=em1.json,em2.json"], "em2.json: em is 0.92, and 0.9 in another file of the row"),
+    (["em", "a=em{seed}.json"], "{seed} stands for nothing; give --seeds"),
+    (["em", "a=em{seed}.json", "--seeds", "1", "4"], "em4.json: no such file"),
+    (["em", "a="], "a row is NAME=FILE"),
+    (["em"], "no row to print"),
+    (["a=em1.json"], "no measure to show"),
+    (["em", "a=em1.json", "--json", "no/t.json"], "no/t.json: its folder does not exist"),
+])
+def test_table_refuses_in_one_line(measures, words, message):
+    _, errors = run("scripts/table.py", "--columns", *words, cwd=measures, code=1)
+    assert message in errors and len(errors.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- a small world, and a recipe on it
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    """A folder with corpus.tsv (60 passages), and questions about it, with their positives, in
+    LLM-Embedder's form (train.json, test.json) and DPR's (train.dpr.json).
+    """
+    rng = random.Random(0)
+    entities, people = world.make_entities(rng, 20, 10, held_out=False)
+    passages = [passage for entity in entities
+                for passage in world.write_passages(rng, entity, people)]
+    for index, passage in enumerate(passages):
+        passage["id"] = str(index)
+    folder = tmp_path_factory.mktemp("world")
+    rows = [f"{passage['id']}\t{passage['text']}\t{passage['title']}" for passage in passages]
+    world.write_lines(folder / "corpus.tsv", ["id\ttext\ttitle", *rows])
+    ranker = world.OverlapRanker(passages, blur=0.1)
+    records, dpr_records = [], []
+    for record in world.make_records(rng, "r", entities, ranker, 24, top_k=1):
+        gold = [passages[int(index)] for index in record["gold"]]
+        shared = {name: record[name] for name in ("id", "question", "answers")}
+        records.append(shared | {"pos": [f"{passage['title']} {passage['text']}"
+                                         for passage in gold],
+                                 "pos_index": [int(passage["id"]) for passage in gold]})
+        contexts = [{"title": passage["title"], "text": passage["text"],
+                     "passage_id": passage["id"]} for passage in gold]
+        dpr_records.append(shared | {"positive_ctxs": contexts, "hard_negative_ctxs": []})
+    for name, rows in (("train", records[:16]), ("test", records[16:]),
+                       ("train.dpr", dpr_records[:16])):
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    make_bert(folder / "bert")
+    return folder
+
+
+@pytest.fixture
+def run_recipe(launcher, tmp_path):
+    """A function(script, code=0, **settings) that runs a recipe into tmp_path / "out", and returns
+    (the lines it printed, those of its errors).
+    """
+    def start(script, code=0, **settings):
+        env = os.environ | {"OUT": str(tmp_path / "out"), "LAUNCH": launcher, "PYTHON": launcher,
+                            "GPUS": ""} | {name: str(value) for name, value in settings.items()}
+        process = subprocess.run(["sh", ROOT / "scripts" / script], env=env, timeout=200,
+                                 capture_output=True, text=True)
+        assert process.returncode == code, process.stdout + process.stderr
+        return process.stdout.splitlines(), process.stderr.splitlines()
+    return start
+
+
+def stages_run(lines):
+    """The stages that a recipe ran, by what it printed."""
+    return [line[3:] for line in lines if line.startswith("== ") and "done before" not in line]
+
+
+# ---------------------------------------------------------------- three iterations
+
+TINY = "--max_steps 2 --batch_size 4 --group_size 4 --num_warmup_steps 1 --num_workers 0 --bf16 false --lr 1e-3"
+
+
+def three_iterations(folder, train):
+    """The settings of scripts/3iter-*.sh on the small world."""
+    bert = folder / "bert"
+    return {"TRAIN": folder / train, "TEST": folder / "test.json", "CORPUS": folder / "corpus.tsv",
+            "MODEL": bert, "RANKER_MODEL": bert, "HITS": 60, "NEGATIVES": 6,
+            "RETRIEVER_FLAGS": TINY, "RANKER_FLAGS": TINY, "DISTILLED_FLAGS": TINY,
+            "SEARCH_FLAGS": "--num_workers 0 --bf16 false"}
+
+
+def test_three_iterations(small_world, run_recipe, tmp_path):
+    settings = three_iterations(small_world, "train.json")
+    lines, _ = run_recipe("3iter-nq.sh", code=-9, KILL_AT="collate_score", **settings)
+    assert stages_run(lines)[-1] == "ranker-scores" and len(stages_run(lines)) == 11
+    # the stage that was killed runs again, and what is behind it
+    lines, _ = run_recipe("3iter-nq.sh", **settings)
+    assert stages_run(lines) == ["ranker-scores", "retriever3", "retriever3-test"]
+    table = lines[-6:]
+    assert table[0].split() == ["nq@1", "nq@5", "nq@20", "nq@100"]
+    assert [line.split("(")[0].strip() for line in table[2:]] == [
+        "retriever 1", "retriever 2", "ranker", "retriever 3"]
+    out = tmp_path / "out"
+    bm25 = json.loads((out / "bm25.json").read_text())
+    assert table[1].split() == ["BM25", f"{100 * bm25['nq@1']:.2f}", f"{100 * bm25['nq@5']:.2f}",
+                                f"{100 * bm25['nq@20']:.2f}", "-"]
+
+    # each retriever has negatives of its own, the last one the ranker's scores of one positive and
+    # of the negatives
+    mined = [json.loads((out / f"train.neg.{name}.json").read_text().splitlines()[0])
+             for name in ("bm25", "retriever1", "retriever2")]
+    assert len({str(record["neg_index"]) for record in mined}) == 3
+    scored = json.loads((out / "train.neg.retriever2.scored.ranker.json").read_text()
+                        .splitlines()[0])
+    scores = scored.pop("teacher_scores")
+    assert scored == mined[2] and len(scores) == len(scored["pos"]) + 6
+    # the ranker orders what retriever 2 found
+    assert json.loads((out / "ranker.json").read_text())["nq@20"] == json.loads(
+        (out / "retriever2.json").read_text())["nq@20"]
+
+    # the same command does nothing again, and tells the same table
+    lines, _ = run_recipe("3iter-nq.sh", **settings)
+    assert not stages_run(lines) and lines[-6:] == table
+    _, errors = run_recipe("3iter-nq.sh", code=1, **settings | {"NEGATIVES": 5})
+    assert len(errors) == 1
+    assert "stage bm25-negatives" in errors[0] and "--max_neg_num 6, now --max_neg_num 5" in errors[0]
+    _, errors = run_recipe("3iter-nq.sh", code=1, **settings | {"CORPUS": tmp_path / "no.tsv"})
+    assert len(errors) == 1 and "no.tsv: no such file; scripts/get_data.sh" in errors[0]
+
+
+def test_three_iterations_of_records_in_dprs_form(small_world, run_recipe, tmp_path):
+    """The first stages, with the flags and measures of MS MARCO."""
+    settings = three_iterations(small_world, "train.dpr.json")
+    lines, _ = run_recipe("3iter-msmarco.sh", code=-9, KILL_AT="train_dense.py", **settings)
+    assert stages_run(lines) == ["bm25-test", "bm25-negatives", "retriever1"]
+    measures = json.loads((tmp_path / "out" / "bm25.json").read_text())
+    assert {"mrr@10", "ndcg@10", "recall@50", "recall@200"} < set(measures)
+    path = tmp_path / "out" / "train.neg.bm25.json"
+    assert len(json.loads(path.read_text().splitlines()[0])["hard_negative_ctxs"]) == 6
+    assert (tmp_path / "out" / "retriever1" / "model.safetensors").exists()
