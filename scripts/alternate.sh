@@ -69,7 +69,7 @@ read_contexts() {  # ROUND MODEL: trains the round's reader from MODEL, and meas
     local folder=$OUT/round$1
     stage "round$1-reader" $LAUNCH "$ROOT/train_epoch.py" "$folder/reader" "$folder/train.json" \
         "$folder/dev.json" --t5_name "$2" --num_contexts "$CONTEXTS" --max_length 250 \
-        --use_checkpoint --bf16 --batch_size 1 --grad_accumulation 8 --batch_size_val 4 \
+        --use_checkpoint --batch_size 1 --grad_accumulation 8 --batch_size_val 4 \
         --epochs 3 --lr 1e-4 --warmup_ratio 0.1 --num_workers 3 ${READER_FLAGS:-} --resume \
         --gpus "$GPUS"
     stage "round$1-test" $LAUNCH "$ROOT/test.py" "$folder/reader" "$folder/test.json" \

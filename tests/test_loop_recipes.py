@@ -150,8 +150,9 @@ def test_table_refuses_in_one_line(measures, words, message):
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
-    """A folder with corpus.tsv (60 passages), and questions about it, with their positives, in
-    LLM-Embedder's form (train.json, test.json) and DPR's (train.dpr.json).
+    """A folder with corpus.tsv (60 passages), and questions about it: with their positives, in
+    LLM-Embedder's form (train.json, test.json) and DPR's (train.dpr.json), and without
+    (train.questions.json, test.questions.json).
     """
     rng = random.Random(0)
     entities, people = world.make_entities(rng, 20, 10, held_out=False)
@@ -173,8 +174,11 @@ def small_world(tmp_path_factory):
         contexts = [{"title": passage["title"], "text": passage["text"],
                      "passage_id": passage["id"]} for passage in gold]
         dpr_records.append(shared | {"positive_ctxs": contexts, "hard_negative_ctxs": []})
+    questions = [{name: record[name] for name in ("id", "question", "answers")}
+                 for record in records]
     for name, rows in (("train", records[:16]), ("test", records[16:]),
-                       ("train.dpr", dpr_records[:16])):
+                       ("train.dpr", dpr_records[:16]), ("train.questions", questions[:16]),
+                       ("test.questions", questions[16:])):
         (folder / f"{name}.json").write_text(json.dumps(rows))
     make_bert(folder / "bert")
     return folder
@@ -264,3 +268,103 @@ def test_three_iterations_of_records_in_dprs_form(small_world, run_recipe, tmp_p
     path = tmp_path / "out" / "train.neg.bm25.json"
     assert len(json.loads(path.read_text().splitlines()[0])["hard_negative_ctxs"]) == 6
     assert (tmp_path / "out" / "retriever1" / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------- alternation
+
+def alternation(folder, tiny, **changes):
+    """The settings of scripts/alternate.sh on the small world."""
+    return {"TRAIN": folder / "train.questions.json", "DEV": folder / "test.questions.json",
+            "TEST": folder / "test.questions.json", "CORPUS": folder / "corpus.tsv",
+            "READER_MODEL": tiny, "RETRIEVER_MODEL": folder / "bert", "CONTEXTS": 4,
+            "CUTOFFS": "1 4", "TEACHER": "lsr", "ROUNDS": 1, "SEARCH_FLAGS": FAST,
+            "READER_FLAGS": "--epochs 1 --batch_size 8 --grad_accumulation 1 --num_workers 0 "
+                            "--max_length 40",
+            "RETRIEVER_FLAGS": f"--max_steps 2 --batch_size 8 --lr 1e-3 {FAST}"} | changes
+
+
+def test_alternation(small_world, tiny, run_recipe, tmp_path):
+    settings = alternation(small_world, tiny)
+    out = tmp_path / "out"
+    lines, _ = run_recipe("alternate.sh", code=-9, KILL_AT="--likelihood", **settings)
+    assert stages_run(lines) == [f"round0-{stage}" for stage in (
+        "search-train", "search-dev", "search-test", "reader", "test", "scores")]
+    assert not (out / "best").exists()
+    lines, _ = run_recipe("alternate.sh", **settings)
+    assert stages_run(lines) == ["round0-scores", *(f"round1-{stage}" for stage in (
+        "retriever", "search-train", "search-dev", "search-test", "reader", "test"))]
+    assert lines[-4].split() == ["nq@1", "nq@4", "dev_em", "em", "f1"]
+    assert [line[:7] for line in lines[-3:-1]] == ["round 0", "round 1"]
+    started_from = json.loads((out / "round1" / "reader" / "args.json").read_text())["args"]
+    assert started_from["t5_name"] == str(out / "round0" / "reader")
+    for record in json.loads((out / "round1" / "train.json").read_text()):
+        assert len(record["ctxs"]) == 4
+
+    # of equal rounds the first is the best; it is named by a link, and the other one is kept
+    args = [json.loads((out / f"round{number}" / "reader" / "args.json").read_text())
+            for number in (0, 1)]
+    best = int(args[1]["dev_em"] > args[0]["dev_em"])
+    assert lines[-1] == f"best on dev: round {best}; {out}/best"
+    assert os.readlink(out / "best") == f"round{best}"
+    assert (out / "best" / "reader" / "model.safetensors").exists()
+
+    # another teacher has other scores: told, and on demand all behind them is done anew
+    settings["TEACHER"] = "fid-kd"
+    _, errors = run_recipe("alternate.sh", code=1, **settings)
+    assert len(errors) == 1 and "stage round0-scores" in errors[0]
+    assert "lm_score.py" in errors[0] and "REDO=round0-scores" in errors[0]
+    before = (out / "round1" / "retriever" / "model.safetensors").read_bytes()
+    run_recipe("alternate.sh", REDO="round0-scores", **settings)
+    assert (out / "round1" / "retriever" / "model.safetensors").read_bytes() != before
+    with open(out / "round1" / "reader.jsonl") as file:  # of the new run alone
+        assert len(file.readlines()) == 1
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"ROUNDS": "two"}, "the number of rounds is 'two'"),
+    ({"TEACHER": "me"}, "TEACHER is 'me'; it must be fid-kd or lsr"),
+    ({"DEV": "no.json"}, "no.json: no such file; scripts/get_data.sh fid-nq"),
+])
+def test_alternation_refuses_in_one_line(small_world, tiny, run_recipe, changes, message):
+    _, errors = run_recipe("alternate.sh", code=1, **alternation(small_world, tiny, **changes))
+    assert len(errors) == 1 and message in errors[0]
+
+
+# ---------------------------------------------------------------- all tasks at once
+
+def test_llm_embedder(small_world, tiny, run_recipe, tmp_path):
+    """The scores of one distilled task are missing, and made; those of the others are theirs."""
+    data = tmp_path / "data"
+    texts = [f"{first} was born in {second}" for first in ("it", "who", "she") for second in "abc"]
+    record = {"query": "where was it born", "answers": ["a"]}
+    pool = {"pos": texts[:1], "neg": texts[1:], "teacher_scores": list(range(9))}
+    chat = {"history": texts, "teacher_scores": list(range(9))}
+    unscored = {"pos": texts[:1], "neg": texts[1:]}
+    for name, task, keys in (
+            ("chat/msc/train", "chat", chat), ("lrlm/arxiv/train", "lrlm", pool),
+            ("lrlm/books3/train", "lrlm", pool), ("lrlm/codeparrot/train", "lrlm", pool),
+            ("qa/msmarco/train", "qa", unscored), ("qa/nq/train", "qa", pool),
+            ("icl/icl/train", "icl", pool), ("convsearch/qrecc/train.concat", "convsearch", pool),
+            ("tool/toolbench/train", "tool", pool), ("tool/toolbench/test", "tool",
+                                                     {"pos_index": [0]}), ("qa/nq/test", "qa", {})):
+        path = data / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | {"task": task} | keys) + "\n")
+    for folder in ("tool/toolbench", "qa/nq"):
+        rows = [json.dumps({"title": "", "text": text}) for text in texts]
+        world.write_lines(data / folder / "corpus.json", rows)
+
+    settings = {"DATA": data, "MODEL": small_world / "bert", "LM": tiny, "SEARCH_FLAGS": FAST,
+                "SCORE_FLAGS": "--batch_size 1",
+                "RETRIEVER_FLAGS": f"--batch_size 2 --early_exit_steps 3 {FAST}"}
+    lines, _ = run_recipe("llm-embedder.sh", **settings)
+    assert stages_run(lines) == ["score-qa-msmarco-train", "retriever", "tool", "nq"]
+    assert any("10 training examples of 10 dataset(s)" in line for line in lines)
+    scored = json.loads((tmp_path / "out" / "scored" / "qa-msmarco-train.scored.lm.json")
+                        .read_text())
+    assert len(scored["teacher_scores"]) == 9
+    assert sorted(path.name for path in (data / "qa" / "msmarco").iterdir()) == ["train.json"]
+    assert [line.split()[0] for line in lines[-2:]] == ["tool", "nq"]
+    (data / "icl" / "icl" / "train.json").unlink()
+    _, errors = run_recipe("llm-embedder.sh", code=1, **settings)
+    assert len(errors) == 1 and "icl/icl/train.json: no such file" in errors[0]
