@@ -1,6 +1,7 @@
 # make demo        sets up, then trains and evaluates a reader on the embedded world
 # make demo-dense  trains a retriever on it and compares its searches with BM25's
-# make demo-loop   trains and evaluates a reader on that retriever's contexts
+# make demo-loop   teaches a retriever in every way, and compares them and the readers they feed;
+#                  SEEDS="1 2 3" make demo-loop shows the spread of three seeds
 # make lint        checks the code with ruff (settings: pyproject.toml)
 # make test        runs all tests
 PYTHON ?= python3
@@ -36,14 +37,8 @@ demo-dense: .venv/ready
 		$(CORPUS) --index out/toy-index/dense --eval_data toy/data/test.json --hits 20 \
 		$(RECALL) 1 5 20 --qrels qrels=toy/data/qrels.test.tsv
 
-demo-loop: demo-dense
-	for split in train dev test; do \
-		$(BIN)/python retrieve.py --query_encoder $(DEMO)-dense $(CORPUS) --index out/toy-index/dense \
-			--eval_data toy/data/$$split.json --hits 10 --output out/loop.$$split.json \
-			$(RECALL) 1 5 10 --qrels qrels=toy/data/qrels.$$split.tsv || exit 1; \
-	done
-	$(BIN)/python train_epoch.py $(DEMO)-loop out/loop.train.json out/loop.dev.json $(READER)
-	$(BIN)/python test.py $(DEMO)-loop out/loop.test.json --num_contexts 1 2 5 10 --batch_size 64
+demo-loop: .venv/ready
+	OUT=out/loop PYTHON=$(BIN)/python scripts/demo-loop.sh
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check

@@ -271,11 +271,13 @@ class FiDT5(nn.Module):
         """Ids (B, <= max_length), greedy or by beam search: the start token first, padding after
         </s>.
 
-        With `return_scores` also the cross-attention scores (B, N) of the passages; the ids are the
-        same.
+        With `return_scores`, the kind of crossattention_scores (True: logits), also the scores
+        (B, N) of the passages; the ids are the same.
         """
         memory = self.encode(input_ids, attention_mask)
-        scores = self.crossattention_scores(memory, attention_mask) if return_scores else None
+        if return_scores:
+            kind = "logits" if return_scores is True else return_scores
+            scores = self.crossattention_scores(memory, attention_mask, kind)
         if num_beams == 1:
             ids = self.greedy(memory, max_length)
         else:
@@ -312,26 +314,38 @@ class FiDT5(nn.Module):
                     self.cross_bias.memory_offsets = memory.offsets
         return ids
 
-    def crossattention_scores(self, memory, attention_mask):
-        """(B, N) scores before the softmax of the FIRST decoded token, averaged over layers, heads
-        and a passage's tokens.
+    def crossattention_scores(self, memory, attention_mask, kind="logits"):
+        """(B, N) scores of the passages by the cross-attention of the FIRST decoded token.
 
-        A passage without tokens gets -inf. Source: "Distilling Knowledge from Reader to Retriever",
-        arXiv 2012.04584, section 3.2, and FiD's get_crossattention_scores.
+            kind       of a passage
+            logits     the scores before the softmax, averaged over layers, heads and its tokens
+            attention  the log of the attention that its tokens get together, averaged over layers
+                       and heads
+
+        A passage without tokens gets -inf. Sources: logits is "Distilling Knowledge from Reader to
+        Retriever", arXiv 2012.04584, section 3.2, and FiD's get_crossattention_scores; attention
+        follows Atlas (arXiv 2208.03299, section 2.2), without its norms of the values.
         """
         B, N, L = attention_mask.shape
         start = torch.full((B, 1), self.start_token, device=memory.mask.device)
         layer_scores = []  # of (B, H, 1, M)
         self.decode(start, memory, raw_scores=layer_scores)
-        token_scores = torch.stack(layer_scores).mean((0, 2, 3))                         # (B, M)
+        scores = torch.stack(layer_scores)                                   # (layers, B, H, 1, M)
         if self.cross_bias is not None:
-            token_scores += self.cross_bias.position_bias(B, 1, 0).mean((1, 2))
-        token_scores = token_scores.masked_fill(~memory.mask, 0)
+            scores = scores + self.cross_bias.position_bias(B, 1, 0)
+        if kind == "attention":
+            is_padding = ~memory.mask[:, None, None]                                 # (B, 1, 1, M)
+            scores = torch.softmax(scores.masked_fill(is_padding, float("-inf")), -1)
+        token_scores = scores.mean((0, 2, 3)).masked_fill(~memory.mask, 0)               # (B, M)
         stride = max(getattr(self.config, "passage_stride", None) or 0, L)
         passage = memory.offsets // stride  # (B, M) passage of each token
         sums = token_scores.new_zeros(B, N).scatter_add(1, passage, token_scores)
         counts = attention_mask.sum(2)                                                   # (B, N)
-        return (sums / counts.clamp(min=1)).masked_fill(counts == 0, float("-inf"))
+        if kind == "attention":
+            passage_scores = sums.clamp(min=1e-30).log()  # a share of 0 has no finite logarithm
+        else:
+            passage_scores = sums / counts.clamp(min=1)
+        return passage_scores.masked_fill(counts == 0, float("-inf"))
 
     # ---------------------------------------------------------------- files
 

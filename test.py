@@ -51,6 +51,9 @@ def parse_args():
         "'retrieval_score')")
     add("--measures", metavar="FILE",
         help="write EM and F1 as JSON, as fractions; of several --num_contexts the last one's")
+    add("--score_kind", choices=["logits", "attention"], default="logits",
+        help="cross-attention scores: the mean of a passage's scores before the softmax (FiD-KD), "
+        "or the log of the attention that the passage gets (as in Atlas)")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
     add("--bf16", action="store_true", help="bfloat16 autocast")
@@ -132,7 +135,7 @@ def main(args):
                               max_length=args.max_length, batch_size=args.batch_size,
                               num_workers=args.num_workers, num_beams=args.num_beams,
                               answer_maxlength=args.answer_maxlength, bf16=args.bf16,
-                              with_scores=args.scores is not None)
+                              with_scores=args.score_kind if args.scores is not None else False)
         em, f1, correct, count = summarize(predictions)
         speed = len(records) / (time.time() - start)
         if count:

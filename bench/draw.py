@@ -1,9 +1,7 @@
 r"""Draws exact match against the number of contexts, from the tables that test.py prints.
 
     mkdir -p out; make demo | tee out/demo.txt
-    make demo-loop | tee out/loop.txt
-    python bench/draw.py docs/demo.svg "ranked by word overlap=out/demo.txt" \
-        "ranked by our retriever=out/loop.txt"
+    python bench/draw.py docs/demo.svg "ranked by word overlap=out/demo.txt"
 
 A line of the picture is LABEL=FILE; of each file the last table counts. Needs matplotlib.
 """

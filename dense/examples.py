@@ -128,25 +128,28 @@ def graded_examples(corpus, queries, graded, group_size, source="the qrels"):
 
 # ---------------------------------------------------------------- records
 
-def read_examples(path, template="{title} {text}", reader_scores=False):
+def read_examples(path, template="{title} {text}", reader_scores=False, distills=False):
     """The examples of a file of LLM-Embedder's, DPR's or scored reader's records.
 
-    reader_scores: see score_contexts. Raises InputError with the location of a wrong field, or of a
-    key that lacks a column of the template.
+    reader_scores, distills: see trains_on_contexts. Raises InputError with the location of a wrong
+    field, or of a key that lacks a column of the template.
     """
     refuse_table(path, MAKE_POSITIVES)
-    examples = [make_example(record, location, template, reader_scores)
+    examples = [make_example(record, location, template, reader_scores, distills)
                 for record, location in read_json(path)]
     if not examples:
         raise InputError(f"{path}: holds no records")
     return examples
 
 
-def make_example(record, location, template, reader_scores=False):
+def make_example(record, location, template, reader_scores=False, distills=False):
     """The Example of a record. Raises InputError."""
     query = question_text(record, location)
     check_types(record, location, [*LIST_FIELDS, "history", "ctxs"])
-    if record.get("positive_ctxs") is not None:  # DPR's
+    if trains_on_contexts(record, reader_scores, distills):
+        pos = []                                 # nobody says which one is right
+        neg, scores = score_contexts(record, location, reader_scores)
+    elif record.get("positive_ctxs") is not None:  # DPR's
         pos = record["positive_ctxs"][:1]
         neg = record.get("hard_negative_ctxs") or record.get("negative_ctxs")
         scores = record.get("teacher_scores")
@@ -154,9 +157,6 @@ def make_example(record, location, template, reader_scores=False):
         pos = []  # the teacher will choose the positive
         neg = record["history"]
         scores = record.get("teacher_scores")
-    elif record.get("ctxs") is not None and not (record.get("pos") or record.get("neg")):
-        pos = []                                 # the reader's: nobody says which one is right
-        neg, scores = score_contexts(record, location, reader_scores)
     else:                                        # LLM-Embedder's other tasks
         pos = record.get("pos")
         neg = record.get("neg")
@@ -167,6 +167,18 @@ def make_example(record, location, template, reader_scores=False):
     if scores is not None:
         scores = read_scores(scores, pos, neg, location)
     return Example(query, pos, neg, scores, record.get("task") or "", location)
+
+
+def trains_on_contexts(record, reader_scores, distills):
+    """True if a record's keys are its `ctxs`: it has no others, or they have a reader's scores to
+    be distilled and the others have none.
+    """
+    if not record.get("ctxs"):
+        return False
+    if not any(record.get(name) for name in ("positive_ctxs", "history", "pos", "neg")):
+        return True
+    is_scored = reader_scores or any("retrieval_score" in context for context in record["ctxs"])
+    return distills and is_scored and record.get("teacher_scores") is None
 
 
 def score_contexts(record, location, reader_scores):
@@ -272,7 +284,7 @@ def read_training(args, corpus, queries, log):
     Raises InputError if nothing is left, or teacher scores are missing.
     """
     if args.train_data:
-        datasets = [read_examples(path, args.key_template, args.reader_scores)
+        datasets = [read_examples(path, args.key_template, args.reader_scores, distills_only(args))
                     for path in args.train_data]
     else:
         datasets = [read_qrels_examples(args, corpus, queries)]

@@ -164,6 +164,17 @@ def test_contexts_that_a_reader_scored_are_a_group_as_they_are(tmp_path):
     assert keys[0]["text"] == "c1" and scores[0] == 2.0
 
 
+def test_scored_contexts_go_before_positives_without_scores(tmp_path):
+    record = scored_record([1.0, 2.0], pos=["p"], neg=["n"])
+    data, _ = read_scored(tmp_path / "r.jsonl", [record])
+    assert [key["text"] for key in data.examples[0].neg] == ["c0", "c1"]
+    for changes in ({"loss": "infonce"}, {}):
+        if not changes:
+            record["teacher_scores"] = [1.0, 0.0]
+        data, _ = read_scored(tmp_path / "r.jsonl", [record], **changes)
+        assert data.examples[0].pos == ["p"] and data.examples[0].neg == ["n"]
+
+
 def test_teacher_scores_of_contexts(tmp_path):
     record = scored_record([None, None], teacher_scores=[-3.0, -1.0])
     data, _ = read_scored(tmp_path / "r.jsonl", [record], loss="kl")

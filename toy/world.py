@@ -1,9 +1,12 @@
 """The embedded world: a small generated encyclopedia, its questions and their ranked contexts.
 
-    python toy/world.py --out toy/data     # two seconds
+    python toy/world.py --out toy/data             # two seconds
+    python toy/world.py --out toy/hard --hard      # the world of make demo-loop
 
 writes corpus.tsv and, for each of train, dev and test, the reader's records (SPLIT.json) and the
-retriever's queries, qrels and mined negatives.
+retriever's queries, qrels and mined negatives. With --hard SPLIT.json has questions and answers
+alone; gold.SPLIT.json has their gold passages as contexts, labelled.json as the positives of the
+training questions. Contexts and negatives are for retrieve.py to find.
 
 People and towns have names of two parts drawn from shared lists, so that every entity has
 look-alikes. A quarter of all names (`is_held_out`) occurs only in dev and test questions and their
@@ -178,26 +181,27 @@ def make_entities(rng, num_people, num_towns, held_out):
 
 # ---------------------------------------------------------------- passages
 
-def write_passages(rng, entity, people):
+def write_passages(rng, entity, people, asides=1, names_in_full=True):
     """Two passages {title, text, relations, sentences}; each states half of the entity's facts.
 
-    A passage names the entity in full once, by its last name afterwards, and carries one
-    misleading aside.
-    `sentences` are (relation, text), the aside's relation being None.
+    A passage names the entity in full once, by its last name afterwards (by its last name only
+    without `names_in_full`), and carries misleading asides.
+    `sentences` are (relation, text), an aside's relation being None.
     """
     relations = rng.sample(list(entity["facts"]), len(entity["facts"]))
     half = len(relations) // 2
     passages = []
     for part in (relations[:half], relations[half:]):
         sentences = []
-        called = entity["name"]
+        called = entity["name"] if names_in_full else entity["name"].split()[1]
         for relation in part:
             statement = rng.choice(entity["kind"][relation].statements)
             sentences.append((relation, state_fact(statement, called, entity["facts"][relation])))
             called = entity["name"].split()[1]
-        aside = rng.choice(ASIDES)
-        other = rng.choice([name for name in people if name != entity["name"]])
-        sentences.insert(rng.randrange(1, len(sentences) + 1), (None, aside.format(o=other)))
+        for _ in range(asides):
+            aside = rng.choice(ASIDES)
+            other = rng.choice([name for name in people if name != entity["name"]])
+            sentences.insert(rng.randrange(1, len(sentences) + 1), (None, aside.format(o=other)))
         sentences = [(relation, punctuate(text)) for relation, text in sentences]
         text = " ".join(text for _, text in sentences)
         passages.append({"title": entity["name"], "text": text, "relations": part,
@@ -333,6 +337,33 @@ def make_demo(seed=1):
     return passages, splits
 
 
+# ---------------------------------------------------------------- the loop's world
+
+def make_hard(seed=1):
+    """The same of the world of make demo-loop, without contexts.
+
+    It is harder to search by words: there are more people and so more look-alikes, a passage names
+    its entity in full in its title only, and carries three asides, which name others in full and
+    in the questions' words.
+    """
+    rng = random.Random(seed)
+    seen, seen_people = make_entities(rng, 600, 100, held_out=False)
+    unseen, unseen_people = make_entities(rng, 400, 80, held_out=True)
+    passages = []
+    for entities, people in ((seen, seen_people), (unseen, unseen_people)):
+        for entity in entities:
+            passages += write_passages(rng, entity, people, asides=3, names_in_full=False)
+    for number, passage in enumerate(passages, 1):
+        passage["id"] = str(number)
+
+    ranker = OverlapRanker(passages, blur=0)
+    rng.shuffle(unseen)
+    splits = {"train": make_records(rng, "train", seen, ranker, 1500, top_k=0),
+              "dev": make_records(rng, "dev", unseen[:160], ranker, 300, top_k=0),
+              "test": make_records(rng, "test", unseen[160:], ranker, 600, top_k=0)}
+    return passages, splits
+
+
 # ---------------------------------------------------------------- files
 
 def write_lines(path, lines):
@@ -340,7 +371,8 @@ def write_lines(path, lines):
 
 
 def write_qrels(out, split, records):
-    """Writes the questions as BEIR has them: queries.SPLIT.jsonl, qrels.SPLIT.tsv, mined.SPLIT.tsv.
+    """Writes the questions as BEIR has them: queries.SPLIT.jsonl, qrels.SPLIT.tsv and, of questions
+    with contexts, mined.SPLIT.tsv.
 
     The mined documents (score 0) are the contexts, ranked by word overlap, that do not answer.
     """
@@ -353,7 +385,28 @@ def write_qrels(out, split, records):
         mined += [f"{record['id']}\t{context['id']}\t0" for context in negatives]
     write_lines(out / f"queries.{split}.jsonl", queries)
     write_lines(out / f"qrels.{split}.tsv", gold)
-    write_lines(out / f"mined.{split}.tsv", mined)
+    if len(mined) > 1:
+        write_lines(out / f"mined.{split}.tsv", mined)
+
+
+def write_questions(out, split, records, passages):
+    """Writes questions and answers alone (SPLIT.json), with their gold passages as contexts
+    (gold.SPLIT.json) and, for training, as the positives of LLM-Embedder's records (labelled.json).
+    """
+    plain, with_gold, labelled = [], [], []
+    for record in records:
+        question = {name: record[name] for name in ("id", "question", "answers")}
+        indices = [int(identifier) - 1 for identifier in record["gold"]]
+        contexts = [{name: passages[index][name] for name in ("id", "title", "text")}
+                    for index in indices]
+        texts = [f"{context['title']} {context['text']}" for context in contexts]
+        plain.append(question)
+        with_gold.append(question | {"ctxs": contexts})
+        labelled.append(json.dumps(question | {"pos": texts, "pos_index": indices}))
+    (out / f"{split}.json").write_text(json.dumps(plain, indent=1))
+    (out / f"gold.{split}.json").write_text(json.dumps(with_gold, indent=1))
+    if split == "train":
+        write_lines(out / "labelled.json", labelled)
 
 
 def recall_at(records, k):
@@ -368,18 +421,23 @@ def parse_args():
     add = parser.add_argument
     add("--out", default="toy/data", help="folder to write to (default: %(default)s)")
     add("--seed", type=int, default=1, help="seed of the world (default: %(default)s)")
+    add("--hard", action="store_true", help="the world of make demo-loop, harder to search")
     return parser.parse_args()
 
 
 def main(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    passages, splits = make_demo(args.seed)
+    passages, splits = make_hard(args.seed) if args.hard else make_demo(args.seed)
     rows = [f"{passage['id']}\t{passage['text']}\t{passage['title']}" for passage in passages]
     write_lines(out / "corpus.tsv", ["id\ttext\ttitle"] + rows)
     for split, records in splits.items():
-        (out / f"{split}.json").write_text(json.dumps(records, indent=1))
         write_qrels(out, split, records)
+        if args.hard:
+            write_questions(out, split, records, passages)
+            print(f"{split:5s} {len(records)} questions")
+            continue
+        (out / f"{split}.json").write_text(json.dumps(records, indent=1))
         percentages = ", ".join(f"{100 * recall_at(records, k):.0f} %" for k in (1, 2, 5, 10))
         print(f"{split:5s} {len(records)} questions, "
               f"gold passage among the first 1, 2, 5, 10: {percentages}")

@@ -1,0 +1,85 @@
+r"""Draws the table of make demo-loop: recall@5 and exact match of every way to teach a retriever.
+
+    SEEDS="1 2 3" make demo-loop
+    python bench/draw_loop.py docs/loop.svg out/loop/table.json
+
+A dot is the mean of the seeds, the line through it runs from the lowest to the highest. The file is
+what scripts/table.py --json writes. Needs matplotlib.
+"""
+import argparse
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from files import check_paths, new_file, read_settings
+from utils import HelpFormatter, InputError, run_script
+
+PANELS = {"recall@5": "recall@5, %", "em": "exact match of the reader, %"}
+COLOR, FAINT = "#1f5fa8", "#9a9a9a"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("picture", help="file to write, .svg")
+    parser.add_argument("table", help="file that scripts/table.py --json wrote")
+    return parser.parse_args()
+
+
+def read_rows(path):
+    """[(name, {column: {mean, lowest, highest} or None})] of a table. Raises InputError."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; make demo-loop writes it")
+    try:
+        rows = []
+        for row in read_settings(path)["rows"]:
+            values = {name: row["values"][name] for name in PANELS}
+            for cell in values.values():
+                if cell is not None:
+                    float(cell["mean"]), float(cell["lowest"]), float(cell["highest"])
+            rows.append((row["name"], values))
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: is no table of recall@5 and em as scripts/table.py --json "
+                         "writes it; run make demo-loop") from None
+    if not rows:
+        raise InputError(f"{path}: holds no rows")
+    return rows
+
+
+def draw(rows, path):
+    """Writes the picture, a panel per column, legible on dark pages too."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "loop"  # the same file for the same table
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(7.6, 0.5 + 0.36 * len(rows)),
+                                sharey=True, layout="constrained", facecolor="white")
+    for axis, (column, label) in zip(axes, PANELS.items()):
+        baseline = rows[0][1][column]
+        if baseline is not None:
+            axis.axvline(baseline["mean"], color=FAINT, linewidth=0.8, linestyle=":")
+        for y, (_, values) in enumerate(rows):
+            cell = values[column]
+            if cell is None:
+                continue
+            axis.plot([cell["lowest"], cell["highest"]], [y, y], color=COLOR, linewidth=2)
+            axis.plot([cell["mean"]], [y], marker="o", markersize=5, color=COLOR)
+            axis.annotate(f"{cell['mean']:.1f}", (cell["highest"], y), (6, -3),
+                          textcoords="offset points", fontsize=8, color=COLOR)
+        axis.set_xlabel(label)
+        axis.grid(axis="x", alpha=0.3)
+        axis.margins(x=0.15, y=0.08)
+    axes[0].set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes[0].invert_yaxis()
+    with new_file(path, "wb") as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def main(args):
+    check_paths([args.picture], [args.table])
+    draw(read_rows(args.table), args.picture)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# LSR, a language model supervises the retriever (REPLUG, arXiv 2301.12652, section 4), by rounds,
+# from questions and answers alone. Here NaturalQuestions, on 8 GPUs, from BM25's contexts.
+#
+#   scripts/get_data.sh fid-nq passages && python scripts/fid_data.py nq --data data
+#   scripts/lsr.sh                    # the same command goes on where it was stopped
+#
+# Each of ROUNDS rounds searches the training questions with the present retriever (BM25 at first),
+# scores every passage by how likely it makes the answer to LM, and trains the retriever by KL
+# between softmax(retriever / --student_temperature) and softmax(likelihood / --teacher_temperature);
+# queries and keys both learn. The index is made anew each round, as in REPLUG every T updates: T is
+# the --max_steps of RETRIEVER_FLAGS. Left in OUT, for round N: retrieverN, retrievalN.json (measures
+# on TEST), contexts.N.SPLIT.jsonl. READER_MODEL, if given, is trained on the last round's contexts
+# (readerN, emN.json).
+#
+# REPLUG retrieves 20 passages, refreshes its index every 3,000 updates of 64 queries, in all 25,000,
+# and has both temperatures 0.1. As its equation 4 is written, its softmax is of likelihoods; here it
+# is of their logarithms, with which the temperature 1 gives each passage the probability that the
+# answer came of it. Not run here at that size; make demo-loop runs it on a small world.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
+set -euo pipefail
+DATA=${DATA:-data}
+OUT=${OUT:-runs/lsr}
+ROUNDS=${ROUNDS:-8}
+HITS=${HITS:-20}
+CONTEXTS=${CONTEXTS:-$HITS}
+MODEL=${MODEL:-facebook/contriever}
+LM=${LM:-meta-llama/Llama-2-7b-hf}
+READER_MODEL=${READER_MODEL:-}
+TRAIN=${TRAIN:-$DATA/NQ/train.json}
+DEV=${DEV:-$DATA/NQ/dev.json}
+TEST=${TEST:-$DATA/NQ/test.json}
+CORPUS=${CORPUS:-$DATA/psgs_w100.tsv.gz}
+READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 --grad_accumulation 4 \
+--batch_size_val 4 --epochs 10 --lr 1e-4 --num_warmup_steps 1000 --dropout 0.1 --num_workers 3}
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---loss kl --group_size 20 --batch_size 8 --lr 2e-5 --max_steps 3000 \
+--pooling_method mean --dense_metric ip --teacher_temperature 1 --student_temperature 0.1 \
+--num_workers 3}
+. "$(dirname "$0")/rounds.sh"
+
+search 0 train
+search 0 test
+for ((round = 1; round <= ROUNDS; round++)); do
+    last=$((round - 1))
+    stage "scores$round" $LAUNCH "$ROOT/lm_score.py" --eval_data "$OUT/contexts.$last.train.jsonl" \
+        --model_name_or_path "$LM" --save_name lm --likelihood sum ${SCORE_FLAGS:-} --gpus "$GPUS"
+    train_retriever $round "$OUT/contexts.$last.train.scored.lm.jsonl"
+    if ((round < ROUNDS)); then
+        search $round train
+        search $round test
+    elif [ -n "$READER_MODEL" ]; then
+        search_all $round
+        train_reader $round
+    else
+        search $round test
+    fi
+done
+print_rounds
