@@ -276,47 +276,43 @@ def alternation(folder, tiny, **changes):
     """The settings of scripts/alternate.sh on the small world."""
     return {"TRAIN": folder / "train.questions.json", "DEV": folder / "test.questions.json",
             "TEST": folder / "test.questions.json", "CORPUS": folder / "corpus.tsv",
-            "READER_MODEL": tiny, "RETRIEVER_MODEL": folder / "bert", "CONTEXTS": 4,
-            "CUTOFFS": "1 4", "TEACHER": "lsr", "ROUNDS": 1, "SEARCH_FLAGS": FAST,
-            "READER_FLAGS": "--epochs 1 --batch_size 8 --grad_accumulation 1 --num_workers 0 "
-                            "--max_length 40",
-            "RETRIEVER_FLAGS": f"--max_steps 2 --batch_size 8 --lr 1e-3 {FAST}"} | changes
+            "READER_MODEL": tiny, "MODEL": folder / "bert", "HITS": 4, "CUTOFFS": "1 4",
+            "TEACHER": "lsr", "ROUNDS": 1,
+            "READER_FLAGS": "--epochs 1 --batch_size 8 --max_length 40 --num_warmup_steps 1",
+            "RETRIEVER_FLAGS": "--loss kl --max_steps 2 --batch_size 8 --group_size 4 --lr 1e-3",
+            } | changes
 
 
 def test_alternation(small_world, tiny, run_recipe, tmp_path):
     settings = alternation(small_world, tiny)
     out = tmp_path / "out"
     lines, _ = run_recipe("alternate.sh", code=-9, KILL_AT="--likelihood", **settings)
-    assert stages_run(lines) == [f"round0-{stage}" for stage in (
-        "search-train", "search-dev", "search-test", "reader", "test", "scores")]
-    assert not (out / "best").exists()
+    assert stages_run(lines) == ["contexts0-train", "contexts0-dev", "contexts0-test", "reader0",
+                                 "em0", "scores1"]
     lines, _ = run_recipe("alternate.sh", **settings)
-    assert stages_run(lines) == ["round0-scores", *(f"round1-{stage}" for stage in (
-        "retriever", "search-train", "search-dev", "search-test", "reader", "test"))]
-    assert lines[-4].split() == ["nq@1", "nq@4", "dev_em", "em", "f1"]
+    assert stages_run(lines) == ["scores1", "retriever1", "contexts1-train", "contexts1-dev",
+                                 "contexts1-test", "reader1", "em1"]
     assert [line[:7] for line in lines[-3:-1]] == ["round 0", "round 1"]
-    started_from = json.loads((out / "round1" / "reader" / "args.json").read_text())["args"]
-    assert started_from["t5_name"] == str(out / "round0" / "reader")
-    for record in json.loads((out / "round1" / "train.json").read_text()):
-        assert len(record["ctxs"]) == 4
+    readers = [json.loads((out / f"reader{number}" / "args.json").read_text())
+               for number in (0, 1)]
+    assert readers[1]["args"]["t5_name"] == str(out / "reader0")  # it goes on
 
-    # of equal rounds the first is the best; it is named by a link, and the other one is kept
-    args = [json.loads((out / f"round{number}" / "reader" / "args.json").read_text())
-            for number in (0, 1)]
-    best = int(args[1]["dev_em"] > args[0]["dev_em"])
-    assert lines[-1] == f"best on dev: round {best}; {out}/best"
-    assert os.readlink(out / "best") == f"round{best}"
-    assert (out / "best" / "reader" / "model.safetensors").exists()
+    # of equal rounds the first is the best, which links name
+    best = int(readers[1]["dev_em"] > readers[0]["dev_em"])
+    assert lines[-1] == f"the best on dev is round {best}: {out}/best"
+    assert os.path.samefile(out / "best" / "reader", out / f"reader{best}")
+    assert (out / "best" / "retriever").exists() == bool(best)
 
     # another teacher has other scores: told, and on demand all behind them is done anew
     settings["TEACHER"] = "fid-kd"
     _, errors = run_recipe("alternate.sh", code=1, **settings)
-    assert len(errors) == 1 and "stage round0-scores" in errors[0]
-    assert "lm_score.py" in errors[0] and "REDO=round0-scores" in errors[0]
-    before = (out / "round1" / "retriever" / "model.safetensors").read_bytes()
-    run_recipe("alternate.sh", REDO="round0-scores", **settings)
-    assert (out / "round1" / "retriever" / "model.safetensors").read_bytes() != before
-    with open(out / "round1" / "reader.jsonl") as file:  # of the new run alone
+    assert len(errors) == 1 and "stage scores1" in errors[0]
+    assert "lm_score.py" in errors[0] and "REDO=scores1" in errors[0]
+    before = (out / "retriever1" / "model.safetensors").read_bytes()
+    lines, _ = run_recipe("alternate.sh", REDO="scores1", **settings)
+    assert stages_run(lines)[0] == "scores1" and len(stages_run(lines)) == 7
+    assert (out / "retriever1" / "model.safetensors").read_bytes() != before
+    with open(out / "reader1.jsonl") as file:  # of the new run alone
         assert len(file.readlines()) == 1
 
 
