@@ -17,7 +17,13 @@ from checkpoints import load_tokenizer, read_training_args
 from data import note_long_passages
 from files import check_paths, is_stream, write_json
 from model import FiDT5
-from predict import predict, summarize, write_predictions, write_scores
+from predict import (
+    count_best_with_answer,
+    predict,
+    summarize,
+    write_predictions,
+    write_scores,
+)
 from questions import note_contexts, read_records
 from utils import HelpFormatter, InputError, check_at_least, run_script, start_processes
 
@@ -151,6 +157,12 @@ def main(args):
             path = prediction_path(args, num_contexts)
             write_predictions(path, predictions, records)
             print(f"         predictions in {path}")
+    if args.scores is not None:
+        best, answerable = count_best_with_answer(predictions, records)
+        if answerable:
+            world.log(f"the context with the highest score holds an answer for {best} of "
+                      f"{answerable} questions that have such a context, "
+                      f"{100 * best / answerable:.1f} %")
     if args.scores and world.is_main:
         write_scores(args.scores, predictions, records)
         print(f"cross-attention scores of {num_contexts} contexts in {args.scores}")
