@@ -27,7 +27,10 @@ COLUMNS="mrr@10 ndcg@10 recall@50 recall@200"
 HITS=${HITS:-200}
 LENGTHS="--query_max_length 32 --key_max_length 144"
 MINING=
-RETRIEVER="--batch_size 8 --group_size 16 --lr 2e-5 --epochs 3 --select_positive random"
-RANKER="--batch_size 8 --group_size 16 --lr 3e-5 --epochs 3 --select_positive random"
-DISTILLED="--batch_size 8 --group_size 24 --lr 3e-5 --epochs 6 --contrastive_weight 0.2"
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---batch_size 8 --group_size 16 --lr 2e-5 --epochs 3 \
+--select_positive random}
+RANKER_FLAGS=${RANKER_FLAGS:---batch_size 8 --group_size 16 --lr 3e-5 --epochs 3 \
+--select_positive random}
+DISTILLED_FLAGS=${DISTILLED_FLAGS:---batch_size 8 --group_size 24 --lr 3e-5 --epochs 6 \
+--contrastive_weight 0.2}
 . "$(dirname "$0")/3iter.sh"

@@ -23,7 +23,8 @@ COLUMNS="nq@1 nq@5 nq@20 nq@100"
 HITS=${HITS:-100}
 LENGTHS="--query_max_length 32 --key_max_length 192"
 MINING="--filter_answers"  # a passage that holds an answer is no negative
-RETRIEVER="--batch_size 8 --group_size 16 --lr 1e-5 --max_steps 20000"
-RANKER="--batch_size 4 --group_size 16 --lr 3e-5 --max_steps 20000"
-DISTILLED="--batch_size 8 --group_size 16 --lr 3e-5 --epochs 15 --contrastive_weight 1"
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---batch_size 8 --group_size 16 --lr 1e-5 --max_steps 20000}
+RANKER_FLAGS=${RANKER_FLAGS:---batch_size 4 --group_size 16 --lr 3e-5 --max_steps 20000}
+DISTILLED_FLAGS=${DISTILLED_FLAGS:---batch_size 8 --group_size 16 --lr 3e-5 --epochs 15 \
+--contrastive_weight 1}
 . "$(dirname "$0")/3iter.sh"

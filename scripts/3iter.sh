@@ -7,8 +7,8 @@
 #   retriever 3   distilled from the ranker's scores of these (KL) beside a contrastive loss
 #
 # All retrievers start from MODEL, the ranker from RANKER_MODEL. The ranker is measured on what
-# retriever 2 finds. RETRIEVER_FLAGS, RANKER_FLAGS and DISTILLED_FLAGS add to the flags of
-# train_dense.py, or take the place of what is set; SEARCH_FLAGS to those of retrieve.py.
+# retriever 2 finds. RETRIEVER_FLAGS, RANKER_FLAGS and DISTILLED_FLAGS take the place of a recipe's
+# own, SEARCH_FLAGS add to what is set.
 #
 # Other than in SimLM: its ranker reads groups of 32 (NQ) or 64 passages, learns from a half or a
 # quarter of them and with R-Drop; here it reads 16. Its temperature falls at the start (NQ), here it
@@ -66,23 +66,22 @@ mine() {  # RETRIEVER: writes train.neg.RETRIEVER.json
 measure bm25
 mine bm25
 
-train retriever1 "$OUT/train.neg.bm25.json" "$MODEL" $RETRIEVER ${RETRIEVER_FLAGS:-}
+train retriever1 "$OUT/train.neg.bm25.json" "$MODEL" $RETRIEVER_FLAGS
 measure retriever1
 mine retriever1
 
-train retriever2 "$OUT/train.neg.retriever1.json" "$MODEL" $RETRIEVER ${RETRIEVER_FLAGS:-}
+train retriever2 "$OUT/train.neg.retriever1.json" "$MODEL" $RETRIEVER_FLAGS
 measure retriever2
 mine retriever2
 
-train ranker "$OUT/train.neg.retriever2.json" "$RANKER_MODEL" --ranker $RANKER ${RANKER_FLAGS:-}
+train ranker "$OUT/train.neg.retriever2.json" "$RANKER_MODEL" --ranker $RANKER_FLAGS
 RANK=($LAUNCH "$ROOT/retrieve.py" --retrieval_method rank --ranker --query_encoder "$OUT/ranker")
 stage ranker-test "${RANK[@]}" --results "$OUT/retriever2.trec" --corpus "$CORPUS" \
     --eval_data "$TEST" --hits "$HITS" "${MEASURES[@]}" --measures "$OUT/ranker.json" --gpus "$GPUS"
 stage ranker-scores "${RANK[@]}" --eval_data "$OUT/train.neg.retriever2.json" \
     --metrics collate_score --save_name ranker --bf16 --gpus "$GPUS"
 
-train retriever3 "$OUT/train.neg.retriever2.scored.ranker.json" "$MODEL" \
-    $DISTILLED ${DISTILLED_FLAGS:-}
+train retriever3 "$OUT/train.neg.retriever2.scored.ranker.json" "$MODEL" $DISTILLED_FLAGS
 measure retriever3
 
 $PYTHON "$ROOT/scripts/table.py" --columns $COLUMNS "BM25=$OUT/bm25.json" \

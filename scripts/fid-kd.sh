@@ -2,7 +2,7 @@
 # FiD-KD (arXiv 2012.04584): reader and retriever from questions and answers alone, by rounds; no
 # passage is labelled. Here NaturalQuestions, on 8 GPUs, from BM25's contexts.
 #
-#   scripts/get_data.sh fid-nq passages && python scripts/fid_data.py nq --data data
+#   scripts/get_data.sh fid-nq && python scripts/fid_data.py nq --data data
 #   scripts/fid-kd.sh                 # the same command goes on where it was stopped
 #
 # Round 0 searches with BM25 and trains a reader on what it finds. Each of ROUNDS rounds then scores

@@ -25,6 +25,10 @@ GPUS=${GPUS-0,1,2,3,4,5,6,7}
 PROCESSES=${PROCESSES:-8}
 PYTHON=${PYTHON:-python}
 LAUNCH=${LAUNCH:-torchrun --standalone --nnodes=1 --nproc_per_node=$PROCESSES}
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---batch_size 100 --gradient_checkpointing --max_steps 30000 \
+--early_exit_steps 10000 --save_steps 5000 --lr 5e-6 --bf16}
+SCORE_FLAGS=${SCORE_FLAGS:---bf16}
+SEARCH_FLAGS=${SEARCH_FLAGS:---bf16}
 ROOT=$(dirname "$0")/..
 . "$ROOT/scripts/stages.sh"
 
@@ -49,22 +53,20 @@ for name in "${DISTILLED[@]}"; do
     flat=${name//\//-}  # the scores are written beside the questions: in OUT, not among the data
     ln -sfn "$(realpath "$DATA/$name.json")" "$OUT/scored/$flat.json"
     stage "score-$flat" $LAUNCH "$ROOT/lm_score.py" --eval_data "$OUT/scored/$flat.json" \
-        --model_name_or_path "$LM" --save_name lm ${SCORE_FLAGS:---bf16} --gpus "$GPUS"
+        --model_name_or_path "$LM" --save_name lm $SCORE_FLAGS --gpus "$GPUS"
     TRAIN+=("$OUT/scored/$flat.scored.lm.json")
 done
 
 stage retriever $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/retriever" \
     --train_data "${TRAIN[@]}" --query_encoder "$MODEL" --version llm-embedder \
-    --inbatch_same_dataset epoch --use_train_config --batch_size 100 --gradient_checkpointing \
-    --max_steps 30000 --early_exit_steps 10000 --save_steps 5000 --lr 5e-6 --bf16 \
-    ${RETRIEVER_FLAGS:-} --resume --gpus "$GPUS"
+    --inbatch_same_dataset epoch --use_train_config $RETRIEVER_FLAGS --resume --gpus "$GPUS"
 
 measure() {  # NAME TASK QUESTIONS CORPUS FLAGS...
     local name=$1 task=$2 questions=$3 corpus=$4
     shift 4
     stage "$name" $LAUNCH "$ROOT/retrieve.py" --query_encoder "$OUT/retriever" --task "$task" \
         --eval_data "$DATA/$questions" --corpus "$DATA/$corpus" --index "$OUT/$name.index" \
-        --overwrite_index --measures "$OUT/$name.json" "$@" ${SEARCH_FLAGS:---bf16} --gpus "$GPUS"
+        --overwrite_index --measures "$OUT/$name.json" "$@" $SEARCH_FLAGS --gpus "$GPUS"
     ROWS+=("$name=$OUT/$name.json")
 }
 

@@ -2,7 +2,7 @@
 # LSR, a language model supervises the retriever (REPLUG, arXiv 2301.12652, section 4), by rounds,
 # from questions and answers alone. Here NaturalQuestions, on 8 GPUs, from BM25's contexts.
 #
-#   scripts/get_data.sh fid-nq passages && python scripts/fid_data.py nq --data data
+#   scripts/get_data.sh fid-nq && python scripts/fid_data.py nq --data data
 #   scripts/lsr.sh                    # the same command goes on where it was stopped
 #
 # Each of ROUNDS rounds searches the training questions with the present retriever (BM25 at first),

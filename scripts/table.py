@@ -6,9 +6,10 @@
         "BM25=out/bm25.json,out/bm25.em.json" "mined negatives=out/mined.json,out/mined.em.json"
     python scripts/table.py --columns em --seeds 1 2 3 "FiD-KD=out/seed{seed}/em.json"
 
-A row merges its files, flat JSON objects of fractions; a measure that none of them has is a dash.
-With --seeds, {seed} in a path stands for each of them: the table has the mean and, behind ±, half
-the distance from the lowest to the highest.
+A row merges its files, JSON objects of fractions; a measure that none of them has is a dash. A
+reader's args.json, which has dev_em and dev_f1 in per cent, is such a file too. With --seeds,
+{seed} in a path stands for each of them: the table has the mean and, behind ±, half the distance
+from the lowest to the highest.
 """
 import argparse
 import os
@@ -18,6 +19,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from files import check_paths, read_settings, to_number, write_json
 from utils import HelpFormatter, InputError, run_script, shorten
 
+PER_CENT = ("dev_em", "dev_f1")
+
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -26,6 +29,8 @@ def parse_args():
     add("--columns", nargs="+", required=True, metavar="NAME",
         help="measures to show: recall@5, em")
     add("--seeds", nargs="+", default=[], metavar="SEED", help="what {seed} in a path stands for")
+    add("--best", metavar="NAME",
+        help="print no table, but the name of the row with the highest NAME, the first of equals")
     add("--json", metavar="FILE",
         help="write the same numbers as JSON, with the lowest and the highest of the seeds")
     args = parser.parse_args()
@@ -87,7 +92,8 @@ def read_row(row, columns, seeds):
     per_seed = [read_measures(paths, columns) for paths in paths_of_seeds]
     values = {}
     for column in columns:
-        measured = [100 * measures[column] for measures in per_seed if column in measures]
+        scale = 1 if column in PER_CENT else 100
+        measured = [scale * measures[column] for measures in per_seed if column in measures]
         if measured and len(measured) < len(per_seed):
             raise InputError(f"{shorten(row)}: {column} is in the files of some seeds, not of all")
         values[column] = measured
@@ -117,6 +123,16 @@ def print_table(rows, columns):
         print("  ".join([name.ljust(widths[0]), *aligned]))
 
 
+def choose_best(rows, column):
+    """The name of the first row with the highest mean in the column. Raises InputError."""
+    means = {name: sum(values[column]) / len(values[column]) for name, values in rows
+             if values.get(column)}
+    if not means:
+        raise InputError(f"--best {shorten(column)}: no row has this measure, or it is none of "
+                         "--columns")
+    return max(means, key=means.get)
+
+
 def summarize(values):
     """{mean, lowest, highest} of a cell in per cent, or None of an empty one."""
     if not values:
@@ -132,6 +148,9 @@ def main(args):
         raise InputError("no measure to show: name some with --columns")
     check_paths([args.json], [])
     rows = [read_row(row, args.columns, args.seeds) for row in args.rows]
+    if args.best:
+        print(choose_best(rows, args.best))
+        return
     print_table(rows, args.columns)
     if len(args.seeds) > 1:
         print(f"mean of the seeds {', '.join(args.seeds)} ± half the distance from the lowest to "

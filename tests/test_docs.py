@@ -1,4 +1,5 @@
 """README.md and docs/: their links, the files and functions they name, and their picture."""
+import json
 import re
 
 import pytest
@@ -77,3 +78,26 @@ def test_draw_refuses_in_one_line(line, message, tmp_path):
     _, errors = run("bench/draw.py", tmp_path / "demo.svg", line.format(tmp_path), code=1)
     assert message in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "demo.svg").exists()
+
+
+def test_draw_loop_writes_the_picture_of_a_table(tmp_path):
+    cell = {"mean": 80.0, "lowest": 79.0, "highest": 81.5}
+    rows = [{"name": "BM25", "values": {"recall@5": cell, "em": cell}},
+            {"name": "gold", "values": {"recall@5": None, "em": cell}}]
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    run("bench/draw_loop.py", tmp_path / "loop.svg", tmp_path / "table.json")
+    picture = (tmp_path / "loop.svg").read_text()
+    assert "<!-- 80.0 -->" in picture and "<!-- BM25 -->" in picture and "<!-- gold -->" in picture
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"rows": []}', "holds no rows"),
+    ('{"rows": [{"name": "a", "values": {"em": {"mean": "x"}}}]}', "is no table of recall@5"),
+    ('{"rows": 3}', "is no table of recall@5"),
+    ("{", "table.json"),
+])
+def test_draw_loop_refuses_in_one_line(content, message, tmp_path):
+    (tmp_path / "table.json").write_text(content)
+    _, errors = run("bench/draw_loop.py", tmp_path / "loop.svg", tmp_path / "table.json", code=1)
+    assert message in errors and len(errors.splitlines()) == 1
+    assert not (tmp_path / "loop.svg").exists()

@@ -119,7 +119,18 @@ def test_table_of_seeds(measures):
     assert content["rows"][1]["values"]["em"] == {"mean": 92, "lowest": 90, "highest": 94}
 
 
+def test_the_best_row(measures):
+    """Of equal ones the first; a reader's args.json is in per cent."""
+    (measures / "args.json").write_text(json.dumps({"dev_em": 94.0, "args": {"seed": 1}}))
+    best, _ = run("scripts/table.py", "--columns", "em", "--best", "em", "no=bm25.json",
+                  "low=em1.json", "high=em3.json", "as high=em3.json", cwd=measures)
+    assert best == "high\n"
+    table, _ = run("scripts/table.py", "--columns", "dev_em", "a=args.json", cwd=measures)
+    assert table.split() == ["dev_em", "a", "94.00"]
+
+
 @pytest.mark.parametrize("words, message", [
+    (["em", "a=em1.json", "--best", "f1"], "--best 'f1': no row has this measure"),
     (["em", "a=no.json"], "no.json: no such file; the stage that writes it has not run"),
     (["method", "a=bm25.json"], "bm25.json: method is 'bm25', which is no number"),
     (["em", "a=em1.json,em2.json"], "em2.json: em is 0.92, and 0.9 in another file of the row"),
@@ -139,8 +150,9 @@ def test_table_refuses_in_one_line(measures, words, message):
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
-    """A folder with corpus.tsv (60 passages), and questions about it, with their positives, in
-    LLM-Embedder's form (train.json, test.json) and DPR's (train.dpr.json).
+    """A folder with corpus.tsv (60 passages), and questions about it: with their positives, in
+    LLM-Embedder's form (train.json, test.json) and DPR's (train.dpr.json), and without
+    (train.questions.json, test.questions.json).
     """
     rng = random.Random(0)
     entities, people = world.make_entities(rng, 20, 10, held_out=False)
@@ -162,8 +174,11 @@ def small_world(tmp_path_factory):
         contexts = [{"title": passage["title"], "text": passage["text"],
                      "passage_id": passage["id"]} for passage in gold]
         dpr_records.append(shared | {"positive_ctxs": contexts, "hard_negative_ctxs": []})
+    questions = [{name: record[name] for name in ("id", "question", "answers")}
+                 for record in records]
     for name, rows in (("train", records[:16]), ("test", records[16:]),
-                       ("train.dpr", dpr_records[:16])):
+                       ("train.dpr", dpr_records[:16]), ("train.questions", questions[:16]),
+                       ("test.questions", questions[16:])):
         (folder / f"{name}.json").write_text(json.dumps(rows))
     make_bert(folder / "bert")
     return folder
@@ -191,7 +206,8 @@ def stages_run(lines):
 
 # ---------------------------------------------------------------- three iterations
 
-TINY = "--max_steps 2 --batch_size 4 --group_size 4 --num_warmup_steps 1 --num_workers 0 --bf16 false --lr 1e-3"
+FAST = "--num_workers 0 --bf16 false"
+TINY = f"--max_steps 2 --batch_size 4 --group_size 4 --lr 1e-3 --num_warmup_steps 1 {FAST}"
 
 
 def three_iterations(folder, train):
@@ -200,7 +216,7 @@ def three_iterations(folder, train):
     return {"TRAIN": folder / train, "TEST": folder / "test.json", "CORPUS": folder / "corpus.tsv",
             "MODEL": bert, "RANKER_MODEL": bert, "HITS": 60, "NEGATIVES": 6,
             "RETRIEVER_FLAGS": TINY, "RANKER_FLAGS": TINY, "DISTILLED_FLAGS": TINY,
-            "SEARCH_FLAGS": "--num_workers 0 --bf16 false"}
+            "SEARCH_FLAGS": FAST}
 
 
 def test_three_iterations(small_world, run_recipe, tmp_path):
@@ -216,8 +232,7 @@ def test_three_iterations(small_world, run_recipe, tmp_path):
         "retriever 1", "retriever 2", "ranker", "retriever 3"]
     out = tmp_path / "out"
     bm25 = json.loads((out / "bm25.json").read_text())
-    assert table[1].split() == ["BM25", f"{100 * bm25['nq@1']:.2f}", f"{100 * bm25['nq@5']:.2f}",
-                                f"{100 * bm25['nq@20']:.2f}", "-"]
+    assert table[1].split() == ["BM25", *(f"{100 * bm25[f'nq@{k}']:.2f}" for k in (1, 5, 20, 100))]
 
     # each retriever has negatives of its own, the last one the ranker's scores of one positive and
     # of the negatives
@@ -237,7 +252,8 @@ def test_three_iterations(small_world, run_recipe, tmp_path):
     assert not stages_run(lines) and lines[-6:] == table
     _, errors = run_recipe("3iter-nq.sh", code=1, **settings | {"NEGATIVES": 5})
     assert len(errors) == 1
-    assert "stage bm25-negatives" in errors[0] and "--max_neg_num 6, now --max_neg_num 5" in errors[0]
+    assert "stage bm25-negatives" in errors[0]
+    assert "(--max_neg_num 6, now --max_neg_num 5)" in errors[0]
     _, errors = run_recipe("3iter-nq.sh", code=1, **settings | {"CORPUS": tmp_path / "no.tsv"})
     assert len(errors) == 1 and "no.tsv: no such file; scripts/get_data.sh" in errors[0]
 
@@ -252,3 +268,99 @@ def test_three_iterations_of_records_in_dprs_form(small_world, run_recipe, tmp_p
     path = tmp_path / "out" / "train.neg.bm25.json"
     assert len(json.loads(path.read_text().splitlines()[0])["hard_negative_ctxs"]) == 6
     assert (tmp_path / "out" / "retriever1" / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------- alternation
+
+def alternation(folder, tiny, **changes):
+    """The settings of scripts/alternate.sh on the small world."""
+    return {"TRAIN": folder / "train.questions.json", "DEV": folder / "test.questions.json",
+            "TEST": folder / "test.questions.json", "CORPUS": folder / "corpus.tsv",
+            "READER_MODEL": tiny, "MODEL": folder / "bert", "HITS": 4, "CUTOFFS": "1 4",
+            "TEACHER": "lsr", "ROUNDS": 1,
+            "READER_FLAGS": "--epochs 1 --batch_size 8 --max_length 40 --num_warmup_steps 1",
+            "RETRIEVER_FLAGS": "--loss kl --max_steps 2 --batch_size 8 --group_size 4 --lr 1e-3",
+            } | changes
+
+
+def test_alternation(small_world, tiny, run_recipe, tmp_path):
+    settings = alternation(small_world, tiny)
+    out = tmp_path / "out"
+    lines, _ = run_recipe("alternate.sh", code=-9, KILL_AT="--likelihood", **settings)
+    assert stages_run(lines) == ["contexts0-train", "contexts0-dev", "contexts0-test", "reader0",
+                                 "em0", "scores1"]
+    lines, _ = run_recipe("alternate.sh", **settings)
+    assert stages_run(lines) == ["scores1", "retriever1", "contexts1-train", "contexts1-dev",
+                                 "contexts1-test", "reader1", "em1"]
+    assert [line[:7] for line in lines[-3:-1]] == ["round 0", "round 1"]
+    readers = [json.loads((out / f"reader{number}" / "args.json").read_text())
+               for number in (0, 1)]
+    assert readers[1]["args"]["t5_name"] == str(out / "reader0")  # it goes on
+
+    # of equal rounds the first is the best, which links name
+    best = int(readers[1]["dev_em"] > readers[0]["dev_em"])
+    assert lines[-1] == f"the best on dev is round {best}: {out}/best"
+    assert os.path.samefile(out / "best" / "reader", out / f"reader{best}")
+    assert (out / "best" / "retriever").exists() == bool(best)
+
+    # another teacher has other scores: told, and on demand all behind them is done anew
+    settings["TEACHER"] = "fid-kd"
+    _, errors = run_recipe("alternate.sh", code=1, **settings)
+    assert len(errors) == 1 and "stage scores1" in errors[0]
+    assert "lm_score.py" in errors[0] and "REDO=scores1" in errors[0]
+    before = (out / "retriever1" / "model.safetensors").read_bytes()
+    lines, _ = run_recipe("alternate.sh", REDO="scores1", **settings)
+    assert stages_run(lines)[0] == "scores1" and len(stages_run(lines)) == 7
+    assert (out / "retriever1" / "model.safetensors").read_bytes() != before
+    with open(out / "reader1.jsonl") as file:  # of the new run alone
+        assert len(file.readlines()) == 1
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"ROUNDS": "two"}, "the number of rounds is 'two'"),
+    ({"TEACHER": "me"}, "TEACHER is 'me'; it must be fid-kd or lsr"),
+    ({"DEV": "no.json"}, "no.json: no such file; scripts/get_data.sh fid-nq"),
+])
+def test_alternation_refuses_in_one_line(small_world, tiny, run_recipe, changes, message):
+    _, errors = run_recipe("alternate.sh", code=1, **alternation(small_world, tiny, **changes))
+    assert len(errors) == 1 and message in errors[0]
+
+
+# ---------------------------------------------------------------- all tasks at once
+
+def test_llm_embedder(small_world, tiny, run_recipe, tmp_path):
+    """The scores of one distilled task are missing, and made; those of the others are theirs."""
+    data = tmp_path / "data"
+    texts = [f"{first} was born in {second}" for first in ("it", "who", "she") for second in "abc"]
+    record = {"query": "where was it born", "answers": ["a"]}
+    pool = {"pos": texts[:1], "neg": texts[1:], "teacher_scores": list(range(9))}
+    chat = {"history": texts, "teacher_scores": list(range(9))}
+    unscored = {"pos": texts[:1], "neg": texts[1:]}
+    for name, task, keys in (
+            ("chat/msc/train", "chat", chat), ("lrlm/arxiv/train", "lrlm", pool),
+            ("lrlm/books3/train", "lrlm", pool), ("lrlm/codeparrot/train", "lrlm", pool),
+            ("qa/msmarco/train", "qa", unscored), ("qa/nq/train", "qa", pool),
+            ("icl/icl/train", "icl", pool), ("convsearch/qrecc/train.concat", "convsearch", pool),
+            ("tool/toolbench/train", "tool", pool), ("tool/toolbench/test", "tool",
+                                                     {"pos_index": [0]}), ("qa/nq/test", "qa", {})):
+        path = data / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | {"task": task} | keys) + "\n")
+    for folder in ("tool/toolbench", "qa/nq"):
+        rows = [json.dumps({"title": "", "text": text}) for text in texts]
+        world.write_lines(data / folder / "corpus.json", rows)
+
+    settings = {"DATA": data, "MODEL": small_world / "bert", "LM": tiny, "SEARCH_FLAGS": FAST,
+                "SCORE_FLAGS": "--batch_size 1",
+                "RETRIEVER_FLAGS": f"--batch_size 2 --early_exit_steps 3 {FAST}"}
+    lines, _ = run_recipe("llm-embedder.sh", **settings)
+    assert stages_run(lines) == ["score-qa-msmarco-train", "retriever", "tool", "nq"]
+    assert any("10 training examples of 10 dataset(s)" in line for line in lines)
+    scored = json.loads((tmp_path / "out" / "scored" / "qa-msmarco-train.scored.lm.json")
+                        .read_text())
+    assert len(scored["teacher_scores"]) == 9
+    assert sorted(path.name for path in (data / "qa" / "msmarco").iterdir()) == ["train.json"]
+    assert [line.split()[0] for line in lines[-2:]] == ["tool", "nq"]
+    (data / "icl" / "icl" / "train.json").unlink()
+    _, errors = run_recipe("llm-embedder.sh", code=1, **settings)
+    assert len(errors) == 1 and "icl/icl/train.json: no such file" in errors[0]

@@ -112,3 +112,56 @@ def test_the_three_questions_are_answered_by_their_contexts():
     for record in records:
         found = [has_answer(context["text"], record["answers"]) for context in record["ctxs"]]
         assert len(found) == 3 and found[0]
+
+
+@pytest.fixture(scope="module")
+def hard_world(tmp_path_factory):
+    """A folder with the loop's world."""
+    folder = tmp_path_factory.mktemp("hard")
+    run("toy/world.py", "--out", folder, "--hard")
+    return folder
+
+
+def test_the_loops_world_is_harder_to_search_by_words(hard_world):
+    args = ["--retrieval_method", "bm25", "--k1", 1.5, "--b", 0.75, "--corpus",
+            hard_world / "corpus.tsv", "--eval_data", hard_world / "test.json", "--hits", 5,
+            "--qrels", f"qrels={hard_world}/qrels.test.tsv", "--metrics", "recall", "--cutoffs", 5]
+    run("retrieve.py", *args, "--measures", hard_world / "bm25.json")
+    assert 0.65 < json.loads((hard_world / "bm25.json").read_text())["recall@5"] < 0.8
+
+
+def test_the_loops_questions_carry_no_labels(hard_world):
+    lines = (hard_world / "labelled.json").read_text().splitlines()
+    labelled = [json.loads(line) for line in lines]
+    for split in ("train", "dev", "test"):
+        questions = json.loads((hard_world / f"{split}.json").read_text())
+        assert all(set(question) == {"id", "question", "answers"} for question in questions)
+        for record in read_records(hard_world / f"gold.{split}.json"):
+            assert record["ctxs"]
+            for context in record["ctxs"]:
+                assert has_answer(context["text"], record["answers"])
+    assert len(labelled) == 1200
+    rows = (hard_world / "corpus.tsv").read_text().splitlines()[1:]
+    for record in labelled[:50]:
+        for index, text in zip(record["pos_index"], record["pos"]):
+            _, passage, title = rows[index].split("\t")
+            assert text == f"{title} {passage}"
+
+
+def test_crops_are_of_their_documents(hard_world, tmp_path):
+    out = tmp_path / "crops.jsonl"
+    run("scripts/make_crops.py", hard_world / "corpus.tsv", "--output", out, "--crops", 2,
+        "--min_words", 2, "--max_words", 5)
+    crops = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(crops) == 2 * 2360
+    at_start = 0
+    for crop in crops:
+        assert crop["query"] in crop["pos"][0] and 2 <= len(crop["query"].split()) <= 5
+        at_start += crop["pos"][0].startswith(crop["query"])
+    assert 0.45 < at_start / len(crops) < 0.65
+    (tmp_path / "empty.tsv").write_text("id\ttext\ttitle\n")
+    _, errors = run("scripts/make_crops.py", tmp_path / "empty.tsv", "--output", out, code=1)
+    assert len(errors.splitlines()) == 1
+    _, errors = run("scripts/make_crops.py", hard_world / "corpus.tsv", "--output", out,
+                    "--min_words", 9, code=1)
+    assert "--max_words" in errors and len(errors.splitlines()) == 1
