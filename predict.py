@@ -126,6 +126,22 @@ def describe_contexts(record, scores):
     return {"best_context": best["id"], "contexts": contexts}
 
 
+def count_best_with_answer(predictions, records):
+    """(questions whose highest-scored context holds an answer, questions with a context that does):
+    whether cross-attention scores can teach a retriever.
+    """
+    best, answerable = 0, 0
+    for prediction in predictions:
+        record = records[prediction.index]
+        marks = [has_answer(context["text"], record["answers"])
+                 for context, _ in zip(record["ctxs"], prediction.context_scores)]
+        if any(marks):
+            answerable += 1
+            scores = prediction.context_scores[:len(marks)]
+            best += marks[scores.index(max(scores))]
+    return best, answerable
+
+
 def write_scores(path, predictions, records):
     """Writes the records with the reader's score of each context that was read; the contexts keep
     their order.

@@ -19,6 +19,7 @@ from files import check_paths, is_stream, write_json
 from predict import (
     ANSWER_MAXLENGTH,
     as_trained,
+    count_best_with_answer,
     predict,
     summarize,
     write_predictions,
@@ -150,6 +151,12 @@ def main(args):
             path = prediction_path(args, num_contexts)
             write_predictions(path, predictions, records)
             print(f"         predictions in {path}")
+    if args.scores is not None:
+        best, answerable = count_best_with_answer(predictions, records)
+        if answerable:
+            world.log(f"the context with the highest score holds an answer for {best} of "
+                      f"{answerable} questions that have such a context, "
+                      f"{100 * best / answerable:.1f} %")
     if args.scores and world.is_main:
         write_scores(args.scores, predictions, records)
         print(f"the reader's scores of {num_contexts} contexts in {args.scores}")

@@ -34,11 +34,11 @@ LENGTHS="--query_max_length 32 --key_max_length 110"
 export PYTHON LAUNCH GPUS HITS TEST_HITS CONTEXTS CORPUS DEV TEST BM25_FLAGS METRICS CUTOFFS QRELS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
 
-set_flags() {  # SEED; what SMALL adds makes a test of this recipe small
+set_flags() {  # SEED
     START="$LENGTHS --cos_temperature 0.03 --lr 3e-3 --num_warmup_steps 20 --group_size 1 \
---batch_size 128 --epochs 1 --seed $1 ${SMALL:-}"
+--batch_size 128 --epochs 1 --seed $1"
     TRAINED="--cos_temperature 0.05 --lr 2e-3 --num_warmup_steps 20 --batch_size 64 --bf16 false \
---seed $1 ${SMALL:-}"
+--seed $1"
     # beside the distillation: the passage that the teacher likes best against those of other questions
     TAUGHT="$LENGTHS $TRAINED --select_positive teacher --contrastive_weight 1 --group_size 4 \
 --epochs 3"
@@ -91,9 +91,9 @@ teach_with_labels() {
     NEGATIVES=20
     MINING=
     SEARCH_FLAGS="--bf16 false $BM25_FLAGS"
-    RETRIEVER="$TRAINED --group_size 4 --epochs 3"
-    RANKER="$TRAINED --group_size 8 --epochs 3"
-    DISTILLED="$TRAINED --group_size 4 --epochs 3 --contrastive_weight 1"
+    RETRIEVER_FLAGS="$TRAINED --group_size 4 --epochs 3"
+    RANKER_FLAGS="$TRAINED --group_size 8 --epochs 3"
+    DISTILLED_FLAGS="$TRAINED --group_size 4 --epochs 3 --contrastive_weight 1"
     . "$ROOT/scripts/3iter.sh"
     for name in retriever1 retriever2 retriever3; do
         for split in train dev test; do

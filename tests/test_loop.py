@@ -1,5 +1,8 @@
 """FiD-KD and LSR: what teaches the retriever arrives there, and their recipes on small files."""
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -129,3 +132,73 @@ def test_lsr_of_fedrags_records(settings, run_recipe, tmp_path):  # noqa: F811
                         .splitlines()[0])
     assert len(scored["teacher_scores"]) == len(scored["ctxs"]) == 6
     assert max(scored["teacher_scores"]) < 0
+
+
+# ---------------------------------------------------------------- make demo-loop
+
+# notes its arguments, writes the outputs that they name, and lets the last table alone be made
+STAND_IN = """#!{python} -SE
+import json, os, sys
+args = sys.argv[1:]
+if args[0].endswith("table.py"):
+    if "--json" not in args:
+        sys.exit()
+    os.execv("{python}", ["{python}", *args])
+with open("calls", "a") as file:
+    print(*args, file=file)
+value = {{"--measures": json.dumps({{"recall@1": 0.5, "recall@5": 0.6, "recall@20": 0.7}}),
+          "--output": ""}}
+if args[0].endswith("test.py"):
+    value["--measures"] = json.dumps({{"em": 0.25}})
+for flag in value:
+    if flag in args:
+        with open(args[args.index(flag) + 1], "w") as file:
+            file.write(value[flag])
+if args[0].endswith("world.py"):
+    os.makedirs(args[2], exist_ok=True)
+    for name in ("corpus.tsv", "train.json", "dev.json", "test.json", "labelled.json"):
+        open(os.path.join(args[2], name), "w").close()
+sys.exit(7 if os.environ.get("FAIL_AT", "nothing") in " ".join(args) else 0)
+"""
+
+
+@pytest.fixture
+def demo_loop(tmp_path):
+    """A function(code=0, **settings) that runs scripts/demo-loop.sh with stand-ins for the scripts
+    and returns (finished process, the calls of scripts).
+    """
+    stand_in = tmp_path / "stand-in"
+    stand_in.write_text(STAND_IN.format(python=sys.executable))
+    stand_in.chmod(0o755)
+
+    def start(code=0, **settings):
+        (tmp_path / "calls").write_text("")
+        env = os.environ | {"PYTHON": str(stand_in), "OUT": "out"} | settings
+        process = subprocess.run(["sh", ROOT / "scripts" / "demo-loop.sh"], cwd=tmp_path, env=env,
+                                 timeout=100, capture_output=True, text=True)
+        assert process.returncode == code, process.stdout + process.stderr
+        return process, (tmp_path / "calls").read_text().splitlines()
+    return start
+
+
+def test_the_demos_stages_and_table(demo_loop):
+    process, calls = demo_loop(code=7, FAIL_AT="scored.2.jsonl", SEEDS="1 2")
+    assert not any("out/2/" in call for call in calls)  # the second seed does not begin
+    process, more_calls = demo_loop(SEEDS="1 2")
+    table = process.stdout.splitlines()[-11:]
+    assert table[0].split() == ["recall@1", "recall@5", "recall@20", "em"]
+    assert len([line for line in table if "60.00" in line and "25.00" in line]) == 7
+    assert "mean of the seeds 1, 2" in process.stdout
+
+    # what was done is not done again, and both seeds are trained alike
+    first_seed = [call for call in calls + more_calls if "out/1/" in call]
+    assert len(first_seed) == len(set(first_seed)) + 1  # the stage that failed
+    second_seed = [call for call in more_calls if "out/2/" in call]
+    assert sorted(set(first_seed)) == sorted(
+        call.replace("out/2/", "out/1/").replace("--seed 2", "--seed 1") for call in second_seed)
+
+    # no label reaches what is to be taught without
+    for call in first_seed:
+        if "out/1/fid-kd" in call or "out/1/lsr" in call or "out/1/start" in call:
+            assert "labelled" not in call and "/gold" not in call and "qrels.train" not in call
+    assert any("labelled" in call or "train.neg" in call for call in first_seed)

@@ -1,7 +1,7 @@
 """predict.py: the files of predictions."""
 import json
 
-from predict import Prediction, write_predictions
+from predict import Prediction, count_best_with_answer, write_predictions
 
 RECORDS = [{"id": "q0", "answers": ["Paris"], "ctxs": [
     {"id": "p7", "text": "Lyon is a city."}, {"id": "p3", "text": "The capital is Paris."},
@@ -26,3 +26,12 @@ def test_without_scores_predictions_say_nothing_of_contexts(tmp_path):
     assert "contexts" not in json.loads((tmp_path / "p.jsonl").read_text())
     write_predictions(str(tmp_path / "p.tsv"), predictions, RECORDS)
     assert (tmp_path / "p.tsv").read_text() == "0\tParis\t['Paris']\t1.0\n"
+
+
+def test_how_often_the_highest_score_is_of_a_passage_with_an_answer():
+    passages = [{"text": "The baker slept."}, {"text": "It was an otter."}]
+    record = {"answers": ["otter"], "ctxs": passages}
+    records = [record, record, record | {"answers": ["heron"]}, record | {"ctxs": []}]
+    scores = [[-2.0, -1.0], [-1.0, -2.0], [-1.0, -2.0], [float("-inf")]]
+    predictions = [Prediction(index, "", None, None, row) for index, row in enumerate(scores)]
+    assert count_best_with_answer(predictions, records) == (1, 2)

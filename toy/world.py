@@ -358,7 +358,7 @@ def make_hard(seed=1):
 
     ranker = OverlapRanker(passages, blur=0)
     rng.shuffle(unseen)
-    splits = {"train": make_records(rng, "train", seen, ranker, 1500, top_k=0),
+    splits = {"train": make_records(rng, "train", seen, ranker, 1200, top_k=0),
               "dev": make_records(rng, "dev", unseen[:160], ranker, 300, top_k=0),
               "test": make_records(rng, "test", unseen[160:], ranker, 600, top_k=0)}
     return passages, splits
