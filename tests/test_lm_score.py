@@ -308,7 +308,7 @@ def test_goes_on_after_kill(models, tmp_path):
     assert not (tmp_path / "r.scored.x.jsonl").exists()
     done = journal.read_bytes().count(b"\n") - 1
     with open(journal, "ab") as file:
-        file.write(b'[999, [[1.0')  # a line that was cut off
+        file.write(b'{"part": 999, "result": [[1.0')  # a line that was cut off
 
     kept = journal.read_bytes()
     output, _ = run("lm_score.py", *flags, processes=2)

@@ -33,8 +33,8 @@ from dense.evaluation import annotated_set, read_dev_set
 from dense.examples import read_training
 from dense.model import BiEncoder, CrossEncoder
 from files import read_json, read_lines
-from journal import read_journal
 from golden_retrievers import dpr_file, mindpr_file
+from journal import read_journal
 from model import FiDT5
 from questions import make_question, read_questions, read_records, read_unique_questions
 from resume import load_state, restore_state, save_state
@@ -379,7 +379,8 @@ READERS = {
     "args.json": ("folder/args.json", [{"num_contexts": 5, "max_length": 100, "args": {}}],
                   lambda path: read_training_args("folder"), None),
     "keys to score": ("t.json", EMBEDDER, lambda path: read_scored(path), count_lines),
-    "journal": ("x.journal.0", [{"data": "a"}, [0, [[1.5, -2.5]]], [1, [[0.5]]]],
+    "journal": ("x.journal.0", [{"data": "a"}, {"part": 0, "result": [[1.5, -2.5]]},
+                                  {"part": 1, "result": [[0.5]]}],
                 lambda path: read_journal(path, {"data": "a"}), None),
     "retriever's flags": ("folder/args.json", [{"args": {"key_max_length": 20, "version": "bge"}}],
                           lambda path: read_stated_flags("folder"), None),
