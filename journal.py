@@ -37,7 +37,8 @@ class Journal:
     def add(self, number, result):
         """Notes a part as done."""
         self.done[number] = result
-        self.file.write(json.dumps([number, result]).encode() + b"\n")
+        line = json.dumps({"part": number, "result": result})
+        self.file.write(line.encode() + b"\n")
         self.file.flush()
 
     def remove(self):
@@ -64,9 +65,8 @@ def read_journal(path, fingerprint):
                 if index == 0 and entry != fingerprint:
                     return {}, 0
                 if index > 0:
-                    number, result = entry
-                    done[number] = result
-            except (ValueError, TypeError):
+                    done[entry["part"]] = entry["result"]
+            except (ValueError, TypeError, KeyError, RecursionError):
                 break
             if not line.endswith(b"\n"):
                 break  # it may be cut off within a number
