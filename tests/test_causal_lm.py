@@ -179,7 +179,7 @@ def test_weights_that_are_missing_are_refused(tmp_path):
     weights = model.state_dict()
     del weights["model.norm.weight"]
     model.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(InputError, match=r"model.norm.weight' is missing"):
+    with pytest.raises(InputError, match=r"model.norm.weight is missing"):
         open_causal_lm(path, "cpu")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match="has no model.safetensors"):
