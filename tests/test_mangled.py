@@ -215,6 +215,9 @@ EMBEDDER = [{"query": "q0", "pos": ["a"], "neg": ["b", {"title": "t", "text": "c
              "answers": ["a"]},
             {"query": "q1", "history": ["x", "y", "z"], "teacher_scores": [1, 2.5, 3],
              "task": "qa", "pos_index": [3], "answers": ["b"]}]
+SCORED = [{"question": "q0", "ctxs": [dict(context, score=-1.5, retrieval_score=2)
+                                      for context in CONTEXTS]},
+          {"query": "q1", "ctxs": CONTEXTS, "teacher_scores": [-3, 1.5]}]
 DPR = [{"question": f"q{i}", "answers": ["a"], "positive_ctxs": CONTEXTS[:1],
         "hard_negative_ctxs": CONTEXTS[1:], "negative_ctxs": CONTEXTS} for i in range(3)]
 DOCUMENTS = [{"_id": f"d{i}", "title": f"T{i}", "text": f"text number {i}"} for i in range(5)]
@@ -234,7 +237,8 @@ FLAGS = Namespace(negatives=[], positives=[], graded=[], loss=None, use_train_co
                   inbatch_same_dataset="epoch", train_group_size=2, contrastive_weight=0.2,
                   stable_distill=False, select_positive="teacher", select_negative="random",
                   teacher_scores_margin=0.1, teacher_scores_min=-5, max_sample_num=None,
-                  teacher_temperature=1.0, train_data=[], seed=0, key_template=TEMPLATE)
+                  teacher_temperature=1.0, train_data=[], seed=0, key_template=TEMPLATE,
+                  reader_scores=False)
 
 
 class Log(list):
@@ -369,6 +373,9 @@ READERS = {
     "LLM-Embedder": ("t.json", EMBEDDER, lambda path: read_examples(train_data=[path]),
                      count_lines),
     "DPR": ("t.json", [DPR], lambda path: read_examples(train_data=[path]), count_items),
+    "scored contexts": ("t.json", SCORED, lambda path: read_examples(
+        train_data=[path], loss="fid-kd", select_positive="first", teacher_scores_margin=None),
+        count_lines),
     "positives": ("q.qrels", TREC, lambda path: read_examples(
         positives=[f"qrels={path}"], negatives=["qrels=other.qrels"]), None),
     "graded": ("q.qrels", TREC, lambda path: read_examples(
