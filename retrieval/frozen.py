@@ -211,15 +211,13 @@ def merge_passages(gold, retrieved, by_id):
 
 
 def find_passage(passage, others, by_id):
-    """The first of others that is this passage, or None: the one with its id or, where one of the
-    two has no id, its text, white space apart. Not by_id: the corpus's ids are but positions.
+    """The first of others that is this passage, or None: one with its id or its text, white space
+    apart. Not by_id: the corpus's ids are but positions.
     """
+    identifier = passage.get("id") if by_id else None
     for other in others:
-        if by_id and None not in (passage.get("id"), other.get("id")):
-            is_same = str(passage["id"]) == str(other["id"])
-        else:
-            is_same = passage["text"].split() == other["text"].split()
-        if is_same:
+        has_same_id = identifier is not None and str(identifier) == str(other.get("id"))
+        if has_same_id or passage["text"].split() == other["text"].split():
             return other
     return None
 
