@@ -18,24 +18,25 @@ class Journal:
     def __init__(self, output, fingerprint, world):
         """Reads what killed runs of the same fingerprint have done, on the main process for all;
         what others left is replaced, and a line says so.
-
-        Raises InputError if the file cannot be written, or another run is writing it.
         """
-        self.output = output
+        self.output, self.fingerprint, self.rank = output, fingerprint, world.rank
+        self.file = None  # made with the first part
         done = {}
-        if world.is_main:
-            for path in list_journals(output):
-                parts, _ = read_journal(path, fingerprint)
-                done.update(parts)
-            if not done and list_journals(output):
-                world.log(f"note: {output}.journal.* is of other data, another model or other "
-                          "flags; starting anew")
+        for path in list_journals(output) if world.is_main else []:
+            parts, size = read_journal(path, fingerprint)
+            done.update(parts)
+            if not size:
+                world.log(f"note: {path} is of other data, another model or other flags; starting "
+                          "anew")
         self.done = dict(gather_lists(done.items(), world))
         wait_for_all(world)
-        self.file = open_journal(f"{output}.journal.{world.rank}", fingerprint)
 
     def add(self, number, result):
-        """Notes a part as done."""
+        """Notes a part as done. Raises InputError if the file cannot be written, or another run is
+        writing it.
+        """
+        if self.file is None:
+            self.file = open_journal(f"{self.output}.journal.{self.rank}", self.fingerprint)
         self.done[number] = result
         line = json.dumps({"part": number, "result": result})
         self.file.write(line.encode() + b"\n")
