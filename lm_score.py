@@ -40,7 +40,7 @@ from checkpoints import (
     read_config,
     read_training_args,
 )
-from data import Collator, format_passage
+from data import Collator, encode_inputs, format_passage
 from files import check_paths, new_file
 from journal import Journal
 from model import CLASSES, FiDT5, Memory
@@ -443,26 +443,26 @@ def make_side_by_side(scorer, job, keys, answers):
 
 
 def make_reader_texts(scorer, job):
-    """For each passage a list of Texts as the reader was trained: the passage is cut on the right,
-    and the answer ends with </s>.
+    """For each passage a list of Texts as the reader was trained: with the record's chat_history,
+    the passage cut on the right, and </s> behind the answer.
 
     Raises InputError if question and answer do not fit.
     """
     tokenizer, room = scorer.tokenizer, scorer.limit
+    record = job.record | {"question": job.question, "ctxs": job.keys}
     if scorer.kind == "t5":
         collator = Collator(tokenizer, 1, room)
         answers = [collator.target_ids(answer) for answer in job.answers]
-        texts = [format_passage(job.question, key) for key in [{"text": ""}, *job.keys]]
-        bare, *prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        longest, most = len(bare), room
-        prompts = [ids[:room] for ids in prompts]
+        prompts = encode_inputs(tokenizer, [record], len(job.keys), room)[0]
+        bare = format_passage(job.question, {"text": ""})
+        longest = len(tokenizer(bare, add_special_tokens=False, verbose=False)["input_ids"])
+        most = room
     else:
         collator = PromptCollator(tokenizer, len(job.keys), room, scorer.prompts)
         answers = [collator.target_ids(answer) for answer in job.answers]
         positions = getattr(scorer.model.config, "max_position_embeddings", None) or math.inf
         most = positions - max(len(ids) for ids in answers)
         collator.max_length = min(room, most)
-        record = {"question": job.question, "ctxs": job.keys}
         prompts = collator.prompt_ids([record])[0]
         longest = max(len(ids) for ids in prompts)
     if longest > most:
