@@ -75,11 +75,13 @@ measure retriever2
 mine retriever2
 
 train ranker "$OUT/train.neg.retriever2.json" "$RANKER_MODEL" --ranker $RANKER_FLAGS
-RANK=($LAUNCH "$ROOT/retrieve.py" --retrieval_method rank --ranker --query_encoder "$OUT/ranker")
+RANK=($LAUNCH "$ROOT/retrieve.py" --retrieval_method rank --ranker --query_encoder "$OUT/ranker"
+      --bf16)
 stage ranker-test "${RANK[@]}" --results "$OUT/retriever2.trec" --corpus "$CORPUS" \
-    --eval_data "$TEST" --hits "$HITS" "${MEASURES[@]}" --measures "$OUT/ranker.json" --gpus "$GPUS"
+    --eval_data "$TEST" --hits "$HITS" "${MEASURES[@]}" --measures "$OUT/ranker.json" \
+    ${SEARCH_FLAGS:-} --gpus "$GPUS"
 stage ranker-scores "${RANK[@]}" --eval_data "$OUT/train.neg.retriever2.json" \
-    --metrics collate_score --save_name ranker --bf16 --gpus "$GPUS"
+    --metrics collate_score --save_name ranker ${SEARCH_FLAGS:-} --gpus "$GPUS"
 
 train retriever3 "$OUT/train.neg.retriever2.scored.ranker.json" "$MODEL" $DISTILLED_FLAGS
 measure retriever3

@@ -50,14 +50,13 @@ first_difference() {  # THEN NOW, descriptions: what differs first, a flag with 
     echo "${then[*]:$i:2}, now ${now[*]:$i:2}"
 }
 
-replace_resume() {  # COMMAND...: sets COMMAND, in which an earlier run is replaced, not gone on with
-    local word
-    COMMAND=()
+forget_run() {  # COMMAND...: removes the state of an earlier training: --resume would go on with it
+    local word before=
     for word in "$@"; do
-        if [ "$word" = --resume ]; then
-            word=--overwrite
+        if [ "$before" = --output_dir ] || [[ $before == *train_epoch.py ]]; then
+            rm -f "$word.state"
         fi
-        COMMAND+=("$word")
+        before=$word
     done
 }
 
@@ -104,8 +103,7 @@ stage() {  # NAME COMMAND...: runs the command, a program, unless it is done
     fi
     echo "== $name"
     if [ "$state" = again ]; then
-        replace_resume "$@"
-        set -- "${COMMAND[@]}"
+        forget_run "$@"
     fi
     mark_stage "$name" running "$now"
     "$@" || status=$?

@@ -14,7 +14,7 @@ from conftest import ROOT, make_bert, run
 RECIPE = """
 set -euo pipefail
 . "$ROOT/scripts/stages.sh"
-stage first ./record.py --lr "${LR:-1}" --gpus "${GPUS-}" --resume "two words"
+stage first ./record.py --lr "${LR:-1}" --gpus "${GPUS-}" --output_dir model --resume "two words"
 stage second ./record.py ${FAIL:+--fail} --index "$OUT/index"
 stage third $LAUNCH ./record.py --resume
 """
@@ -45,7 +45,8 @@ def recipe(tmp_path):
 def test_a_stage_runs_once(recipe):
     process, calls = recipe()
     assert process.stdout.splitlines() == ["== first", "== second", "== third"]
-    assert calls == ["--lr 1 --gpus  --resume two words", "--index out/index", "--resume"]
+    assert calls == ["--lr 1 --gpus  --output_dir model --resume two words", "--index out/index",
+                     "--resume"]
     # what launches a stage, and on which GPUs, changes nothing that it makes
     process, calls = recipe(GPUS="0,1", LAUNCH="env A=1")
     assert process.stdout.splitlines() == [f"== {name}: done before"
@@ -61,7 +62,7 @@ def test_a_recipe_goes_on_at_the_stage_that_failed(recipe, tmp_path):
     (tmp_path / "mended").touch()
     process, calls = recipe(FAIL="1")
     assert process.stdout.splitlines() == ["== first: done before", "== second", "== third"]
-    assert calls == ["--fail --index out/index", "--resume"]  # --resume: third is new
+    assert calls == ["--fail --index out/index", "--resume"]
 
 
 def test_a_changed_command_is_told_and_run_anew_on_demand(recipe, tmp_path):
@@ -72,14 +73,16 @@ def test_a_changed_command_is_told_and_run_anew_on_demand(recipe, tmp_path):
         "OUT, or REDO=first to run it and the stages behind it anew"]
     assert not calls
 
-    # an earlier run's models are replaced, also by a command that goes on after a failure
+    # --resume finds no state of the earlier run to go on with; what fails on the way goes on later
+    (tmp_path / "model.state").touch()
     process, calls = recipe(code=7, LR="2", FAIL="1", REDO="first")
-    assert calls == ["--lr 2 --gpus  --overwrite two words", "--fail --index out/index"]
+    assert len(calls) == 2 and calls[0].startswith("--lr 2")
+    assert not (tmp_path / "model.state").exists()
     (tmp_path / "mended").touch()
     process, calls = recipe(LR="2", FAIL="1")
-    assert calls == ["--fail --index out/index", "--overwrite"]
+    assert calls == ["--fail --index out/index", "--resume"]
     process, calls = recipe(LR="2", FAIL="1", REDO="third")
-    assert calls == ["--overwrite"]
+    assert calls == ["--resume"]
     process, calls = recipe(LR="2", FAIL="1", REDO="fourth")
     assert process.stderr.splitlines() == [
         "note: this recipe did not come to a stage named fourth, so that none is run anew"]
