@@ -69,7 +69,7 @@ def draw(rows, path):
                           textcoords="offset points", fontsize=8, color=COLOR)
         axis.set_xlabel(label)
         axis.grid(axis="x", alpha=0.3)
-        axis.margins(x=0.22, y=0.08)
+        axis.margins(x=0.2, y=0.08)
     axes[0].set_yticks(range(len(rows)), [name for name, _ in rows])
     axes[0].invert_yaxis()
     with new_file(path, "wb") as file:
