@@ -173,7 +173,7 @@ def compare_bm25(args, folder, rows):
     """bm25s called directly, and through retrieve.py; indexing is timed once each."""
     corpus = Corpus(f"{folder}/passages.tsv", "{title} {text}")
     flags = SimpleNamespace(k1=0.9, b=0.4, stopwords="en", stemmer=None, hits=K,
-                            index=f"{folder}/bm25-index")
+                            index=f"{folder}/bm25-index", overwrite_index=False)
     start = time.perf_counter()
     index = bm25s.BM25(k1=flags.k1, b=flags.b)
     texts = [corpus.text(doc_index) for doc_index in range(len(corpus))]

@@ -175,7 +175,7 @@ class ScriptServer:
                                         env=os.environ | ENVIRONMENT)
         self.folder = tempfile.TemporaryDirectory()
 
-    def run(self, script, args, cwd, stdin):
+    def run(self, script, args, cwd, stdin=""):
         """(exit code, stdout, stderr) of a script; `stdin` is what it can read there, a text."""
         names = ("stdin", "stdout", "stderr")
         paths = {name: os.path.join(self.folder.name, name) for name in names}

@@ -34,7 +34,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page):
     for path in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.(?:py|sh|npz))`", page.read_text()):
-        if path in ("run_dense.py", "get-model.sh"):  # LLM-Embedder's and FiD's
+        if path in ("run_dense.py", "run_lm_score.py", "get-model.sh"):  # LLM-Embedder's, FiD's
             continue
         folders = (ROOT, ROOT / "dense", ROOT / "retrieval")  # the map names files in their folder
         assert any((folder / path).exists() for folder in folders), path

@@ -77,10 +77,10 @@ def test_ground_truth_comes_first_and_each_passage_once():
         both[0], retrieved[1], retrieved[0], retrieved[2]]  # as the corpus has it
     # without an id the text tells, white space apart
     assert merge_passages([{"text": " one\n"}], retrieved, True) == retrieved
-    # the same text under another id is another passage
-    assert len(merge_passages([passage("one", "9")], retrieved, True)) == 4
-    # unless the corpus has no ids: those of the passages are positions then
-    assert merge_passages([passage("one", "9")], retrieved, False) == retrieved
+    # the same text under an id of another scheme is the same passage
+    assert merge_passages([passage("one", "9")], retrieved, True) == retrieved
+    # where the corpus has no ids, those of the passages are positions
+    assert len(merge_passages([passage("new", "1")], retrieved, False)) == 4
     # a passage without a title gets the empty one that documents have
     assert merge_passages([{"text": "a", "title": None}], [], True) == [passage("a")]
     assert merge_passages([], retrieved, True) == retrieved

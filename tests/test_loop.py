@@ -119,7 +119,7 @@ def test_lsr_of_fedrags_records(settings, run_recipe, tmp_path):  # noqa: F811
     rows = [{"query": record["question"], "response": record["answers"][0]} for record in records]
     fedrag.write_text("\n".join(map(json.dumps, rows)))
     settings |= {"TRAIN": fedrag, "ROUNDS": 2, "LM": ROOT / "toy" / "t5-tiny",
-                 "SCORE_FLAGS": "--fid --answer best",
+                 "SCORE_FLAGS": "--reader --answer best",
                  "RETRIEVER_FLAGS": f"--loss kl --teacher_temperature 0.5 {RETRIEVER_FLAGS}"}
     lines, _ = run_recipe("lsr.sh", code=-9, KILL_AT="--save_name lm", **settings)
     assert stages_run(lines) == ["contexts0-train", "contexts0-test", "scores1"]
