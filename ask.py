@@ -32,7 +32,7 @@ import transformers
 from checkpoints import load_tokenizer
 from data import note_long_passages
 from files import check_paths, decode_line, new_file
-from predict import ANSWER_MAXLENGTH, as_trained, predict
+from predict import add_answer_flags, predict, settle_lengths
 from questions import make_question
 from readers import add_prompt_flags, open_reader
 from retrieval import bm25
@@ -70,11 +70,7 @@ def parse_args():
     add("--num_contexts", type=int, help="passages to read; not given: as trained, else 5")
     add("--max_length", type=int,
         help="tokens per question and passage; not given: as trained, else 200")
-    add("--t5_name", default="t5-base",
-        help="whose tokenizer to use if the checkpoint carries none")
-    add("--answer_maxlength", type=int, default=ANSWER_MAXLENGTH,
-        help="most tokens to generate")
-    add("--num_beams", type=int, default=1, help="beams; 1 is greedy")
+    add_answer_flags(add)
     add_prompt_flags(parser)
     add = parser.add_argument_group("questions and answers").add_argument
     add("--question", action="append", metavar="TEXT",
@@ -183,8 +179,7 @@ def load_reader(args, world):
     model = open_reader(args.model, args=args).to(world.device)
     tokenizer = load_tokenizer(args.model, args.t5_name)
     model.check_tokenizer(tokenizer)
-    args.num_contexts = as_trained("num_contexts", args.num_contexts, args.model, world.log)
-    args.max_length = as_trained("max_length", args.max_length, args.model, world.log)
+    settle_lengths(args, world.log)
     model.prepare(args.max_length, args.answer_maxlength)
     return model, tokenizer
 

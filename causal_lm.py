@@ -34,7 +34,7 @@ from checkpoints import (
     read_weights,
 )
 from packed_attention import GROUP_TOKENS, attention, split_by_length
-from utils import InputError, refusing, shorten
+from utils import InputError, refusing
 
 PACKED = "packed_causal"  # the name of packed_causal_attention among transformers' attentions
 # tokens of a forward pass: enough to keep the device busy, few enough for the answers' logits
@@ -130,15 +130,6 @@ def open_causal_lm(path_or_name, device, dtype=torch.float32, longest=None):
     use_fused_gelu(model)
     model.to(device).eval()
     return model, why_not_packed(model, longest)
-
-
-def check_loading(loading, source):
-    """Raises InputError for weights that are missing, or of another shape than the model's."""
-    for kind in ("missing_keys", "mismatched_keys"):
-        for key in loading[kind]:
-            raise InputError(f"{source}: weights do not match config.json: {shorten(key)} is "
-                             f"{kind.removesuffix('_keys')}; give the folder that the weights "
-                             "came with")
 
 
 def use_fused_gelu(model):

@@ -24,7 +24,6 @@ from transformers import AutoModelForSeq2SeqLM
 
 from causal_lm import (
     Text,
-    check_loading,
     common_prefix,
     log_likelihoods,
     open_causal_lm,
@@ -45,7 +44,14 @@ from files import check_paths, new_file
 from journal import Journal
 from model import CLASSES, FiDT5, Memory
 from packed_attention import split_by_length
-from questions import check_types, gold_answers, is_context, read_questions, refuse_table
+from questions import (
+    check_types,
+    gold_answers,
+    is_context,
+    labelled_keys,
+    read_questions,
+    refuse_table,
+)
 from retrieval.corpus import check_template, format_key, open_corpus
 from retrieval.fingerprint import hash_file, hash_windows, model_files
 from retrieval.mining import check_indices, collated_path
@@ -200,21 +206,19 @@ def read_jobs(args, is_reader, world):
 
 
 def list_keys(question, corpus):
-    """The keys of a record, in the order of its teacher_scores: positives and negatives, history,
-    ctxs, or the documents that pos_index and neg_index name.
+    """The keys of a record, in the order of its teacher_scores: those of labelled_keys, ctxs, or
+    the documents that pos_index and neg_index name.
 
     Raises InputError for a record without any of these fields.
     """
     record = question.record
     check_types(record, question.location, ["key", "history", "ctxs"])
-    if all(record.get(name) is None for name in ("pos", "neg", "history", "ctxs", "key",
-                                                 "pos_index", "neg_index")):
+    if all(record.get(name) is None for name in ("positive_ctxs", "pos", "neg", "history", "ctxs",
+                                                 "key", "pos_index", "neg_index")):
         raise InputError(f"{question.location}: no keys: neither 'pos' and 'neg', nor 'history', "
                          "nor 'ctxs'; retrieve.py --output, or --metrics collate_neg, adds some")
-    keys = record.get("history")
-    if keys is None:
-        keys = [*(record.get("pos") or []), *(record.get("neg") or [])]
-    keys = keys or record.get("ctxs") or record.get("key") or []
+    positives, negatives = labelled_keys(record)
+    keys = [*positives, *negatives] or record.get("ctxs") or record.get("key") or []
     indices = [*(record.get("pos_index") or []), *(record.get("neg_index") or [])]
     if keys or not indices:
         return keys
@@ -247,9 +251,12 @@ def choose_answers(question, how):
 
 # ---------------------------------------------------------------- models
 
-def open_scorer(args, is_reader, config, world):
-    """The Scorer of --model_name_or_path. Raises InputError."""
-    name, trained = args.model_name_or_path, read_training_args(args.model_name_or_path)
+def open_scorer(args, is_reader, trained, config, world):
+    """The Scorer of --model_name_or_path; `trained`: what it says of its training.
+
+    Raises InputError.
+    """
+    name = args.model_name_or_path
     num_positions = getattr(config, "max_position_embeddings", None) or math.inf
     limit = min(args.context_max_length, num_positions)
     if is_reader:
@@ -286,6 +293,15 @@ def describe(scorer):
 def embeddings_of(model):
     """The embedding of a model's tokens."""
     return model.t5.shared if isinstance(model, FiDT5) else model.get_input_embeddings()
+
+
+def check_loading(loading, source):
+    """Raises InputError for weights that are missing, or of another shape than the model's."""
+    for kind in ("missing_keys", "mismatched_keys"):
+        for key in loading[kind]:
+            raise InputError(f"{source}: weights do not match config.json: {shorten(key)} is "
+                             f"{kind.removesuffix('_keys')}; give the folder that the weights "
+                             "came with")
 
 
 def open_seq2seq(name, dtype, device):
@@ -572,9 +588,10 @@ def main(args):
     check_args(args)
     folder = find_model(args.model_name_or_path)[0]
     config = read_config(folder, "language")
-    is_reader = args.reader or "num_contexts" in read_training_args(args.model_name_or_path)
+    trained = read_training_args(args.model_name_or_path)
+    is_reader = args.reader or "num_contexts" in trained
     jobs = read_jobs(args, is_reader, world)
-    scorer = open_scorer(args, is_reader, config, world)
+    scorer = open_scorer(args, is_reader, trained, config, world)
     journal = Journal(args.output, make_fingerprint(args, world), world)
 
     # the same batches for any number of processes, so that the numbers are the same, too

@@ -17,19 +17,33 @@ ANSWER_MAXLENGTH = 50  # most tokens of an answer, where no flag says otherwise
 UNKNOWN = {"num_contexts": 5, "max_length": 200}
 
 
-def as_trained(name, given, model, log):
-    """The number of contexts or the input length: as given, else as in the checkpoint's training,
-    else minFiD's; logs where the first two differ, or the second is unknown.
+def add_answer_flags(add):
+    """Adds what the answers of a reader depend on, by the function of a group."""
+    add("--t5_name", default="t5-base",
+        help="whose tokenizer to use if the checkpoint carries none")
+    add("--answer_maxlength", type=int, default=ANSWER_MAXLENGTH,
+        help="most tokens to generate")
+    add("--num_beams", type=int, default=1, help="beams; 1 is greedy")
 
-    `given` may be a list of numbers, or None. Raises InputError for a broken args.json.
+
+def settle_lengths(args, log):
+    """Sets args.num_contexts (a number, or a list of them) and args.max_length: as given, else as
+    in the training of args.model, else minFiD's; logs where given and trained differ, or the
+    checkpoint does not tell.
+
+    Raises InputError for a broken args.json.
     """
-    trained = read_training_args(model).get(name)
-    if given is None and trained is None:
-        log(f"note: {model} does not tell its {name}; taking {UNKNOWN[name]}, --{name} changes it")
-    elif given is not None and trained is not None and given not in (trained, [trained]):
-        log(f"warning: --{name} {str(given).strip('[]')}, but the checkpoint was trained with "
-            f"{trained}")
-    return given if given is not None else trained or UNKNOWN[name]
+    trained_args = read_training_args(args.model)
+    for name, default in UNKNOWN.items():
+        given, trained = getattr(args, name), trained_args.get(name)
+        if given is None:
+            setattr(args, name, trained or default)
+            if trained is None:
+                log(f"note: {args.model} does not tell its {name}; taking {default}, --{name} "
+                    "changes it")
+        elif trained is not None and given not in (trained, [trained]):
+            log(f"warning: --{name} {str(given).strip('[]')}, but the checkpoint was trained with "
+                f"{trained}")
 
 
 class Prediction(NamedTuple):

@@ -135,6 +135,21 @@ def check_types(record, location, names=LIST_FIELDS):
                          f"{shorten(record['task'])}")
 
 
+def labelled_keys(record):
+    """(positives, negatives) of a record, which its teacher_scores belong to in this order.
+
+    Of DPR's form they are the first of positive_ctxs, and the hard_negative_ctxs or else the
+    negative_ctxs. All of a `history` (LLM-Embedder's chat and lrlm) is negative: the teacher will
+    choose the positive. Other records have pos and neg.
+    """
+    if record.get("positive_ctxs") is not None:
+        negatives = record.get("hard_negative_ctxs") or record.get("negative_ctxs")
+        return record["positive_ctxs"][:1], negatives or []
+    if record.get("history") is not None:
+        return [], record["history"]
+    return record.get("pos") or [], record.get("neg") or []
+
+
 def gold_passages(record, location=""):
     """The ground-truth passages [{text, title and id where given}] of `passage` (a text, such an
     object, or a list of them) or of LocalRQA's `gold_docs`; [] where both are missing or empty.

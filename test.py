@@ -17,10 +17,10 @@ from checkpoints import load_tokenizer
 from data import note_long_passages
 from files import check_paths, is_stream, write_json
 from predict import (
-    ANSWER_MAXLENGTH,
-    as_trained,
+    add_answer_flags,
     count_best_with_answer,
     predict,
+    settle_lengths,
     summarize,
     write_predictions,
     write_scores,
@@ -42,11 +42,7 @@ def parse_args():
         help="tokens per question and passage; not given: as trained, else 200")
     add("--num_workers", type=int, default=0, help="processes that tokenise")
     add = parser.add_argument_group("model").add_argument
-    add("--t5_name", default="t5-base",
-        help="whose tokenizer to use if the checkpoint carries none")
-    add("--answer_maxlength", type=int, default=ANSWER_MAXLENGTH,
-        help="most tokens to generate")
-    add("--num_beams", type=int, default=1, help="beams; 1 is greedy")
+    add_answer_flags(add)
     add_prompt_flags(parser)
     add = parser.add_argument_group("outputs").add_argument
     add("--pred", metavar="FILE",
@@ -75,9 +71,9 @@ def choose_lengths(args, log):
 
     Raises InputError if a value is out of range.
     """
-    args.max_length = as_trained("max_length", args.max_length, args.model, log)
-    num_contexts = as_trained("num_contexts", args.num_contexts, args.model, log)
-    args.num_contexts = num_contexts if isinstance(num_contexts, list) else [num_contexts]
+    settle_lengths(args, log)
+    if isinstance(args.num_contexts, int):
+        args.num_contexts = [args.num_contexts]
     if min(args.num_contexts) < 0:
         raise InputError("--num_contexts must be 0 or more")
     check_at_least(args, {"max_length": 1, "batch_size": 1, "num_beams": 1, "num_workers": 0,

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from files import read_json, to_number
-from questions import LIST_FIELDS, check_types, question_text, refuse_table
+from questions import LIST_FIELDS, check_types, labelled_keys, question_text, refuse_table
 from retrieval.corpus import format_key
 from retrieval.qrels import merge_qrels
 from utils import InputError, first_line, shorten
@@ -147,21 +147,11 @@ def make_example(record, location, template, reader_scores=False, distills=False
     query = question_text(record, location)
     check_types(record, location, [*LIST_FIELDS, "history", "ctxs"])
     if trains_on_contexts(record, reader_scores, distills):
-        pos = []                                 # nobody says which one is right
+        pos = []  # nobody says which one is right
         neg, scores = score_contexts(record, location, reader_scores)
-    elif record.get("positive_ctxs") is not None:  # DPR's
-        pos = record["positive_ctxs"][:1]
-        neg = record.get("hard_negative_ctxs") or record.get("negative_ctxs")
+    else:
+        pos, neg = labelled_keys(record)
         scores = record.get("teacher_scores")
-    elif record.get("history") is not None:      # LLM-Embedder's chat and lrlm
-        pos = []  # the teacher will choose the positive
-        neg = record["history"]
-        scores = record.get("teacher_scores")
-    else:                                        # LLM-Embedder's other tasks
-        pos = record.get("pos")
-        neg = record.get("neg")
-        scores = record.get("teacher_scores")
-    pos, neg = pos or [], neg or []
     for key in pos + neg:
         format_key(key, template, location)
     if scores is not None:

@@ -8,7 +8,7 @@ import json
 import os
 
 from files import new_file
-from questions import LIST_FIELDS, check_types
+from questions import LIST_FIELDS, check_types, labelled_keys
 from retrieval.corpus import format_key
 from retrieval.results import stack
 from utils import InputError, shorten
@@ -25,7 +25,7 @@ def list_candidates(record, scored=False):
 
         keys            document indices
         key             key_index
-        positive_ctxs   none: DPR's form, see dpr_candidates
+        positive_ctxs   none: DPR's form, see labelled_keys
         history         history_index
         pos and neg     pos_index and neg_index
 
@@ -36,7 +36,8 @@ def list_candidates(record, scored=False):
     if record.get("key") is not None and not (scored and has_others):
         fields = ["key"]
     elif record.get("positive_ctxs") is not None:
-        return dpr_candidates(record), None
+        positives, negatives = labelled_keys(record)
+        return positives + negatives, None
     elif record.get("history") is not None:
         fields = ["history"]
     else:
@@ -46,14 +47,6 @@ def list_candidates(record, scored=False):
         keys += record.get(field) or []
         doc_indices += record.get(f"{field}_index") or []
     return keys, doc_indices if len(doc_indices) == len(keys) else None
-
-
-def dpr_candidates(record):
-    """What train_dense.py takes of a record in DPR's form: the first of positive_ctxs, and the
-    hard_negative_ctxs or else the negative_ctxs.
-    """
-    negatives = record.get("hard_negative_ctxs") or record.get("negative_ctxs") or []
-    return record["positive_ctxs"][:1] + negatives
 
 
 def check_candidates(questions, corpus, template, need_indices, scored=False):

@@ -15,12 +15,7 @@
 # is 0.02 from the start. Its NQ runs train on DPR's negatives and its own together.
 NEGATIVES=${NEGATIVES:-100}
 RANKER_MODEL=${RANKER_MODEL:-google/electra-base-discriminator}
-GPUS=${GPUS-0,1,2,3,4,5,6,7}
-PROCESSES=${PROCESSES:-8}
-PYTHON=${PYTHON:-python}
-LAUNCH=${LAUNCH:-torchrun --standalone --nnodes=1 --nproc_per_node=$PROCESSES}
-ROOT=$(dirname "$0")/..
-. "$ROOT/scripts/stages.sh"
+. "$(dirname "$0")/stages.sh"
 for file in "$TRAIN" "$TEST" "$CORPUS"; do
     need_file "$file" "scripts/get_data.sh llm-embedder fetches LLM-Embedder's data, DATA names its \
 folder; TRAIN, TEST and CORPUS name other files"

@@ -17,7 +17,6 @@
 # name those of the round with the highest EM on DEV; round 0 has no retriever. Not run here.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
-DATA=${DATA:-data}
 OUT=${OUT:-runs/alternate}
 ROUNDS=${1:-${ROUNDS:-2}}
 TEACHER=${TEACHER:-fid-kd}
@@ -25,10 +24,6 @@ HITS=${HITS:-100}
 CONTEXTS=${CONTEXTS:-$HITS}
 MODEL=${MODEL:-bert-base-uncased}
 READER_MODEL=${READER_MODEL:-t5-base}
-TRAIN=${TRAIN:-$DATA/NQ/train.json}
-DEV=${DEV:-$DATA/NQ/dev.json}
-TEST=${TEST:-$DATA/NQ/test.json}
-CORPUS=${CORPUS:-$DATA/psgs_w100.tsv.gz}
 READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 --grad_accumulation 4 \
 --batch_size_val 4 --epochs 5 --lr 1e-4 --num_warmup_steps 1000 --dropout 0.1 --num_workers 3}
 case $TEACHER in

@@ -20,17 +20,12 @@
 # of them and scores all.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
-DATA=${DATA:-data}
 OUT=${OUT:-runs/fid-kd}
 ROUNDS=${ROUNDS:-2}
 HITS=${HITS:-100}
 CONTEXTS=${CONTEXTS:-$HITS}
 MODEL=${MODEL:-bert-base-uncased}
 READER_MODEL=${READER_MODEL:-t5-base}
-TRAIN=${TRAIN:-$DATA/NQ/train.json}
-DEV=${DEV:-$DATA/NQ/dev.json}
-TEST=${TEST:-$DATA/NQ/test.json}
-CORPUS=${CORPUS:-$DATA/psgs_w100.tsv.gz}
 READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 --grad_accumulation 4 \
 --batch_size_val 4 --epochs 10 --lr 1e-4 --num_warmup_steps 1000 --dropout 0.1 --num_workers 3}
 RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---loss fid-kd --group_size 100 --batch_size 1 --lr 1e-4 \

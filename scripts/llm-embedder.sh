@@ -21,16 +21,11 @@ DATA=${DATA:-/data/llm-embedder}
 OUT=${OUT:-runs/llm-embedder}
 MODEL=${MODEL:-BAAI/bge-base-en}
 LM=${LM:-meta-llama/Llama-2-7b-chat-hf}
-GPUS=${GPUS-0,1,2,3,4,5,6,7}
-PROCESSES=${PROCESSES:-8}
-PYTHON=${PYTHON:-python}
-LAUNCH=${LAUNCH:-torchrun --standalone --nnodes=1 --nproc_per_node=$PROCESSES}
 RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---batch_size 100 --gradient_checkpointing --max_steps 30000 \
 --early_exit_steps 10000 --save_steps 5000 --lr 5e-6 --bf16}
 SCORE_FLAGS=${SCORE_FLAGS:---bf16}
 SEARCH_FLAGS=${SEARCH_FLAGS:---bf16}
-ROOT=$(dirname "$0")/..
-. "$ROOT/scripts/stages.sh"
+. "$(dirname "$0")/stages.sh"
 
 DISTILLED=(chat/msc/train lrlm/arxiv/train lrlm/books3/train lrlm/codeparrot/train
            qa/msmarco/train qa/nq/train icl/icl/train)

@@ -19,7 +19,6 @@
 # answer came of it. Not run here at that size; make demo-loop runs it on a small world.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
-DATA=${DATA:-data}
 OUT=${OUT:-runs/lsr}
 ROUNDS=${ROUNDS:-8}
 HITS=${HITS:-20}
@@ -27,10 +26,6 @@ CONTEXTS=${CONTEXTS:-$HITS}
 MODEL=${MODEL:-facebook/contriever}
 LM=${LM:-meta-llama/Llama-2-7b-hf}
 READER_MODEL=${READER_MODEL:-}
-TRAIN=${TRAIN:-$DATA/NQ/train.json}
-DEV=${DEV:-$DATA/NQ/dev.json}
-TEST=${TEST:-$DATA/NQ/test.json}
-CORPUS=${CORPUS:-$DATA/psgs_w100.tsv.gz}
 READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 --grad_accumulation 4 \
 --batch_size_val 4 --epochs 10 --lr 1e-4 --num_warmup_steps 1000 --dropout 0.1 --num_workers 3}
 RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---loss kl --group_size 20 --batch_size 8 --lr 2e-5 --max_steps 3000 \

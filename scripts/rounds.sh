@@ -1,15 +1,17 @@
-# What scripts/fid-kd.sh and scripts/lsr.sh share; they source it, and say before what data, models
-# and flags. The retriever of round 0 is BM25. READER_FLAGS and RETRIEVER_FLAGS take the place of a
-# recipe's own; BM25_FLAGS, SEARCH_FLAGS, SCORE_FLAGS and TEST_FLAGS add to what is set. QRELS names
-# qrels of TEST, for METRICS other than nq; TEST_HITS are found for its questions, in place of HITS.
+# What scripts/fid-kd.sh, scripts/lsr.sh and scripts/alternate.sh share; they source it, and say
+# before what models and flags. The data are NaturalQuestions', unless DATA, or TRAIN, DEV, TEST and
+# CORPUS, name others. The retriever of round 0 is BM25. READER_FLAGS and RETRIEVER_FLAGS take the
+# place of a recipe's own; BM25_FLAGS, SEARCH_FLAGS, SCORE_FLAGS and TEST_FLAGS add to what is set.
+# QRELS names qrels of TEST, for METRICS other than nq; TEST_HITS are found for its questions, in
+# place of HITS.
 METRICS=${METRICS:-nq}
 CUTOFFS=${CUTOFFS:-1 5 20 100}
-GPUS=${GPUS-0,1,2,3,4,5,6,7}
-PROCESSES=${PROCESSES:-8}
-PYTHON=${PYTHON:-python}
-LAUNCH=${LAUNCH:-torchrun --standalone --nnodes=1 --nproc_per_node=$PROCESSES}
-ROOT=$(dirname "$0")/..
-. "$ROOT/scripts/stages.sh"
+DATA=${DATA:-data}
+TRAIN=${TRAIN:-$DATA/NQ/train.json}
+DEV=${DEV:-$DATA/NQ/dev.json}
+TEST=${TEST:-$DATA/NQ/test.json}
+CORPUS=${CORPUS:-$DATA/psgs_w100.tsv.gz}
+. "$(dirname "$0")/stages.sh"
 for file in "$TRAIN" "$DEV" "$TEST"; do
     need_file "$file" "scripts/get_data.sh fid-nq and scripts/fid_data.py make NQ's; TRAIN, DEV and \
 TEST name other files"

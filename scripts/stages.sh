@@ -1,12 +1,19 @@
 # The stages of a recipe, which sources this file: each runs once, and the same command goes on at
 # the stage where it was stopped, also by kill -9.
 #
-#   . "$ROOT/scripts/stages.sh"
+#   . "$(dirname "$0")/stages.sh"
 #   stage retriever $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/retriever" ... --resume
 #
 # $OUT/stages/NAME holds a stage's state (running, done or again) and its command, a word a line. A
 # stage that was run with another command is never passed over in silence: the recipe stops, and
 # REDO=NAME runs this stage and all behind it anew. An OUT is of one recipe.
+
+# how the scripts are launched; on one process without GPUs: LAUNCH=python GPUS=
+GPUS=${GPUS-0,1,2,3,4,5,6,7}
+PROCESSES=${PROCESSES:-8}
+PYTHON=${PYTHON:-python}
+LAUNCH=${LAUNCH:-torchrun --standalone --nnodes=1 --nproc_per_node=$PROCESSES}
+ROOT=$(dirname "$0")/..
 
 need_file() {  # FILE REMEDY
     if [ ! -e "$1" ]; then

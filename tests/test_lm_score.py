@@ -257,7 +257,9 @@ def test_causal_reader_by_its_own_prompt(tmp_path):
 
 
 def test_keys_of_other_forms(models, tmp_path):
-    """ctxs, objects for the key template and documents of a corpus are the same keys as texts."""
+    """ctxs, objects for the key template, DPR's passages and documents of a corpus are the same
+    keys as texts.
+    """
     fields = {"query": "who?", "answers": ["Mira"]}
     documents = [{"id": str(i), "title": f"t{i}", "text": key} for i, key in enumerate(KEYS)]
     corpus = write_records(tmp_path / "corpus.jsonl", documents)
@@ -265,7 +267,10 @@ def test_keys_of_other_forms(models, tmp_path):
     path = write_records(tmp_path / "r.jsonl", [
         {**fields, "pos": texts[:1], "neg": texts[1:]}, {**fields, "ctxs": documents},
         {**fields, "pos": documents[:1], "neg": documents[1:]}, {**fields, "history": texts},
-        {**fields, "pos_index": [0], "neg_index": [1, 2, 3]}, {**fields, "ctxs": []}])
+        {**fields, "pos_index": [0], "neg_index": [1, 2, 3]},
+        {**fields, "positive_ctxs": documents[:1], "hard_negative_ctxs": documents[1:],
+         "negative_ctxs": documents, "ctxs": documents[2:]},  # DPR's
+        {**fields, "ctxs": []}])
     *scores, none = score(path, models["gpt2"], "--corpus", corpus)
     assert none == []
     for other in scores[1:]:

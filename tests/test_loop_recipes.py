@@ -34,7 +34,8 @@ def recipe(tmp_path):
 
     def start(code=0, **settings):
         (tmp_path / "calls").write_text("")
-        env = os.environ | {"ROOT": str(ROOT), "OUT": "out", "LAUNCH": "env"} | settings
+        env = os.environ | {"ROOT": str(ROOT), "OUT": "out", "LAUNCH": "env",
+                            "GPUS": ""} | settings
         process = subprocess.run(["bash", "recipe.sh"], cwd=tmp_path, env=env, timeout=30,
                                  capture_output=True, text=True)
         assert process.returncode == code, process.stderr

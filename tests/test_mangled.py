@@ -548,7 +548,7 @@ def score_one(path):
     args = lm_score_args(path)
     jobs = [lm_score.Job({}, "who", ["the a"], ["a town"], lm_score.KNOWLEDGE, True, "mangled")]
     config = read_config(path, "language")
-    lm_score.score_jobs(lm_score.open_scorer(args, False, config, ALONE), jobs, args)
+    lm_score.score_jobs(lm_score.open_scorer(args, False, {}, config, ALONE), jobs, args)
 
 
 def open_retriever(path):
