@@ -50,7 +50,7 @@ class Client:
     data: str = ""       # its records
     corpus: str = ""     # its own documents, where they are not the shared flags'
     index: str = ""      # folder of their vectors
-    folder: str = ""     # what it writes: contexts and scores of its own
+    folder: str = ""     # for what it writes; not given: federated/NAME where it was started
     flags: str = ""      # further flags of the training script, behind the shared ones
     processes: int = 1   # more than one: its local step runs under torchrun
 
@@ -75,7 +75,7 @@ class Client:
         return os.path.join(self.folder, CONTEXTS if mode == "generator" else SCORED)
 
 
-def read_client(settings, default_folder):
+def read_client(settings):
     """The Client of {key: value}. Raises InputError for an unknown key or a wrong value."""
     kinds = {field.name: field.type for field in fields(Client)}
     unknown = sorted(settings.keys() - kinds.keys())
@@ -85,7 +85,7 @@ def read_client(settings, default_folder):
     if not str(client.processes).isdigit() or int(client.processes) < 1:
         raise InputError(f"{client.name}: processes must be 1 or more, it is {client.processes}")
     client.processes = int(client.processes)
-    client.folder = client.folder or os.path.join(default_folder, client.name)
+    client.folder = client.folder or os.path.join("federated", client.name)
     if not re.fullmatch(r"[\w.-]+", client.name):
         raise InputError(f"a client is named {shorten(client.name)}; use letters, digits, dots, - "
                          "and _")

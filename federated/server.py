@@ -195,6 +195,9 @@ def check_answer(server, reply):
     for weight, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"{weight} is not finite there; look at its records, or lower --lr")
+    if server.args.privacy and all(torch.equal(tensors[weight], own[weight].cpu())
+                                   for weight in own):
+        raise InputError("it sent the global weights back, which cannot be clipped")
     if server.args.transport == "bf16":
         tensors = {weight: own[weight].cpu() + tensors[weight] for weight in own}
     if not all(math.isfinite(value) for value in metrics.values()):
