@@ -191,7 +191,7 @@ def test_a_client_of_two_processes_is_one_of_twice_the_batch(bert, files, tmp_pa
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
-    assert not os.path.exists(tmp_path / "two.clients" / "a.step")
+    assert os.listdir(tmp_path / "two.clients") == []
 
 
 # ---------------------------------------------------------------- what travels
@@ -365,6 +365,26 @@ def test_a_client_without_an_answer_is_named():
         reply for reply in deliver(messages) if reply.metadata.src_node_id != 2]
     _, left_out = one_round(server)
     assert left_out == ["node 2: no answer in 3600 s"]
+
+
+def test_a_client_that_is_gone_is_not_waited_for_again():
+    server = make_server([reply_with(ONES)] * 3, "--min_clients", "2")
+    one_round(server)
+    server.grid.contexts.pop(3)
+    _, left_out = one_round(server, 2)
+    assert left_out == []
+
+
+def test_two_clients_of_one_name_both_count():
+    def unnamed(message):
+        reply = reply_with(ONES)(message)
+        reply.content["config"]["name"] = "clinic"
+        return reply
+    server = make_server([unnamed, unnamed])
+    _, replies, _ = ask_clients(server, "round 1", lambda: make_messages(server, 1, 3),
+                                check_answer)
+    names = sorted(server.name_sender(reply) for reply in replies)
+    assert names[0] == "clinic" and names[1] in ("node 1", "node 2")
 
 
 def test_clients_that_never_come(capsys):
@@ -560,6 +580,25 @@ def test_what_is_missing_is_said(files, tmp_path):
     _, stderr = federate(tmp_path / "out", "--simulate", "2", "--data", files / "a.json",
                          flags=["--no_such_flag"], code=1)
     assert "train_dense.py does not take these flags" in stderr
+
+
+def test_clients_search_their_own_corpora(tiny, files, tmp_path):
+    """With a frozen retriever each client reads what it finds in documents of its own."""
+    own = []
+    for name in ("a", "b"):
+        documents = [{"id": f"{name}{i}", "text": f"{name} {WORDS[i]} {WORDS[i + 1]}"}
+                     for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, documents)))
+        own += ["--client", f"name={name} data={files}/reader-{name}.json "
+                f"corpus={tmp_path}/{name}.jsonl"]
+    federate(tmp_path / "out", "--rounds", "1", *own, mode="generator",
+             flags=["--t5_name", tiny, "--retriever", "bm25", "--num_retrieved", "1", "--corpus",
+                    tmp_path / "a.jsonl", "--eval_file", files / "reader.json"])
+    for name in ("a", "b"):
+        found = open(tmp_path / "out.clients" / f"{name}.retrieved" / "train.jsonl").read()
+        ids = {context["id"][0] for line in found.splitlines()
+               for context in json.loads(line)["ctxs"]}
+        assert ids == {name}
 
 
 # ---------------------------------------------------------------- alternation
