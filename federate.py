@@ -47,6 +47,7 @@ from federated.transport import CLIENT_FAILED, OpenError
 from utils import (
     HelpFormatter,
     InputError,
+    call_main,
     check_at_least,
     check_positive,
     first_line,
@@ -54,6 +55,7 @@ from utils import (
     start_processes,
 )
 
+BAD_FLAGS = 2  # the exit code of argparse
 UNTOLD = "cannot train on its records; its own output says why"  # what they hold stays there
 
 
@@ -217,8 +219,13 @@ server_app = ServerApp()
 
 @server_app.main()
 def serve(grid, context):
-    """Flower's entry to the server of a deployed run."""
-    def start(args):
+    """Flower's entry to the server of a deployed run. Raises RuntimeError if the run fails.
+
+    Flower calls a run failed whose server raises. One that exits is taken for killed: Flower waits
+    for it for a minute, and none of its lines are shown.
+    """
+    def start(_):
+        args = read_run_config(context)
         check_args(args)
         if args.simulate or args.client:
             raise InputError("a deployed run has Flower's clients; leave out --simulate and "
@@ -226,7 +233,15 @@ def serve(grid, context):
         silence_libraries(args)
         federate(args, grid)
 
-    run_script(start, read_run_config(context))
+    try:
+        code = call_main(start, None)
+    except SystemExit as end:
+        if end.code != BAD_FLAGS:
+            raise  # Flower's own, which stops the run
+        code = end.code
+    if code:
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the error is told, in one line
+        raise RuntimeError(f"exit code {code}; the line that begins with error says why")
 
 
 def federate(args, grid=None):

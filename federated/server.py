@@ -132,6 +132,9 @@ def make_messages(server, number, rounds):
                            "frozen": digest_frozen(server.run)})
     weights = pack(server.weights)
     messages = list(server.strategy.configure_train(number, weights, config, server.grid))
+    for message in messages:
+        # a client that was away is not to work through the rounds that it missed
+        message.metadata.ttl = server.args.timeout
     if server.args.transport == "bf16":
         weights = pack(server.weights, "bf16")
         for message in messages:
@@ -143,8 +146,11 @@ def sort_answers(server, messages, replies):
     """The Answers to a round's messages; the good ones hold float32 weights."""
     answers = Answers([], [], 0, {})
     waiting = {message.metadata.dst_node_id for message in messages}
+    # Flower's own errors come from its server: whom they are about stands in what they answer
+    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages
+             if message.metadata.message_id}
     for reply in replies:
-        node = reply.metadata.src_node_id
+        node = asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
         waiting.discard(node)
         if reply.has_error():
             answers.left_out.append(describe_error(server, node, reply.error))
