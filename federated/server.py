@@ -104,6 +104,9 @@ def ask_clients(server, what, make_messages, check):
             random.seed(seed)
             np.random.seed(seed)
         messages = make_messages()
+        for message in messages:
+            # a client that was away is not to work through the rounds that it missed
+            message.metadata.ttl = args.timeout
         replies = server.grid.send_and_receive(messages, timeout=args.timeout)
         good, left_out = sort_replies(server, messages, list(replies), check)
         for line in left_out:
@@ -138,9 +141,6 @@ def make_messages(server, number, rounds):
                            "frozen": digest_frozen(server.run)})
     weights = pack(server.weights)
     messages = list(server.strategy.configure_train(number, weights, config, server.grid))
-    for message in messages:
-        # a client that was away is not to work through the rounds that it missed
-        message.metadata.ttl = server.args.timeout
     if server.args.transport == "bf16":
         weights = pack(server.weights, "bf16")
         for message in messages:
