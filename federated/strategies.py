@@ -40,7 +40,7 @@ def make_strategy(args):
     if args.privacy:
         # the noise is made for an average in which all clients weigh the same
         parameters["weighted_by_key"] = "uniform"
-    defaults = {"min_train_nodes": args.min_clients, "min_available_nodes": args.num_clients,
+    defaults = {"min_train_nodes": args.min_clients, "min_available_nodes": args.min_clients,
                 "fraction_evaluate": 0.0}
     with refusing(f"--strategy {name}", "mend its parameters"):
         strategy = getattr(flower, name)(**defaults | parameters)
