@@ -70,7 +70,7 @@ def parse_args(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     own, *script_flags = split_list(arguments, "--")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
+        prog="federate.py", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
         usage="%(prog)s OUT [flags] -- FLAGS OF train_dense.py OR train_epoch.py")
     add = parser.add_argument
     add("model", metavar="OUT", help="folder to write the best global model to")
@@ -264,7 +264,7 @@ def serve(grid, context):
         code = end.code
     if code:
         logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the error is told, in one line
-        raise RuntimeError(f"exit code {code}; the line that begins with error says why")
+        raise RuntimeError(f"exit code {code}; the line with 'error:' says why")
 
 
 def federate(args, grid=None):

@@ -144,7 +144,8 @@ def test_a_killed_client_comes_back_and_the_measures_are_those_of_a_simulation(f
 
 def test_a_client_without_a_registered_key_is_turned_away_and_nothing_outlives_the_script(
         files, tmp_path, federation):
-    process, folder, port = federation([files / "a.toml"], tmp_path / "out", *task_flags(files))
+    process, folder, port = federation([files / "a.toml"], tmp_path / "out", "--mode", "retriever",
+                                       *task_flags(files))
     wait_until(lambda: (folder / "a.key").exists() and processes_of(folder), 100, "the superlink")
     wait_until(lambda: "registered" in (folder / "superlink.log").read_text(), 100, "client a")
     subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f",
@@ -166,6 +167,18 @@ def test_a_client_without_a_registered_key_is_turned_away_and_nothing_outlives_t
     assert process.wait(60) == 143
     assert not processes_of(folder)
     wait_until(lambda: not processes_of(tmp_path), 30, "the end of what the strangers started")
+
+
+def test_a_run_that_fails_is_told_and_fails_the_script(files, tmp_path, federation):
+    process, folder, _ = federation([files / "a.toml"], tmp_path / "out", "--mode", "retriever",
+                                    "--num_clients", "1", "--strategy", "FedBest",
+                                    *task_flags(files))
+    assert process.wait(150) == 1
+    output = (tmp_path / "output").read_text()
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and "FedBest" in errors[0], output  # the server's, and the script's
+    assert errors[1].startswith("error: the run ended as finished:failed: ServerApp failed")
+    assert "Traceback" not in output and not processes_of(folder)
 
 
 def start_supernode(port, folder, home, *flags):
