@@ -116,9 +116,15 @@ def remembered(strategy):
 
 
 def recall(strategy, states):
-    """Sets what `remembered` returned."""
-    for layer, state in zip(layers_of(strategy), states):
+    """Sets what `remembered` returned. Raises ValueError for anything else."""
+    layers = layers_of(strategy)
+    if len(states) != len(layers):
+        raise ValueError(f"it is of {len(states)} strategies, not of {len(layers)}")
+    for layer, state in zip(layers, states):
         for name, value in state.items():
+            is_number = isinstance(value, float) and math.isfinite(value)
+            if name not in REMEMBERED or is_number != (name == "clipping_norm"):
+                raise ValueError(f"it holds {name}")
             setattr(layer, name, map_arrays(value, lambda tensor: tensor.numpy()))
 
 
