@@ -285,10 +285,16 @@ def train_with_torchrun(task, args, client, step, received):
                     "weights": received}, os.path.join(folder, "work.pt"))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc_per_node={client.processes}", "-m", "federated.client", folder]
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT},
-                              stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise InputError(last_error(done.stderr))
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ROOT},
+                                   stderr=subprocess.PIPE, text=True)
+        try:
+            _, errors = process.communicate()
+        finally:
+            # if this process is asked to end: torchrun then ends the others, which it could not do
+            # if it were killed
+            process.terminate()
+        if process.returncode:
+            raise InputError(last_error(errors))
         results = torch.load(os.path.join(folder, "results.pt"), weights_only=True)
     finally:
         shutil.rmtree(folder)

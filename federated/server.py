@@ -120,6 +120,9 @@ def ask_clients(server, what, make_messages, check):
             random.seed(seed)
             np.random.seed(seed)
         messages = make_messages()
+        for message in messages:
+            # a client that was away is not to work through the rounds that it missed
+            message.metadata.ttl = args.timeout
         replies = server.grid.send_and_receive(messages, timeout=args.timeout)
         good, left_out = sort_replies(server, messages, list(replies), check)
         for line in left_out:
@@ -172,8 +175,11 @@ def sort_replies(server, messages, replies, check):
     """
     good, left_out = [], []
     waiting = {message.metadata.dst_node_id for message in messages}
+    # Flower's own errors come from its server: whom they are about stands in what they answer
+    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages
+             if message.metadata.message_id}
     for reply in replies:
-        node = reply.metadata.src_node_id
+        node = asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
         waiting.discard(node)
         if reply.has_error():
             left_out.append(describe_error(server, node, reply.error))
