@@ -238,7 +238,7 @@ def pass_on(message):
 # ---------------------------------------------------------------- rounds over loopback
 
 def measure_deployment(args, name, transport, folder):
-    """{what: seconds} of rounds over loopback; Raises InputError if the run fails."""
+    """{what: seconds} of rounds over loopback. Raises InputError if the run fails."""
     out = os.path.join(folder, f"{name}-{transport}-deployed")
     flags, script_flags, records = command_line(args, name, transport, folder, out)
     files = []
@@ -332,9 +332,11 @@ def measure(args, folder):
         for transport in args.transports:
             if (name, transport) == ("tiny", "lora"):
                 continue
-            row = measure_stages(args, name, transport, folder)
+            # this process holds no model yet, for which there may be no room beside the others'
+            deployed = {}
             if not args.no_deployment:
-                row |= measure_deployment(args, name, transport, folder)
+                deployed = measure_deployment(args, name, transport, folder)
+            row = measure_stages(args, name, transport, folder) | deployed
             rows.append(row)
             numbers = {key: round(value, 3) for key, value in row.items()
                        if isinstance(value, float)}
