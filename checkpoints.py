@@ -322,8 +322,8 @@ def check_claim(out, resume, overwrite):
                              "not list its files; choose another folder, or delete this one")
         raise InputError(f"{out}: holds files that no run has written, such as {min(names)}; they "
                          "are not touched: choose another folder")
-    for path, mark in ((f"{out}.state", b"PK"), (f"{out}.jsonl", b'"loss_curve"')):
-        if not holds_mark(path, mark):
+    for path, *marks in ((f"{out}.state", b"PK"), (f"{out}.jsonl", b'"loss_curve"', b'"round"')):
+        if not any(holds_mark(path, mark) for mark in marks):
             raise InputError(f"{path}: is no file of a run, and the run would replace it; choose "
                              "another name for the folder")
     is_used = holds_checkpoint or os.path.exists(f"{out}.state")

@@ -75,7 +75,12 @@ def load_state(out, args, world, free_flags):
         raise InputError(f"{path} is of a run of {state['world_size']} process(es), this one has "
                          f"{world.size}; start as many processes as then, {state['world_size']}, "
                          f"or {START_ANEW}")
-    now, then = vars(args), state["args"]
+    refuse_other_flags(path, vars(args), state["args"], free_flags)
+    return state
+
+
+def refuse_other_flags(path, now, then, free_flags):
+    """Raises InputError if a state is of a run with other flags, {name: value} now and then."""
     with refusing(f"{path}: its flags cannot be compared", START_ANEW):
         changed = [name for name in now if name not in free_flags and then.get(name) != now[name]]
     if changed:
@@ -83,7 +88,6 @@ def load_state(out, args, world, free_flags):
                           for name in changed[:3])
         raise InputError(f"{path} is of a run with {flags}; give the same flags, or "
                          f"{START_ANEW}")
-    return state
 
 
 def check_form(part, form, path):

@@ -25,12 +25,11 @@ import torch
 import transformers
 
 from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
-from data import train_loader
 from dense import losses
 from dense.batches import GroupCollator, GroupSet, plan_batches
 from dense.evaluation import annotated_set, read_dev_set
 from dense.evaluation import evaluate as measure_retriever
-from dense.examples import read_training
+from dense.examples import TrainingData, read_training
 from dense.flags import check_args, parse_args
 from dense.gather import gather_rows
 from dense.instructions import INSTRUCTIONS
@@ -40,6 +39,7 @@ from resume import forget_replaced_state, load_state, restore_state, save_state
 from retrieval.corpus import Corpus, open_corpus
 from retrieval.qrels import merge_qrels
 from training import (
+    BOTH_SETS,
     Progress,
     Run,
     RunLog,
@@ -48,7 +48,10 @@ from training import (
     count_trained,
     describe_machine,
     epoch_bar,
+    freeze,
     make_optimizer,
+    open_epoch,
+    saved_note,
     set_seed,
     step_optimizer,
     wrap_model,
@@ -160,8 +163,8 @@ def combine_losses(weighted_losses):
 # ---------------------------------------------------------------- training
 
 def train_update(run, batches, micro_batches):
-    """One optimizer step over that many micro-batches; returns (mean loss, queries) over all
-    processes.
+    """One optimizer step over that many micro-batches; returns (mean loss, its weight, 1, queries)
+    over all processes.
 
     Raises InputError naming the records if the loss or the gradient is not finite; the weights are
     untouched then.
@@ -184,7 +187,7 @@ def train_update(run, batches, micro_batches):
     not_finite = step_optimizer(run, mean_loss)
     if not_finite:
         refuse_update(run, not_finite, indices)
-    return mean_loss, queries
+    return mean_loss, 1, queries
 
 
 def refuse_update(run, not_finite, indices):
@@ -194,8 +197,7 @@ def refuse_update(run, not_finite, indices):
                  for index in gather_lists(indices, run.world)]
     named = ", ".join(locations[:4]) + (" ..." if len(locations) > 4 else "")
     raise InputError(f"the {not_finite} is not finite in update {run.progress.total_updates + 1}, "
-                     f"of {named}; look at them, or lower --lr; the best checkpoint so far is "
-                     f"left in {run.out}")
+                     f"of {named}; look at them, or lower --lr{saved_note(run)}")
 
 
 def plan_epoch(args, dataset_sizes, epoch, world):
@@ -204,22 +206,24 @@ def plan_epoch(args, dataset_sizes, epoch, world):
                         args.grad_accumulation, args.inbatch_same_dataset, world.rank, world.size)
 
 
+def plan_run(run, epoch):
+    """This process's part of an epoch of the run: [update][micro-batch][(index, is_real)]."""
+    return plan_epoch(run.args, run.dataset_sizes, epoch, run.world)
+
+
 def train_epoch(run):
     """Trains on the rest of the current epoch, with the reports, evaluations and saves that fall
     into it.
     """
     args, world, progress = run.args, run.world, run.progress
-
     # who reads what is planned anew for each epoch, alike on all processes
-    plan = plan_epoch(args, run.dataset_sizes, progress.epoch, world)
-    remaining = plan[progress.update:]  # a resumed run goes on inside the epoch
-    run.train_set.epoch = progress.epoch
-    batches = iter(train_loader(run.train_set, remaining, run.collator, args.num_workers))
+    plan = plan_run(run, progress.epoch)
+    remaining, batches = open_epoch(run, plan)
     bar = epoch_bar(run)
     for update in remaining:
         start = time.time()
-        loss, queries = train_update(run, batches, len(update))
-        progress.count_update(loss, 1, queries, time.time() - start)
+        loss, weight, queries = train_update(run, batches, len(update))
+        progress.count_update(loss, weight, queries, time.time() - start)
         count_on_bar(bar, run)
 
         # report, measure and save when it is due, all of it at the end of the run
@@ -369,6 +373,8 @@ def open_model(args, tokenizer, device):
         model = open_retriever(args, tokenizer)
     if args.lora:
         add_adapters(model, args)
+    if args.freeze:
+        freeze(model, args.freeze)
     return model.to(device).train()
 
 
@@ -415,16 +421,18 @@ def read_dev(args, corpus, queries, log):
     return dev
 
 
-def set_up(args, world):
+def set_up(args, world, sets=BOTH_SETS):
     """The RetrieverRun of these flags: everything read and built, from the start or from OUT.state.
 
-    Raises InputError.
+    sets: what is read, of "train" and "dev". Raises InputError.
     """
     # data
     corpus = open_corpus(args.corpus, args.key_template, world)
     queries = read_queries(args.queries)
-    data = read_training(args, corpus, queries, world.log)
-    dev = read_dev(args, corpus, queries, world.log)
+    data = TrainingData([], [], [], {})
+    if "train" in sets:
+        data = read_training(args, corpus, queries, world.log)
+    dev = read_dev(args, corpus, queries, world.log) if "dev" in sets else None
 
     # model
     tokenizer = load_tokenizer(args.query_encoder, args.query_encoder)
@@ -435,13 +443,9 @@ def set_up(args, world):
     instructions = INSTRUCTIONS[args.version] if args.add_instruction else {}
 
     # optimizer and schedule; --early_exit_steps ends the run before its schedule ends
-    updates_per_epoch = len(plan_epoch(args, data.dataset_sizes, 0, world))
-    updates = args.max_steps or updates_per_epoch * args.epochs
-    warmup = args.num_warmup_steps
-    if warmup is None:
-        warmup = math.ceil(updates * args.warmup_ratio)
-    optimizer, scheduler = make_optimizer(model, args.lr, args.weight_decay, args.adam_eps, warmup,
-                                          updates)
+    updates = count_updates(args, data.dataset_sizes, world)
+    optimizer, scheduler = make_optimizer(model, args.lr, args.weight_decay, args.adam_eps,
+                                          count_warmup(args, updates), updates)
 
     # the run, where it stands
     progress = Progress(**state["progress"]) if state else Progress()
@@ -455,13 +459,27 @@ def set_up(args, world):
                        dataset_sizes=data.dataset_sizes, task_flags=data.task_flags)
     if state:
         restore_state(run, state)
-    describe(run, updates, warmup)
     return run
 
 
-def describe(run, updates, warmup):
+def count_updates(args, dataset_sizes, world):
+    """The updates of the schedule; 0 where there is nothing to train on."""
+    if not dataset_sizes:
+        return 0
+    return args.max_steps or len(plan_epoch(args, dataset_sizes, 0, world)) * args.epochs
+
+
+def count_warmup(args, updates):
+    """The updates of warm-up in a run of that many."""
+    if args.num_warmup_steps is None:
+        return math.ceil(updates * args.warmup_ratio)
+    return args.num_warmup_steps
+
+
+def describe(run):
     """Logs the lines that a run starts with."""
     args, log = run.args, run.world.log
+    updates = count_updates(args, run.dataset_sizes, run.world)
     log(describe_machine(run.world, args.gpus))
     kind = f"retriever, metric {args.dense_metric}, pooling {args.pooling_method}"
     if args.ranker:
@@ -470,7 +488,7 @@ def describe(run, updates, warmup):
     log(f"{len(run.train_set.examples)} training examples of {len(run.dataset_sizes)} dataset(s), "
         f"groups of {run.train_set.group_rules[0].group_size}; {trained:,} trained parameters; "
         f"{kind}; batch {args.batch_size * run.world.size} x {args.grad_accumulation}; {updates} "
-        f"updates, {warmup} of warm-up")
+        f"updates, {count_warmup(args, updates)} of warm-up")
     if run.progress.total_updates:
         log(f"resuming after {run.progress.total_updates} updates")
 
@@ -482,6 +500,7 @@ def main(args):
     transformers.utils.logging.disable_progress_bar()
     with claim_folder(args.output_dir, args.resume, args.overwrite, world):
         run = set_up(args, world)
+        describe(run)
         forget_replaced_state(run)
         start = time.time()
         while run.progress.total_updates < run.last_update:

@@ -29,7 +29,6 @@ from data import (
     check_targets,
     note_long_passages,
     plan_epoch,
-    train_loader,
 )
 from predict import ANSWER_MAXLENGTH, predict, summarize
 from questions import note_files, read_records
@@ -37,6 +36,7 @@ from readers import add_prompt_flags, open_reader
 from resume import forget_replaced_state, load_state, restore_state, save_state
 from retrieval.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
 from training import (
+    BOTH_SETS,
     Progress,
     Run,
     RunLog,
@@ -44,7 +44,10 @@ from training import (
     count_trained,
     describe_machine,
     epoch_bar,
+    freeze,
     make_optimizer,
+    open_epoch,
+    saved_note,
     set_seed,
     step_optimizer,
     wrap_model,
@@ -68,11 +71,13 @@ FREE_FLAGS = {"resume", "overwrite", "num_workers", "save_every", "logging_steps
 
 # the three arguments, and the flags that may take their place
 PATH_FLAGS = {"model": "output_dir", "data_train": "train_file", "data_val": "eval_file"}
+SET_PATHS = {"train": "data_train", "dev": "data_val"}
 
 
 # ---------------------------------------------------------------- flags
 
-def parse_args():
+def parse_args(arguments=None):
+    """The flags as a Namespace, of the command line or of a list of arguments."""
     # no abbreviations: --model would be taken for --model_name_or_path
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
                                      allow_abbrev=False)
@@ -116,6 +121,7 @@ def parse_args():
     add("--lora", type=int, metavar="R",
         help="train LoRA adapters of rank R, merged when saved (causal language models; needs the "
         "package peft)")
+    add("--freeze", metavar="REGEX", help="do not train the weights whose names this finds")
     add_prompt_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", "--per_device_train_batch_size", type=int, default=1,
@@ -149,7 +155,7 @@ def parse_args():
     add("--tqdm", action="store_true",
         help="show progress bars even if the output is not a terminal")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(arguments)
     if args.retriever and args.num_retrieved is None:
         args.num_retrieved = 3
     if args.num_contexts is None:
@@ -157,8 +163,10 @@ def parse_args():
     return args
 
 
-def settle_paths(args):
+def settle_paths(args, sets):
     """Sets the three arguments where their flags are given. Raises InputError for both, or neither.
+
+    sets: see set_up.
     """
     given = [name for name in PATH_FLAGS if getattr(args, name) is not None]
     given_flags = [name for name, flag in PATH_FLAGS.items() if getattr(args, flag) is not None]
@@ -168,8 +176,9 @@ def settle_paths(args):
     elif given_flags:
         raise InputError("OUT, the training and the dev records are given as three arguments or "
                          "as --output_dir, --train_file and --eval_file, and here as both")
+    needed = {"model"} | {SET_PATHS[name] for name in sets}
     missing = [f"{name} (--{flag})" for name, flag in PATH_FLAGS.items()
-               if getattr(args, name) is None]
+               if name in needed and getattr(args, name) is None]
     if missing:
         raise InputError(f"missing: {', '.join(missing)}; give OUT train.json dev.json, or all "
                          "three as flags")
@@ -197,9 +206,12 @@ def check_retriever(args):
     find_model(args.t5_name)  # opened after retrieval, which may take hours
 
 
-def check_args(args):
-    """Rejects wrong flags before anything is read. Raises InputError."""
-    settle_paths(args)
+def check_args(args, sets=BOTH_SETS):
+    """Rejects wrong flags before anything is read. Raises InputError.
+
+    sets: see set_up.
+    """
+    settle_paths(args, sets)
     args.model = args.model.rstrip("/")
     check_at_least(args, {"num_retrieved": 1, "num_contexts": 1, "max_length": 1, "batch_size": 1,
                           "batch_size_val": 1, "grad_accumulation": 1, "epochs": 1,
@@ -277,20 +289,23 @@ def refuse_update(run, not_finite, losses, indices):
            for index in sorted(gather_lists(suspects, run.world))]
     raise InputError(f"the {not_finite} is not finite in update {run.progress.update + 1} of epoch "
                      f"{run.progress.epoch}, records {', '.join(ids)} of {run.args.data_train}; "
-                     "look at them, or lower --lr; the best checkpoint so far is left in "
-                     f"{run.out}")
+                     f"look at them, or lower --lr{saved_note(run)}")
+
+
+def plan_run(run, epoch):
+    """This process's part of an epoch of the run: [update][micro-batch][(index, is_real)]."""
+    args, world = run.args, run.world
+    return plan_epoch(len(run.train_set.records), epoch, args.seed, not args.no_shuffle,
+                      args.batch_size, args.grad_accumulation, world.rank, world.size)
 
 
 def train_epoch(run):
     """Trains on the rest of the current epoch, with the evaluations and saves that fall into it."""
-    args, world, progress = run.args, run.world, run.progress
+    args, progress = run.args, run.progress
 
     # who reads what is planned anew for each epoch, alike on all processes
-    plan = plan_epoch(len(run.train_set.records), progress.epoch, args.seed, not args.no_shuffle,
-                      args.batch_size, args.grad_accumulation, world.rank, world.size)
-    remaining = plan[progress.update:]  # a resumed run goes on inside the epoch
-    run.train_set.epoch = progress.epoch
-    batches = iter(train_loader(run.train_set, remaining, run.collator, args.num_workers))
+    plan = plan_run(run, progress.epoch)
+    remaining, batches = open_epoch(run, plan)
     bar = epoch_bar(run, args.logging_steps)
     for update in remaining:
         start = time.time()
@@ -339,8 +354,7 @@ def report(run, measures):
     """
     progress = run.progress
     summary = progress.summary()
-    # EM decides, then F1
-    is_best = progress.count_measures(measures["dev_em"], measures["dev_f1"])
+    is_best = keep_measures(run, measures)
     lr = run.scheduler.get_last_lr()[0]
     line = (f"epoch {progress.epoch:3d} | update {progress.total_updates:6d} | loss "
             f"{summary['loss']:.4f} | dev EM {measures['dev_em']:6.2f} "
@@ -353,16 +367,24 @@ def report(run, measures):
     run.log.row(row, progress.total_updates)
     progress.rows += 1
     progress.start_report()
+    if is_best and run.world.is_main:
+        save_best(run)
+
+
+def keep_measures(run, measures):
+    """True if the measures are the best so far, which the progress then remembers."""
+    progress = run.progress
+    # EM decides, then F1
+    is_best = progress.count_measures(measures["dev_em"], measures["dev_f1"])
     if is_best:
         progress.best_at = f"epoch {progress.epoch}, update {progress.total_updates}"
-        if run.world.is_main:
-            save_best(run)
+    return is_best
 
 
 def save_best(run):
     """Writes OUT: the reader as a folder of transformers with its tokenizer and args.json."""
     args, progress = run.args, run.progress
-    dev_em, dev_f1 = progress.best
+    dev_em, dev_f1 = progress.best or (None, None)  # a federation may have measured nothing
     info = {"dev_em": dev_em, "dev_f1": dev_f1, "epoch": progress.epoch,
             "update": progress.total_updates, "num_contexts": args.num_contexts,
             "max_length": args.max_length, "answer_maxlength": args.answer_maxlength,
@@ -372,20 +394,23 @@ def save_best(run):
 
 # ---------------------------------------------------------------- setting up
 
-def set_up(args, world):
+def set_up(args, world, sets=BOTH_SETS):
     """The Run of these flags: everything read and built, from the start or from OUT.state.
 
-    Raises InputError.
+    sets: what is read, of "train" and "dev". Raises InputError.
     """
     # data; the state comes first: one of other flags is refused before anything is retrieved
     state = load_state(args.model, args, world, FREE_FLAGS)
     if args.retriever:
         retrieve_once(args, given_paths(args), world)
-    train = read_records(data_path(args, "train"), args.num_contexts)
-    dev = read_records(data_path(args, "dev"), args.num_contexts)
+    train, dev = [], []
+    if "train" in sets:
+        train = read_records(data_path(args, "train"), args.num_contexts)
+    if "dev" in sets:
+        dev = read_records(data_path(args, "dev"), args.num_contexts)
     if args.retriever:
         put_gold_first(args, train, world.log)
-    if not any(record["answers"] for record in dev):
+    if "dev" in sets and not any(record["answers"] for record in dev):
         raise InputError(f"{args.data_val}: no record has 'answers', so no checkpoint can be "
                          "chosen by it")
     tokenizer = load_tokenizer(args.t5_name, args.t5_name)
@@ -400,6 +425,8 @@ def set_up(args, world):
     reader.set_checkpoint(args.use_checkpoint)
     if args.lora:
         reader.add_adapters(args.lora)
+    if args.freeze:
+        freeze(reader, args.freeze)
     reader.train()
 
     # optimizer and schedule

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,8 +17,12 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import versions
+from data import train_loader
 from files import new_file
-from utils import InputError, World, peak_memory, progress_bar
+from utils import InputError, World, peak_memory, progress_bar, refusing
+
+# what a run reads; in a federation a client has no dev set, the server no training set
+BOTH_SETS = ("train", "dev")
 
 
 @dataclass
@@ -102,11 +107,16 @@ class Run:
 
 # ---------------------------------------------------------------- setting up
 
-def make_optimizer(model, lr, weight_decay, eps, warmup, updates):
-    """(AdamW over the weights that are trained, linear warm-up and decay to 0 at the last update).
+def make_optimizer(model, lr, weight_decay, eps, warmup, updates, kind="adamw"):
+    """(AdamW, or with kind "sgd" plain SGD, over the weights that are trained; linear warm-up and
+    decay to 0 at the last update).
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, eps=eps, fused=True)
+    if kind == "sgd":
+        optimizer = torch.optim.SGD(trained, lr=lr, weight_decay=weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, eps=eps,
+                                      fused=True)
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, warmup, updates)
 
 
@@ -122,6 +132,24 @@ def add_lora(transformer, rank):
     adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     with warnings.catch_warnings(action="ignore"):  # of what peft finds out and sets right itself
         return get_peft_model(transformer, adapters)
+
+
+def freeze(model, pattern):
+    """Keeps the weights whose names a regular expression finds as they are.
+
+    Raises InputError if it is none, finds none, or leaves nothing to train.
+    """
+    with refusing(f"--freeze {pattern}: not a regular expression", "mend it"):
+        expression = re.compile(pattern)
+    found = [parameter for name, parameter in model.named_parameters() if expression.search(name)]
+    if not found:
+        name = next(iter(dict(model.named_parameters())))
+        raise InputError(f"--freeze {pattern}: finds none of the model's weights, which are named "
+                         f"like {name}")
+    for parameter in found:
+        parameter.requires_grad_(False)
+    if not count_trained(model):
+        raise InputError(f"--freeze {pattern}: leaves no weight to train; name fewer")
 
 
 def count_trained(model):
@@ -150,6 +178,21 @@ def describe_machine(world, gpus):
 
 
 # ---------------------------------------------------------------- one update
+
+def open_epoch(run, plan):
+    """(the updates of the current epoch's plan that are left, an iterator of their batches)."""
+    remaining = plan[run.progress.update:]  # a resumed run goes on inside the epoch
+    run.train_set.epoch = run.progress.epoch
+    loader = train_loader(run.train_set, remaining, run.collator, run.args.num_workers)
+    return remaining, iter(loader)
+
+
+def saved_note(run):
+    """What an error says of the checkpoint that is saved; "" if there is none yet."""
+    if not os.path.exists(os.path.join(run.out, "args.json")):
+        return ""
+    return f"; the best checkpoint so far is left in {run.out}"
+
 
 def step_optimizer(run, loss):
     """Clips the gradient and steps; returns None, or what is not finite ("loss", "gradient"): the
@@ -193,19 +236,12 @@ class RunLog:
     """Rows in a JSONL file and, if asked for, TensorBoard, written by the main process."""
 
     def __init__(self, path, is_main, keep_rows=0, tensorboard=None):
-        """Keeps the first `keep_rows` rows of the file, those that a resumed run has already
-        written.
+        """The first row that is written replaces all of the file but its first `keep_rows` rows,
+        those that a resumed run has already written.
         """
-        self.path, self.is_main, self.board = path, is_main, None
-        if not is_main:
-            return
-        rows = []
-        if keep_rows and os.path.exists(path):
-            with open(path, "rb") as file:
-                rows = file.read().split(b"\n")[:keep_rows]
-        with new_file(path, "wb") as file:
-            file.writelines(row + b"\n" for row in rows)
-        if tensorboard:
+        self.path, self.is_main, self.keep_rows, self.board = path, is_main, keep_rows, None
+        self.is_open = False
+        if is_main and tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -217,11 +253,24 @@ class RunLog:
         """Appends a JSON row; its numbers go to TensorBoard at `step`."""
         if not self.is_main:
             return
+        if not self.is_open:
+            self.drop_rows()
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
             if self.board and isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
+
+
+    def drop_rows(self):
+        """Leaves the file's first `keep_rows` rows."""
+        rows = []
+        if self.keep_rows and os.path.exists(self.path):
+            with open(self.path, "rb") as file:
+                rows = file.read().split(b"\n")[:self.keep_rows]
+        with new_file(self.path, "wb") as file:
+            file.writelines(row + b"\n" for row in rows)
+        self.is_open = True
 
 
 # ---------------------------------------------------------------- seeds

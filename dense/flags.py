@@ -8,6 +8,7 @@ from dense.instructions import INSTRUCTIONS
 from files import LARGEST
 from metrics import METRICS
 from retrieval.corpus import check_templates
+from training import BOTH_SETS
 from utils import (
     SWITCH,
     HelpFormatter,
@@ -20,7 +21,8 @@ from utils import (
 )
 
 
-def parse_args(description):
+def parse_args(description, arguments=None):
+    """The flags as a Namespace, of the command line or of a list of arguments."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add_data_flags(parser)
     add_evaluation_flags(parser)
@@ -29,7 +31,7 @@ def parse_args(description):
     add_loss_flags(parser)
     add_optimisation_flags(parser)
     add_run_flags(parser)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def add_data_flags(parser):
@@ -108,6 +110,7 @@ def add_model_flags(parser):
     add("--dropout", type=float, help="dropout rate; not given: the checkpoint's")
     add("--lora", type=int, metavar="R",
         help="train LoRA adapters of rank R, merged when saved (needs the package peft)")
+    add("--freeze", metavar="REGEX", help="do not train the weights whose names this finds")
     add("--ranker", action="store_true",
         help="train a cross-encoder that reads query and key together")
 
@@ -191,14 +194,16 @@ def add_run_flags(parser):
 
 # ---------------------------------------------------------------- checks
 
-def check_args(args):
+def check_args(args, sets=BOTH_SETS):
     """Raises InputError for flags that cannot work; resolves paths and what one flag says for
     another.
+
+    sets: see set_up in train_dense.py.
     """
     check_numbers(args)
     check_templates(args)
     check_metrics(args)
-    check_training_data(args)
+    check_training_data(args, sets)
     check_evaluation(args)
     args.output_dir = args.output_dir.rstrip("/")
     args.stop_at = args.early_exit_steps or math.inf
@@ -240,11 +245,13 @@ def check_metrics(args):
         raise InputError("--cutoffs must be 1 or more")
 
 
-def check_training_data(args):
-    if not (args.train_data or args.positives or args.graded):
+def check_training_data(args, sets):
+    if "train" in sets and not (args.train_data or args.positives or args.graded):
         raise InputError("nothing to train on: give --train_data, or --corpus, --queries and "
                          "--positives or --graded")
-    names_qrels = args.positives or args.graded or args.eval_qrels
+    names_qrels = args.eval_qrels if "dev" in sets else None
+    if "train" in sets:
+        names_qrels = names_qrels or args.positives or args.graded
     if names_qrels and not (args.corpus and args.queries):
         raise InputError("qrels need --corpus and --queries, the files that hold the texts")
     if args.graded and (args.positives or args.train_data or args.loss == "infonce"):

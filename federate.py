@@ -1,0 +1,331 @@
+r"""Trains a retriever or a reader that many parties share, each on records that stay with it:
+train_dense.py's and train_epoch.py's steps, federated by Flower (https://flower.ai).
+
+    python federate.py OUT --mode retriever --simulate 4 --data train.json --split iid --rounds 10 \
+        -- --query_encoder BAAI/bge-base-en --eval_data dev.json --corpus corpus.jsonl
+    python federate.py OUT --mode generator --client 'name=a data=a.json' \
+        --client 'name=b data=b.json' --strategy FedProx proximal_mu=0.1 \
+        -- --t5_name t5-base --eval_file dev.json --num_contexts 20
+
+Behind `--` stand the flags of train_dense.py (retriever) or train_epoch.py (generator), which all
+parties share. Over several hosts the same flags are given to `flwr run`: docs/federated.md.
+
+Written: OUT (the best global model, as the training script writes it), OUT.jsonl (a row per round),
+OUT.state (for --resume), and in a simulation OUT.clients (the clients' records).
+"""
+import argparse
+import logging
+import os
+import shlex
+import sys
+import time
+import traceback
+
+# before Flower is imported: nothing is reported to its makers
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+try:
+    from flwr.app import Error, Message
+    from flwr.clientapp import ClientApp
+    from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+    from flwr.serverapp import ServerApp
+except ImportError as error:
+    sys.exit(f"error: federate.py needs Flower ({error}); pip install -r "
+             "requirements-federated.txt")
+
+import transformers
+
+from checkpoints import claim_folder
+from federated import client as client_side
+from federated.client import read_client
+from federated.server import Server, restore_state, run_rounds
+from federated.simulation import LocalGrid
+from federated.split import split_file
+from federated.strategies import list_strategies, make_strategy
+from federated.task import check_mode
+from federated.transport import CLIENT_FAILED, OpenError
+from utils import (
+    HelpFormatter,
+    InputError,
+    check_at_least,
+    check_positive,
+    first_line,
+    run_script,
+    start_processes,
+)
+
+UNTOLD = "cannot train on its records; its own output says why"  # what they hold stays there
+
+
+# ---------------------------------------------------------------- flags
+
+def parse_args(arguments=None):
+    """federate.py's flags as a Namespace, with `script_flags`, the lists of the flags behind each
+    `--`, and `arguments`, all of them as they were given.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    own, *script_flags = split_list(arguments, "--")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
+        usage="%(prog)s OUT [flags] -- FLAGS OF train_dense.py OR train_epoch.py")
+    add = parser.add_argument
+    add("model", metavar="OUT", help="folder to write the best global model to")
+    add("--mode", choices=["retriever", "generator"], default="retriever",
+        help="what is trained: a retriever, or the reader that generates answers")
+    add = parser.add_argument_group("rounds").add_argument
+    add("--rounds", type=int, default=10, help="rounds of training")
+    add("--local_epochs", type=int, default=1,
+        help="passes of each client over its records in a round")
+    add("--local_updates", type=int, default=0,
+        help="updates of each client in a round, in place of passes; 0: by --local_epochs")
+    add("--local_optimizer", choices=["adamw", "sgd"], default="adamw",
+        help="the clients' optimizer; it starts anew in each round")
+    add("--transport", choices=["float32", "bf16"], default="float32",
+        help="how weights travel; bf16 halves the bytes")
+    add = parser.add_argument_group("strategy").add_argument
+    add("--strategy", nargs="+", default=["FedAvg"], metavar="NAME PARAMETER=VALUE",
+        help=f"what is made of the clients' weights: {', '.join(list_strategies(False))}, with "
+        "Flower's names of the parameters, such as FedAdam eta=0.01 fraction_train=0.5")
+    add("--privacy", nargs="+", metavar="NAME PARAMETER=VALUE",
+        help="differential privacy around the strategy, all clients weighing the same: "
+        f"{', '.join(list_strategies(True))}, such as noise_multiplier=1 clipping_norm=0.5")
+    add = parser.add_argument_group("clients").add_argument
+    add("--simulate", type=int, metavar="K", help="K clients in this process")
+    add("--data", metavar="FILE", help="records that --split deals out to the simulated clients")
+    add("--split", choices=["iid", "topic", "dirichlet"], default="iid",
+        help="at random; whole topics; or each topic by shares drawn from Dirichlet(--alpha)")
+    add("--alpha", type=float, default=0.5, help="the smaller, the more the clients differ")
+    add("--topic_field", default="topic", metavar="FIELD", help="the field of a record's topic")
+    add("--client", action="append", default=[], metavar="'data=FILE name=NAME ...'",
+        help="a simulated client with a file of its own, repeated for each; also corpus, index, "
+        "folder, flags and processes, with which its local step runs under torchrun")
+    add("--num_clients", type=int,
+        help="clients that must be online for a round; not given: all simulated ones, else 2")
+    add("--min_clients", type=int,
+        help="answers that a round needs; not given: half of the clients, and at least one")
+    add("--attempts", type=int, default=2, help="how often a round is tried")
+    add("--timeout", type=float, default=3600, help="seconds that a round waits for answers")
+    add("--patience", type=float, default=600, help="seconds to wait for clients to be online")
+    add = parser.add_argument_group("run").add_argument
+    add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
+    add("--overwrite", action="store_true", help="replace an earlier run's OUT, and start anew")
+    add("--verbose", action="store_true", help="show Flower's own messages, too")
+    args = parser.parse_args(own)
+    args.script_flags, args.arguments = script_flags, arguments
+    return args
+
+
+def split_list(items, separator):
+    """The parts of a list between the separators."""
+    parts = [[]]
+    for item in items:
+        if item == separator:
+            parts.append([])
+        else:
+            parts[-1].append(item)
+    return parts
+
+
+def check_args(args):
+    """Rejects wrong flags before anything is read; sets the numbers of clients.
+
+    Raises InputError.
+    """
+    args.model = args.model.rstrip("/")
+    if not args.model:
+        raise InputError("the model's folder is '' or '/'; name one")
+    check_at_least(args, {"rounds": 1, "local_epochs": 1, "local_updates": 0, "simulate": 1,
+                          "num_clients": 1, "min_clients": 1, "attempts": 1, "patience": 0})
+    check_positive(args, ["timeout", "alpha"])
+    if args.client and (args.simulate or args.data):
+        raise InputError("--client gives each client a file, --simulate and --data split one; "
+                         "leave out one of the two")
+    if args.simulate and not args.data:
+        raise InputError("--simulate needs --data, the records to split, or a --client for each")
+    if args.data and not args.simulate:
+        raise InputError("--data needs --simulate K, the number of clients that share it")
+    simulated = args.simulate or len(args.client)
+    args.num_clients = args.num_clients or simulated or 2
+    if simulated and args.num_clients > simulated:
+        raise InputError(f"--num_clients {args.num_clients}: there are {simulated} clients; "
+                         "simulate more, or ask for fewer")
+    args.min_clients = args.min_clients or max(args.num_clients // 2, 1)
+    if args.min_clients > args.num_clients:
+        raise InputError(f"--min_clients {args.min_clients} is more than the {args.num_clients} "
+                         "clients that there are; lower it")
+
+
+# ---------------------------------------------------------------- client
+
+client_app = ClientApp()
+
+
+@client_app.train()
+def train(message, context):
+    """Flower's entry to a client: the answer to a message of training."""
+    return answer(message, context, client_side.train)
+
+
+def answer(message, context, action):
+    """The message that answers: what the action returns or, where it fails, an error.
+
+    The reason of a failure may quote records, and is printed here; the server is told it only if it
+    speaks of weights alone.
+    """
+    name = str(context.node_config.get("name", "client"))
+    try:
+        args = read_run_config(context)
+        check_args(args)
+        silence_libraries(args)
+        settings = read_client(context.node_config, f"{os.path.basename(args.model)}.clients")
+        tasks = check_mode(args.mode, args.script_flags)
+
+        def act(message, _):
+            return Message(action(message, args, tasks, settings), reply_to=message)
+
+        clip = choose_clipping(args)
+        return clip(message, context, act) if clip else act(message, context)
+    except OpenError as error:
+        reason = str(error)
+    except InputError as error:
+        print(f"error at {name}: {error}", file=sys.stderr, flush=True)
+        reason = UNTOLD
+    except Exception as error:  # whatever it is, it must not end the others' round
+        traceback.print_exc()
+        print(f"error at {name}: {first_line(error)}", file=sys.stderr, flush=True)
+        reason = UNTOLD
+    return Message(Error(CLIENT_FAILED, f"{name}: {reason}"), reply_to=message)
+
+
+def choose_clipping(args):
+    """Flower's function that clips a client's weights there, or None if the server does it."""
+    wrapper = args.privacy[0] if args.privacy else ""
+    if "ClientSideFixed" in wrapper:
+        return fixedclipping_mod
+    return adaptiveclipping_mod if "ClientSideAdaptive" in wrapper else None
+
+
+def read_run_config(context):
+    """federate.py's flags, from the run's one setting `flags`."""
+    return parse_args(shlex.split(str(context.run_config.get("flags", ""))))
+
+
+# ---------------------------------------------------------------- server
+
+server_app = ServerApp()
+
+
+@server_app.main()
+def serve(grid, context):
+    """Flower's entry to the server of a deployed run."""
+    def start(args):
+        check_args(args)
+        if args.simulate or args.client:
+            raise InputError("a deployed run has Flower's clients; leave out --simulate and "
+                             "--client")
+        silence_libraries(args)
+        federate(args, grid)
+
+    run_script(start, read_run_config(context))
+
+
+def federate(args, grid=None):
+    """Runs a federation's rounds over a grid, or over one of simulated clients.
+
+    Raises InputError.
+    """
+    task = check_mode(args.mode, args.script_flags)[args.mode]
+    flags = task.parse(args.model, [])
+    world = start_processes(flags.gpus)
+    if world.size > 1:
+        raise InputError("start federate.py without torchrun; processes=N in a client's settings "
+                         "runs its local step under torchrun")
+    with claim_folder(args.model, args.resume, args.overwrite, world):
+        simulated = grid is None
+        if simulated:
+            grid = simulate(args, task, flags.seed)
+        server = open_server(args, task, flags, world, grid, simulated)
+        start = time.time()
+        run_rounds(server, args.rounds, args.rounds)
+    world.log(f"done in {time.time() - start:.0f} s; best {server.run.progress.best_at}; in "
+              f"{server.run.out}")
+
+
+def open_server(args, task, flags, world, grid, simulated):
+    """The Server, from the start or from OUT.state. Raises InputError."""
+    strategy, noise_multiplier = make_strategy(args)
+    sets = ["dev"] if task.measures_on(flags) else []
+    run = task.open(args.model, [], world, sets)
+    server = Server(args, task, run, strategy, grid, simulated, noise_multiplier)
+    restore_state(server)
+    describe(server)
+    return server
+
+
+def describe(server):
+    """Logs the lines that a federation starts with."""
+    args, weights = server.args, server.weights
+    count = sum(weight.numel() for weight in weights.values())
+    size = 4 if args.transport == "float32" else 2
+    privacy = " ".join(args.privacy or [])
+    local = f"{args.local_updates} updates" if args.local_updates else f"{args.local_epochs} epochs"
+    server.log(f"{args.num_clients} clients, {args.rounds} rounds of {local}; {count:,} weights "
+               f"travel as {args.transport}, {count * size / 1e6:.1f} MB each way; "
+               f"{' in '.join([' '.join(args.strategy), *filter(None, [privacy])])}")
+    if not server.run.dev:
+        server.log("note: nothing is measured, the latest model is kept; --eval_data, --eval_qrels "
+                   "or --eval_file behind -- name a held-out file")
+
+
+# ---------------------------------------------------------------- simulation
+
+def simulate(args, task, seed):
+    """The LocalGrid of the clients of --simulate or --client, which are opened. Raises InputError.
+    """
+    settings = client_settings(args, seed)
+    for number, client in enumerate(settings, 1):
+        client.setdefault("name", f"client{number}")
+    names = [client["name"] for client in settings]
+    if len(set(names)) < len(names):
+        raise InputError(f"two clients are named {max(names, key=names.count)}; give each a name "
+                         "of its own")
+    for client in settings:
+        client = read_client(client, f"{args.model}.clients")
+        if client.processes == 1:
+            client_side.open_run(task, client)  # what is wrong with it shows now
+    return LocalGrid(client_app, settings, {"flags": shlex.join(args.arguments)})
+
+
+def client_settings(args, seed):
+    """[{key: value}] of the simulated clients; writes their parts of --data. Raises InputError."""
+    if args.simulate:
+        paths = split_file(args.data, args.split, args.simulate, f"{args.model}.clients",
+                           args.topic_field, args.alpha, seed)
+        return [{"data": path} for path in paths]
+    settings = []
+    for text in args.client:
+        words = shlex.split(text)
+        if not all("=" in word for word in words):
+            raise InputError(f"--client {text}: must be KEY=VALUE ..., such as data=FILE name=a")
+        settings.append(dict(word.split("=", 1) for word in words))
+    return settings
+
+
+def silence_libraries(args):
+    """Keeps the progress bars and messages of libraries off the screen."""
+    transformers.utils.logging.disable_progress_bar()
+    if not args.verbose:
+        logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+def main(args):
+    check_args(args)
+    if not (args.simulate or args.client):
+        raise InputError("give --simulate K --data FILE, or a --client for each; over several "
+                         "hosts the run is started by `flwr run`, see docs/federated.md")
+    silence_libraries(args)
+    federate(args)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

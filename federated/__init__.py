@@ -1,0 +1,1 @@
+"""Federated training on Flower: the parts of federate.py."""

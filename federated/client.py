@@ -1,0 +1,269 @@
+"""What a client does with a message: it trains the global model on its own records, or makes its
+own contexts and scores, and answers with weights and counts alone.
+
+A client remembers nothing between rounds: the optimizer starts anew in each, and order and learning
+rate follow from the round's number. So a client that was away, or killed, is a client like any
+other when it is back.
+"""
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, fields
+
+import torch
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+
+from federated.task import Task, name_party, trained_parameters
+from federated.transport import (
+    OpenError,
+    check_same,
+    digest_frozen,
+    load_weights,
+    pack,
+    unpack,
+)
+from training import Progress, make_optimizer, open_epoch, set_seed
+from utils import InputError, progress_bar, run_script, shorten, start_processes
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RUNS = {}  # {(client's name, mode): Run}: a simulation's clients are opened once
+
+
+@dataclass
+class Client:
+    """One client's settings: flower-supernode's --node-config, or federate.py's --client."""
+    name: str = "client"
+    data: str = ""       # its records
+    corpus: str = ""     # its own documents, where they are not the shared flags'
+    index: str = ""      # folder of their vectors
+    folder: str = ""     # what it writes: contexts and scores of its own
+    flags: str = ""      # further flags of the training script, behind the shared ones
+    processes: int = 1   # more than one: its local step runs under torchrun
+
+    def own_arguments(self, mode):
+        """The training script's arguments that differ from client to client."""
+        arguments = shlex.split(self.flags)
+        if self.corpus:
+            arguments += ["--corpus", self.corpus]
+        if self.index and mode == "generator":
+            arguments += ["--index", self.index]
+        return arguments
+
+
+def read_client(settings, default_folder):
+    """The Client of {key: value}. Raises InputError for an unknown key or a wrong value."""
+    kinds = {field.name: field.type for field in fields(Client)}
+    unknown = sorted(settings.keys() - kinds.keys())
+    if unknown:
+        raise InputError(f"a client has no setting {unknown[0]!r}; it has {', '.join(kinds)}")
+    client = Client(**{key: str(value) for key, value in settings.items()})
+    if not str(client.processes).isdigit() or int(client.processes) < 1:
+        raise InputError(f"{client.name}: processes must be 1 or more, it is {client.processes}")
+    client.processes = int(client.processes)
+    client.folder = client.folder or os.path.join(default_folder, client.name)
+    if not re.fullmatch(r"[\w.-]+", client.name):
+        raise InputError(f"a client is named {shorten(client.name)}; use letters, digits, dots, - "
+                         "and _")
+    if not client.data:
+        raise InputError(f"{client.name}: has no data; set it, data=/path/to/records.json")
+    return client
+
+
+# ---------------------------------------------------------------- messages
+
+def train(message, args, tasks, client):
+    """The content of the answer to a message of training: the weights that this client has made of
+    the global ones, and its counts. Raises InputError.
+    """
+    config = message.content["config"]
+    task = tasks[config["mode"]]
+    received = unpack(message.content["arrays"])
+    step = {"number": config["round"], "rounds": config["rounds"], "frozen": config["frozen"],
+            "proximal_mu": config.get("proximal-mu", 0.0)}
+    if client.processes > 1:
+        trained, metrics = train_with_torchrun(task, args, client, step, received)
+    else:
+        run = open_run(task, client)
+        trained, metrics = train_round(task, run, args, step, received)
+    if args.transport == "bf16":
+        trained = {name: tensor - received[name] for name, tensor in trained.items()}
+    return RecordDict({"arrays": pack(trained, args.transport), "metrics": MetricRecord(metrics),
+                       "config": ConfigRecord({"name": client.name})})
+
+
+def open_run(task, client):
+    """The client's Run, kept between a simulation's rounds; its clients share one model."""
+    key = client.name, task.mode
+    if key not in RUNS:
+        args = task.parse(client.folder, client.own_arguments(task.mode), client.data)
+        world = name_party(start_processes(args.gpus), client.name)
+        run = task.open(client.folder, client.own_arguments(task.mode), world, ["train"],
+                        client.data)
+        share_model(run, [other for (_, mode), other in RUNS.items() if mode == task.mode])
+        world.log(describe_data(run, task))
+        RUNS[key] = run
+    return RUNS[key]
+
+
+def describe_data(run, task):
+    """What a client has to train on, in a line's words."""
+    updates = task.script.plan_run(run, 0)
+    examples = sum(is_real for update in updates for batch in update for _, is_real in batch)
+    return f"{examples} examples, {len(updates)} updates an epoch"
+
+
+def share_model(run, others):
+    """Takes another client's model in place of an equal one: each round loads its weights."""
+    for other in others:
+        shapes = [{name: value.shape for name, value in model.state_dict().items()}
+                  for model in (run.model, other.model)]
+        if shapes[0] == shapes[1] and digest_frozen(run) == digest_frozen(other):
+            run.model = other.model
+            return
+
+
+# ---------------------------------------------------------------- one round
+
+def train_round(task, run, args, step, received):
+    """Trains a client's run on one round's updates; returns ({name: tensor}, counts).
+
+    step: number (from 1), rounds, frozen (digest_frozen at the server) and proximal_mu. Raises
+    InputError for weights of another model, or a loss that is not finite.
+    """
+    parameters = trained_parameters(run)
+    check_same(received, parameters, "the server", "this client")
+    if digest_frozen(run) != step["frozen"]:
+        raise OpenError("the weights that are not trained differ from the server's; start from "
+                        "the same checkpoint")
+    load_weights(parameters, received)
+    updates = start_round(task, run, args, step["number"], step["rounds"])
+    if step["proximal_mu"]:
+        add_proximal_term(run, step["proximal_mu"])
+    start = time.time()
+    run.model.train()
+    train_updates(task, run, updates, step["number"])
+    summary = run.progress.summary()
+    metrics = {"num-examples": int(run.progress.examples),
+               "num-targets": int(sum(weight for _, weight in run.progress.losses)),
+               "uniform": 1, "train_loss": summary["loss"], "updates": updates,
+               "seconds": time.time() - start}
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}, metrics
+
+
+def start_round(task, run, args, number, rounds):
+    """Sets optimizer, schedule, progress and seed to where a round begins; returns its updates.
+
+    The client's updates of all rounds are one plan and one schedule: round r goes on where round
+    r - 1 of this client ended, whether it took part in that one or not.
+    """
+    updates_per_epoch = len(task.script.plan_run(run, 0))
+    updates = args.local_updates or updates_per_epoch * args.local_epochs
+    done, last_update = (number - 1) * updates, rounds * updates
+    warmup = task.script.count_warmup(run.args, last_update)
+    run.optimizer, run.scheduler = make_optimizer(
+        run.unwrapped, run.args.lr, run.args.weight_decay, getattr(run.args, "adam_eps", 1e-8),
+        warmup, last_update, args.local_optimizer)
+    for group, lr, schedule in zip(run.optimizer.param_groups, run.scheduler.base_lrs,
+                                   run.scheduler.lr_lambdas):
+        group["lr"] = lr * schedule(done)
+    run.scheduler.last_epoch = done
+    epoch, update = divmod(done, updates_per_epoch)
+    run.progress = Progress(epoch=epoch, update=update, total_updates=done)
+    set_seed(run.args.seed + number - 1, run.world.rank)
+    return updates
+
+
+def add_proximal_term(run, mu):
+    """Adds the gradient of mu / 2 * |w - w_global|^2 before each step (FedProx, arXiv 1812.06127,
+    equation 2); --clip is for the loss's own gradient.
+    """
+    starts = [(parameter, parameter.detach().clone())
+              for parameter in trained_parameters(run).values()]
+
+    def pull_back(*_):
+        for parameter, start in starts:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=mu)
+
+    run.optimizer.register_step_pre_hook(pull_back)
+
+
+def train_updates(task, run, updates, number):
+    """Trains on that many updates, over the ends of epochs."""
+    party = getattr(run.world, "party", "")
+    bar = progress_bar(desc=f"round {number}, {party}", total=updates, unit=" updates",
+                       is_main=run.world.is_main, always=run.args.tqdm)
+    last_update = run.progress.total_updates + updates
+    while run.progress.total_updates < last_update:
+        train_part(task, run, last_update, bar)
+    bar.close()
+
+
+def train_part(task, run, last_update, bar):
+    """Trains to the last update, or to the end of the current epoch if that comes first."""
+    progress = run.progress
+    plan = task.script.plan_run(run, progress.epoch)
+    end = progress.update + last_update - progress.total_updates
+    remaining, batches = open_epoch(run, plan[:end])
+    for update in remaining:
+        start = time.time()
+        loss_sum, weight, examples = task.script.train_update(run, batches, len(update))
+        progress.count_update(loss_sum, weight, examples, time.time() - start)
+        bar.update()
+    if progress.update == len(plan):
+        progress.start_epoch()
+
+
+# ---------------------------------------------------------------- a local step of several processes
+
+def train_with_torchrun(task, args, client, step, received):
+    """train_round in processes of torchrun, which find their work in a folder and leave the results
+    there. Raises InputError with what the processes said.
+    """
+    folder = f"{client.folder}.step"
+    shutil.rmtree(folder, ignore_errors=True)  # of a client that was killed
+    os.makedirs(folder)
+    try:
+        torch.save({"task": vars(task), "client": vars(client), "args": vars(args), "step": step,
+                    "weights": received}, os.path.join(folder, "work.pt"))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc_per_node={client.processes}", "-m", "federated.client", folder]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT},
+                              stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise InputError(last_error(done.stderr))
+        results = torch.load(os.path.join(folder, "results.pt"), weights_only=True)
+    finally:
+        shutil.rmtree(folder)
+    return results["weights"], results["metrics"]
+
+
+def last_error(text):
+    """The first line of a process's output that begins with "error", without the word; else the
+    last line.
+    """
+    lines = [line for line in text.splitlines() if line.strip()] or ["the process said nothing"]
+    for line in lines:
+        if line.startswith("error"):
+            return line.split(": ", 1)[-1]
+    return lines[-1]
+
+
+def work_in(folder):
+    """One of torchrun's processes: does the work of a folder; the main one writes the results."""
+    work = torch.load(os.path.join(folder, "work.pt"), weights_only=True)
+    task, client = Task(**work["task"]), Client(**work["client"])
+    args = argparse.Namespace(**work["args"])
+    run = open_run(task, client)
+    weights, metrics = train_round(task, run, args, work["step"], work["weights"])
+    if run.world.is_main:
+        torch.save({"weights": weights, "metrics": metrics}, os.path.join(folder, "results.pt"))
+
+
+if __name__ == "__main__":
+    run_script(work_in, sys.argv[1])

@@ -1,0 +1,305 @@
+"""The rounds of a federation: who is asked, whose answers count, what the strategy makes of them,
+and how good it is.
+
+Flower's strategies have a loop of their own; this one also tries a round again, leaves out answers
+that would poison the average, goes on after a kill, and keeps the best model.
+"""
+import math
+import os
+import random
+import time
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, RecordDict
+
+from checkpoints import check_weights, load_torch_file
+from federated.strategies import count_replies, epsilon, recall, remembered
+from federated.task import Task, trained_parameters
+from federated.transport import (
+    CLIENT_FAILED,
+    check_same,
+    count_bytes,
+    digest_frozen,
+    load_weights,
+    pack,
+    unpack,
+)
+from files import new_file
+from resume import START_ANEW, check_form, refuse_other_flags
+from training import Progress, Run, RunLog
+from utils import InputError, refusing, shorten
+
+# flags that may differ between a run and its resumption: they do not change the weights
+FREE_FLAGS = {"resume", "overwrite", "timeout", "patience", "attempts", "min_clients",
+              "num_clients", "verbose", "arguments", "script_flags"}
+# {part of a state: its type}
+FORM = {"weights": dict, "strategy": list, "progress": dict, "args": dict, "flags": dict}
+
+
+@dataclass
+class Server:
+    """What the rounds of one model share."""
+    args: object               # federate.py's flags
+    task: Task
+    run: Run                   # the global model, and what it is measured on
+    strategy: object
+    grid: object
+    simulated: bool            # the same command has the same outcome
+    noise_multiplier: float    # of --privacy
+    names: dict = field(default_factory=dict)  # {node: the name that it gave itself}
+
+    @property
+    def weights(self):
+        """{name: tensor} of the global model's trained weights."""
+        return {name: parameter.detach() for name, parameter
+                in trained_parameters(self.run).items()}
+
+    @property
+    def log(self):
+        return self.run.world.log
+
+    def name(self, node):
+        return self.names.get(node, f"node {node}")
+
+
+@dataclass
+class Answers:
+    """What came back in a round."""
+    good: list                 # messages, by the client's name
+    left_out: list             # a line per client that does not count
+    bytes_up: int
+    clients: dict              # {name: its metrics}
+
+
+# ---------------------------------------------------------------- one round
+
+def run_round(server, number, rounds):
+    """Trains the global model by one round; returns its row for the log.
+
+    A round that too few clients answer is tried again. Raises InputError if it is that once too
+    often, or the strategy can make nothing of the answers.
+    """
+    args, start = server.args, time.time()
+    for attempt in range(1, args.attempts + 1):
+        wait_for_clients(server)
+        if server.simulated:  # else nobody may guess whom it asks and which noise it adds
+            random.seed(f"{server.run.args.seed}/{number}/{attempt}")
+            np.random.seed([server.run.args.seed, number, attempt])
+        messages = make_messages(server, number, rounds)
+        bytes_down = sum(count_bytes(message.content["arrays"]) for message in messages)
+        replies = server.grid.send_and_receive(messages, timeout=args.timeout)
+        answers = sort_answers(server, messages, list(replies))
+        for line in answers.left_out:
+            server.log(f"round {number}: left out {line}")
+        if len(answers.good) >= args.min_clients:
+            break
+        server.log(f"round {number}: {len(answers.good)} of {len(messages)} clients answered, "
+                   f"--min_clients {args.min_clients}; attempt {attempt} of {args.attempts}")
+    else:
+        why = f": {answers.left_out[0]}" if answers.left_out else ""
+        raise InputError(f"round {number} had {len(answers.good)} of the {args.min_clients} "
+                         f"clients that it needs, in {args.attempts} attempts{why}; mend the "
+                         f"clients, or lower --min_clients; --resume goes on after round "
+                         f"{number - 1}")
+    aggregate(server, number, answers.good)
+    metrics = answers.clients.values()
+    examples = sum(client["num-examples"] for client in metrics)
+    loss = sum(client["train_loss"] * client["num-examples"] for client in metrics) / examples
+    return {"round": number, "loss": loss, "examples": examples, "clients": answers.clients,
+            "left_out": answers.left_out, "bytes_down": bytes_down, "bytes_up": answers.bytes_up,
+            "round_seconds": time.time() - start}
+
+
+def wait_for_clients(server):
+    """Returns when as many clients as asked for are online. Raises InputError after --patience."""
+    wanted, deadline, is_told = server.args.num_clients, time.time() + server.args.patience, False
+    while (online := len(list(server.grid.get_node_ids()))) < wanted:
+        if time.time() > deadline:
+            raise InputError(f"{wanted} clients are asked for and {online} are there after "
+                             f"{server.args.patience:g} s; start more of them, or lower "
+                             "--num_clients")
+        if not is_told:
+            server.log(f"waiting for {wanted} clients, {online} are there")
+            is_told = True
+        time.sleep(1)
+
+
+def make_messages(server, number, rounds):
+    """The strategy's messages to the clients of a round, with the weights as they travel."""
+    config = ConfigRecord({"mode": server.task.mode, "round": number, "rounds": rounds,
+                           "frozen": digest_frozen(server.run)})
+    weights = pack(server.weights)
+    messages = list(server.strategy.configure_train(number, weights, config, server.grid))
+    if server.args.transport == "bf16":
+        weights = pack(server.weights, "bf16")
+        for message in messages:
+            message.content = RecordDict({"arrays": weights, "config": message.content["config"]})
+    return messages
+
+
+def sort_answers(server, messages, replies):
+    """The Answers to a round's messages; the good ones hold float32 weights."""
+    answers = Answers([], [], 0, {})
+    waiting = {message.metadata.dst_node_id for message in messages}
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        waiting.discard(node)
+        if reply.has_error():
+            answers.left_out.append(describe_error(server, node, reply.error))
+            continue
+        try:
+            server.names[node] = str(reply.content["config"]["name"])
+            answers.bytes_up += count_bytes(reply.content["arrays"])
+            answers.clients[server.name(node)] = check_answer(server, reply)
+            answers.good.append(reply)
+        except (InputError, KeyError) as error:
+            answers.left_out.append(f"{server.name(node)}: {error}")
+    for node in sorted(waiting):
+        answers.left_out.append(f"{server.name(node)}: no answer in {server.args.timeout:g} s")
+    # in this order for equal sums; replies come in any
+    answers.good.sort(key=lambda reply: (server.name(reply.metadata.src_node_id),
+                                         reply.metadata.src_node_id))
+    answers.clients = dict(sorted(answers.clients.items()))
+    return answers
+
+
+def describe_error(server, node, error):
+    """Who did not answer, and why, in one line."""
+    reason = (error.reason or "no reason given").strip().splitlines()[-1]
+    if error.code != CLIENT_FAILED:  # Flower's own, of a node that is gone, say
+        return f"{server.name(node)}: {reason}"
+    server.names[node] = reason.split(":")[0]
+    return reason
+
+
+def check_answer(server, reply):
+    """A client's metrics; its weights are put into the reply as float32.
+
+    Raises InputError for weights of another model, or any number that is not finite.
+    """
+    name = server.name(reply.metadata.src_node_id)
+    tensors = unpack(reply.content["arrays"])
+    own = server.weights
+    check_same(tensors, own, name, "the server")
+    for weight, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{weight} is not finite there; look at its records, or lower --lr")
+    if server.args.transport == "bf16":
+        tensors = {weight: own[weight].cpu() + tensors[weight] for weight in own}
+    metrics = dict(reply.content["metrics"])
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise InputError(f"its metrics are not finite: {shorten(metrics)}")
+    if not metrics["num-examples"] > 0:
+        raise InputError("it has trained on no example; give it records")
+    is_plain = all(array.dtype == "float32" for array in reply.content["arrays"].values())
+    if not is_plain or list(tensors) != list(own):  # the strategies rely on both
+        reply.content["arrays"] = pack({weight: tensors[weight] for weight in own})
+    return metrics
+
+
+def aggregate(server, number, replies):
+    """Loads what the strategy makes of the clients' weights. Raises InputError."""
+    name = server.args.strategy[0]
+    count_replies(server.strategy, len(replies))
+    with refusing(f"round {number}: {name} can make nothing of {len(replies)} answers",
+                  "mend its parameters, or take another --strategy"):
+        arrays, _ = server.strategy.aggregate_train(number, replies)
+    if not arrays:
+        raise InputError(f"round {number}: {name} made no model of {len(replies)} answers; mend "
+                         "its parameters, or ask more clients")
+    tensors = unpack(arrays)
+    for weight, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"round {number}: {name} made {weight} not finite; mend its "
+                             f"parameters; --resume goes on after round {number - 1}")
+    load_weights(trained_parameters(server.run), tensors)
+
+
+# ---------------------------------------------------------------- measuring and reporting
+
+def report(server, row, rounds):
+    """Measures the global model, keeps it if it is the best so far, logs a line and a row."""
+    run, task, progress = server.run, server.task, server.run.progress
+    progress.epoch = progress.total_updates = row["round"]
+    measures, is_best = {}, True  # the latest is kept where nothing is measured
+    if run.dev:
+        measures = task.script.evaluate(run)
+        is_best = task.script.keep_measures(run, measures)
+    if is_best:
+        words = f"{task.describe_measures(measures)} in " if measures else ""
+        progress.best_at = f"{words}round {row['round']}"
+    row |= measures | {"mode": task.mode, "best": is_best}
+    if server.args.privacy:
+        row["epsilon"] = epsilon(server.noise_multiplier, row["round"])
+    server.log(describe_row(server, row, rounds, measures))
+    run.log.row(row, row["round"])
+    progress.rows += 1
+    if is_best:
+        task.script.save_best(run)
+
+
+def describe_row(server, row, rounds, measures):
+    """The line of a round."""
+    parts = [f"round {row['round']:3d}/{rounds}"]
+    if "loss" in row:
+        losses = [f"{name} {client['train_loss']:.3f}" for name, client in row["clients"].items()]
+        more = ", ..." if len(losses) > 6 else ""
+        parts.append(f"loss {row['loss']:.4f} ({', '.join(losses[:6])}{more})")
+    if measures:
+        parts.append(server.task.describe_measures(measures))
+    if "epsilon" in row:
+        parts.append(f"epsilon {row['epsilon']:.1f}")
+    if "loss" in row:
+        parts.append(f"{row['bytes_down'] / 1e6:.1f} MB down, {row['bytes_up'] / 1e6:.1f} MB up")
+    seconds = f"{row.get('round_seconds', 0):.1f} s"
+    if measures:
+        seconds += f" + {measures['eval_seconds']:.1f} s"
+    parts.append(seconds)
+    return " | ".join(parts) + (" | best" if row["best"] else "")
+
+
+# ---------------------------------------------------------------- resuming
+
+def run_rounds(server, last, rounds):
+    """Trains up to round `last` of the schedule's `rounds`, from wherever the server stands."""
+    progress = server.run.progress
+    if not progress.rows:
+        report(server, {"round": 0}, rounds)
+    while progress.total_updates < last:
+        report(server, run_round(server, progress.total_updates + 1, rounds), rounds)
+        save_state(server)
+
+
+def save_state(server):
+    """Writes OUT.state: what the next round depends on, and the best so far."""
+    with new_file(f"{server.run.out}.state", "wb") as file:
+        torch.save({"weights": {name: weight.cpu() for name, weight in server.weights.items()},
+                    "strategy": remembered(server.strategy),
+                    "progress": asdict(server.run.progress), "args": vars(server.args),
+                    "flags": vars(server.run.args)}, file)
+
+
+def restore_state(server):
+    """Sets what save_state wrote, if --resume is given and there is a state.
+
+    Raises InputError for a state of other flags, of another model, or one that is not whole.
+    """
+    run, path = server.run, f"{server.run.out}.state"
+    if not server.args.resume or not os.path.exists(path):
+        return
+    state = load_torch_file(path)
+    check_form(state, FORM, path)
+    check_form(state["progress"], {name: type(value) for name, value in asdict(Progress()).items()},
+               path)
+    refuse_other_flags(path, vars(server.args), state["args"], FREE_FLAGS)
+    refuse_other_flags(path, vars(run.args), state["flags"], server.task.script.FREE_FLAGS)
+    check_weights(state["weights"], path)
+    check_same(state["weights"], server.weights, path, "the model of these flags")
+    with refusing(f"{path}: what the strategy remembers is not whole", START_ANEW):
+        recall(server.strategy, state["strategy"])
+    load_weights(trained_parameters(run), state["weights"])
+    run.progress = Progress(**state["progress"])
+    run.log = RunLog(f"{run.out}.jsonl", run.world.is_main, run.progress.rows)
+    server.log(f"resuming after round {run.progress.total_updates}")

@@ -1,0 +1,73 @@
+"""One file of records dealt out to the clients of a simulation, into files of their own."""
+import json
+import os
+from collections import defaultdict
+
+import numpy as np
+
+from files import new_file, read_json
+from utils import InputError, shorten
+
+
+def split_file(path, kind, num_clients, folder, topic_field, alpha, seed):
+    """Writes FOLDER/client1.jsonl, ...: the records of a file in their order; returns the paths.
+
+    kind: iid (at random), topic (all records of a topic lie with one client) or dirichlet (each
+    topic's shares are drawn from Dirichlet(alpha): Hsu et al., arXiv 1909.06335, section 3).
+    Raises InputError for a record without a topic, and if a client would get nothing.
+    """
+    records = read_json(path)
+    rng = np.random.default_rng(seed)
+    if kind == "iid":
+        owners = rng.permutation(len(records)) % num_clients
+    else:
+        topics = group_topics(records, topic_field)
+        deal = deal_topics if kind == "topic" else deal_shares
+        owners = deal(topics, num_clients, len(records), rng, alpha)
+    os.makedirs(folder, exist_ok=True)
+    paths = []
+    for client in range(num_clients):
+        part = [record for (record, _), owner in zip(records, owners) if owner == client]
+        if not part:
+            raise InputError(f"{path}: client {client + 1} of {num_clients} gets no record by "
+                             f"--split {kind}; take fewer clients, or another split or seed")
+        paths.append(os.path.join(folder, f"client{client + 1}.jsonl"))
+        with new_file(paths[-1]) as file:
+            file.writelines(json.dumps(record) + "\n" for record in part)
+    return paths
+
+
+def group_topics(records, field):
+    """{topic: positions of its records}, the largest first. Raises InputError."""
+    topics = defaultdict(list)
+    for position, (record, location) in enumerate(records):
+        topic = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(topic, (str, int)):
+            raise InputError(f"{location}: its {field!r}, by which the records are split, is "
+                             f"{shorten(topic)}; name the field with --topic_field, or take "
+                             "--split iid")
+        topics[topic].append(position)
+    return dict(sorted(topics.items(), key=lambda item: (-len(item[1]), str(item[0]))))
+
+
+def deal_topics(topics, num_clients, num_records, rng, alpha):
+    """The client of each record: whole topics, each to the client that has the fewest records."""
+    owners = np.zeros(num_records, dtype=int)
+    sizes = [0] * num_clients
+    for positions in topics.values():
+        client = sizes.index(min(sizes))
+        owners[positions] = client
+        sizes[client] += len(positions)
+    return owners
+
+
+def deal_shares(topics, num_clients, num_records, rng, alpha):
+    """The client of each record: of each topic, shares that are drawn from Dirichlet(alpha)."""
+    owners = np.zeros(num_records, dtype=int)
+    for positions in topics.values():
+        shares = rng.dirichlet([alpha] * num_clients)
+        ends = np.round(np.cumsum(shares) * len(positions)).astype(int)
+        parts = np.split(rng.permutation(positions), ends[:-1])
+        for client, part in enumerate(parts):
+            owners[part] = client
+    return owners
