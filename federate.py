@@ -20,6 +20,7 @@ import shlex
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 
 # before Flower is imported: nothing is reported to its makers
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -37,6 +38,7 @@ import transformers
 
 from checkpoints import claim_folder
 from federated import client as client_side
+from federated.alternation import alternate
 from federated.client import read_client
 from federated.server import Server, restore_state, run_rounds
 from federated.simulation import LocalGrid
@@ -70,8 +72,10 @@ def parse_args(arguments=None):
         usage="%(prog)s OUT [flags] -- FLAGS OF train_dense.py OR train_epoch.py")
     add = parser.add_argument
     add("model", metavar="OUT", help="folder to write the best global model to")
-    add("--mode", choices=["retriever", "generator"], default="retriever",
-        help="what is trained: a retriever, or the reader that generates answers")
+    add("--mode", choices=["retriever", "generator", "alternate"], required=True,
+        help="what is trained: a retriever, the reader that generates answers, or both in turns, "
+        "each client's contexts being found and scored by the global models; then OUT.retriever "
+        "and OUT.generator are written, and the flags of both scripts follow, each behind a --")
     add = parser.add_argument_group("rounds").add_argument
     add("--rounds", type=int, default=10, help="rounds of training")
     add("--local_epochs", type=int, default=1,
@@ -82,6 +86,12 @@ def parse_args(arguments=None):
         help="the clients' optimizer; it starts anew in each round")
     add("--transport", choices=["float32", "bf16"], default="float32",
         help="how weights travel; bf16 halves the bytes")
+    add = parser.add_argument_group("alternation").add_argument
+    add("--turns", type=int, default=2, help="turns of both models, each of --rounds rounds")
+    add("--retrieve_flags", default="", metavar="FLAGS",
+        help="further flags of retrieve.py, which finds contexts, such as '--hits 20'")
+    add("--score_flags", default="", metavar="FLAGS",
+        help="further flags of test.py, which scores them, such as '--batch_size 4'")
     add = parser.add_argument_group("strategy").add_argument
     add("--strategy", nargs="+", default=["FedAvg"], metavar="NAME PARAMETER=VALUE",
         help=f"what is made of the clients' weights: {', '.join(list_strategies(False))}, with "
@@ -134,8 +144,9 @@ def check_args(args):
     args.model = args.model.rstrip("/")
     if not args.model:
         raise InputError("the model's folder is '' or '/'; name one")
-    check_at_least(args, {"rounds": 1, "local_epochs": 1, "local_updates": 0, "simulate": 1,
-                          "num_clients": 1, "min_clients": 1, "attempts": 1, "patience": 0})
+    check_at_least(args, {"turns": 1, "rounds": 1, "local_epochs": 1, "local_updates": 0,
+                          "simulate": 1, "num_clients": 1, "min_clients": 1, "attempts": 1,
+                          "patience": 0})
     check_positive(args, ["timeout", "alpha"])
     if args.client and (args.simulate or args.data):
         raise InputError("--client gives each client a file, --simulate and --data split one; "
@@ -166,6 +177,18 @@ def train(message, context):
     return answer(message, context, client_side.train)
 
 
+@client_app.query("retrieve")
+def retrieve(message, context):
+    """The answer to alternation's message to find contexts."""
+    return answer(message, context, client_side.retrieve)
+
+
+@client_app.query("score")
+def score(message, context):
+    """The answer to alternation's message to score contexts."""
+    return answer(message, context, client_side.score)
+
+
 def answer(message, context, action):
     """The message that answers: what the action returns or, where it fails, an error.
 
@@ -183,7 +206,7 @@ def answer(message, context, action):
         def act(message, _):
             return Message(action(message, args, tasks, settings), reply_to=message)
 
-        clip = choose_clipping(args)
+        clip = choose_clipping(args) if action is client_side.train else None
         return clip(message, context, act) if clip else act(message, context)
     except OpenError as error:
         reason = str(error)
@@ -234,28 +257,41 @@ def federate(args, grid=None):
 
     Raises InputError.
     """
-    task = check_mode(args.mode, args.script_flags)[args.mode]
-    flags = task.parse(args.model, [])
+    tasks = check_mode(args.mode, args.script_flags)
+    outs = {mode: args.model for mode in tasks}
+    if args.mode == "alternate":
+        outs = {mode: f"{args.model}.{mode}" for mode in tasks}
+    flags = next(iter(tasks.values())).parse(args.model, [])
     world = start_processes(flags.gpus)
     if world.size > 1:
         raise InputError("start federate.py without torchrun; processes=N in a client's settings "
                          "runs its local step under torchrun")
-    with claim_folder(args.model, args.resume, args.overwrite, world):
+    start = time.time()
+    with ExitStack() as claims:
+        for out in outs.values():
+            claims.enter_context(claim_folder(out, args.resume, args.overwrite, world))
         simulated = grid is None
         if simulated:
-            grid = simulate(args, task, flags.seed)
-        server = open_server(args, task, flags, world, grid, simulated)
-        start = time.time()
-        run_rounds(server, args.rounds, args.rounds)
-    world.log(f"done in {time.time() - start:.0f} s; best {server.run.progress.best_at}; in "
-              f"{server.run.out}")
+            grid = simulate(args, tasks, flags.seed)
+
+        def open_model(mode, arguments):
+            return open_server(args, tasks[mode], outs[mode], arguments, world, grid, simulated)
+
+        if args.mode == "alternate":
+            servers = alternate(args, tasks, open_model)
+        else:
+            servers = [open_model(args.mode, [])]
+            run_rounds(servers[0], args.rounds, args.rounds)
+    for server in servers:
+        world.log(f"done in {time.time() - start:.0f} s; best: {server.run.progress.best_at}; in "
+                  f"{server.run.out}")
 
 
-def open_server(args, task, flags, world, grid, simulated):
-    """The Server, from the start or from OUT.state. Raises InputError."""
+def open_server(args, task, out, arguments, world, grid, simulated):
+    """The Server of one model, from the start or from OUT.state. Raises InputError."""
     strategy, noise_multiplier = make_strategy(args)
-    sets = ["dev"] if task.measures_on(flags) else []
-    run = task.open(args.model, [], world, sets)
+    sets = ["dev"] if task.measures_on(task.parse(out, arguments)) else []
+    run = task.open(out, arguments, world, sets)
     server = Server(args, task, run, strategy, grid, simulated, noise_multiplier)
     restore_state(server)
     describe(server)
@@ -268,9 +304,10 @@ def describe(server):
     count = sum(weight.numel() for weight in weights.values())
     size = 4 if args.transport == "float32" else 2
     privacy = " ".join(args.privacy or [])
+    turns = f"{args.turns} turns of " if args.mode == "alternate" else ""
     local = f"{args.local_updates} updates" if args.local_updates else f"{args.local_epochs} epochs"
-    server.log(f"{args.num_clients} clients, {args.rounds} rounds of {local}; {count:,} weights "
-               f"travel as {args.transport}, {count * size / 1e6:.1f} MB each way; "
+    server.log(f"{args.num_clients} clients, {turns}{args.rounds} rounds of {local}; {count:,} "
+               f"weights travel as {args.transport}, {count * size / 1e6:.1f} MB each way; "
                f"{' in '.join([' '.join(args.strategy), *filter(None, [privacy])])}")
     if not server.run.dev:
         server.log("note: nothing is measured, the latest model is kept; --eval_data, --eval_qrels "
@@ -279,7 +316,7 @@ def describe(server):
 
 # ---------------------------------------------------------------- simulation
 
-def simulate(args, task, seed):
+def simulate(args, tasks, seed):
     """The LocalGrid of the clients of --simulate or --client, which are opened. Raises InputError.
     """
     settings = client_settings(args, seed)
@@ -291,8 +328,9 @@ def simulate(args, task, seed):
                          "of its own")
     for client in settings:
         client = read_client(client, f"{args.model}.clients")
-        if client.processes == 1:
-            client_side.open_run(task, client)  # what is wrong with it shows now
+        if client.processes == 1 and args.mode != "alternate":
+            # what is wrong with it shows now
+            client_side.open_run(tasks[args.mode], args, client)
     return LocalGrid(client_app, settings, {"flags": shlex.join(args.arguments)})
 
 

@@ -18,6 +18,16 @@ from dataclasses import dataclass, fields
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
+from federated.alternation import (
+    CONTEXTS,
+    ROOT,
+    SCORED,
+    corpus_of,
+    find_contexts,
+    last_error,
+    save_model,
+    score_contexts,
+)
 from federated.task import Task, name_party, trained_parameters
 from federated.transport import (
     OpenError,
@@ -30,7 +40,6 @@ from federated.transport import (
 from training import Progress, make_optimizer, open_epoch, set_seed
 from utils import InputError, progress_bar, run_script, shorten, start_processes
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNS = {}  # {(client's name, mode): Run}: a simulation's clients are opened once
 
 
@@ -45,14 +54,25 @@ class Client:
     flags: str = ""      # further flags of the training script, behind the shared ones
     processes: int = 1   # more than one: its local step runs under torchrun
 
-    def own_arguments(self, mode):
-        """The training script's arguments that differ from client to client."""
+    def own_arguments(self, args, mode):
+        """The training script's arguments that differ from client to client. Raises InputError."""
+        if args.mode == "alternate":
+            if self.flags:
+                raise InputError(f"{self.name}: its flags would be for both training scripts; "
+                                 "leave them out in --mode alternate")
+            return ["--corpus", self.corpus] if self.corpus and mode == "retriever" else []
         arguments = shlex.split(self.flags)
         if self.corpus:
             arguments += ["--corpus", self.corpus]
         if self.index and mode == "generator":
             arguments += ["--index", self.index]
         return arguments
+
+    def records(self, mode, args):
+        """The file that is trained on: the given one or, in alternation, what was made of it."""
+        if args.mode != "alternate":
+            return self.data
+        return os.path.join(self.folder, CONTEXTS if mode == "generator" else SCORED)
 
 
 def read_client(settings, default_folder):
@@ -88,7 +108,7 @@ def train(message, args, tasks, client):
     if client.processes > 1:
         trained, metrics = train_with_torchrun(task, args, client, step, received)
     else:
-        run = open_run(task, client)
+        run = open_run(task, args, client)
         trained, metrics = train_round(task, run, args, step, received)
     if args.transport == "bf16":
         trained = {name: tensor - received[name] for name, tensor in trained.items()}
@@ -96,14 +116,14 @@ def train(message, args, tasks, client):
                        "config": ConfigRecord({"name": client.name})})
 
 
-def open_run(task, client):
+def open_run(task, args, client):
     """The client's Run, kept between a simulation's rounds; its clients share one model."""
     key = client.name, task.mode
     if key not in RUNS:
-        args = task.parse(client.folder, client.own_arguments(task.mode), client.data)
-        world = name_party(start_processes(args.gpus), client.name)
-        run = task.open(client.folder, client.own_arguments(task.mode), world, ["train"],
-                        client.data)
+        own = client.own_arguments(args, task.mode)
+        records = client.records(task.mode, args)
+        world = name_party(start_processes(task.parse(client.folder, own).gpus), client.name)
+        run = task.open(client.folder, own, world, ["train"], records)
         share_model(run, [other for (_, mode), other in RUNS.items() if mode == task.mode])
         world.log(describe_data(run, task))
         RUNS[key] = run
@@ -125,6 +145,29 @@ def share_model(run, others):
         if shapes[0] == shapes[1] and digest_frozen(run) == digest_frozen(other):
             run.model = other.model
             return
+
+
+def retrieve(message, args, tasks, client):
+    """The content of the answer, which has no weights, after the client has found contexts for its
+    records with the global retriever. Raises InputError.
+    """
+    task = tasks["retriever"]
+    own = client.own_arguments(args, "retriever")
+    model = save_model(task, client.folder, own, client.name, unpack(message.content["arrays"]))
+    corpus = corpus_of(task.parse(client.folder, own))
+    find_contexts(args, model, client.data, corpus, client.folder, client.index)
+    RUNS.pop((client.name, "generator"), None)  # its records are new
+    return RecordDict({"config": ConfigRecord({"name": client.name})})
+
+
+def score(message, args, tasks, client):
+    """The same, after the client has scored its contexts with the global reader."""
+    own = client.own_arguments(args, "generator")
+    model = save_model(tasks["generator"], client.folder, own, client.name,
+                       unpack(message.content["arrays"]))
+    score_contexts(args, model, client.folder)
+    RUNS.pop((client.name, "retriever"), None)
+    return RecordDict({"config": ConfigRecord({"name": client.name})})
 
 
 # ---------------------------------------------------------------- one round
@@ -243,23 +286,12 @@ def train_with_torchrun(task, args, client, step, received):
     return results["weights"], results["metrics"]
 
 
-def last_error(text):
-    """The first line of a process's output that begins with "error", without the word; else the
-    last line.
-    """
-    lines = [line for line in text.splitlines() if line.strip()] or ["the process said nothing"]
-    for line in lines:
-        if line.startswith("error"):
-            return line.split(": ", 1)[-1]
-    return lines[-1]
-
-
 def work_in(folder):
     """One of torchrun's processes: does the work of a folder; the main one writes the results."""
     work = torch.load(os.path.join(folder, "work.pt"), weights_only=True)
     task, client = Task(**work["task"]), Client(**work["client"])
     args = argparse.Namespace(**work["args"])
-    run = open_run(task, client)
+    run = open_run(task, args, client)
     weights, metrics = train_round(task, run, args, work["step"], work["weights"])
     if run.world.is_main:
         torch.save({"weights": weights, "metrics": metrics}, os.path.join(folder, "results.pt"))

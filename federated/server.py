@@ -8,6 +8,7 @@ import math
 import os
 import random
 import time
+import zlib
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -29,7 +30,7 @@ from federated.transport import (
 from files import new_file
 from resume import START_ANEW, check_form, refuse_other_flags
 from training import Progress, Run, RunLog
-from utils import InputError, refusing, shorten
+from utils import InputError, first_line, refusing, shorten
 
 # flags that may differ between a run and its resumption: they do not change the weights
 FREE_FLAGS = {"resume", "overwrite", "timeout", "patience", "attempts", "min_clients",
@@ -63,14 +64,8 @@ class Server:
     def name(self, node):
         return self.names.get(node, f"node {node}")
 
-
-@dataclass
-class Answers:
-    """What came back in a round."""
-    good: list                 # messages, by the client's name
-    left_out: list             # a line per client that does not count
-    bytes_up: int
-    clients: dict              # {name: its metrics}
+    def name_sender(self, reply):
+        return self.name(reply.metadata.src_node_id)
 
 
 # ---------------------------------------------------------------- one round
@@ -81,35 +76,46 @@ def run_round(server, number, rounds):
     A round that too few clients answer is tried again. Raises InputError if it is that once too
     often, or the strategy can make nothing of the answers.
     """
-    args, start = server.args, time.time()
+    start = time.time()
+    messages, replies, left_out = ask_clients(
+        server, f"round {number}", lambda: make_messages(server, number, rounds), check_answer)
+    bytes_down = sum(count_bytes(message.content["arrays"]) for message in messages)
+    clients = {server.name_sender(reply): dict(reply.content["metrics"]) for reply in replies}
+    aggregate(server, number, replies)
+    examples = sum(client["num-examples"] for client in clients.values())
+    loss = sum(client["train_loss"] * client["num-examples"] for client in clients.values())
+    return {"round": number, "loss": loss / examples, "examples": examples, "clients": clients,
+            "left_out": left_out, "bytes_down": bytes_down,
+            "bytes_up": sum(client["bytes_up"] for client in clients.values()),
+            "round_seconds": time.time() - start}
+
+
+def ask_clients(server, what, make_messages, check):
+    """(messages, the replies that `check` accepts, a line for each client that is left out), with
+    the replies in the order of the clients' names.
+
+    Asks again if too few are good; raises InputError if it has done so --attempts times.
+    """
+    args = server.args
     for attempt in range(1, args.attempts + 1):
         wait_for_clients(server)
         if server.simulated:  # else nobody may guess whom it asks and which noise it adds
-            random.seed(f"{server.run.args.seed}/{number}/{attempt}")
-            np.random.seed([server.run.args.seed, number, attempt])
-        messages = make_messages(server, number, rounds)
-        bytes_down = sum(count_bytes(message.content["arrays"]) for message in messages)
+            seed = zlib.crc32(f"{server.run.args.seed}/{what}/{attempt}".encode())
+            random.seed(seed)
+            np.random.seed(seed)
+        messages = make_messages()
         replies = server.grid.send_and_receive(messages, timeout=args.timeout)
-        answers = sort_answers(server, messages, list(replies))
-        for line in answers.left_out:
-            server.log(f"round {number}: left out {line}")
-        if len(answers.good) >= args.min_clients:
-            break
-        server.log(f"round {number}: {len(answers.good)} of {len(messages)} clients answered, "
-                   f"--min_clients {args.min_clients}; attempt {attempt} of {args.attempts}")
-    else:
-        why = f": {answers.left_out[0]}" if answers.left_out else ""
-        raise InputError(f"round {number} had {len(answers.good)} of the {args.min_clients} "
-                         f"clients that it needs, in {args.attempts} attempts{why}; mend the "
-                         f"clients, or lower --min_clients; --resume goes on after round "
-                         f"{number - 1}")
-    aggregate(server, number, answers.good)
-    metrics = answers.clients.values()
-    examples = sum(client["num-examples"] for client in metrics)
-    loss = sum(client["train_loss"] * client["num-examples"] for client in metrics) / examples
-    return {"round": number, "loss": loss, "examples": examples, "clients": answers.clients,
-            "left_out": answers.left_out, "bytes_down": bytes_down, "bytes_up": answers.bytes_up,
-            "round_seconds": time.time() - start}
+        good, left_out = sort_replies(server, messages, list(replies), check)
+        for line in left_out:
+            server.log(f"{what}: left out {line}")
+        if len(good) >= args.min_clients:
+            return messages, good, left_out
+        server.log(f"{what}: {len(good)} of {len(messages)} clients answered, --min_clients "
+                   f"{args.min_clients}; attempt {attempt} of {args.attempts}")
+    why = f": {left_out[0]}" if left_out else ""
+    raise InputError(f"{what} had {len(good)} of the {args.min_clients} clients that it needs, in "
+                     f"{args.attempts} attempts{why}; mend the clients, or lower --min_clients; "
+                     "--resume goes on after the last round that was whole")
 
 
 def wait_for_clients(server):
@@ -139,30 +145,30 @@ def make_messages(server, number, rounds):
     return messages
 
 
-def sort_answers(server, messages, replies):
-    """The Answers to a round's messages; the good ones hold float32 weights."""
-    answers = Answers([], [], 0, {})
+def sort_replies(server, messages, replies, check):
+    """(the replies that `check` accepts, by the client's name; a line for each that is left out).
+    """
+    good, left_out = [], []
     waiting = {message.metadata.dst_node_id for message in messages}
     for reply in replies:
         node = reply.metadata.src_node_id
         waiting.discard(node)
         if reply.has_error():
-            answers.left_out.append(describe_error(server, node, reply.error))
+            left_out.append(describe_error(server, node, reply.error))
             continue
         try:
             server.names[node] = str(reply.content["config"]["name"])
-            answers.bytes_up += count_bytes(reply.content["arrays"])
-            answers.clients[server.name(node)] = check_answer(server, reply)
-            answers.good.append(reply)
-        except (InputError, KeyError) as error:
-            answers.left_out.append(f"{server.name(node)}: {error}")
+            check(server, reply)
+            good.append(reply)
+        except InputError as error:
+            left_out.append(f"{server.name(node)}: {error}")
+        except (KeyError, TypeError) as error:  # an answer of another program
+            left_out.append(f"{server.name(node)}: its answer lacks parts ({first_line(error)})")
     for node in sorted(waiting):
-        answers.left_out.append(f"{server.name(node)}: no answer in {server.args.timeout:g} s")
+        left_out.append(f"{server.name(node)}: no answer in {server.args.timeout:g} s")
     # in this order for equal sums; replies come in any
-    answers.good.sort(key=lambda reply: (server.name(reply.metadata.src_node_id),
-                                         reply.metadata.src_node_id))
-    answers.clients = dict(sorted(answers.clients.items()))
-    return answers
+    good.sort(key=lambda reply: (server.name_sender(reply), reply.metadata.src_node_id))
+    return good, left_out
 
 
 def describe_error(server, node, error):
@@ -175,11 +181,14 @@ def describe_error(server, node, error):
 
 
 def check_answer(server, reply):
-    """A client's metrics; its weights are put into the reply as float32.
+    """Puts a client's weights into its reply as float32, and the bytes that they came in into its
+    metrics.
 
     Raises InputError for weights of another model, or any number that is not finite.
     """
-    name = server.name(reply.metadata.src_node_id)
+    name = server.name_sender(reply)
+    metrics = reply.content["metrics"]
+    metrics["bytes_up"] = count_bytes(reply.content["arrays"])
     tensors = unpack(reply.content["arrays"])
     own = server.weights
     check_same(tensors, own, name, "the server")
@@ -188,15 +197,13 @@ def check_answer(server, reply):
             raise InputError(f"{weight} is not finite there; look at its records, or lower --lr")
     if server.args.transport == "bf16":
         tensors = {weight: own[weight].cpu() + tensors[weight] for weight in own}
-    metrics = dict(reply.content["metrics"])
     if not all(math.isfinite(value) for value in metrics.values()):
-        raise InputError(f"its metrics are not finite: {shorten(metrics)}")
+        raise InputError(f"its metrics are not finite: {shorten(dict(metrics))}")
     if not metrics["num-examples"] > 0:
         raise InputError("it has trained on no example; give it records")
     is_plain = all(array.dtype == "float32" for array in reply.content["arrays"].values())
     if not is_plain or list(tensors) != list(own):  # the strategies rely on both
         reply.content["arrays"] = pack({weight: tensors[weight] for weight in own})
-    return metrics
 
 
 def aggregate(server, number, replies):
