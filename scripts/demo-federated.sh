@@ -21,31 +21,30 @@ LAUNCH=${LAUNCH:-$PYTHON}
 MORE=${MORE:-}
 ALONE=${ALONE:-1}
 GPUS=
-CLIENTS="1 2 3 4"
 ROOT=$(dirname "$0")/..
-WORLD=$WORK/world
-CORPUS=$WORLD/corpus.tsv
 BM25="--retrieval_method bm25 --k1 1.5 --b 0.75"  # see scripts/demo-loop.sh
 LENGTHS="--query_max_length 32 --key_max_length 110"
 CUTOFFS="1 5 20"
-ROUNDS=6          # of the retriever, with
-UPDATES=10        # updates each, which is half an epoch, of
-BATCH=16          # examples a client
-READER_ROUNDS=4
-READER_UPDATES=37
+CONTEXTS=3              # that the reader reads
+CLIENTS=${CLIENTS:-4}
+ROUNDS=${ROUNDS:-6}     # of the retriever, half an epoch each
+UPDATES=${UPDATES:-10}  # of each client in a round
+BATCH=16                # of each client
+READER_ROUNDS=${READER_ROUNDS:-4}
+READER_UPDATES=${READER_UPDATES:-37}
 READER_BATCH=4
-EPOCHS=2          # which these are
+EPOCHS=${EPOCHS:-2}     # that the reader's rounds are, to within an update each
 export PYTHON LAUNCH GPUS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
 
 set_flags() {  # SEED
     START="$LENGTHS --cos_temperature 0.03 --lr 3e-3 --num_warmup_steps 20 --group_size 1 \
---batch_size 128 --epochs 1 --seed $1"
+--batch_size 64 --epochs 1 --seed $1"
     RETRIEVER="--query_encoder $OUT/retriever-start $LENGTHS --cos_temperature 0.05 --group_size 4 \
 --bf16 false --lr 2e-3 --num_warmup_steps 20 --seed $1 --corpus $CORPUS \
 --queries $WORLD/queries.dev.jsonl --eval_qrels qrels=$WORLD/qrels.dev.tsv --eval_method retrieval \
 --metrics recall --cutoffs $CUTOFFS --best_metric recall@5"
-    READER="--t5_name $ROOT/toy/t5-tiny --num_contexts 5 --max_length 110 --batch_size_val 64 \
+    READER="--t5_name $ROOT/toy/t5-tiny --num_contexts $CONTEXTS --max_length 110 --batch_size_val 64 \
 --lr 5e-4 --num_warmup_steps 20 --dropout 0 --seed $1"
 }
 
@@ -53,7 +52,7 @@ set_flags() {  # SEED
 
 make_start() {  # writes OUT/retriever-start, an untrained retriever that has seen crops of the corpus
     stage crops $PYTHON "$ROOT/scripts/make_crops.py" "$CORPUS" --output "$OUT/crops.jsonl" \
-        --crops 3 --min_words 2 --max_words 5
+        --crops 4 --min_words 2 --max_words 5
     stage retriever-start $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/retriever-start" \
         --train_data "$OUT/crops.jsonl" --query_encoder "$ROOT/toy/bert-tiny" \
         --pooling_method mean $START --resume
@@ -65,8 +64,8 @@ make_start() {  # writes OUT/retriever-start, an untrained retriever that has se
 federate_retriever() {  # NAME FLAGS...: writes OUT/NAME and, of each client, its records
     local name=$1
     shift
-    stage "$name" $PYTHON "$ROOT/federate.py" "$OUT/$name" --mode retriever --simulate 4 \
-        --data "$OUT/labelled.neg.bm25.json" --split topic --rounds $ROUNDS --local_updates $UPDATES \
+    stage "$name" $PYTHON "$ROOT/federate.py" "$OUT/$name" --mode retriever --simulate "$CLIENTS" \
+        --data "$OUT/labelled.neg.bm25.json" --split topic --rounds "$ROUNDS" --local_updates "$UPDATES" \
         "$@" --resume -- $RETRIEVER --batch_size $BATCH
     measure_retriever "$name"
 }
@@ -92,11 +91,11 @@ train_retrievers() {
     make_start
     measure_retriever retriever-start
     federate_retriever retriever
-    train_retriever retriever-central "$OUT/labelled.neg.bm25.json" --batch_size $((4 * BATCH)) \
-        --max_steps $((ROUNDS * UPDATES)) --eval_steps $UPDATES
-    for client in $CLIENTS; do
+    train_retriever retriever-central "$OUT/labelled.neg.bm25.json" --batch_size $((CLIENTS * BATCH)) \
+        --max_steps $((ROUNDS * UPDATES)) --eval_steps "$UPDATES"
+    for ((client = 1; client <= CLIENTS; client++)); do
         train_retriever "retriever-client$client" "$OUT/retriever.clients/client$client.jsonl" \
-            --batch_size $BATCH --max_steps $steps --eval_steps $((steps / 2))
+            --batch_size $BATCH --max_steps $steps --eval_steps $steps
     done
 }
 
@@ -107,15 +106,15 @@ federate_readers() {
     local split
     for split in train dev test; do
         stage "contexts-$split" $LAUNCH "$ROOT/retrieve.py" $BM25 --corpus "$CORPUS" \
-            --index "$OUT/bm25-index-$split" --eval_data "$WORLD/$split.json" --hits 5 \
+            --index "$OUT/bm25-index-$split" --eval_data "$WORLD/$split.json" --hits $CONTEXTS \
             --output "$OUT/contexts.$split.jsonl"
     done
-    stage reader $PYTHON "$ROOT/federate.py" "$OUT/reader" --mode generator --simulate 4 \
-        --data "$OUT/contexts.train.jsonl" --split topic --rounds $READER_ROUNDS \
-        --local_updates $READER_UPDATES --resume \
+    stage reader $PYTHON "$ROOT/federate.py" "$OUT/reader" --mode generator --simulate "$CLIENTS" \
+        --data "$OUT/contexts.train.jsonl" --split topic --rounds "$READER_ROUNDS" \
+        --local_updates "$READER_UPDATES" --resume \
         -- $READER --eval_file "$OUT/contexts.dev.jsonl" --batch_size $READER_BATCH
     measure_reader reader
-    train_reader reader-central "$OUT/contexts.train.jsonl" --batch_size 8 --epochs $EPOCHS
+    train_reader reader-central "$OUT/contexts.train.jsonl" --batch_size 8 --epochs "$EPOCHS"
 }
 
 train_reader() {  # NAME RECORDS FLAGS...: without a federation
@@ -131,21 +130,21 @@ measure_reader() {  # NAME: writes OUT/NAME.json
         --measures "$OUT/$1.json"
 }
 
-train_alone() {  # CLIENT...: the readers of these clients
+train_alone() {  # FIRST: the readers of every second client from this one on
     . "$ROOT/scripts/stages.sh"
     local client
-    for client in "$@"; do
+    for ((client = $1; client <= CLIENTS; client += 2)); do
         train_reader "reader-client$client" "$OUT/reader.clients/client$client.jsonl" \
             --batch_size $READER_BATCH --epochs $((EPOCHS * ALONE))
     done
 }
 
-first_alone() {
-    train_alone 1 2
+odd_alone() {
+    train_alone 1
 }
 
-last_alone() {
-    train_alone 3 4
+even_alone() {
+    train_alone 2
 }
 
 # ---------------------------------------------------------------- together
@@ -204,14 +203,18 @@ federate_variants() {
 
 # a job in the background would not hear an interrupt
 trap 'trap - INT TERM; kill 0' INT TERM
-$PYTHON "$ROOT/toy/world.py" --out "$WORLD" --hard
+if [ -z "${WORLD:-}" ]; then
+    WORLD=$WORK/world
+    $PYTHON "$ROOT/toy/world.py" --out "$WORLD" --hard
+fi
+CORPUS=$WORLD/corpus.tsv
 for seed in $SEEDS; do
     SECONDS=0
     OUT=$WORK/$seed
     mkdir -p "$OUT"
     set_flags "$seed"
     run_both train_retrievers federate_readers
-    run_both first_alone last_alone
+    run_both odd_alone even_alone
     echo "== seed $seed took $((SECONDS / 60)) min $((SECONDS % 60)) s"
     if [ "$MORE" ]; then
         (federate_variants)
@@ -220,7 +223,7 @@ done
 
 ROWS=()
 row "before training" retriever-start
-for client in $CLIENTS; do
+for ((client = 1; client <= CLIENTS; client++)); do
     row "client $client alone" "retriever-client$client" "reader-client$client"
 done
 row "federated" retriever reader
