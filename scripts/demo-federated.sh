@@ -45,7 +45,7 @@ set_flags() {  # SEED
 --queries $WORLD/queries.dev.jsonl --eval_qrels qrels=$WORLD/qrels.dev.tsv --eval_method retrieval \
 --metrics recall --cutoffs $CUTOFFS --best_metric recall@5"
     READER="--t5_name $ROOT/toy/t5-tiny --num_contexts $CONTEXTS --max_length 110 --batch_size_val 64 \
---lr 5e-4 --num_warmup_steps 20 --dropout 0 --seed $1"
+--lr 1e-3 --num_warmup_steps 20 --dropout 0 --seed $1"
 }
 
 # ---------------------------------------------------------------- the retriever
