@@ -200,7 +200,7 @@ def answer(message, context, action):
         args = read_run_config(context)
         check_args(args)
         silence_libraries(args)
-        settings = read_client(context.node_config, f"{os.path.basename(args.model)}.clients")
+        settings = read_client(context.node_config)
         tasks = check_mode(args.mode, args.script_flags)
 
         def act(message, _):
@@ -327,7 +327,8 @@ def simulate(args, tasks, seed):
         raise InputError(f"two clients are named {max(names, key=names.count)}; give each a name "
                          "of its own")
     for client in settings:
-        client = read_client(client, f"{args.model}.clients")
+        client.setdefault("folder", os.path.join(f"{args.model}.clients", client["name"]))
+        client = read_client(client)
         if client.processes == 1 and args.mode != "alternate":
             # what is wrong with it shows now
             client_side.open_run(tasks[args.mode], args, client)

@@ -6,12 +6,14 @@ rate follow from the round's number. So a client that was away, or killed, is a 
 other when it is back.
 """
 import argparse
+import glob
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, fields
 
@@ -30,6 +32,7 @@ from federated.alternation import (
 )
 from federated.task import Task, name_party, trained_parameters
 from federated.transport import (
+    CLIENT_NAME,
     OpenError,
     check_same,
     digest_frozen,
@@ -50,7 +53,7 @@ class Client:
     data: str = ""       # its records
     corpus: str = ""     # its own documents, where they are not the shared flags'
     index: str = ""      # folder of their vectors
-    folder: str = ""     # what it writes: contexts and scores of its own
+    folder: str = ""     # for what it writes; not given: federated/NAME where it was started
     flags: str = ""      # further flags of the training script, behind the shared ones
     processes: int = 1   # more than one: its local step runs under torchrun
 
@@ -75,7 +78,7 @@ class Client:
         return os.path.join(self.folder, CONTEXTS if mode == "generator" else SCORED)
 
 
-def read_client(settings, default_folder):
+def read_client(settings):
     """The Client of {key: value}. Raises InputError for an unknown key or a wrong value."""
     kinds = {field.name: field.type for field in fields(Client)}
     unknown = sorted(settings.keys() - kinds.keys())
@@ -85,8 +88,8 @@ def read_client(settings, default_folder):
     if not str(client.processes).isdigit() or int(client.processes) < 1:
         raise InputError(f"{client.name}: processes must be 1 or more, it is {client.processes}")
     client.processes = int(client.processes)
-    client.folder = client.folder or os.path.join(default_folder, client.name)
-    if not re.fullmatch(r"[\w.-]+", client.name):
+    client.folder = client.folder or os.path.join("federated", client.name)
+    if not re.fullmatch(CLIENT_NAME, client.name):
         raise InputError(f"a client is named {shorten(client.name)}; use letters, digits, dots, - "
                          "and _")
     if not client.data:
@@ -125,16 +128,20 @@ def open_run(task, args, client):
         world = name_party(start_processes(task.parse(client.folder, own).gpus), client.name)
         run = task.open(client.folder, own, world, ["train"], records)
         share_model(run, [other for (_, mode), other in RUNS.items() if mode == task.mode])
-        world.log(describe_data(run, task))
+        describe_run(run, task, args)
         RUNS[key] = run
     return RUNS[key]
 
 
-def describe_data(run, task):
-    """What a client has to train on, in a line's words."""
-    updates = task.script.plan_run(run, 0)
-    examples = sum(is_real for update in updates for batch in update for _, is_real in batch)
-    return f"{examples} examples, {len(updates)} updates an epoch"
+def describe_run(run, task, args):
+    """Logs what a client has to train on."""
+    plan = task.script.plan_run(run, 0)
+    examples = sum(is_real for update in plan for batch in update for _, is_real in batch)
+    run.world.log(f"{examples} examples, {len(plan)} updates an epoch")
+    last_update = args.rounds * (args.local_updates or len(plan) * args.local_epochs)
+    if task.script.count_warmup(run.args, last_update) >= last_update:
+        run.world.log(f"warning: the warm-up outlasts the {last_update} updates of all rounds, the "
+                      f"learning rate never gets to {run.args.lr:g}; lower --num_warmup_steps")
 
 
 def share_model(run, others):
@@ -268,9 +275,11 @@ def train_with_torchrun(task, args, client, step, received):
     """train_round in processes of torchrun, which find their work in a folder and leave the results
     there. Raises InputError with what the processes said.
     """
-    folder = f"{client.folder}.step"
-    shutil.rmtree(folder, ignore_errors=True)  # of a client that was killed
-    os.makedirs(folder)
+    for leftover in glob.glob(f"{glob.escape(client.folder)}.step-*"):
+        shutil.rmtree(leftover)  # of a client that was killed
+    os.makedirs(os.path.dirname(client.folder) or ".", exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=f"{os.path.basename(client.folder)}.step-",
+                              dir=os.path.dirname(client.folder) or ".")
     try:
         torch.save({"task": vars(task), "client": vars(client), "args": vars(args), "step": step,
                     "weights": received}, os.path.join(folder, "work.pt"))

@@ -7,6 +7,7 @@ that would poison the average, goes on after a kill, and keeps the best model.
 import math
 import os
 import random
+import re
 import time
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from federated.strategies import count_replies, epsilon, recall, remembered
 from federated.task import Task, trained_parameters
 from federated.transport import (
     CLIENT_FAILED,
+    CLIENT_NAME,
     check_same,
     count_bytes,
     digest_frozen,
@@ -50,6 +52,7 @@ class Server:
     simulated: bool            # the same command has the same outcome
     noise_multiplier: float    # of --privacy
     names: dict = field(default_factory=dict)  # {node: the name that it gave itself}
+    has_started: bool = False  # all clients were there once
 
     @property
     def weights(self):
@@ -66,6 +69,12 @@ class Server:
 
     def name_sender(self, reply):
         return self.name(reply.metadata.src_node_id)
+
+    def learn_name(self, node, name):
+        """Remembers the name that a client gives itself, unless another has it."""
+        others = [given for other, given in self.names.items() if other != node]
+        if isinstance(name, str) and re.fullmatch(CLIENT_NAME, name) and name not in others:
+            self.names[node] = name
 
 
 # ---------------------------------------------------------------- one round
@@ -119,17 +128,23 @@ def ask_clients(server, what, make_messages, check):
 
 
 def wait_for_clients(server):
-    """Returns when as many clients as asked for are online. Raises InputError after --patience."""
-    wanted, deadline, is_told = server.args.num_clients, time.time() + server.args.patience, False
+    """Returns when --num_clients are online, after the first time when --min_clients are.
+
+    Raises InputError after --patience.
+    """
+    args = server.args
+    wanted = args.min_clients if server.has_started else args.num_clients
+    deadline, is_told = time.time() + args.patience, False
     while (online := len(list(server.grid.get_node_ids()))) < wanted:
         if time.time() > deadline:
             raise InputError(f"{wanted} clients are asked for and {online} are there after "
-                             f"{server.args.patience:g} s; start more of them, or lower "
-                             "--num_clients")
+                             f"{args.patience:g} s; start more of them, or lower --num_clients and "
+                             "--min_clients")
         if not is_told:
             server.log(f"waiting for {wanted} clients, {online} are there")
             is_told = True
         time.sleep(1)
+    server.has_started = True
 
 
 def make_messages(server, number, rounds):
@@ -157,7 +172,7 @@ def sort_replies(server, messages, replies, check):
             left_out.append(describe_error(server, node, reply.error))
             continue
         try:
-            server.names[node] = str(reply.content["config"]["name"])
+            server.learn_name(node, reply.content["config"]["name"])
             check(server, reply)
             good.append(reply)
         except InputError as error:
@@ -176,8 +191,9 @@ def describe_error(server, node, error):
     reason = (error.reason or "no reason given").strip().splitlines()[-1]
     if error.code != CLIENT_FAILED:  # Flower's own, of a node that is gone, say
         return f"{server.name(node)}: {reason}"
-    server.names[node] = reason.split(":")[0]
-    return reason
+    name, _, reason = reason.partition(": ")
+    server.learn_name(node, name)
+    return f"{server.name(node)}: {reason}"
 
 
 def check_answer(server, reply):
@@ -195,6 +211,9 @@ def check_answer(server, reply):
     for weight, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"{weight} is not finite there; look at its records, or lower --lr")
+    if server.args.privacy and all(torch.equal(tensors[weight], own[weight].cpu())
+                                   for weight in own):
+        raise InputError("it sent the global weights back, which cannot be clipped")
     if server.args.transport == "bf16":
         tensors = {weight: own[weight].cpu() + tensors[weight] for weight in own}
     if not all(math.isfinite(value) for value in metrics.values()):

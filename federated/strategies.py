@@ -40,7 +40,7 @@ def make_strategy(args):
     if args.privacy:
         # the noise is made for an average in which all clients weigh the same
         parameters["weighted_by_key"] = "uniform"
-    defaults = {"min_train_nodes": args.min_clients, "min_available_nodes": args.num_clients,
+    defaults = {"min_train_nodes": args.min_clients, "min_available_nodes": args.min_clients,
                 "fraction_evaluate": 0.0}
     with refusing(f"--strategy {name}", "mend its parameters"):
         strategy = getattr(flower, name)(**defaults | parameters)
@@ -116,9 +116,15 @@ def remembered(strategy):
 
 
 def recall(strategy, states):
-    """Sets what `remembered` returned."""
-    for layer, state in zip(layers_of(strategy), states):
+    """Sets what `remembered` returned. Raises ValueError for anything else."""
+    layers = layers_of(strategy)
+    if len(states) != len(layers):
+        raise ValueError(f"it is of {len(states)} strategies, not of {len(layers)}")
+    for layer, state in zip(layers, states):
         for name, value in state.items():
+            is_number = isinstance(value, float) and math.isfinite(value)
+            if name not in REMEMBERED or is_number != (name == "clipping_norm"):
+                raise ValueError(f"it holds {name}")
             setattr(layer, name, map_arrays(value, lambda tensor: tensor.numpy()))
 
 

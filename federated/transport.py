@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord
 from utils import InputError
 
 CLIENT_FAILED = 100  # the code of an error that a client tells, "NAME: REASON"
+CLIENT_NAME = r"[\w.-]{1,60}"
 
 
 class OpenError(InputError):
@@ -26,11 +27,11 @@ def pack(tensors, dtype="float32"):
     """The ArrayRecord of {name: tensor}, in float32 or bf16."""
     record = ArrayRecord()
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu()
+        tensor = tensor.detach().cpu().contiguous()
         if dtype == "float32":
-            record[name] = Array(np.ascontiguousarray(tensor.float().numpy()))
+            record[name] = Array(tensor.float().numpy())
         else:
-            bits = tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
+            bits = tensor.to(torch.bfloat16).view(torch.int16).numpy()
             record[name] = Array(BF16, tuple(tensor.shape), BF16, bits.tobytes())
     return record
 
@@ -50,7 +51,7 @@ def unpack_array(array):
     """The float32 tensor of an Array."""
     if array.stype != BF16:
         return torch.from_numpy(array.numpy().astype(np.float32, copy=False))
-    bits = torch.frombuffer(bytearray(array.data), dtype=torch.int16)
+    bits = torch.from_numpy(np.frombuffer(array.data, np.int16).copy())
     return bits.view(torch.bfloat16).reshape(array.shape).float()
 
 

@@ -32,6 +32,11 @@ from checkpoints import load_tokenizer, read_config, read_training_args
 from dense.evaluation import annotated_set, read_dev_set
 from dense.examples import read_training
 from dense.model import BiEncoder, CrossEncoder
+from federated.server import Server
+from federated.server import restore_state as restore_federation
+from federated.server import save_state as save_federation
+from federated.split import group_topics
+from federated.strategies import make_strategy
 from files import read_json, read_lines
 from golden_retrievers import dpr_file, mindpr_file
 from journal import read_journal
@@ -343,6 +348,8 @@ def read_scored(path):
                                                                     ALONE)])
 
 
+TOPICS = [{"question": f"who is {i}", "topic": ["town", "river", 3][i % 3]} for i in range(5)]
+
 READERS = {
     "records": ("r.jsonl", RECORDS, lambda path: count_writable(read_records(path)), count_lines),
     "record list": ("r.json", [RECORDS], lambda path: count_writable(read_records(path, 1)),
@@ -393,6 +400,8 @@ READERS = {
     "journal": ("x.journal.0", [{"data": "a"}, {"part": 0, "result": [[1.5, -2.5]]},
                                   {"part": 1, "result": [[0.5]]}],
                 lambda path: read_journal(path, {"data": "a"}), None),
+    "topics": ("t.jsonl", TOPICS, lambda path: sum(map(len, group_topics(read_json(path), "topic")
+                                                       .values())), count_lines),
     "retriever's flags": ("folder/args.json", [{"args": {"key_max_length": 20, "version": "bge"}}],
                           lambda path: read_stated_flags("folder"), None),
 }
@@ -629,6 +638,31 @@ def resume_run(path):
     run.progress.summary()
 
 
+def make_federation(path, resume):
+    """What federated/server.py knows of a federation that trains a model of two numbers."""
+    script = SimpleNamespace(FREE_FLAGS={"resume"})
+    args = Namespace(resume=resume, strategy=["FedAdam"], min_clients=1, num_clients=2,
+                     transport="float32",
+                     privacy=["DifferentialPrivacyServerSideAdaptiveClipping",
+                              "noise_multiplier=0"])
+    run = make_run(f"{path}/run", resume)
+    strategy, noise_multiplier = make_strategy(args)
+    return Server(args, SimpleNamespace(mode="retriever", script=script), run, strategy, None, True,
+                  noise_multiplier)
+
+
+def make_federation_state(folder):
+    server = make_federation(folder, False)
+    server.strategy.strategy.m_t = {"weight": np.zeros((1, 2)), "bias": np.zeros(1)}
+    save_federation(server)
+
+
+def resume_federation(path):
+    server = make_federation(path, True)
+    restore_federation(server)
+    save_federation(server)
+
+
 # {name: (function that makes a whole folder, function that opens it, file that is opened or None)}
 OPENERS = {
     "reader": (make_reader, open_reader, None),
@@ -643,6 +677,7 @@ OPENERS = {
     "vectors": (make_vectors, open_vectors, None),
     "faiss index": (make_faiss, lambda path: read_index(path, 100), "index.faiss"),
     "resume state": (make_state, resume_run, None),
+    "federation's state": (make_federation_state, resume_federation, None),
 }
 
 

@@ -1,0 +1,623 @@
+"""federate.py as a user runs a simulation, and its parts with clients of the test's own making."""
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.supercore.differential_privacy import KEY_NORM_BIT
+from safetensors.torch import load_file
+
+from conftest import ENVIRONMENT, WORDS, command, make_bert, make_records, run
+from federated.server import Server, aggregate, ask_clients, check_answer, make_messages
+from federated.simulation import LocalGrid
+from federated.split import split_file
+from federated.strategies import epsilon, list_strategies, make_strategy
+from federated.transport import BF16, check_same, pack, unpack
+from training import Progress
+from utils import InputError, World
+
+# one thread, no dropout: what is compared to the last bit
+RETRIEVER = ["--lr", "1e-3", "--warmup_ratio", "0", "--query_max_length", "16", "--key_max_length",
+             "24", "--group_size", "2", "--batch_size", "4", "--clip", "1e9"]
+READER = ["--lr", "1e-3", "--num_warmup_steps", "0", "--dropout", "0", "--num_contexts", "2",
+          "--max_length", "40", "--batch_size", "4", "--clip", "1e9"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return make_bert(tmp_path_factory.mktemp("bert"), hidden_dropout_prob=0.0,
+                     attention_probs_dropout_prob=0.0)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a.json (5 records), b.json (8), both.json, a corpus and dev questions for a
+    retriever, and reader-a.json (3), reader-b.json (8) for a reader.
+    """
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+
+    def text(length):
+        return " ".join(rng.choices(WORDS, k=length))
+    documents = [text(rng.randint(5, 15)) for _ in range(30)]
+    rows = [{"query": " ".join(rng.sample(documents[i].split(), 4)), "pos": [documents[i]],
+             "neg": rng.sample(documents[13:], 3), "pos_index": [i], "topic": f"t{i % 3}",
+             "answers": ["baker"]}
+            for i in range(13)]
+    corpus = [{"_id": f"d{i}", "title": "", "text": key} for i, key in enumerate(documents)]
+    reading = make_records(11)
+    parts = {"a": rows[:5], "b": rows[5:], "both": rows, "corpus": corpus, "reader-a": reading[:3],
+             "reader-b": reading[3:], "reader": reading}
+    for name, part in parts.items():
+        (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+def clients(files, *names):
+    return [word for name in names for word in ("--client",
+                                                f"name={name} data={files}/{name}.json")]
+
+
+def federate(out, *own, mode="retriever", flags=(), **more):
+    """(stdout, stderr) of a simulation with the retriever's or reader's flags."""
+    defaults = {"retriever": RETRIEVER, "generator": READER}[mode]
+    return run("federate.py", out, "--mode", mode, *own, "--", *defaults, *flags, **more)
+
+
+def state(out):
+    return torch.load(f"{out}.state", weights_only=True)
+
+
+def weights(out):
+    return state(out)["weights"]
+
+
+def rows(out):
+    return [json.loads(line) for line in open(f"{out}.jsonl")]
+
+
+def measured(files):
+    return ["--corpus", files / "corpus.json", "--eval_data", files / "both.json", "--metrics",
+            "recall", "--cutoffs", "1", "5"]
+
+
+# ---------------------------------------------------------------- what a round computes
+
+def test_a_round_is_the_weighted_average_of_the_clients_results(bert, files, tmp_path):
+    base = ["--rounds", "1", "--local_epochs", "2"]
+    flags = ["--query_encoder", bert]
+    for name in ("a", "b"):
+        federate(tmp_path / name, *base, *clients(files, name), flags=flags)
+    federate(tmp_path / "both", *base, *clients(files, "b", "a"), flags=flags)
+    a, b, both = (weights(tmp_path / name) for name in ("a", "b", "both"))
+    assert rows(tmp_path / "both")[1]["clients"]["a"]["num-examples"] == 10
+    for name, average in both.items():
+        by_hand = (5 * a[name].double() + 8 * b[name].double()) / 13
+        torch.testing.assert_close(average.double(), by_hand, atol=1e-6, rtol=1e-6)
+    assert any((a[name] - b[name]).abs().max() > 1e-3 for name in both)
+
+
+@pytest.mark.parametrize("mode", ["retriever", "generator"])
+def test_one_client_in_one_round_is_the_training_script(bert, tiny, files, tmp_path, mode):
+    if mode == "retriever":
+        flags, name = ["--query_encoder", bert], "both"
+        run("train_dense.py", "--output_dir", tmp_path / "script", "--epochs", "2", *RETRIEVER,
+            *flags, "--train_data", files / "both.json")
+    else:
+        flags, name = ["--t5_name", tiny, "--eval_file", files / "reader-a.json"], "reader"
+        run("train_epoch.py", "--output_dir", tmp_path / "script", "--epochs", "2", *READER, *flags,
+            "--train_file", files / "reader.json")
+    federate(tmp_path / "federated", "--rounds", "1", "--local_epochs", "2",
+             *clients(files, name), mode=mode, flags=flags)
+    expected = state(tmp_path / "script")["model"]
+    for weight, tensor in weights(tmp_path / "federated").items():
+        assert torch.equal(tensor, expected[weight]), weight
+
+
+def test_two_clients_sgd_step_is_a_central_step_on_the_joint_batch(tiny, files, tmp_path):
+    """The loss is a mean over target tokens: by these the clients are weighted here."""
+    import train_epoch as script
+    flags = ["--t5_name", tiny, "--batch_size", "8", "--weight_decay", "0"]
+    federate(tmp_path / "two", "--rounds", "1", "--local_optimizer", "sgd", "--strategy", "FedAvg",
+             "weighted_by_key=num-targets", *clients(files, "reader-a", "reader-b"),
+             mode="generator", flags=flags)
+    args = script.parse_args([str(tmp_path / "m"), str(files / "reader.json"),
+                              str(files / "reader.json"), *READER, "--t5_name", tiny,
+                              "--batch_size", "11"])
+    script.check_args(args)
+    central = script.set_up(args, script.start_processes(""))
+    start = {name: weight.detach().clone() for name, weight
+             in central.unwrapped.named_parameters()}
+    central.optimizer = torch.optim.SGD(central.model.parameters(), lr=1e-3)
+    _, batches = script.open_epoch(central, script.plan_run(central, 0))
+    script.train_update(central, batches, 1)
+    federated = weights(tmp_path / "two")
+    for name, weight in central.unwrapped.named_parameters():
+        torch.testing.assert_close(federated[name], weight.detach(), atol=1e-7, rtol=1e-5)
+    assert max((start[name] - federated[name]).abs().max() for name in start) > 1e-4
+
+
+def test_fedprox(bert, files, tmp_path):
+    """mu 0 is FedAvg; a large mu keeps the clients near the global weights."""
+    base = ["--rounds", "2", *clients(files, "a", "b")]
+    flags = ["--query_encoder", bert]
+    for name, strategy in {"avg": ["FedAvg"], "prox0": ["FedProx", "proximal_mu=0"],
+                           "prox": ["FedProx", "proximal_mu=100"]}.items():
+        federate(tmp_path / name, *base, "--local_optimizer", "sgd", "--strategy", *strategy,
+                 flags=flags)
+    start = load_file(os.path.join(bert, "model.safetensors"))
+
+    def distance(out):
+        return sum((tensor - start[name.split(".model.")[-1]]).square().sum()
+                   for name, tensor in weights(out).items())
+    average, zero = weights(tmp_path / "avg"), weights(tmp_path / "prox0")
+    assert all(torch.equal(average[name], zero[name]) for name in average)
+    assert distance(tmp_path / "prox") < 0.99 * distance(tmp_path / "avg")
+
+
+def test_bf16_transport_halves_the_bytes_and_keeps_small_updates(bert, files, tmp_path):
+    base = ["--rounds", "3", *clients(files, "a", "b")]
+    flags = ["--query_encoder", bert, "--lr", "1e-5"]
+    federate(tmp_path / "float32", *base, flags=flags)
+    federate(tmp_path / "bf16", *base, "--transport", "bf16", flags=flags)
+    whole, half = weights(tmp_path / "float32"), weights(tmp_path / "bf16")
+    start = load_file(os.path.join(bert, "model.safetensors"))
+    updates = [whole[name] - start[name.split(".model.")[-1]] for name in whole]
+    differences = [half[name] - whole[name] for name in whole]
+    norms = [sum(tensor.square().sum() for tensor in tensors) ** 0.5
+             for tensors in (differences, updates)]
+    assert norms[0] < 0.5 * norms[1]
+    # of most weights, the update is smaller than what bfloat16 can tell apart
+    assert sum((whole[name].bfloat16() == start[name.split(".model.")[-1]].bfloat16()).sum()
+               for name in whole) > 0.5 * sum(tensor.numel() for tensor in whole.values())
+    ratio = rows(tmp_path / "bf16")[1]["bytes_up"] / rows(tmp_path / "float32")[1]["bytes_up"]
+    assert ratio < 0.51
+
+
+def test_a_client_of_two_processes_is_one_of_twice_the_batch(bert, files, tmp_path):
+    base = ["--rounds", "1", "--local_optimizer", "sgd", "--client"]
+    flags = ["--query_encoder", bert, "--lr", "0.1"]
+    federate(tmp_path / "one", *base, f"name=a data={files}/both.json", flags=[*flags,
+             "--batch_size", "8"])
+    federate(tmp_path / "two", *base, f"name=a data={files}/both.json processes=2", flags=flags)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
+    assert os.listdir(tmp_path / "two.clients") == []
+
+
+# ---------------------------------------------------------------- what travels
+
+@pytest.mark.parametrize("flags", [["--freeze", "embeddings"], ["--lora", "2"]])
+def test_only_what_is_trained_travels(bert, files, tmp_path, flags):
+    out = tmp_path / "out"
+    federate(out, "--rounds", "1", *clients(files, "a", "b"),
+             flags=["--query_encoder", bert, *flags])
+    sent = weights(out)
+    kind = "lora_" if "--lora" in flags else "layer"
+    assert sent and all(kind in name for name in sent)
+    before, after = load_file(os.path.join(bert, "model.safetensors")), load_file(
+        out / "model.safetensors")
+    is_frozen = {name: torch.equal(before[name], after[name]) for name in after}
+    assert is_frozen["embeddings.word_embeddings.weight"]
+    assert not is_frozen["encoder.layer.0.attention.self.query.weight"]
+    size = sum(4 * tensor.numel() for tensor in sent.values())
+    assert size < rows(out)[1]["bytes_down"] / 2 < 1.5 * size + 200 * len(sent)
+
+
+def test_the_best_model_opens_everywhere(bert, tiny, files, tmp_path):
+    federate(tmp_path / "retriever", "--rounds", "2", *clients(files, "a", "b"),
+             flags=["--query_encoder", bert, *measured(files)])
+    found, _ = run("retrieve.py", "--query_encoder", tmp_path / "retriever", "--corpus",
+                   files / "corpus.json", "--eval_data", files / "both.json", "--metrics", "recall",
+                   "--cutoffs", "1", "5", "--index", tmp_path / "index")
+    best = max(rows(tmp_path / "retriever"), key=lambda row: row["recall@5"])["recall@5"]
+    assert f"{best:.4f}" in found or f"{100 * best:.2f}" in found
+    federate(tmp_path / "reader", "--rounds", "1", *clients(files, "reader-a", "reader-b"),
+             mode="generator", flags=["--t5_name", tiny, "--eval_file", files / "reader.json"])
+    run("test.py", tmp_path / "reader", files / "reader.json")
+    info = json.loads((tmp_path / "reader" / "args.json").read_text())
+    assert info["num_contexts"] == 2 and info["dev_em"] is not None
+
+
+def test_pack_and_unpack():
+    tensors = {"w": torch.randn(3, 4), "b": torch.tensor(2.5), "empty": torch.zeros(0, 2)}
+    for name, tensor in unpack(pack(tensors)).items():
+        assert torch.equal(tensor, tensors[name])
+    for name, tensor in unpack(pack(tensors, "bf16")).items():
+        assert torch.equal(tensor, tensors[name].bfloat16().float())
+    with pytest.raises(InputError, match="w is \\(3, 4\\) at a, \\(2, 2\\) at b"):
+        check_same(tensors, tensors | {"w": torch.zeros(2, 2)}, "a", "b")
+    with pytest.raises(InputError, match="extra is missing at a"):
+        check_same(tensors, tensors | {"extra": torch.zeros(1)}, "a", "b")
+    broken = ArrayRecord({"w": Array(BF16, (3, 4), BF16, b"123")})
+    with pytest.raises(InputError, match="w came as an array that cannot be read"):
+        unpack(broken)
+
+
+def test_what_a_record_holds_is_not_told_to_the_server(bert, files, tmp_path):
+    """A client's error may quote its records: the server learns that there is one, and no more."""
+    import federate as script
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"query": "Mrs Smith of ward 7", "pos": "one text"}\n')
+    flags = ["out", "--mode", "retriever", "--", *RETRIEVER, "--query_encoder", bert]
+    grid = LocalGrid(script.client_app, [{"name": "clinic", "data": str(secret)}],
+                     {"flags": " ".join(flags)})
+    message = Message(RecordDict({"arrays": pack({"w": torch.zeros(1)}), "config": ConfigRecord(
+        {"mode": "retriever", "round": 1, "rounds": 1, "frozen": ""})}), dst_node_id=1,
+        message_type="train")
+    [reply] = grid.send_and_receive([message])
+    assert reply.error.reason == "clinic: cannot train on its records; its own output says why"
+
+
+# ---------------------------------------------------------------- faults
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2, 3))
+
+
+class StubRun:
+    """As much of a Run as the server's rounds look at."""
+    def __init__(self):
+        self.unwrapped, self.progress = Model(), Progress()
+        self.world = World(0, 0, 1, torch.device("cpu"))
+        self.args = argparse.Namespace(seed=1)
+
+
+class StubTask:
+    mode = "retriever"
+
+
+def reply_with(weight, **more):
+    """A client's function: its answer has this weight."""
+    def act(message):
+        metrics = {"num-examples": 2, "train_loss": 0.5, "uniform": 1} | more.get("metrics", {})
+        arrays = more.get("arrays") or {"weight": Array(np.asarray(weight, dtype=np.float32))}
+        name = f"client{message.metadata.dst_node_id}"
+        return Message(RecordDict({"arrays": ArrayRecord(arrays), "metrics": MetricRecord(metrics),
+                                   "config": ConfigRecord({"name": name})}), reply_to=message)
+    return act
+
+
+def make_server(actions, *own):
+    """A Server whose clients do what these functions say."""
+    import federate as script
+    args = script.parse_args(["out", "--mode", "retriever", "--simulate", str(len(actions)),
+                              "--data", "x", *own, "--"])
+    script.check_args(args)
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        return actions[message.metadata.dst_node_id - 1](message)
+    grid = LocalGrid(app, [{} for _ in actions], {})
+    strategy, noise = make_strategy(args)
+    return Server(args, StubTask(), StubRun(), strategy, grid, True, noise)
+
+
+def one_round(server, number=1):
+    _, replies, left_out = ask_clients(server, f"round {number}",
+                                       lambda: make_messages(server, number, 3), check_answer)
+    aggregate(server, number, replies)
+    return server.run.unwrapped.weight.detach(), left_out
+
+
+ONES = np.ones((2, 3))
+HALF_NAN = np.where(np.eye(2, 3) == 1, np.nan, 1)
+
+
+@pytest.mark.parametrize("bad,reason", [
+    (reply_with(HALF_NAN), "client2: weight is not finite there"),
+    (reply_with(np.ones((3, 2))),
+     r"client2: weight is \(3, 2\) at client2, \(2, 3\) at the server"),
+    (reply_with(0, arrays={"other": Array(ONES)}), "client2: weight is missing at client2"),
+    (reply_with(0, arrays={"weight": Array("float32", (2, 3), "numpy.ndarray", b"short")}),
+     "client2: weight came as an array that cannot be read"),
+    (reply_with(ONES, metrics={"train_loss": float("nan")}), "client2: its metrics are not finite"),
+    (reply_with(ONES, metrics={"num-examples": 0}), "client2: it has trained on no example"),
+    (lambda message: Message(RecordDict({}), reply_to=message), "node 2: its answer lacks parts"),
+])
+def test_a_bad_answer_is_left_out_and_named(bad, reason, capsys):
+    server = make_server([reply_with(ONES), bad, reply_with(3 * ONES)])
+    weight, left_out = one_round(server)
+    assert torch.equal(weight, torch.full((2, 3), 2.0))
+    assert len(left_out) == 1
+    assert re.match(reason, left_out[0]), left_out
+    assert "round 1: left out " in capsys.readouterr().out
+
+
+def test_double_arrays_are_averaged_as_float32():
+    server = make_server([reply_with(0, arrays={"weight": Array(np.ones((2, 3)))})] * 2)
+    weight, _ = one_round(server)
+    assert torch.equal(weight, torch.ones(2, 3))
+
+
+def test_a_round_is_tried_again_and_then_ends_with_one_line(capsys):
+    calls = []
+
+    def fails_once(message):
+        calls.append(1)
+        return reply_with(HALF_NAN if len(calls) == 1 else ONES)(message)
+    server = make_server([reply_with(ONES), fails_once], "--min_clients", "2")
+    weight, left_out = one_round(server)
+    assert torch.equal(weight, torch.ones(2, 3)) and left_out == []
+    assert "attempt 1 of 2" in capsys.readouterr().out
+    server = make_server([reply_with(ONES), reply_with(HALF_NAN)], "--min_clients", "2")
+    with pytest.raises(InputError, match="round 1 had 1 of the 2 clients that it needs, in 2 "
+                                         "attempts: client2: weight is not finite"):
+        one_round(server)
+
+
+def test_a_client_without_an_answer_is_named():
+    server = make_server([reply_with(ONES)] * 3)
+    deliver = server.grid.send_and_receive
+    server.grid.send_and_receive = lambda messages, timeout: [
+        reply for reply in deliver(messages) if reply.metadata.src_node_id != 2]
+    _, left_out = one_round(server)
+    assert left_out == ["node 2: no answer in 3600 s"]
+
+
+def test_a_client_that_is_gone_is_not_waited_for_again():
+    server = make_server([reply_with(ONES)] * 3, "--min_clients", "2")
+    one_round(server)
+    server.grid.contexts.pop(3)
+    _, left_out = one_round(server, 2)
+    assert left_out == []
+
+
+def test_two_clients_of_one_name_both_count():
+    def unnamed(message):
+        reply = reply_with(ONES)(message)
+        reply.content["config"]["name"] = "clinic"
+        return reply
+    server = make_server([unnamed, unnamed])
+    _, replies, _ = ask_clients(server, "round 1", lambda: make_messages(server, 1, 3),
+                                check_answer)
+    names = sorted(server.name_sender(reply) for reply in replies)
+    assert names[0] == "clinic" and names[1] in ("node 1", "node 2")
+
+
+def test_clients_that_never_come(capsys):
+    server = make_server([reply_with(ONES)] * 2, "--patience", "0.1")
+    server.grid.contexts.pop(2)
+    with pytest.raises(InputError, match="2 clients are asked for and 1 are there after 0.1 s"):
+        one_round(server)
+    assert "waiting for 2 clients, 1 are there" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- strategies
+
+PARAMETERS = {"FedProx": ["proximal_mu=0.1"], "QFedAvg": ["client_learning_rate=0.1"],
+              "FedAvgM": ["server_momentum=0.9"], "FedAdam": ["eta=0.01", "tau=1e-3"]}
+
+
+@pytest.mark.parametrize("name", list_strategies(False))
+def test_every_strategy_makes_a_model(name):
+    values = [np.full((2, 3), 1 + index / 10) for index in range(8)]
+    server = make_server([reply_with(value) for value in values], "--strategy", name,
+                         *PARAMETERS.get(name, []))
+    for number in (1, 2):
+        weight, left_out = one_round(server, number)
+        assert weight.dtype == torch.float32 and torch.isfinite(weight).all() and not left_out
+    assert weight.abs().sum() > 0
+
+
+def test_a_robust_strategy_ignores_an_attacker():
+    values = [ONES, 1.1 * ONES, 0.9 * ONES, 1e6 * ONES]
+    for name, *parameters in (["FedMedian"], ["Krum", "num_malicious_nodes=1"],
+                              ["FedTrimmedAvg", "beta=0.3"]):
+        server = make_server([reply_with(value) for value in values], "--strategy", name,
+                             *parameters)
+        weight, _ = one_round(server)
+        assert 0.8 < weight.min() and weight.max() < 1.2, name
+
+
+@pytest.mark.parametrize("name,norm", [
+    ("DifferentialPrivacyServerSideFixedClipping", "clipping_norm"),
+    ("DifferentialPrivacyServerSideAdaptiveClipping", "initial_clipping_norm")])
+def test_privacy_clips_and_weighs_all_clients_alike(name, norm):
+    actions = [reply_with(100 * ONES, metrics={"num-examples": 90}), reply_with(0.01 * ONES)]
+    server = make_server(actions, "--privacy", name, "noise_multiplier=0", f"{norm}=0.5")
+    weight, _ = one_round(server)
+    assert weight.norm() == pytest.approx((0.5 + 0.01 * 6 ** 0.5) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("name,norm", [
+    ("DifferentialPrivacyClientSideFixedClipping", "clipping_norm"),
+    ("DifferentialPrivacyClientSideAdaptiveClipping", "initial_clipping_norm")])
+def test_privacy_adds_noise_for_as_many_clients_as_answered(name, norm):
+    more = {"metrics": {KEY_NORM_BIT: 0}}
+    actions = [reply_with(ONES, **more), reply_with(ONES, **more), reply_with(HALF_NAN, **more)]
+    server = make_server(actions, "--min_clients", "2", "--privacy", name, "noise_multiplier=2",
+                         f"{norm}=0.5", *([] if "Fixed" in name else ["clipped_count_stddev=2"]))
+    fixed = "Fixed" in name
+    draws = [one_round(server, number)[0].clone() for number in range(1, 101 if fixed else 2)]
+    deviation = torch.stack(draws).std().item()
+    if fixed:
+        assert deviation == pytest.approx(2 * 0.5 / 2, rel=0.1)
+    assert 0 < deviation < 5
+
+
+def test_privacy_leaves_out_a_client_that_changed_nothing():
+    """Flower would divide by the norm of its update."""
+    server = make_server([reply_with(ONES), reply_with(0 * ONES)], "--privacy",
+                         "DifferentialPrivacyServerSideFixedClipping", "noise_multiplier=0",
+                         "clipping_norm=1")
+    _, left_out = one_round(server)
+    assert left_out == ["client2: it sent the global weights back, which cannot be clipped"]
+
+
+def test_epsilon_of_gaussian_releases():
+    """At the best order alpha of rounds * alpha / (2 z^2) + log(1 / delta) / (alpha - 1)."""
+    orders = np.linspace(1.001, 200, 2_000_000)
+    for noise, rounds in ((1, 1), (4, 30), (0.5, 10)):
+        by_search = (rounds * orders / (2 * noise ** 2) + np.log(1e5) / (orders - 1)).min()
+        assert epsilon(noise, rounds) == pytest.approx(by_search, rel=1e-4)
+    assert epsilon(0, 1) == float("inf")
+
+
+# ---------------------------------------------------------------- splits
+
+def test_splits(files, tmp_path):
+    given = [json.loads(line) for line in open(files / "both.json")]
+    for kind in ("iid", "topic", "dirichlet"):
+        paths = split_file(str(files / "both.json"), kind, 3, str(tmp_path / kind), "topic", 1.0, 4)
+        again = split_file(str(files / "both.json"), kind, 3, str(tmp_path / "again"), "topic", 1.0,
+                           4)
+        parts = [[json.loads(line) for line in open(path)] for path in paths]
+        assert [open(path).read() for path in paths] == [open(path).read() for path in again]
+        assert sorted(row["query"] for part in parts for row in part) == sorted(
+            row["query"] for row in given)
+        topics = [{row["topic"] for row in part} for part in parts]
+        if kind == "topic":
+            assert sum(len(own) for own in topics) == 3
+        if kind == "iid":
+            assert sorted(map(len, parts)) == [4, 4, 5]
+    with pytest.raises(InputError, match="client 4 of 4 gets no record by --split topic"):
+        split_file(str(files / "both.json"), "topic", 4, str(tmp_path / "x"), "topic", 1.0, 4)
+    with pytest.raises(InputError, match="both.json:1: its 'subject'.* is None; name the field"):
+        split_file(str(files / "both.json"), "topic", 2, str(tmp_path / "x"), "subject", 1.0, 4)
+
+
+# ---------------------------------------------------------------- resuming
+
+def test_a_killed_server_goes_on_to_the_same_bits(bert, files, tmp_path):
+    """FedAdam's moments, the adapted clipping norm, the noise and the sampling are all resumed."""
+    own = ["--rounds", "5", "--simulate", "3", "--data", files / "both.json", "--strategy",
+           "FedAdam", "eta=0.01", "fraction_train=0.7", "--privacy",
+           "DifferentialPrivacyServerSideAdaptiveClipping", "noise_multiplier=1.5",
+           "clipped_count_stddev=2"]
+    flags = ["--query_encoder", bert, *measured(files), "--best_metric", "recall@5"]
+    federate(tmp_path / "whole", *own, flags=flags)
+    script = command("federate.py", tmp_path / "killed", "--mode", "retriever", *own, "--resume",
+                     "--", *RETRIEVER, *flags)
+    process = subprocess.Popen(script, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 200
+    while time.time() < deadline and process.poll() is None:
+        if os.path.exists(tmp_path / "killed.jsonl") and len(rows(tmp_path / "killed")) > 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stdout, _ = federate(tmp_path / "killed", *own, "--resume", flags=flags)
+    assert "resuming after round" in stdout
+    whole, killed = state(tmp_path / "whole"), state(tmp_path / "killed")
+    assert all(torch.equal(whole["weights"][name], killed["weights"][name])
+               for name in whole["weights"])
+    timings = {"eval_seconds", "round_seconds", "clients"}
+
+    def plain(row):
+        return {key: value for key, value in row.items() if key not in timings}
+    assert list(map(plain, rows(tmp_path / "whole"))) == list(map(plain, rows(tmp_path / "killed")))
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
+        tmp_path / "killed" / "model.safetensors").read_bytes()
+    _, stderr = federate(tmp_path / "killed", *own, "--resume", "--local_epochs", "3", flags=flags,
+                         code=1)
+    assert "is of a run with --local_epochs 1 (now 3)" in stderr
+
+
+# ---------------------------------------------------------------- bad flags and files
+
+@pytest.mark.parametrize("own,message", [
+    (["--strategy", "FedSum"], "--strategy FedSum: unknown, choose of Bulyan, "),
+    (["--strategy", "FedAdam", "eta_x=1"], "FedAdam has no parameter eta_x; it has "),
+    (["--strategy", "FedAdam", "eta=fast"], "--strategy FedAdam eta=fast: is no number"),
+    (["--strategy", "FedAdam", "eta=nan"], "is not finite"),
+    (["--strategy", "QFedAvg"], "needs client_learning_rate"),
+    (["--privacy", "DifferentialPrivacyServerSideFixedClipping", "noise_multiplier=1"],
+     "needs clipping_norm"),
+    (["--privacy", "DifferentialPrivacyServerSideFixedClipping", "noise_multiplier=1",
+      "clipping_norm=-1"], "The clipping norm should be a positive value"),
+    (["--privacy", "DifferentialPrivacyServerSideFixedClipping", "noise_multiplier=1",
+      "clipping_norm=1", "--transport", "bf16"], "leave out --transport bf16"),
+    (["--num_clients", "3"], "--num_clients 3: there are 2 clients"),
+    (["--min_clients", "3"], "--min_clients 3 is more than the 2 clients"),
+    (["--rounds", "0"], "--rounds must be 1 or more"),
+    (["--client", "just words"], "must be KEY=VALUE"),
+    (["--client", "data=x.json colour=red"], "a client has no setting 'colour'; it has name, data"),
+    (["--client", "name=b"], "two clients are named b"),
+    (["--client", "name=c"], "c: has no data"),
+    (["--client", "name=c data=missing.json"], "missing.json: no such file"),
+    (["--client", "name=c data=empty.json"], "empty.json: the file is empty"),
+    (["--client", "name=c data=a.json processes=none"], "processes must be 1 or more"),
+    (["--simulate", "2"], "leave out one of the two"),
+])
+def test_bad_settings_are_one_line(bert, files, tmp_path, own, message):
+    (tmp_path / "empty.json").write_text("")
+    _, stderr = federate(tmp_path / "out", *clients(files, "a", "b"), *own, code=1, cwd=tmp_path,
+                         flags=["--query_encoder", bert])
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and message in stderr, stderr
+    assert not os.path.exists(tmp_path / "out.jsonl")
+
+
+def test_a_client_with_another_model_is_named(bert, files, tmp_path):
+    other = make_bert(tmp_path / "other", hidden_size=16)
+    stdout, _ = federate(
+        tmp_path / "out", "--rounds", "1", *clients(files, "a"), "--client",
+        f"name=odd data={files}/b.json flags='--query_encoder {other}'",
+        flags=["--query_encoder", bert])
+    assert "left out odd: query_encoder.model.embeddings" in stdout
+    assert re.search(r"is \(\d+, 32\) at the server, \(\d+, 16\) at this client; all must", stdout)
+    assert list(rows(tmp_path / "out")[1]["clients"]) == ["a"]
+
+
+def test_what_is_missing_is_said(files, tmp_path):
+    _, stderr = run("federate.py", tmp_path / "out", "--mode", "retriever", code=1)
+    assert "give --simulate K --data FILE, or a --client for each" in stderr
+    _, stderr = run("federate.py", tmp_path / "out", "--mode", "retriever", "--simulate", "2",
+                    "--data", files / "a.json", code=1)
+    assert "--mode retriever wants the training script's flags behind its own: -- FLAGS" in stderr
+    _, stderr = federate(tmp_path / "out", "--simulate", "2", "--data", files / "a.json",
+                         flags=["--no_such_flag"], code=1)
+    assert "train_dense.py does not take these flags" in stderr
+
+
+def test_clients_search_their_own_corpora(tiny, files, tmp_path):
+    """With a frozen retriever each client reads what it finds in documents of its own."""
+    own = []
+    for name in ("a", "b"):
+        documents = [{"id": f"{name}{i}", "text": f"{name} {WORDS[i]} {WORDS[i + 1]}"}
+                     for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, documents)))
+        own += ["--client", f"name={name} data={files}/reader-{name}.json "
+                f"corpus={tmp_path}/{name}.jsonl"]
+    federate(tmp_path / "out", "--rounds", "1", *own, mode="generator",
+             flags=["--t5_name", tiny, "--retriever", "bm25", "--num_retrieved", "1", "--corpus",
+                    tmp_path / "a.jsonl", "--eval_file", files / "reader.json"])
+    for name in ("a", "b"):
+        found = open(tmp_path / "out.clients" / f"{name}.retrieved" / "train.jsonl").read()
+        ids = {context["id"][0] for line in found.splitlines()
+               for context in json.loads(line)["ctxs"]}
+        assert ids == {name}
+
+
+# ---------------------------------------------------------------- alternation
+
+def test_alternation(bert, tiny, files, tmp_path):
+    own = ["--mode", "alternate", "--turns", "2", "--rounds", "1", "--retrieve_flags", "--hits 2",
+           *clients(files, "reader-a", "reader-b"), "--", *RETRIEVER, "--query_encoder", bert,
+           "--corpus", files / "corpus.json", "--loss", "fid-kd", "--", *READER, "--t5_name", tiny,
+           "--eval_file", files / "reader-a.json"]
+    stdout, _ = run("federate.py", tmp_path / "out", *own)
+    assert [line for line in stdout.splitlines() if line.startswith("turn")] == [
+        "turn 1/2: finding contexts", "turn 1/2: scoring contexts", "turn 2/2: finding contexts",
+        "turn 2/2: scoring contexts"]
+    run("test.py", tmp_path / "out.generator", files / "reader-a.json")
+    for mode in ("retriever", "generator"):
+        assert [row["round"] for row in rows(f"{tmp_path}/out.{mode}")] == [0, 1, 2]
+    scored = [json.loads(line) for line in open(
+        tmp_path / "out.clients" / "reader-b" / "scored.jsonl")]
+    assert len(scored) == 8 and all("retrieval_score" in passage for record in scored
+                                    for passage in record["ctxs"])
+    stdout, _ = run("federate.py", tmp_path / "out", "--resume", *own)
+    assert "done in" in stdout
