@@ -49,6 +49,7 @@ from federated.transport import CLIENT_FAILED, OpenError
 from utils import (
     HelpFormatter,
     InputError,
+    call_main,
     check_at_least,
     check_positive,
     first_line,
@@ -56,6 +57,7 @@ from utils import (
     start_processes,
 )
 
+BAD_FLAGS = 2  # the exit code of argparse
 UNTOLD = "cannot train on its records; its own output says why"  # what they hold stays there
 
 
@@ -68,7 +70,7 @@ def parse_args(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     own, *script_flags = split_list(arguments, "--")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
+        prog="federate.py", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
         usage="%(prog)s OUT [flags] -- FLAGS OF train_dense.py OR train_epoch.py")
     add = parser.add_argument
     add("model", metavar="OUT", help="folder to write the best global model to")
@@ -240,8 +242,13 @@ server_app = ServerApp()
 
 @server_app.main()
 def serve(grid, context):
-    """Flower's entry to the server of a deployed run."""
-    def start(args):
+    """Flower's entry to the server of a deployed run. Raises RuntimeError if the run fails.
+
+    Flower calls a run failed whose server raises. One that exits is taken for killed: Flower waits
+    for it for a minute, and none of its lines are shown.
+    """
+    def start(_):
+        args = read_run_config(context)
         check_args(args)
         if args.simulate or args.client:
             raise InputError("a deployed run has Flower's clients; leave out --simulate and "
@@ -249,7 +256,15 @@ def serve(grid, context):
         silence_libraries(args)
         federate(args, grid)
 
-    run_script(start, read_run_config(context))
+    try:
+        code = call_main(start, None)
+    except SystemExit as end:
+        if end.code != BAD_FLAGS:
+            raise  # Flower's own, which stops the run
+        code = end.code
+    if code:
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the error is told, in one line
+        raise RuntimeError(f"exit code {code}; the line with 'error:' says why")
 
 
 def federate(args, grid=None):

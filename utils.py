@@ -186,13 +186,24 @@ def wait_for_all(world):
 
 
 def run_script(main, args):
-    """Calls main(args); bad input and lost processes become one line on stderr and exit code 1."""
+    """Calls main(args), as call_main does, and ends this process with its exit code."""
+    code = call_main(main, args)
+    if dist.is_initialized() and code:
+        os._exit(code)  # a process group whose peers are gone would hold up a normal end
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+def call_main(main, args):
+    """Calls main(args) and returns the exit code: 0, or 1 after the one line on stderr that bad
+    input and lost processes become.
+    """
     rank = int(os.environ.get("RANK", 0))
     same_command = "the same command" + (" with --resume" if hasattr(args, "resume") else "")
-    code = 1
     try:
         main(args)
-        code = 0
+        return 0
     except InputError as error:
         # a DataLoader's worker sends its traceback too
         message = str(error).split("InputError: ")[-1].strip()
@@ -211,7 +222,7 @@ def run_script(main, args):
                     "whole")
     except KeyboardInterrupt:
         print_error(f"interrupted; {same_command} goes on from what is saved")
-        code = 130
+        return 130
     except RuntimeError as error:
         lost_process = any(word in str(error) for word in ("gloo", "NCCL", "Connection", "peer"))
         if not (dist.is_initialized() and lost_process):
@@ -219,11 +230,7 @@ def run_script(main, args):
         print_error(f"error on process {rank}: another process ended or is out of reach "
                     f"({str(error).splitlines()[0][:120]}); see its message; {same_command} goes "
                     "on from what is saved")
-    if dist.is_initialized() and code:
-        os._exit(code)  # a process group whose peers are gone would hold up a normal end
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    return 1
 
 
 def print_error(message):

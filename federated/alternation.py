@@ -14,7 +14,7 @@ import sys
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from federated.server import ask_clients, run_rounds
-from federated.task import name_party, trained_parameters
+from federated.task import name_party, total_rounds, trained_parameters
 from federated.transport import check_same, load_weights, pack
 from questions import read_records
 from utils import InputError, start_processes
@@ -80,7 +80,7 @@ def alternate(args, tasks, open_server):
 
     open_server: a function of (mode, further arguments) that returns the Server of a model.
     """
-    rounds = args.turns * args.rounds
+    rounds = total_rounds(args)
     retriever = open_server("retriever", [])
     folder = f"{args.model}.server"
     reader = None

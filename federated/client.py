@@ -30,7 +30,7 @@ from federated.alternation import (
     save_model,
     score_contexts,
 )
-from federated.task import Task, name_party, trained_parameters
+from federated.task import Task, name_party, total_rounds, trained_parameters
 from federated.transport import (
     CLIENT_NAME,
     OpenError,
@@ -53,7 +53,7 @@ class Client:
     data: str = ""       # its records
     corpus: str = ""     # its own documents, where they are not the shared flags'
     index: str = ""      # folder of their vectors
-    folder: str = ""     # for what it writes; not given: federated/NAME where it was started
+    folder: str = ""     # for what it writes; not given: clients/NAME where it was started
     flags: str = ""      # further flags of the training script, behind the shared ones
     processes: int = 1   # more than one: its local step runs under torchrun
 
@@ -88,7 +88,7 @@ def read_client(settings):
     if not str(client.processes).isdigit() or int(client.processes) < 1:
         raise InputError(f"{client.name}: processes must be 1 or more, it is {client.processes}")
     client.processes = int(client.processes)
-    client.folder = client.folder or os.path.join("federated", client.name)
+    client.folder = client.folder or os.path.join("clients", client.name)
     if not re.fullmatch(CLIENT_NAME, client.name):
         raise InputError(f"a client is named {shorten(client.name)}; use letters, digits, dots, - "
                          "and _")
@@ -138,7 +138,7 @@ def describe_run(run, task, args):
     plan = task.script.plan_run(run, 0)
     examples = sum(is_real for update in plan for batch in update for _, is_real in batch)
     run.world.log(f"{examples} examples, {len(plan)} updates an epoch")
-    last_update = args.rounds * (args.local_updates or len(plan) * args.local_epochs)
+    last_update = total_rounds(args) * (args.local_updates or len(plan) * args.local_epochs)
     if task.script.count_warmup(run.args, last_update) >= last_update:
         run.world.log(f"warning: the warm-up outlasts the {last_update} updates of all rounds, the "
                       f"learning rate never gets to {run.args.lr:g}; lower --num_warmup_steps")
@@ -285,10 +285,16 @@ def train_with_torchrun(task, args, client, step, received):
                     "weights": received}, os.path.join(folder, "work.pt"))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc_per_node={client.processes}", "-m", "federated.client", folder]
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT},
-                              stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise InputError(last_error(done.stderr))
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ROOT},
+                                   stderr=subprocess.PIPE, text=True)
+        try:
+            _, errors = process.communicate()
+        finally:
+            # if this process is asked to end: torchrun then ends the others, which it could not do
+            # if it were killed
+            process.terminate()
+        if process.returncode:
+            raise InputError(last_error(errors))
         results = torch.load(os.path.join(folder, "results.pt"), weights_only=True)
     finally:
         shutil.rmtree(folder)

@@ -24,16 +24,15 @@ def split_file(path, kind, num_clients, folder, topic_field, alpha, seed):
         topics = group_topics(records, topic_field)
         deal = deal_topics if kind == "topic" else deal_shares
         owners = deal(topics, num_clients, len(records), rng, alpha)
-    os.makedirs(folder, exist_ok=True)
-    paths = []
-    for client in range(num_clients):
-        part = [record for (record, _), owner in zip(records, owners) if owner == client]
-        if not part:
-            raise InputError(f"{path}: client {client + 1} of {num_clients} gets no record by "
-                             f"--split {kind}; take fewer clients, or another split or seed")
-        paths.append(os.path.join(folder, f"client{client + 1}.jsonl"))
-        with new_file(paths[-1]) as file:
-            file.writelines(json.dumps(record) + "\n" for record in part)
+    counts = np.bincount(owners, minlength=num_clients)
+    if not counts.all():
+        raise InputError(f"{path}: client {counts.argmin() + 1} of {num_clients} gets no record by "
+                         f"--split {kind}; take fewer clients, or another split or seed")
+    paths = [os.path.join(folder, f"client{client + 1}.jsonl") for client in range(num_clients)]
+    for client, client_path in enumerate(paths):
+        with new_file(client_path) as file:
+            file.writelines(json.dumps(record) + "\n" for (record, _), owner
+                            in zip(records, owners) if owner == client)
     return paths
 
 

@@ -83,6 +83,11 @@ def trained_parameters(run):
             if parameter.requires_grad}
 
 
+def total_rounds(args):
+    """The rounds of each model, over which its learning rate goes up and down."""
+    return args.rounds * (args.turns if args.mode == "alternate" else 1)
+
+
 def name_party(world, party):
     """The World with a party's name before its lines."""
     return PartyWorld(world.rank, world.local_rank, world.size, world.device, party)

@@ -51,3 +51,13 @@ def test_lm_score_bench(tmp_path):
         for template in ("qa", "question first")}
     assert all(row["keys_per_second"] > 0 for row in rows)
     assert output.count("keys per second") == 12
+
+
+def test_federate_bench(tmp_path):
+    output = run_bench("federate.py", "--models", "tiny", "--rounds", 1, "--no_deployment",
+                       "--json", tmp_path / "rows.json")
+    plain, half = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert 4 * plain["weights"] < plain["mb_down"] * 1e6 < 4.1 * plain["weights"]
+    assert half["mb_up"] * 1e6 == 2 * half["weights"]
+    assert all(row[stage] > 0 for row in (plain, half) for stage in ("pack", "client", "check"))
+    assert "| tiny | bf16 | 1.6 M |" in output

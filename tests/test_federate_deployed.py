@@ -1,0 +1,210 @@
+"""federate.py as Flower deploys it, on loopback: a superlink, a program per client, TLS and keys.
+
+scripts/federate-loopback.sh starts and stops everything. Flower needs a minute to notice a killed
+client, which is most of these tests' time.
+"""
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ENVIRONMENT, ROOT, WORDS, make_bert, run
+
+pytest.importorskip("flwr")
+
+BIN = Path(sys.prefix) / "bin"
+FLAGS = ["--lr", "1e-3", "--warmup_ratio", "0", "--query_max_length", "16", "--key_max_length",
+         "24", "--batch_size", "4", "--group_size", "3", "--metrics", "recall", "--cutoffs", "1",
+         "5"]
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a small BERT, records of the clients a and b and of a dev set, their corpus,
+    and the clients' settings.
+    """
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    make_bert(folder / "bert")
+    documents = [" ".join(rng.choices(WORDS, k=rng.randint(5, 15))) for _ in range(40)]
+    records = [{"query": " ".join(rng.sample(documents[i].split(), 4)), "pos": [documents[i]],
+                "neg": rng.sample(documents[24:], 4), "pos_index": [i], "answers": ["baker"],
+                "task": "qa"} for i in range(24)]
+    parts = {"a": records[:8], "b": records[8:16], "dev": records[16:],
+             "corpus": [{"_id": f"d{i}", "title": "", "text": document}
+                        for i, document in enumerate(documents)]}
+    for name, part in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    for name in "ab":
+        (folder / f"{name}.toml").write_text(f'name = "{name}"\ndata = "{folder}/{name}.jsonl"\n')
+    return folder
+
+
+def task_flags(files):
+    """The flags of train_dense.py that all clients share."""
+    return ["--", "--query_encoder", files / "bert", "--eval_data", files / "dev.jsonl",
+            "--corpus", files / "corpus.jsonl", *FLAGS]
+
+
+def read_rows(path):
+    """The rows of a log so far; none before it is there."""
+    return [json.loads(line) for line in open(path)] if path.exists() else []
+
+
+# ---------------------------------------------------------------- processes
+
+def processes_of(folder):
+    """{id: command line} of the processes whose Flower works in the folder or in one below it."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (path / "environ").read_bytes().decode(errors="replace")
+            home = re.search("^FLWR_HOME=(.*)$", environment.replace("\0", "\n"), re.MULTILINE)
+            if home and Path(home[1]).is_relative_to(folder):
+                found[int(path.name)] = (path / "cmdline").read_bytes().decode()
+        except OSError:  # it has ended, or is another user's
+            continue
+    return {process: line for process, line in found.items() if line}
+
+
+def wait_until(condition, seconds, what):
+    """Returns the first true value of condition(); fails the test if there is none in time."""
+    end = time.time() + seconds
+    while not (value := condition()):
+        assert time.time() < end, f"{what}: not in {seconds} s"
+        time.sleep(0.2)
+    return value
+
+
+@pytest.fixture
+def federation(tmp_path):
+    """A function(clients' files, command line) that starts the script: (process, FOLDER, port).
+
+    Whatever is left of it is killed at the end, also if the test fails.
+    """
+    folder, started = tmp_path / "flower", []
+
+    def start(clients, *flags):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = {"PYTHON": sys.executable, "FOLDER": str(folder), "PORT": str(port),
+                    "PAUSE": "1"}
+        with open(tmp_path / "output", "w") as output:
+            process = subprocess.Popen(
+                [str(ROOT / "scripts" / "federate-loopback.sh"), *map(str, clients), "--",
+                 *map(str, flags)],
+                env=os.environ | ENVIRONMENT | settings, cwd=tmp_path, stdout=output, stderr=output)
+        started.append(process)
+        return process, folder, port
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(60)
+    for process in processes_of(tmp_path):
+        os.kill(process, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- tests
+
+def test_a_killed_client_comes_back_and_the_measures_are_those_of_a_simulation(files, tmp_path,
+                                                                              federation):
+    flags = ["--mode", "retriever", "--rounds", 2, "--min_clients", 2, "--attempts", 9]
+    process, folder, _ = federation([files / "a.toml", files / "b.toml"], tmp_path / "deployed",
+                                    *flags, *task_flags(files))
+    clients = [word for name in "ab"
+               for word in ("--client", f"name={name} data={files}/{name}.jsonl")]
+    run("federate.py", tmp_path / "simulated", *flags, *clients, *task_flags(files))
+
+    # in the middle of the second round
+    rows = tmp_path / "deployed.jsonl"
+    wait_until(lambda: len(read_rows(rows)) == 2, 200, "the first round")
+    wait_until(lambda: any("clientapp" in line for line in processes_of(folder / "b").values()),
+               60, "the client at work")
+    os.kill(int((folder / "b.pid").read_text()), signal.SIGKILL)
+    assert process.wait(300) == 0, (tmp_path / "output").read_text()
+
+    output = (tmp_path / "output").read_text()
+    assert "client b ended with code 137; it is started again" in output
+    assert "round 2: left out b: " in output and "round 2: 1 of 2 clients answered" in output
+    for simulated, deployed in zip(read_rows(tmp_path / "simulated.jsonl"), read_rows(rows)):
+        assert deployed["recall@5"] == simulated["recall@5"]
+        if simulated["round"]:
+            assert deployed["loss"] == pytest.approx(simulated["loss"], rel=1e-4)
+    assert len(read_rows(rows)) == 3 and not processes_of(folder)
+
+
+def test_a_client_without_a_registered_key_is_turned_away_and_nothing_outlives_the_script(
+        files, tmp_path, federation):
+    process, folder, port = federation([files / "a.toml"], tmp_path / "out", "--mode", "retriever",
+                                       *task_flags(files))
+    wait_until(lambda: (folder / "a.key").exists() and processes_of(folder), 100, "the superlink")
+    wait_until(lambda: "registered" in (folder / "superlink.log").read_text(), 100, "client a")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f",
+                    str(tmp_path / "stranger.key")], check=True)
+    keys = {"unknown": ["--auth-supernode-private-key", str(tmp_path / "stranger.key")],
+            "none": []}
+    strangers = {name: start_supernode(port, folder, tmp_path / name, *flags)
+                 for name, flags in keys.items()}
+    reasons = {"unknown": "Failed to activate SuperNode",
+               "none": "SuperNode authentication is enabled. All SuperNodes must be registered"}
+    for name, stranger in strangers.items():
+        assert stranger.wait(100) == 1
+        assert reasons[name] in (tmp_path / f"{name}.log").read_text()
+
+    # the server still waits for a second client
+    wait_until(lambda: "waiting for 2 clients, 1 are there" in (tmp_path / "output").read_text(),
+               100, "the server")
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not processes_of(folder)
+    wait_until(lambda: not processes_of(tmp_path), 30, "the end of what the strangers started")
+
+
+def test_a_run_that_fails_is_told_and_fails_the_script(files, tmp_path, federation):
+    process, folder, _ = federation([files / "a.toml"], tmp_path / "out", "--mode", "retriever",
+                                    "--num_clients", "1", "--strategy", "FedBest",
+                                    *task_flags(files))
+    assert process.wait(150) == 1
+    output = (tmp_path / "output").read_text()
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and "FedBest" in errors[0], output  # the server's, and the script's
+    assert errors[1].startswith("error: the run ended as finished:failed: ServerApp failed")
+    assert "Traceback" not in output and not processes_of(folder)
+
+
+def start_supernode(port, folder, home, *flags):
+    """A flower-supernode that writes HOME.log; FOLDER holds the superlink's certificate."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        own = free.getsockname()[1]
+    environment = os.environ | QUIET | {"FLWR_HOME": str(home),
+                                        "PATH": f"{BIN}:{os.environ['PATH']}"}
+    with open(f"{home}.log", "w") as log:
+        return subprocess.Popen(
+            [str(BIN / "flower-supernode"), "--superlink", f"127.0.0.1:{port}",
+             "--root-certificates", str(folder / "ca.crt"), "--port", str(own), *flags],
+            env=environment, stdout=log, stderr=log)
+
+
+def test_a_superlink_that_is_not_there_is_told_in_one_line(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "config.toml").write_text(
+        f'[superlink.federation]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    done = subprocess.run([str(BIN / "flwr"), "run", str(ROOT), "federation", "--stream"],
+                          env=os.environ | QUIET | {"FLWR_HOME": str(tmp_path)},
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    told = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stderr).split())  # Flower draws a box around it
+    assert "Connection to the SuperLink is unavailable. Please check your network" in told
+    assert "Traceback" not in done.stderr
