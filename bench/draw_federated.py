@@ -97,7 +97,8 @@ def draw(curves_of_models, path):
         axis.set_xticks(curves["federated"][0])
         axis.grid(alpha=0.3)
         axis.margins(x=0.06)
-    axes[1].legend(loc="lower right", frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False, fontsize=9)
     with new_file(path, "wb") as file:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
