@@ -2,6 +2,7 @@
 # make demo-dense  trains a retriever on it and compares its searches with BM25's
 # make demo-loop   teaches a retriever in every way, and compares them and the readers they feed;
 #                  SEEDS="1 2 3" make demo-loop shows the spread of three seeds
+# make demo-federated  four clients train a retriever and a reader together, and each one alone
 # make lint        checks the code with ruff (settings: pyproject.toml)
 # make test        runs all tests
 PYTHON ?= python3
@@ -14,7 +15,7 @@ RECALL = --metrics recall --cutoffs
 READER = --t5_name toy/t5-tiny --num_contexts 10 --max_length 100 --batch_size 8 --batch_size_val 64 \
 	--epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0 --overwrite
 
-.PHONY: demo demo-dense demo-loop lint test clean
+.PHONY: demo demo-dense demo-loop demo-federated lint test clean
 
 demo: .venv/ready
 	$(BIN)/python toy/world.py --out toy/data
@@ -40,6 +41,9 @@ demo-dense: .venv/ready
 demo-loop: .venv/ready
 	OUT=out/loop PYTHON=$(BIN)/python scripts/demo-loop.sh
 
+demo-federated: .venv/ready-federated
+	OUT=out/federated PYTHON=$(BIN)/python scripts/demo-federated.sh
+
 lint: .venv/ready-dev
 	$(BIN)/ruff check
 
@@ -53,6 +57,10 @@ test: .venv/ready-dev
 
 .venv/ready-dev: requirements-dev.txt .venv/ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/ready-federated: requirements-federated.txt .venv/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-federated.txt
 	touch $@
 
 clean:

@@ -60,7 +60,8 @@ first_difference() {  # THEN NOW, descriptions: what differs first, a flag with 
 forget_run() {  # COMMAND...: removes the state of an earlier training: --resume would go on with it
     local word before=
     for word in "$@"; do
-        if [ "$before" = --output_dir ] || [[ $before == *train_epoch.py ]]; then
+        if [ "$before" = --output_dir ] || [[ $before == *train_epoch.py ]] \
+            || [[ $before == *federate.py ]]; then
             rm -f "$word.state"
         fi
         before=$word

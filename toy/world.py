@@ -127,6 +127,7 @@ TOWN = {
 }
 SHARED_QUESTIONS = ("Which hobby do {n} and {m} share?", "What pastime is common to {n} and {m}?",
                     "Which hobby did both {n} and {m} have?")
+SHARED_TOPIC = "shared hobby"
 # every passage carries one: words of the questions, about another person {o}
 ASIDES = ("a letter to {o} names the town, the river and the profession",
           "{o} asked where the pet was born",
@@ -282,15 +283,19 @@ class OverlapRanker:
 
 
 def make_records(rng, split, entities, ranker, count, top_k=20, shared=0.15):
-    """`count` question records of one split; a share of `shared` of them needs two passages."""
-    questions = []  # (question, answers, [(name, relation) that a gold passage states])
+    """`count` question records of one split; a share of `shared` of them needs two passages.
+
+    A record's topic is the relation that it asks for, by which federate.py --split topic deals it.
+    """
+    questions = []  # (topic, question, answers, [(name, relation) that a gold passage states])
     facts = [(entity, relation) for entity in entities for relation in entity["facts"]]
     for entity, relation in rng.sample(facts, round(count * (1 - shared))):
         question, answers = write_question(rng, entity, relation)
-        questions.append((question, answers, [(entity["name"], relation)]))
+        questions.append((relation, question, answers, [(entity["name"], relation)]))
     while len(questions) < count:
         question, answers, pair = write_shared_question(rng, entities)
-        questions.append((question, answers, [(person["name"], "hobby") for person in pair]))
+        needed = [(person["name"], "hobby") for person in pair]
+        questions.append((SHARED_TOPIC, question, answers, needed))
     rng.shuffle(questions)
 
     stated_in = {}  # {(name, relation): id of the one passage that states it}
@@ -298,13 +303,13 @@ def make_records(rng, split, entities, ranker, count, top_k=20, shared=0.15):
         for relation in passage["relations"]:
             stated_in[passage["title"], relation] = passage["id"]
     records = []
-    for index, (question, answers, needed) in enumerate(questions):
+    for index, (topic, question, answers, needed) in enumerate(questions):
         gold = {stated_in[fact] for fact in needed}
         contexts = ranker.rank(rng, question, top_k)
         for context in contexts:
             context["has_answer"] = context["id"] in gold
-        records.append({"id": f"{split}-{index}", "question": question, "answers": answers,
-                        "gold": sorted(gold), "ctxs": contexts})
+        records.append({"id": f"{split}-{index}", "topic": topic, "question": question,
+                        "answers": answers, "gold": sorted(gold), "ctxs": contexts})
     return records
 
 
@@ -395,7 +400,7 @@ def write_questions(out, split, records, passages):
     """
     plain, with_gold, labelled = [], [], []
     for record in records:
-        question = {name: record[name] for name in ("id", "question", "answers")}
+        question = {name: record[name] for name in ("id", "topic", "question", "answers")}
         indices = [int(identifier) - 1 for identifier in record["gold"]]
         contexts = [{name: passages[index][name] for name in ("id", "title", "text")}
                     for index in indices]

@@ -1,0 +1,121 @@
+r"""Draws make demo-federated: recall@5 and exact match on the dev questions by round, of the
+federation, of each client alone and of one training on all records.
+
+    make demo-federated
+    python bench/draw_federated.py docs/federated.svg out/federated/1
+
+The folder is that of a seed, and its files the logs of federate.py and the training scripts. A
+training outside of the federation is drawn at the round that has seen the same share of examples.
+Needs matplotlib.
+"""
+import argparse
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from files import check_paths, new_file, read_json
+from utils import HelpFormatter, InputError, run_script
+
+# {model: (the measure in its logs, what makes per cent of it, the panel's title)}
+PANELS = {"retriever": ("recall@5", 100, "retriever: recall@5, %"),
+          "reader": ("dev_em", 1, "reader: exact match, %")}
+FEDERATED, CENTRAL, ALONE = "#1f5fa8", "#4b7d2a", "#c4501b"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("picture", help="file to write, .svg")
+    parser.add_argument("folder", help="what make demo-federated made of a seed: out/federated/1")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- reading
+
+def read_curve(path, counter, measure, scale):
+    """([round or update], [per cent]) of the rows of a log that have the measure.
+
+    Raises InputError.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; make demo-federated writes it")
+    steps, values = [], []
+    for row, location in read_json(path):
+        if not isinstance(row, dict) or measure not in row:
+            continue
+        try:
+            steps.append(int(row[counter]))
+            values.append(scale * float(row[measure]))
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{location}: has no {counter}, or a {measure} that is no number; "
+                             "run make demo-federated") from None
+    if not steps:
+        raise InputError(f"{path}: no row has {measure}; run make demo-federated")
+    return steps, values
+
+
+def read_curves(folder, model):
+    """{name: ([round], [per cent])} of the federation, "central" and the clients."""
+    measure, scale, _ = PANELS[model]
+    path = os.path.join(folder, model)
+    rounds, values = read_curve(f"{path}.jsonl", "round", measure, scale)
+    curves = {"federated": (rounds, values)}
+    for name in ("central", *list_clients(path)):
+        updates, measured = read_curve(f"{path}-{name}.jsonl", "update", measure, scale)
+        # all begin with the same weights
+        shares = [rounds[-1] * update / updates[-1] for update in updates]
+        curves[name] = ([rounds[0], *shares], [values[0], *measured])
+    return curves
+
+
+def list_clients(path):
+    """client1, client2, ...: those that have a log beside the federation's."""
+    names = []
+    while os.path.isfile(f"{path}-client{len(names) + 1}.jsonl"):
+        names.append(f"client{len(names) + 1}")
+    return names
+
+
+# ---------------------------------------------------------------- drawing
+
+def draw(curves_of_models, path):
+    """Writes the picture of {model: {name: ([round], [per cent])}}, legible on dark pages too."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "federated"  # the same file for the same logs
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(7.6, 3.2), layout="constrained",
+                                facecolor="white")
+    for axis, (model, curves) in zip(axes, curves_of_models.items()):
+        for name, (rounds, values) in curves.items():
+            color, marker, width, label = style(name)
+            axis.plot(rounds, values, color=color, marker=marker, markersize=4, linewidth=width,
+                      label=label)
+        axis.set(title=PANELS[model][2], xlabel="round")
+        axis.title.set_fontsize(10)
+        axis.set_xticks(curves["federated"][0])
+        axis.grid(alpha=0.3)
+        axis.margins(x=0.06)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False, fontsize=9)
+    with new_file(path, "wb") as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def style(name):
+    """(color, marker, width of the line, label) of a curve; one label stands for all clients."""
+    if name == "federated":
+        return FEDERATED, "o", 2, "federated"
+    if name == "central":
+        return CENTRAL, "s", 1.2, "all records at one place"
+    return ALONE, ".", 0.8, "a client alone" if name == "client1" else None
+
+
+def main(args):
+    check_paths([args.picture], [])
+    draw({model: read_curves(args.folder, model) for model in PANELS}, args.picture)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
