@@ -158,8 +158,11 @@ list_descendants() {  # PROCESS: all that it started, parents first
 
 stop_all() {
     trap - EXIT INT TERM HUP
-    local processes i
+    local processes process i
     processes=$(list_descendants $$)
+    for process in $processes; do  # a client's worker, which is no descendant, names its supernode
+        processes+=" $(pgrep -f "federated\.worker .* $process\$" || true)"
+    done
     kill $processes 2> /dev/null || true
     for ((i = 0; i < 100; i++)); do
         kill -0 $processes 2> /dev/null || return 0  # none of them is left
