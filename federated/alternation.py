@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from federated.server import ask_clients, run_rounds
 from federated.task import name_party, total_rounds, trained_parameters
-from federated.transport import check_same, load_weights, pack
+from federated.transport import check_same, load_weights, to_wire
 from questions import read_records
 from utils import InputError, start_processes
 
@@ -128,8 +128,9 @@ def corpus_of(flags):
 def ask(server, turn, query):
     """Has all clients do what a query says, retrieve or score, with the global model."""
     def make_messages():
-        content = RecordDict({"arrays": pack(server.weights),
-                              "config": ConfigRecord({"mode": server.task.mode})})
+        arrays, layout = to_wire(server.weights)
+        config = ConfigRecord({"mode": server.task.mode, "layout": layout})
+        content = RecordDict({"arrays": arrays, "config": config})
         return [Message(content, dst_node_id=node, message_type=f"query.{query}")
                 for node in server.grid.get_node_ids()]
 

@@ -36,9 +36,9 @@ from federated.transport import (
     OpenError,
     check_same,
     digest_frozen,
+    from_wire,
     load_weights,
-    pack,
-    unpack,
+    to_wire,
 )
 from training import Progress, make_optimizer, open_epoch, set_seed
 from utils import InputError, progress_bar, run_script, shorten, start_processes
@@ -105,7 +105,7 @@ def train(message, args, tasks, client):
     """
     config = message.content["config"]
     task = tasks[config["mode"]]
-    received = unpack(message.content["arrays"])
+    received = from_wire(message.content["arrays"], config["layout"])
     step = {"number": config["round"], "rounds": config["rounds"], "frozen": config["frozen"],
             "proximal_mu": config.get("proximal-mu", 0.0)}
     if client.processes > 1:
@@ -115,8 +115,9 @@ def train(message, args, tasks, client):
         trained, metrics = train_round(task, run, args, step, received)
     if args.transport == "bf16":
         trained = {name: tensor - received[name] for name, tensor in trained.items()}
-    return RecordDict({"arrays": pack(trained, args.transport), "metrics": MetricRecord(metrics),
-                       "config": ConfigRecord({"name": client.name})})
+    arrays, layout = to_wire(trained, args.transport)
+    return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics),
+                       "config": ConfigRecord({"name": client.name, "layout": layout})})
 
 
 def open_run(task, args, client):
@@ -160,7 +161,8 @@ def retrieve(message, args, tasks, client):
     """
     task = tasks["retriever"]
     own = client.own_arguments(args, "retriever")
-    model = save_model(task, client.folder, own, client.name, unpack(message.content["arrays"]))
+    weights = from_wire(message.content["arrays"], message.content["config"]["layout"])
+    model = save_model(task, client.folder, own, client.name, weights)
     corpus = corpus_of(task.parse(client.folder, own))
     find_contexts(args, model, client.data, corpus, client.folder, client.index)
     RUNS.pop((client.name, "generator"), None)  # its records are new
@@ -170,8 +172,8 @@ def retrieve(message, args, tasks, client):
 def score(message, args, tasks, client):
     """The same, after the client has scored its contexts with the global reader."""
     own = client.own_arguments(args, "generator")
-    model = save_model(tasks["generator"], client.folder, own, client.name,
-                       unpack(message.content["arrays"]))
+    weights = from_wire(message.content["arrays"], message.content["config"]["layout"])
+    model = save_model(tasks["generator"], client.folder, own, client.name, weights)
     score_contexts(args, model, client.folder)
     RUNS.pop((client.name, "retriever"), None)
     return RecordDict({"config": ConfigRecord({"name": client.name})})

@@ -26,9 +26,11 @@ from federated.transport import (
     check_same,
     count_bytes,
     digest_frozen,
+    from_wire,
     is_finite,
     load_weights,
     pack,
+    to_wire,
     unpack,
 )
 from files import new_file
@@ -163,10 +165,10 @@ def make_messages(server, number, rounds):
                            "frozen": server.frozen})
     weights = pack(server.weights)
     messages = list(server.strategy.configure_train(number, weights, config, server.grid))
-    if server.args.transport == "bf16":
-        weights = pack(server.weights, "bf16")
-        for message in messages:
-            message.content = RecordDict({"arrays": weights, "config": message.content["config"]})
+    arrays, layout = to_wire(server.weights, server.args.transport)
+    for message in messages:
+        own_config = ConfigRecord(dict(message.content["config"]) | {"layout": layout})
+        message.content = RecordDict({"arrays": arrays, "config": own_config})
     return messages
 
 
@@ -210,15 +212,15 @@ def describe_error(server, node, error):
 
 
 def check_answer(server, reply):
-    """Puts a client's weights into its reply as float32, and the bytes that they came in into its
-    metrics.
+    """Puts a client's weights into its reply as the strategies want them, and the bytes that they
+    came in into its metrics.
 
     Raises InputError for weights of another model, or any number that is not finite.
     """
     name = server.name_sender(reply)
     metrics = reply.content["metrics"]
     metrics["bytes_up"] = count_bytes(reply.content["arrays"])
-    tensors = unpack(reply.content["arrays"])
+    tensors = from_wire(reply.content["arrays"], reply.content["config"]["layout"])
     own = server.weights
     check_same(tensors, own, name, "the server")
     for weight, tensor in tensors.items():
@@ -233,9 +235,7 @@ def check_answer(server, reply):
         raise InputError(f"its metrics are not finite: {shorten(dict(metrics))}")
     if not metrics["num-examples"] > 0:
         raise InputError("it has trained on no example; give it records")
-    is_plain = all(array.dtype == "float32" for array in reply.content["arrays"].values())
-    if not is_plain or list(tensors) != list(own):  # the strategies rely on both
-        reply.content["arrays"] = pack({weight: tensors[weight] for weight in own})
+    reply.content["arrays"] = pack({weight: tensors[weight] for weight in own})
 
 
 def aggregate(server, number, replies):

@@ -1,17 +1,18 @@
-"""What travels between server and clients: the trained weights as Flower's arrays, float32 or
-bfloat16.
+"""What travels between server and clients: the trained weights, as one of Flower's arrays in float32
+or bfloat16.
 
 In bfloat16 a client sends the difference between what it received and what it trained: a weight
 itself would lose most of a small update to rounding.
 """
 import hashlib
+import json
 import math
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 
-from utils import InputError
+from utils import InputError, first_line
 
 CLIENT_FAILED = 100  # the code of an error that a client tells, "NAME: REASON"
 CLIENT_NAME = r"[\w.-]{1,60}"
@@ -21,39 +22,56 @@ class OpenError(InputError):
     """An InputError whose message names weights only, so that a client may tell it the server."""
 
 
-BF16 = "bfloat16"  # the arrays' dtype and stype: Flower passes on the bytes of any
+WEIGHTS = "weights"  # the name of the array in which all weights travel
+BF16 = "bfloat16"    # its dtype and stype: Flower passes on the bytes of any
 
 
-def pack(tensors, dtype="float32"):
-    """The ArrayRecord of {name: tensor}, in float32 or bf16."""
-    record = ArrayRecord()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if dtype == "float32":
-            record[name] = Array(tensor.float().numpy())
-        else:
-            bits = tensor.to(torch.bfloat16).view(torch.int16).numpy()
-            record[name] = Array(BF16, tuple(tensor.shape), BF16, bits.tobytes())
-    return record
+def pack(tensors):
+    """The ArrayRecord of {name: tensor}, a float32 array each: what strategies compute with."""
+    return ArrayRecord({name: Array(tensor.detach().cpu().float().contiguous().numpy())
+                        for name, tensor in tensors.items()})
 
 
 def unpack(record):
-    """{name: float32 tensor} of an ArrayRecord. Raises OpenError for arrays that are none."""
-    tensors = {}
-    for name, array in record.items():
-        try:
-            tensors[name] = unpack_array(array)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise OpenError(f"{name} came as an array that cannot be read ({error})") from None
-    return tensors
+    """{name: float32 tensor} of such an ArrayRecord."""
+    return {name: torch.from_numpy(array.numpy().astype(np.float32, copy=False))
+            for name, array in record.items()}
 
 
-def unpack_array(array):
-    """The float32 tensor of an Array."""
-    if array.stype != BF16:
-        return torch.from_numpy(array.numpy().astype(np.float32, copy=False))
-    bits = torch.from_numpy(np.frombuffer(array.data, np.int16).copy())
-    return bits.view(torch.bfloat16).reshape(array.shape).float()
+def to_wire(tensors, dtype="float32"):
+    """(ArrayRecord, layout) of {name: tensor}, in float32 or bf16: what travels.
+
+    All weights are one array, since Flower sends each array with several requests: ten times the
+    bytes would take less time. The layout is JSON, [[name, shape]] in the array's order.
+    """
+    flat = torch.cat([tensor.detach().cpu().float().reshape(-1) for tensor in tensors.values()])
+    layout = json.dumps([[name, list(tensor.shape)] for name, tensor in tensors.items()])
+    if dtype == "bf16":
+        bits = flat.to(torch.bfloat16).view(torch.int16).numpy()
+        array = Array(BF16, tuple(flat.shape), BF16, bits.tobytes())
+    else:
+        array = Array(flat.numpy())
+    return ArrayRecord({WEIGHTS: array}), layout
+
+
+def from_wire(record, layout):
+    """{name: float32 tensor} of what to_wire returned, views of one tensor.
+
+    Raises OpenError for anything else.
+    """
+    try:
+        array = record[WEIGHTS]
+        if array.stype == BF16:
+            bits = torch.from_numpy(np.frombuffer(array.data, np.int16).copy())
+            flat = bits.view(torch.bfloat16).float()
+        else:
+            flat = torch.from_numpy(array.numpy().astype(np.float32, copy=False))
+        shapes = {name: torch.Size(shape) for name, shape in json.loads(layout)}
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise OpenError(f"the weights came in a form that cannot be read "
+                        f"({first_line(error)})") from None
 
 
 def count_bytes(record):

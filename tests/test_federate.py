@@ -21,7 +21,7 @@ from federated.server import Server, aggregate, ask_clients, check_answer, make_
 from federated.simulation import LocalGrid
 from federated.split import split_file
 from federated.strategies import epsilon, list_strategies, make_strategy
-from federated.transport import BF16, check_same, pack, unpack
+from federated.transport import to_wire
 from training import Progress
 from utils import InputError, World
 
@@ -228,21 +228,6 @@ def test_the_best_model_opens_everywhere(bert, tiny, files, tmp_path):
     assert info["num_contexts"] == 2 and info["dev_em"] is not None
 
 
-def test_pack_and_unpack():
-    tensors = {"w": torch.randn(3, 4), "b": torch.tensor(2.5), "empty": torch.zeros(0, 2)}
-    for name, tensor in unpack(pack(tensors)).items():
-        assert torch.equal(tensor, tensors[name])
-    for name, tensor in unpack(pack(tensors, "bf16")).items():
-        assert torch.equal(tensor, tensors[name].bfloat16().float())
-    with pytest.raises(InputError, match="w is \\(3, 4\\) at a, \\(2, 2\\) at b"):
-        check_same(tensors, tensors | {"w": torch.zeros(2, 2)}, "a", "b")
-    with pytest.raises(InputError, match="extra is missing at a"):
-        check_same(tensors, tensors | {"extra": torch.zeros(1)}, "a", "b")
-    broken = ArrayRecord({"w": Array(BF16, (3, 4), BF16, b"123")})
-    with pytest.raises(InputError, match="w came as an array that cannot be read"):
-        unpack(broken)
-
-
 def test_what_a_record_holds_is_not_told_to_the_server(bert, files, tmp_path):
     """A client's error may quote its records: the server learns that there is one, and no more."""
     import federate as script
@@ -251,9 +236,11 @@ def test_what_a_record_holds_is_not_told_to_the_server(bert, files, tmp_path):
     flags = ["out", "--mode", "retriever", "--", *RETRIEVER, "--query_encoder", bert]
     grid = LocalGrid(script.client_app, [{"name": "clinic", "data": str(secret)}],
                      {"flags": " ".join(flags)})
-    message = Message(RecordDict({"arrays": pack({"w": torch.zeros(1)}), "config": ConfigRecord(
-        {"mode": "retriever", "round": 1, "rounds": 1, "frozen": ""})}), dst_node_id=1,
-        message_type="train")
+    arrays, layout = to_wire({"w": torch.zeros(1)})
+    config = ConfigRecord({"mode": "retriever", "round": 1, "rounds": 1, "frozen": "",
+                           "layout": layout})
+    message = Message(RecordDict({"arrays": arrays, "config": config}), dst_node_id=1,
+                      message_type="train")
     [reply] = grid.send_and_receive([message])
     assert reply.error.reason == "clinic: cannot train on its records; its own output says why"
 
@@ -282,10 +269,10 @@ def reply_with(weight, **more):
     """A client's function: its answer has this weight."""
     def act(message):
         metrics = {"num-examples": 2, "train_loss": 0.5, "uniform": 1} | more.get("metrics", {})
-        arrays = more.get("arrays") or {"weight": Array(np.asarray(weight, dtype=np.float32))}
-        name = f"client{message.metadata.dst_node_id}"
-        return Message(RecordDict({"arrays": ArrayRecord(arrays), "metrics": MetricRecord(metrics),
-                                   "config": ConfigRecord({"name": name})}), reply_to=message)
+        arrays, layout = to_wire({more.get("name", "weight"): torch.as_tensor(weight)})
+        config = ConfigRecord({"name": f"client{message.metadata.dst_node_id}", "layout": layout})
+        return Message(RecordDict({"arrays": more.get("arrays", arrays), "config": config,
+                                   "metrics": MetricRecord(metrics)}), reply_to=message)
     return act
 
 
@@ -320,9 +307,10 @@ HALF_NAN = np.where(np.eye(2, 3) == 1, np.nan, 1)
     (reply_with(HALF_NAN), "client2: weight is not finite there"),
     (reply_with(np.ones((3, 2))),
      r"client2: weight is \(3, 2\) at client2, \(2, 3\) at the server"),
-    (reply_with(0, arrays={"other": Array(ONES)}), "client2: weight is missing at client2"),
-    (reply_with(0, arrays={"weight": Array("float32", (2, 3), "numpy.ndarray", b"short")}),
-     "client2: weight came as an array that cannot be read"),
+    (reply_with(ONES, name="other"), "client2: weight is missing at client2"),
+    (reply_with(ONES, arrays=ArrayRecord({"weights": Array("float32", (6,), "numpy.ndarray",
+                                                           b"short")})),
+     "client2: the weights came in a form that cannot be read"),
     (reply_with(ONES, metrics={"train_loss": float("nan")}), "client2: its metrics are not finite"),
     (reply_with(ONES, metrics={"num-examples": 0}), "client2: it has trained on no example"),
     (lambda message: Message(RecordDict({}), reply_to=message), "node 2: its answer lacks parts"),
@@ -337,7 +325,8 @@ def test_a_bad_answer_is_left_out_and_named(bad, reason, capsys):
 
 
 def test_double_arrays_are_averaged_as_float32():
-    server = make_server([reply_with(0, arrays={"weight": Array(np.ones((2, 3)))})] * 2)
+    doubles = ArrayRecord({"weights": Array(np.ones(6))})
+    server = make_server([reply_with(ONES, arrays=doubles)] * 2)
     weight, _ = one_round(server)
     assert torch.equal(weight, torch.ones(2, 3))
 
