@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
@@ -250,6 +250,8 @@ def measure_deployment(args, name, transport, folder):
     command = [os.path.join(ROOT, "scripts", "federate-loopback.sh"), *files, "--", *flags, "--",
                *script_flags]
     environment = os.environ | {"PYTHON": sys.executable, "FOLDER": out + ".flower"}
+    with suppress(FileNotFoundError):
+        os.remove(out + ".jsonl")  # an earlier run's rows are not to be followed
     with open(out + ".log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
@@ -300,10 +302,16 @@ def processor_seconds(process):
             continue
         parents[int(entry)] = int(fields[1])
         ticks[int(entry)] = sum(map(int, fields[11:15]))  # its own, and of children that ended
-    family = {process}
+    family = {process, *find_workers()}
     while more := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= more
     return sum(ticks.get(pid, 0) for pid in family) / os.sysconf("SC_CLK_TCK")
+
+
+def find_workers():
+    """The processes of the clients' workers, which outlive those that started them."""
+    found = subprocess.run(["pgrep", "-f", r"-m federated\.worker "], capture_output=True, text=True)
+    return map(int, found.stdout.split())
 
 
 # ---------------------------------------------------------------- table

@@ -1,5 +1,5 @@
-"""What travels between server and clients: the trained weights, as one of Flower's arrays in float32
-or bfloat16.
+"""What travels between server and clients: the trained weights, as one of Flower's arrays in
+float32 or bfloat16.
 
 In bfloat16 a client sends the difference between what it received and what it trained: a weight
 itself would lose most of a small update to rounding.
