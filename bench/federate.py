@@ -310,7 +310,8 @@ def processor_seconds(process):
 
 def find_workers():
     """The processes of the clients' workers, which outlive those that started them."""
-    found = subprocess.run(["pgrep", "-f", r"-m federated\.worker "], capture_output=True, text=True)
+    found = subprocess.run(["pgrep", "-f", r"-m federated\.worker "], capture_output=True,
+                           text=True)
     return map(int, found.stdout.split())
 
 

@@ -83,18 +83,20 @@ def alternate(args, tasks, open_server):
     rounds = total_rounds(args)
     retriever = open_server("retriever", [])
     folder = f"{args.model}.server"
+    dev = tasks["generator"].parse(folder, []).eval_file
+    contexts = ["--eval_file", os.path.join(folder, CONTEXTS)] if dev else []
     reader = None
     for turn in range(1, args.turns + 1):
         last = turn * args.rounds
-        if retriever.run.progress.total_updates >= last and turn < args.turns:
+        if retriever.run.progress.total_updates >= last:
             continue  # a resumed run has done this turn
 
         retriever.log(f"turn {turn}/{args.turns}: finding contexts")
-        contexts = find_own_contexts(args, tasks["generator"], retriever, folder)
+        find_own_contexts(args, dev, retriever, folder)
         ask(retriever, turn, "retrieve")
         if reader is None:
             reader = open_server("generator", contexts)
-        elif contexts:
+        elif dev:
             reader.run.dev = read_records(os.path.join(folder, CONTEXTS),
                                           reader.run.args.num_contexts)
         run_rounds(reader, last, rounds)
@@ -102,19 +104,14 @@ def alternate(args, tasks, open_server):
         reader.log(f"turn {turn}/{args.turns}: scoring contexts")
         ask(reader, turn, "score")
         run_rounds(retriever, last, rounds)
-    return [retriever, reader]
+    return [retriever, reader or open_server("generator", contexts)]
 
 
-def find_own_contexts(args, task, retriever, folder):
-    """The arguments that name the reader's dev set, with the contexts of the global retriever; []
-    if there is none.
-    """
-    flags = task.parse(folder, [])
-    if not flags.eval_file:
-        return []
-    model = save_model(retriever.task, folder, [], "the server", retriever.weights)
-    find_contexts(args, model, flags.eval_file, corpus_of(retriever.run.args), folder)
-    return ["--eval_file", os.path.join(folder, CONTEXTS)]
+def find_own_contexts(args, dev, retriever, folder):
+    """Has the server find contexts for its dev set, if it has one, with the global retriever."""
+    if dev:
+        model = save_model(retriever.task, folder, [], "the server", retriever.weights)
+        find_contexts(args, model, dev, corpus_of(retriever.run.args), folder)
 
 
 def corpus_of(flags):
