@@ -609,4 +609,4 @@ def test_alternation(bert, tiny, files, tmp_path):
     assert len(scored) == 8 and all("retrieval_score" in passage for record in scored
                                     for passage in record["ctxs"])
     stdout, _ = run("federate.py", tmp_path / "out", "--resume", *own)
-    assert stdout.count("done in") == 2 and "turn" not in stdout.split("resuming")[1]
+    assert stdout.count("done in") == 2 and "finding" not in stdout
