@@ -20,7 +20,7 @@ import shlex
 import sys
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 # before Flower is imported: nothing is reported to its makers
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -43,7 +43,7 @@ from federated.client import read_client
 from federated.server import Server, restore_state, run_rounds
 from federated.simulation import LocalGrid
 from federated.split import split_file
-from federated.strategies import list_strategies, make_strategy
+from federated.strategies import AVERAGES, list_strategies, make_strategy
 from federated.task import check_mode
 from federated.transport import CLIENT_FAILED, OpenError
 from utils import (
@@ -54,6 +54,7 @@ from utils import (
     check_positive,
     first_line,
     run_script,
+    split_words,
     start_processes,
 )
 
@@ -232,7 +233,7 @@ def choose_clipping(args):
 
 def read_run_config(context):
     """federate.py's flags, from the run's one setting `flags`."""
-    return parse_args(shlex.split(str(context.run_config.get("flags", ""))))
+    return parse_args(split_words("flags", str(context.run_config.get("flags", ""))))
 
 
 # ---------------------------------------------------------------- server
@@ -288,6 +289,10 @@ def federate(args, grid=None):
         simulated = grid is None
         if simulated:
             grid = simulate(args, tasks, flags.seed)
+        if args.overwrite:
+            for out in outs.values():  # --resume must not go on with the run that is replaced
+                with suppress(FileNotFoundError):
+                    os.remove(f"{out}.state")
 
         def open_model(mode, arguments):
             return open_server(args, tasks[mode], outs[mode], arguments, world, grid, simulated)
@@ -324,6 +329,9 @@ def describe(server):
     server.log(f"{args.num_clients} clients, {turns}{args.rounds} rounds of {local}; {count:,} "
                f"weights travel as {args.transport}, {count * size / 1e6:.1f} MB each way; "
                f"{' in '.join([' '.join(args.strategy), *filter(None, [privacy])])}")
+    if args.privacy and args.strategy[0] not in AVERAGES:
+        server.log(f"note: no epsilon is told; the noise is made for an average, and "
+                   f"{args.strategy[0]} is none")
     if not server.run.dev:
         server.log("note: nothing is measured, the latest model is kept; --eval_data, --eval_qrels "
                    "or --eval_file behind -- name a held-out file")
@@ -343,6 +351,11 @@ def simulate(args, tasks, seed):
                          "of its own")
     for client in settings:
         client.setdefault("folder", os.path.join(f"{args.model}.clients", client["name"]))
+    folders = [os.path.realpath(client["folder"]) for client in settings]
+    if len(set(folders)) < len(folders):
+        raise InputError(f"two clients have the folder {max(folders, key=folders.count)}; give "
+                         "each one of its own")
+    for client in settings:
         client = read_client(client)
         if client.processes == 1 and args.mode != "alternate":
             # what is wrong with it shows now
@@ -358,7 +371,7 @@ def client_settings(args, seed):
         return [{"data": path} for path in paths]
     settings = []
     for text in args.client:
-        words = shlex.split(text)
+        words = split_words("--client", text)
         if not all("=" in word for word in words):
             raise InputError(f"--client {text}: must be KEY=VALUE ..., such as data=FILE name=a")
         settings.append(dict(word.split("=", 1) for word in words))

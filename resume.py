@@ -41,12 +41,20 @@ def save_state(run):
     """
     states = gather_lists([random_states(run.world.device)], run.world)
     if run.world.is_main:
-        with new_file(f"{run.out}.state", "wb") as file:
-            torch.save({"model": run.unwrapped.state_dict(),
-                        "optimizer": run.optimizer.state_dict(),
-                        "scheduler": run.scheduler.state_dict(), "random": states,
-                        "progress": asdict(run.progress), "args": vars(run.args),
-                        "world_size": run.world.size}, file)
+        write_state(f"{run.out}.state", {
+            "model": run.unwrapped.state_dict(), "optimizer": run.optimizer.state_dict(),
+            "scheduler": run.scheduler.state_dict(), "random": states,
+            "progress": asdict(run.progress), "args": vars(run.args),
+            "world_size": run.world.size})
+
+
+def write_state(path, state):
+    """Writes a state, whole or not at all. Raises InputError if it cannot be written: torch hides
+    the reason, such as a full disk, behind an error of its own.
+    """
+    with refusing(f"{path}: cannot be written", "choose another path or make room"):
+        with new_file(path, "wb") as file:
+            torch.save(state, file)
 
 
 def forget_replaced_state(run):

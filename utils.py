@@ -6,6 +6,7 @@ import math
 import os
 import reprlib
 import resource
+import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -40,6 +41,14 @@ def first_line(error):
     # KeyError's message, say, is a key alone
     text = getattr(error, "strerror", None) or f"{type(error).__name__}: {lines[0]}"
     return text if len(text) <= 2 * QUOTED else text[:2 * QUOTED - 4] + " ..."
+
+
+def split_words(place, text):
+    """The words of a text, as a shell splits it. Raises InputError, with the place that the text is
+    from, for a quote that nothing closes.
+    """
+    with refusing(f"{place}: {shorten(text)} is no list of words", "close each quote"):
+        return shlex.split(text)
 
 
 @contextmanager

@@ -185,6 +185,7 @@ def measure_stages(args, name, transport, folder):
         bytes_down, bytes_up = run_round(server, number, args.rounds + 1, clock)
         clocks.append(clock)
     client_side.RUNS.clear()
+    client_side.MODELS.clear()
     row = {stage: statistics.median(clock[stage] for clock in clocks[1:]) for stage in STAGES}
     return {"model": name, "transport": transport, "weights": count_weights(server),
             "mb_down": bytes_down / 1e6, "mb_up": bytes_up / 1e6} | row

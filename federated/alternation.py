@@ -7,7 +7,6 @@ Contexts and scores stay with the client. Finding and scoring are retrieve.py an
 user would.
 """
 import os
-import shlex
 import subprocess
 import sys
 
@@ -17,7 +16,7 @@ from federated.server import ask_clients, run_rounds
 from federated.task import name_party, total_rounds, trained_parameters
 from federated.transport import check_same, load_weights, to_wire
 from questions import read_records
-from utils import InputError, start_processes
+from utils import InputError, split_words, start_processes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONTEXTS, SCORED = "contexts.jsonl", "scored.jsonl"  # in the folder of a client, or the server's
@@ -42,15 +41,17 @@ def save_model(task, folder, own_arguments, party, weights):
 
 def find_contexts(args, retriever, records, corpus, folder, index=""):
     """Writes FOLDER/contexts.jsonl, the records with what a retriever finds for them."""
+    flags = split_words("--retrieve_flags", args.retrieve_flags)
     run_command("retrieve.py", "--query_encoder", retriever, "--corpus", *corpus, "--index",
                 index or os.path.join(folder, "index"), "--overwrite_index", "--eval_data", records,
-                "--output", os.path.join(folder, CONTEXTS), *shlex.split(args.retrieve_flags))
+                "--output", os.path.join(folder, CONTEXTS), *flags)
 
 
 def score_contexts(args, reader, folder):
     """Writes FOLDER/scored.jsonl, the contexts with a reader's scores."""
+    flags = split_words("--score_flags", args.score_flags)
     run_command("test.py", reader, os.path.join(folder, CONTEXTS), "--scores",
-                os.path.join(folder, SCORED), *shlex.split(args.score_flags))
+                os.path.join(folder, SCORED), *flags)
 
 
 def run_command(script, *arguments):
@@ -83,35 +84,39 @@ def alternate(args, tasks, open_server):
     rounds = total_rounds(args)
     retriever = open_server("retriever", [])
     folder = f"{args.model}.server"
-    dev = tasks["generator"].parse(folder, []).eval_file
-    contexts = ["--eval_file", os.path.join(folder, CONTEXTS)] if dev else []
+    eval_file = tasks["generator"].parse(folder, []).eval_file
+    own_contexts = os.path.join(folder, CONTEXTS)
     reader = None
     for turn in range(1, args.turns + 1):
         last = turn * args.rounds
-        if retriever.run.progress.total_updates >= last:
+        if retriever.run.progress.total_updates >= last and turn < args.turns:
             continue  # a resumed run has done this turn
 
-        retriever.log(f"turn {turn}/{args.turns}: finding contexts")
-        find_own_contexts(args, dev, retriever, folder)
-        ask(retriever, turn, "retrieve")
+        # in a turn whose retriever's rounds have begun, a resumed run goes on with the contexts and
+        # scores that there are: the retriever that found them is no more
+        is_scored = retriever.run.progress.total_updates > last - args.rounds
+        if not is_scored:
+            retriever.log(f"turn {turn}/{args.turns}: finding contexts")
+            if eval_file:
+                find_own_contexts(args, eval_file, retriever, folder)
+            ask(retriever, turn, "retrieve")
         if reader is None:
-            reader = open_server("generator", contexts)
-        elif dev:
-            reader.run.dev = read_records(os.path.join(folder, CONTEXTS),
-                                          reader.run.args.num_contexts)
+            reader = open_server("generator", ["--eval_file", own_contexts] if eval_file else [])
+        elif eval_file:
+            reader.run.dev = read_records(own_contexts, reader.run.args.num_contexts)
         run_rounds(reader, last, rounds)
 
-        reader.log(f"turn {turn}/{args.turns}: scoring contexts")
-        ask(reader, turn, "score")
+        if not is_scored:
+            reader.log(f"turn {turn}/{args.turns}: scoring contexts")
+            ask(reader, turn, "score")
         run_rounds(retriever, last, rounds)
-    return [retriever, reader or open_server("generator", contexts)]
+    return [retriever, reader]
 
 
-def find_own_contexts(args, dev, retriever, folder):
-    """Has the server find contexts for its dev set, if it has one, with the global retriever."""
-    if dev:
-        model = save_model(retriever.task, folder, [], "the server", retriever.weights)
-        find_contexts(args, model, dev, corpus_of(retriever.run.args), folder)
+def find_own_contexts(args, eval_file, retriever, folder):
+    """Writes the reader's dev set, with the contexts of the global retriever, to FOLDER."""
+    model = save_model(retriever.task, folder, [], "the server", retriever.weights)
+    find_contexts(args, model, eval_file, corpus_of(retriever.run.args), folder)
 
 
 def corpus_of(flags):

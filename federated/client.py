@@ -9,7 +9,6 @@ import argparse
 import glob
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -41,9 +40,20 @@ from federated.transport import (
     to_wire,
 )
 from training import Progress, make_optimizer, open_epoch, set_seed
-from utils import InputError, progress_bar, run_script, shorten, start_processes
+from utils import (
+    InputError,
+    progress_bar,
+    run_script,
+    shorten,
+    split_words,
+    start_processes,
+    sum_over_processes,
+)
 
-RUNS = {}  # {(client's name, mode): Run}: a simulation's clients are opened once
+# A simulation's clients are opened once, and those of the same flags share one model: each round
+# loads its weights.
+RUNS = {}    # {(client's name, mode): Run}
+MODELS = {}  # {(a client's own flags, mode): model}
 
 
 @dataclass
@@ -64,7 +74,7 @@ class Client:
                 raise InputError(f"{self.name}: its flags would be for both training scripts; "
                                  "leave them out in --mode alternate")
             return ["--corpus", self.corpus] if self.corpus and mode == "retriever" else []
-        arguments = shlex.split(self.flags)
+        arguments = split_words(f"{self.name}: flags", self.flags)
         if self.corpus:
             arguments += ["--corpus", self.corpus]
         if self.index and mode == "generator":
@@ -121,14 +131,15 @@ def train(message, args, tasks, client):
 
 
 def open_run(task, args, client):
-    """The client's Run, kept between a simulation's rounds; its clients share one model."""
+    """The client's Run, kept between a simulation's rounds."""
     key = client.name, task.mode
     if key not in RUNS:
         own = client.own_arguments(args, task.mode)
         records = client.records(task.mode, args)
         world = name_party(start_processes(task.parse(client.folder, own).gpus), client.name)
         run = task.open(client.folder, own, world, ["train"], records)
-        share_model(run, [other for (_, mode), other in RUNS.items() if mode == task.mode])
+        run.model = MODELS.setdefault((client.flags, task.mode), run.model)
+        run.optimizer = run.scheduler = None  # each round has its own
         describe_run(run, task, args)
         RUNS[key] = run
     return RUNS[key]
@@ -137,22 +148,13 @@ def open_run(task, args, client):
 def describe_run(run, task, args):
     """Logs what a client has to train on."""
     plan = task.script.plan_run(run, 0)
-    examples = sum(is_real for update in plan for batch in update for _, is_real in batch)
-    run.world.log(f"{examples} examples, {len(plan)} updates an epoch")
+    own = sum(is_real for update in plan for batch in update for _, is_real in batch)
+    [examples] = sum_over_processes([own], run.world)
+    run.world.log(f"{examples:.0f} examples, {len(plan)} updates an epoch")
     last_update = total_rounds(args) * (args.local_updates or len(plan) * args.local_epochs)
     if task.script.count_warmup(run.args, last_update) >= last_update:
         run.world.log(f"warning: the warm-up outlasts the {last_update} updates of all rounds, the "
                       f"learning rate never gets to {run.args.lr:g}; lower --num_warmup_steps")
-
-
-def share_model(run, others):
-    """Takes another client's model in place of an equal one: each round loads its weights."""
-    for other in others:
-        shapes = [{name: value.shape for name, value in model.state_dict().items()}
-                  for model in (run.model, other.model)]
-        if shapes[0] == shapes[1] and digest_frozen(run) == digest_frozen(other):
-            run.model = other.model
-            return
 
 
 def retrieve(message, args, tasks, client):
@@ -204,7 +206,9 @@ def train_round(task, run, args, step, received):
                "num-targets": int(sum(weight for _, weight in run.progress.losses)),
                "uniform": 1, "train_loss": summary["loss"], "updates": updates,
                "seconds": time.time() - start}
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}, metrics
+    run.optimizer = run.scheduler = None  # of all clients, they would fill the memory
+    return {name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in parameters.items()}, metrics
 
 
 def start_round(task, run, args, number, rounds):
@@ -220,6 +224,7 @@ def start_round(task, run, args, number, rounds):
     run.optimizer, run.scheduler = make_optimizer(
         run.unwrapped, run.args.lr, run.args.weight_decay, getattr(run.args, "adam_eps", 1e-8),
         warmup, last_update, args.local_optimizer)
+    run.optimizer.zero_grad()  # of an update that was refused, maybe another client's
     for group, lr, schedule in zip(run.optimizer.param_groups, run.scheduler.base_lrs,
                                    run.scheduler.lr_lambdas):
         group["lr"] = lr * schedule(done)

@@ -19,7 +19,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from checkpoints import check_weights, load_torch_file
 from federated.strategies import count_replies, epsilon, recall, remembered
-from federated.task import Task, trained_parameters
+from federated.task import Task, total_rounds, trained_parameters
 from federated.transport import (
     CLIENT_FAILED,
     CLIENT_NAME,
@@ -33,8 +33,7 @@ from federated.transport import (
     to_wire,
     unpack,
 )
-from files import new_file
-from resume import START_ANEW, check_form, refuse_other_flags
+from resume import START_ANEW, check_form, refuse_other_flags, write_state
 from training import Progress, Run, RunLog
 from utils import InputError, first_line, refusing, shorten
 
@@ -117,10 +116,12 @@ def ask_clients(server, what, make_messages, check):
     args = server.args
     for attempt in range(1, args.attempts + 1):
         wait_for_clients(server)
-        if server.simulated:  # else nobody may guess whom it asks and which noise it adds
+        # None draws one of the system's: nobody may guess whom it asks and which noise it adds
+        seed = None
+        if server.simulated:
             seed = zlib.crc32(f"{server.run.args.seed}/{what}/{attempt}".encode())
-            random.seed(seed)
-            np.random.seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
         messages = make_messages()
         for message in messages:
             # a client that was away is not to work through the rounds that it missed
@@ -219,6 +220,8 @@ def check_answer(server, reply):
     """
     name = server.name_sender(reply)
     metrics = reply.content["metrics"]
+    if "train_loss" not in metrics:
+        raise KeyError("train_loss")
     metrics["bytes_up"] = count_bytes(reply.content["arrays"])
     tensors = from_wire(reply.content["arrays"], reply.content["config"]["layout"])
     own = server.weights
@@ -271,7 +274,8 @@ def report(server, row, rounds):
         progress.best_at = f"{words}round {row['round']}"
     row |= measures | {"mode": task.mode, "best": is_best}
     if server.args.privacy:
-        row["epsilon"] = epsilon(server.noise_multiplier, row["round"])
+        bound = epsilon(server.noise_multiplier, row["round"])
+        row["epsilon"] = bound if math.isfinite(bound) else None  # JSON has no infinity
     server.log(describe_row(server, row, rounds, measures))
     run.log.row(row, row["round"])
     progress.rows += 1
@@ -288,7 +292,7 @@ def describe_row(server, row, rounds, measures):
         parts.append(f"loss {row['loss']:.4f} ({', '.join(losses[:6])}{more})")
     if measures:
         parts.append(server.task.describe_measures(measures))
-    if "epsilon" in row:
+    if row.get("epsilon") is not None:
         parts.append(f"epsilon {row['epsilon']:.1f}")
     if "loss" in row:
         parts.append(f"{row['bytes_down'] / 1e6:.1f} MB down, {row['bytes_up'] / 1e6:.1f} MB up")
@@ -313,11 +317,10 @@ def run_rounds(server, last, rounds):
 
 def save_state(server):
     """Writes OUT.state: what the next round depends on, and the best so far."""
-    with new_file(f"{server.run.out}.state", "wb") as file:
-        torch.save({"weights": {name: weight.cpu() for name, weight in server.weights.items()},
-                    "strategy": remembered(server.strategy),
-                    "progress": asdict(server.run.progress), "args": vars(server.args),
-                    "flags": vars(server.run.args)}, file)
+    write_state(f"{server.run.out}.state", {
+        "weights": {name: weight.cpu() for name, weight in server.weights.items()},
+        "strategy": remembered(server.strategy), "progress": asdict(server.run.progress),
+        "args": vars(server.args), "flags": vars(server.run.args)})
 
 
 def restore_state(server):
@@ -336,6 +339,11 @@ def restore_state(server):
     refuse_other_flags(path, vars(run.args), state["flags"], server.task.script.FREE_FLAGS)
     check_weights(state["weights"], path)
     check_same(state["weights"], server.weights, path, "the model of these flags")
+    done = state["progress"]["total_updates"]
+    if not 0 <= done <= total_rounds(server.args) or not all(map(is_finite,
+                                                                 state["weights"].values())):
+        raise InputError(f"{path}: is after round {done}, or its weights are not finite; "
+                         f"{START_ANEW}")
     with refusing(f"{path}: what the strategy remembers is not whole", START_ANEW):
         recall(server.strategy, state["strategy"])
     load_weights(trained_parameters(run), state["weights"])

@@ -29,6 +29,9 @@ def split_file(path, kind, num_clients, folder, topic_field, alpha, seed):
         raise InputError(f"{path}: client {counts.argmin() + 1} of {num_clients} gets no record by "
                          f"--split {kind}; take fewer clients, or another split or seed")
     paths = [os.path.join(folder, f"client{client + 1}.jsonl") for client in range(num_clients)]
+    if os.path.realpath(path) in map(os.path.realpath, paths):
+        raise InputError(f"{path}: is where a client's part goes, and would be replaced; choose "
+                         "another OUT")
     for client, client_path in enumerate(paths):
         with new_file(client_path) as file:
             file.writelines(json.dumps(record) + "\n" for (record, _), owner

@@ -11,8 +11,11 @@ from utils import InputError, refusing
 REMEMBERED = ("m_t", "v_t", "momentum_vector", "clipping_norm")
 # parameters that federate.py sets by flags of its own, or that are no numbers
 FIXED = {"self", "strategy", "fraction_evaluate", "min_evaluate_nodes", "min_available_nodes",
-         "evaluate_metrics_aggr_fn", "train_metrics_aggr_fn", "arrayrecord_key", "configrecord_key",
-         "train_loss_key", "num_sampled_clients", "accountant", "on_aggregate"}
+         "min_train_nodes", "evaluate_metrics_aggr_fn", "train_metrics_aggr_fn", "arrayrecord_key",
+         "configrecord_key", "train_loss_key", "num_sampled_clients", "accountant", "on_aggregate"}
+# strategies that load the clients' average itself: a wrapper's noise is made for that one. Others
+# multiply what a client changes, or remember it without noise.
+AVERAGES = {"FedAvg", "FedProx"}
 PRIVACY_DELTA = 1e-5
 
 
@@ -32,11 +35,14 @@ def list_strategies(privacy):
 
 def make_strategy(args):
     """(the strategy of --strategy, inside that of --privacy if there is one; the latter's noise
-    multiplier).
+    multiplier, 0 where none bounds what the model tells).
 
     Raises InputError for an unknown name or parameter, and for what the strategy itself refuses.
     """
     name, parameters = read_parameters("--strategy", args.strategy, list_strategies(False))
+    if not 0 < parameters.get("fraction_train", 1) <= 1:
+        raise InputError(f"--strategy {name} fraction_train={parameters['fraction_train']:g}: is "
+                         "no part of the clients; give one above 0, at most 1")
     if args.privacy:
         # the noise is made for an average in which all clients weigh the same
         parameters["weighted_by_key"] = "uniform"
@@ -48,7 +54,8 @@ def make_strategy(args):
 
 
 def wrap_strategy(args, strategy):
-    """(the strategy inside the differential privacy wrapper of --privacy, its noise multiplier).
+    """(the strategy inside the differential privacy wrapper of --privacy, its noise multiplier or,
+    around a strategy that is no average, 0).
 
     Raises InputError.
     """
@@ -59,7 +66,7 @@ def wrap_strategy(args, strategy):
     with refusing(f"--privacy {name}", "mend its parameters"):
         wrapper = getattr(flower, name)(strategy, num_sampled_clients=args.num_clients,
                                         **parameters)
-    return wrapper, parameters["noise_multiplier"]
+    return wrapper, parameters["noise_multiplier"] if args.strategy[0] in AVERAGES else 0.0
 
 
 def read_parameters(flag, words, names):

@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord
 from utils import InputError, first_line
 
 CLIENT_FAILED = 100  # the code of an error that a client tells, "NAME: REASON"
-CLIENT_NAME = r"[\w.-]{1,60}"
+CLIENT_NAME = r"\w[\w.-]{0,59}"  # it names a folder, too
 
 
 class OpenError(InputError):

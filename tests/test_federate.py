@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import time
@@ -16,12 +17,16 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.differential_privacy import KEY_NORM_BIT
 from safetensors.torch import load_file
 
+import federated.alternation as alternation
+import federated.client as client_side
 from conftest import ENVIRONMENT, WORDS, command, make_bert, make_records, run
 from federated.server import Server, aggregate, ask_clients, check_answer, make_messages
 from federated.simulation import LocalGrid
 from federated.split import split_file
 from federated.strategies import epsilon, list_strategies, make_strategy
-from federated.transport import to_wire
+from federated.task import check_mode, trained_parameters
+from federated.transport import digest_frozen, from_wire, to_wire
+from resume import write_state
 from training import Progress
 from utils import InputError, World
 
@@ -163,6 +168,19 @@ def test_fedprox(bert, files, tmp_path):
     assert distance(tmp_path / "prox") < 0.99 * distance(tmp_path / "avg")
 
 
+def test_rounds_are_parts_of_one_schedule(bert, files, tmp_path):
+    """By SGD, which remembers nothing, three rounds of 5 updates are one of 15, over the ends of
+    epochs of 4 and with warm-up.
+    """
+    flags = ["--query_encoder", bert, "--batch_size", "2", "--warmup_ratio", "0.2",
+             "--grad_accumulation", "2", "--lr", "0.1"]
+    for name, rounds, updates in (("one", "1", "15"), ("three", "3", "5")):
+        federate(tmp_path / name, *clients(files, "both"), "--rounds", rounds, "--local_updates",
+                 updates, "--local_optimizer", "sgd", flags=flags)
+    one, three = weights(tmp_path / "one"), weights(tmp_path / "three")
+    assert all(torch.equal(one[name], three[name]) for name in one)
+
+
 def test_bf16_transport_halves_the_bytes_and_keeps_small_updates(bert, files, tmp_path):
     base = ["--rounds", "3", *clients(files, "a", "b")]
     flags = ["--query_encoder", bert, "--lr", "1e-5"]
@@ -192,6 +210,60 @@ def test_a_client_of_two_processes_is_one_of_twice_the_batch(bert, files, tmp_pa
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0)
     assert os.listdir(tmp_path / "two.clients") == []
+
+
+@pytest.fixture
+def opened(bert, tmp_path, monkeypatch):
+    """A function that returns the Run of a client with these settings, in this process."""
+    import federate as script
+    monkeypatch.setattr(client_side, "RUNS", {})
+    monkeypatch.setattr(client_side, "MODELS", {})
+    args = script.parse_args([str(tmp_path / "out"), "--mode", "retriever", "--", *RETRIEVER,
+                              "--query_encoder", bert])
+    task = check_mode("retriever", args.script_flags)["retriever"]
+
+    def open_client(**settings):
+        return client_side.open_run(task, args, client_side.read_client(settings))
+    return open_client
+
+
+def test_only_clients_of_the_same_flags_share_a_model(opened, files):
+    """The flags say more than the shapes of the weights: here how the vectors are pooled."""
+    data = f"{files}/a.json"
+    a, b = opened(name="a", data=data), opened(name="b", data=data)
+    mean = opened(name="mean", data=data, flags="--pooling_method mean")
+    assert a.model is b.model and mean.model is not a.model
+    assert [run.model.query_encoder.pooling for run in (a, mean)] == ["cls", "mean"]
+
+
+def test_a_refused_update_leaves_no_gradient_behind(bert, files, tmp_path, monkeypatch):
+    """Clients share a model: the gradient that one cannot use must not be added to another's."""
+    import federate as script
+    monkeypatch.setattr(client_side, "RUNS", {})
+    monkeypatch.setattr(client_side, "MODELS", {})
+    arguments = ["out", "--mode", "retriever", "--", *RETRIEVER, "--query_encoder", bert]
+    settings = [{"name": name, "data": f"{files}/a.json"} for name in ("a", "b")]
+    grid = LocalGrid(script.client_app, settings, {"flags": " ".join(arguments)})
+    run = client_side.open_run(check_mode("retriever", [arguments[4:]])["retriever"],
+                               script.parse_args(arguments), client_side.read_client(settings[0]))
+    start = {name: weight.detach().clone() for name, weight in trained_parameters(run).items()}
+
+    def ask_both(factor):
+        weights = {name: weight * factor for name, weight in start.items()}
+        arrays, layout = to_wire(weights)
+        config = {"mode": "retriever", "round": 1, "rounds": 1, "layout": layout,
+                  "frozen": digest_frozen(run)}
+        return grid.send_and_receive([
+            Message(RecordDict({"arrays": arrays, "config": ConfigRecord(config)}),
+                    dst_node_id=node, message_type="train") for node in (1, 2)])
+    before = ask_both(1)
+    assert not any(reply.has_error() for reply in before)
+    assert all(reply.has_error() for reply in ask_both(1e30))
+    for reply, same in zip(ask_both(1), before):
+        assert not reply.has_error()
+        weights, expected = (from_wire(answer.content["arrays"], answer.content["config"]["layout"])
+                             for answer in (reply, same))
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 # ---------------------------------------------------------------- what travels
@@ -276,6 +348,12 @@ def reply_with(weight, **more):
     return act
 
 
+def without_loss(message):
+    reply = reply_with(ONES)(message)
+    del reply.content["metrics"]["train_loss"]
+    return reply
+
+
 def make_server(actions, *own):
     """A Server whose clients do what these functions say."""
     import federate as script
@@ -313,6 +391,7 @@ HALF_NAN = np.where(np.eye(2, 3) == 1, np.nan, 1)
      "client2: the weights came in a form that cannot be read"),
     (reply_with(ONES, metrics={"train_loss": float("nan")}), "client2: its metrics are not finite"),
     (reply_with(ONES, metrics={"num-examples": 0}), "client2: it has trained on no example"),
+    (without_loss, "client2: its answer lacks parts"),
     (lambda message: Message(RecordDict({}), reply_to=message), "node 2: its answer lacks parts"),
 ])
 def test_a_bad_answer_is_left_out_and_named(bad, reason, capsys):
@@ -455,6 +534,27 @@ def test_epsilon_of_gaussian_releases():
     assert epsilon(0, 1) == float("inf")
 
 
+@pytest.mark.parametrize("name,multiplier", [("FedAvg", 2), ("FedAdam", 0), ("FedMedian", 0)])
+def test_epsilon_is_of_averages_alone(name, multiplier):
+    """A wrapper adds the noise of an average of clipped updates to whatever a strategy makes."""
+    server = make_server([reply_with(ONES)] * 2, "--strategy", name, "--privacy",
+                         "DifferentialPrivacyServerSideFixedClipping", "noise_multiplier=2",
+                         "clipping_norm=1")
+    assert server.noise_multiplier == multiplier
+
+
+def test_who_is_asked_and_the_noise_cannot_be_guessed_in_a_deployed_run():
+    draws = []
+    for _ in range(2):
+        server = make_server([reply_with(ONES)])
+        server.simulated = False
+        random.seed(1)  # as Task.open does
+        np.random.seed(1)
+        one_round(server)
+        draws.append((random.random(), np.random.random()))
+    assert draws[0][0] != draws[1][0] and draws[0][1] != draws[1][1]
+
+
 # ---------------------------------------------------------------- splits
 
 def test_splits(files, tmp_path):
@@ -515,6 +615,39 @@ def test_a_killed_server_goes_on_to_the_same_bits(bert, files, tmp_path):
     assert "is of a run with --local_epochs 1 (now 3)" in stderr
 
 
+def test_a_state_that_cannot_be_of_a_run_is_refused(bert, files, tmp_path):
+    own, flags = ["--rounds", "1", *clients(files, "a")], ["--query_encoder", bert]
+    federate(tmp_path / "out", *own, flags=flags)
+    good = state(tmp_path / "out")
+    name = next(iter(good["weights"]))
+    for wrong in ({"progress": good["progress"] | {"total_updates": -5}},
+                  {"weights": good["weights"] | {name: good["weights"][name] / 0}}):
+        torch.save(good | wrong, tmp_path / "out.state")
+        _, stderr = federate(tmp_path / "out", *own, "--resume", flags=flags, code=1)
+        assert "out.state: is after round " in stderr and stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """Torch tells it as an error of its own archive."""
+    usual, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, most))
+    try:
+        with pytest.raises(InputError, match="out.state: cannot be written .*make room"):
+            write_state(str(tmp_path / "out.state"), {"weights": torch.zeros(10 ** 6)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (usual, most))
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_overwritten_run_is_not_resumed(bert, files, tmp_path):
+    """A run that replaces another, and is stopped in its first round, leaves no older state."""
+    own = ["--rounds", "1", *clients(files, "a")]
+    federate(tmp_path / "out", *own, flags=["--query_encoder", bert])
+    _, stderr = federate(tmp_path / "out", *own, "--overwrite", code=1,
+                         flags=["--query_encoder", bert, "--lr", "1e30"])
+    assert "error: round 1" in stderr and not os.path.exists(tmp_path / "out.state")
+
+
 # ---------------------------------------------------------------- bad flags and files
 
 @pytest.mark.parametrize("own,message", [
@@ -547,6 +680,31 @@ def test_bad_settings_are_one_line(bert, files, tmp_path, own, message):
                          flags=["--query_encoder", bert])
     assert stderr.startswith("error: ") and stderr.count("\n") == 1 and message in stderr, stderr
     assert not os.path.exists(tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("own,message", [
+    (["--client", "name=a data='a.json"], "--client: .* is no list of words .*close each quote"),
+    (["--client", "name=a data={a} flags=\\'"], "a: flags: .* is no list of words"),
+    (["--client", "name=.. data={a}"], "a client is named '..'"),
+    (["--client", "data={a} folder=x", "--client", "data={a} folder=./x"], "two clients have the "),
+    (["--simulate", "2", "--data", "out.clients/client1.jsonl"], "client1.jsonl: is where a "),
+    (["--simulate", "2", "--data", "{a}", "--strategy", "FedAvg", "fraction_train=2"],
+     "fraction_train=2: is no part of the clients"),
+    (["--simulate", "2", "--data", "{a}", "--strategy", "FedAvg", "min_train_nodes=9"],
+     "has no parameter min_train_nodes"),
+])
+def test_bad_settings(bert, files, tmp_path, monkeypatch, own, message):
+    import federate as script
+    monkeypatch.setattr(client_side, "RUNS", {})
+    monkeypatch.setattr(client_side, "MODELS", {})
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("out.clients")
+    (tmp_path / "out.clients" / "client1.jsonl").write_bytes((files / "a.json").read_bytes())
+    own = [word.replace("{a}", f"{files}/a.json") for word in own]
+    with pytest.raises(InputError, match=message):
+        script.main(script.parse_args(["out", "--mode", "retriever", *own, "--", *RETRIEVER,
+                                       "--query_encoder", bert]))
+    assert (tmp_path / "out.clients" / "client1.jsonl").read_bytes()
 
 
 def test_a_client_with_another_model_is_named(bert, files, tmp_path):
@@ -610,3 +768,34 @@ def test_alternation(bert, tiny, files, tmp_path):
                                     for passage in record["ctxs"])
     stdout, _ = run("federate.py", tmp_path / "out", "--resume", *own)
     assert stdout.count("done in") == 2 and "finding" not in stdout
+
+
+@pytest.mark.parametrize("done,expected", [
+    ((0, 0), ["find", "retrieve", "generator", "score", "retriever"] * 2),
+    ((2, 3), ["find", "retrieve", "generator", "score", "retriever"]),  # in the reader's rounds
+    ((3, 4), ["generator", "retriever"]),                               # in the retriever's
+    ((1, 2), ["generator", "retriever", "find", "retrieve", "generator", "score", "retriever"]),
+    ((4, 4), ["generator", "retriever"]),                               # all is done
+])
+def test_alternation_goes_on_where_it_was_stopped(monkeypatch, done, expected):
+    """Contexts are not found again in a turn whose retriever has changed since."""
+    steps = []
+
+    def train(server, last, rounds):
+        steps.append(server.task.mode)
+        server.run.progress.total_updates = last
+
+    def open_server(mode, arguments):
+        server = make_server([reply_with(ONES)])
+        server.task = argparse.Namespace(mode=mode)
+        server.run.progress.total_updates = done[mode == "generator"]
+        server.run.args.num_contexts = 2
+        return server
+    monkeypatch.setattr(alternation, "run_rounds", train)
+    monkeypatch.setattr(alternation, "ask", lambda server, turn, query: steps.append(query))
+    monkeypatch.setattr(alternation, "find_own_contexts", lambda *_: steps.append("find"))
+    monkeypatch.setattr(alternation, "read_records", lambda *_: [])
+    args = argparse.Namespace(model="out", mode="alternate", rounds=2, turns=2)
+    tasks = check_mode("alternate", [[], ["--t5_name", "t5", "--eval_file", "dev.json"]])
+    alternation.alternate(args, tasks, open_server)
+    assert steps == expected

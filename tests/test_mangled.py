@@ -642,7 +642,7 @@ def make_federation(path, resume):
     """What federated/server.py knows of a federation that trains a model of two numbers."""
     script = SimpleNamespace(FREE_FLAGS={"resume"})
     args = Namespace(resume=resume, strategy=["FedAdam"], min_clients=1, num_clients=2,
-                     transport="float32",
+                     transport="float32", mode="retriever", rounds=10,
                      privacy=["DifferentialPrivacyServerSideAdaptiveClipping",
                               "noise_multiplier=0"])
     run = make_run(f"{path}/run", resume)
