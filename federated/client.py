@@ -50,7 +50,7 @@ from utils import (
     sum_over_processes,
 )
 
-# A simulation's clients are opened once, and those of the same flags share one model: each round
+# A process opens its clients once, and those of the same flags share one model: each round
 # loads its weights.
 RUNS = {}    # {(client's name, mode): Run}
 MODELS = {}  # {(a client's own flags, mode): model}
