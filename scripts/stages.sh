@@ -39,8 +39,8 @@ describe_command() {  # COMMAND...: a word a line, without what may change: laun
 
 mark_stage() {  # NAME STATE DESCRIPTION: whole or not at all
     mkdir -p "$OUT/stages"
-    printf '%s\n' "$2" "$3" > "$OUT/stages/.writing"
-    mv -f "$OUT/stages/.writing" "$OUT/stages/$1"
+    printf '%s\n' "$2" "$3" > "$OUT/stages/.writing.$1"
+    mv -f "$OUT/stages/.writing.$1" "$OUT/stages/$1"
 }
 
 first_difference() {  # THEN NOW, descriptions: what differs first, a flag with its value
