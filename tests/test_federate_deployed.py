@@ -122,7 +122,9 @@ def federation(tmp_path):
 
 def test_a_killed_client_comes_back_and_the_measures_are_those_of_a_simulation(files, tmp_path,
                                                                               federation):
-    flags = ["--mode", "retriever", "--rounds", 2, "--min_clients", 2, "--attempts", 9]
+    flags = ["--mode", "retriever", "--rounds", 2, "--min_clients", 2, "--attempts", 9,
+             # a client that is back before Flower has missed it is noticed by this alone
+             "--timeout", 60]
     process, folder, _ = federation([files / "a.toml", files / "b.toml"], tmp_path / "deployed",
                                     *flags, *task_flags(files))
     clients = [word for name in "ab"
