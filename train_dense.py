@@ -69,6 +69,7 @@ class RetrieverRun(Run):
     corpus: Corpus
     dataset_sizes: list  # the number of examples of each dataset
     task_flags: dict     # {task: the flags, as a Namespace, that its loss is computed with}
+    updates: int         # of the schedule; --early_exit_steps may end the run before
 
 
 # ---------------------------------------------------------------- loss
@@ -456,7 +457,8 @@ def set_up(args, world, sets=BOTH_SETS):
                        collator=GroupCollator(tokenizer, args, corpus, instructions),
                        optimizer=optimizer, scheduler=scheduler,
                        last_update=min(updates, args.stop_at), log=log, progress=progress,
-                       dataset_sizes=data.dataset_sizes, task_flags=data.task_flags)
+                       dataset_sizes=data.dataset_sizes, task_flags=data.task_flags,
+                       updates=updates)
     if state:
         restore_state(run, state)
     return run
@@ -479,7 +481,6 @@ def count_warmup(args, updates):
 def describe(run):
     """Logs the lines that a run starts with."""
     args, log = run.args, run.world.log
-    updates = count_updates(args, run.dataset_sizes, run.world)
     log(describe_machine(run.world, args.gpus))
     kind = f"retriever, metric {args.dense_metric}, pooling {args.pooling_method}"
     if args.ranker:
@@ -487,8 +488,8 @@ def describe(run):
     trained = count_trained(run.unwrapped)
     log(f"{len(run.train_set.examples)} training examples of {len(run.dataset_sizes)} dataset(s), "
         f"groups of {run.train_set.group_rules[0].group_size}; {trained:,} trained parameters; "
-        f"{kind}; batch {args.batch_size * run.world.size} x {args.grad_accumulation}; {updates} "
-        f"updates, {count_warmup(args, updates)} of warm-up")
+        f"{kind}; batch {args.batch_size * run.world.size} x {args.grad_accumulation}; "
+        f"{run.updates} updates, {count_warmup(args, run.updates)} of warm-up")
     if run.progress.total_updates:
         log(f"resuming after {run.progress.total_updates} updates")
 

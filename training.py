@@ -261,7 +261,6 @@ class RunLog:
             if self.board and isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
 
-
     def drop_rows(self):
         """Leaves the file's first `keep_rows` rows."""
         rows = []

@@ -131,7 +131,7 @@ def train(message, args, tasks, client):
 
 
 def open_run(task, args, client):
-    """The client's Run, kept between a simulation's rounds."""
+    """The client's Run, kept from round to round."""
     key = client.name, task.mode
     if key not in RUNS:
         own = client.own_arguments(args, task.mode)
@@ -252,8 +252,7 @@ def add_proximal_term(run, mu):
 
 def train_updates(task, run, updates, number):
     """Trains on that many updates, over the ends of epochs."""
-    party = getattr(run.world, "party", "")
-    bar = progress_bar(desc=f"round {number}, {party}", total=updates, unit=" updates",
+    bar = progress_bar(desc=f"round {number}, {run.world.party}", total=updates, unit=" updates",
                        is_main=run.world.is_main, always=run.args.tqdm)
     last_update = run.progress.total_updates + updates
     while run.progress.total_updates < last_update:

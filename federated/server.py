@@ -11,7 +11,6 @@ import re
 import time
 import zlib
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -62,11 +61,6 @@ class Server:
         """{name: tensor} of the global model's trained weights."""
         return {name: parameter.detach() for name, parameter
                 in trained_parameters(self.run).items()}
-
-    @cached_property
-    def frozen(self):
-        """The hash of the weights that no round changes; it takes 1 s for t5-base."""
-        return digest_frozen(self.run)
 
     @property
     def log(self):
@@ -163,7 +157,7 @@ def wait_for_clients(server):
 def make_messages(server, number, rounds):
     """The strategy's messages to the clients of a round, with the weights as they travel."""
     config = ConfigRecord({"mode": server.task.mode, "round": number, "rounds": rounds,
-                           "frozen": server.frozen})
+                           "frozen": digest_frozen(server.run)})
     weights = pack(server.weights)
     messages = list(server.strategy.configure_train(number, weights, config, server.grid))
     arrays, layout = to_wire(server.weights, server.args.transport)

@@ -7,6 +7,7 @@ itself would lose most of a small update to rounding.
 import hashlib
 import json
 import math
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ class OpenError(InputError):
 
 WEIGHTS = "weights"  # the name of the array in which all weights travel
 BF16 = "bfloat16"    # its dtype and stype: Flower passes on the bytes of any
+DIGESTS = WeakKeyDictionary()  # {model: the hash of its frozen weights}
 
 
 def pack(tensors):
@@ -41,8 +43,8 @@ def unpack(record):
 def to_wire(tensors, dtype="float32"):
     """(ArrayRecord, layout) of {name: tensor}, in float32 or bf16: what travels.
 
-    All weights are one array, since Flower sends each array with several requests: ten times the
-    bytes would take less time. The layout is JSON, [[name, shape]] in the array's order.
+    All weights are one array, since Flower sends each array with several requests. The layout is
+    JSON, [[name, shape]] in the array's order.
     """
     flat = torch.cat([tensor.detach().cpu().float().reshape(-1) for tensor in tensors.values()])
     layout = json.dumps([[name, list(tensor.shape)] for name, tensor in tensors.items()])
@@ -115,7 +117,16 @@ def load_weights(run_parameters, tensors):
 def digest_frozen(run):
     """A hash of the weights that are not trained, which all parties must have alike; "" if all are
     trained.
+
+    No round changes these weights: a model's are hashed once, which takes 1 s for t5-base.
     """
+    if run.unwrapped not in DIGESTS:
+        DIGESTS[run.unwrapped] = hash_frozen(run)
+    return DIGESTS[run.unwrapped]
+
+
+def hash_frozen(run):
+    """What digest_frozen returns, computed."""
     frozen = {name: parameter for name, parameter in run.unwrapped.named_parameters()
               if not parameter.requires_grad}
     if not frozen:

@@ -153,17 +153,6 @@ even_alone() {
 
 # ---------------------------------------------------------------- together
 
-run_both() {  # FUNCTION FUNCTION: side by side; ends the recipe if one of them fails
-    local first second status=0
-    ("$1") 2>&1 | sed -u "s/^/$1 | /" &
-    first=$!
-    ("$2") 2>&1 | sed -u "s/^/$2 | /" &
-    second=$!
-    wait $first || status=$?
-    wait $second || status=$?
-    [ $status = 0 ] || exit $status
-}
-
 row() {  # LABEL FILE...: a row of the table, of $OUT/FILE.json of every seed
     local name files=
     for name in "${@:2}"; do
@@ -205,8 +194,7 @@ federate_variants() {
     done
 }
 
-# a job in the background would not hear an interrupt
-trap 'trap - INT TERM; kill 0' INT TERM
+. "$ROOT/scripts/lanes.sh"
 if [ -z "${WORLD:-}" ]; then
     WORLD=$WORK/world
     $PYTHON "$ROOT/toy/world.py" --out "$WORLD" --hard

@@ -113,23 +113,11 @@ read_contexts() {  # NAME FILES ENDING: a reader of FILES.SPLIT.ENDING; writes O
         --measures "$OUT/$1.em.json"
 }
 
-run_both() {  # FUNCTION FUNCTION: side by side; ends the recipe if one of them fails
-    local first second status=0
-    ("$1") 2>&1 | sed -u "s/^/$1 | /" &
-    first=$!
-    ("$2") 2>&1 | sed -u "s/^/$2 | /" &
-    second=$!
-    wait $first || status=$?
-    wait $second || status=$?
-    [ $status = 0 ] || exit $status
-}
-
 row() {  # NAME RECIPE RETRIEVAL EM
     ROWS+=("$1=$WORK/{seed}/$2/$3.json,$WORK/{seed}/$2/$4.json")
 }
 
-# a job in the background would not hear an interrupt
-trap 'trap - INT TERM; kill 0' INT TERM
+. "$ROOT/scripts/lanes.sh"
 $PYTHON "$ROOT/toy/world.py" --out "$WORLD" --hard
 for seed in $SEEDS; do
     SECONDS=0
