@@ -66,8 +66,9 @@ def is_causal(config):
 def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
     """The causal language model of a folder or hub name.
 
-    `dropout` replaces the configuration's rates. A folder without weights gives random ones and
-    says so, or is refused if it must be `trained`. Raises InputError where nothing fits: unknown
+    `dropout` replaces the configuration's rates; with the dtype None the weights stay in the file,
+    as they are, till they are used. A folder without weights gives random ones and says so, or is
+    refused if it must be `trained`. Raises InputError where nothing fits: unknown
     name, unreadable file, other architecture, other shapes.
     """
     folder, weights = find_model(path_or_name)
@@ -77,6 +78,9 @@ def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
                          "model; give the folder of one, such as GPT-2 or Llama")
     find_weights(folder, required=trained)
     weights = read_weights(folder)
+    if dtype is None:
+        stored = [weight.dtype for weight in (weights or {}).values() if weight.is_floating_point()]
+        dtype = stored[0] if stored else torch.float32
     if dropout is not None:  # of whatever name the family gives it
         for name, value in config.to_dict().items():
             if name.endswith(("dropout", "pdrop")) and type(value) in (int, float):

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from causal_lm import open_lm
-from checkpoints import check_vocabulary
+from checkpoints import check_vocabulary, write_weights
 from data import pad_labels, pad_passages
 from questions import context_score, history_turns
+from sharding import any_question, is_sharded, shard
 from training import add_lora
 from utils import InputError, refusing, shorten
 
@@ -276,6 +277,18 @@ class CausalReader(nn.Module):
         """Freezes the weights and adds LoRA adapters, which save_pretrained merges."""
         self.lm = add_lora(self.lm, rank)
 
+    def shard(self, world):
+        """Spreads the weights over the processes (sharding.py).
+
+        Raises InputError for a model that does not say what its blocks are.
+        """
+        names = set(self.lm._no_split_modules or [])  # of their classes
+        blocks = [module for module in self.lm.modules() if type(module).__name__ in names]
+        if not blocks:
+            raise InputError(f"--fsdp: transformers does not say what the blocks of a "
+                             f"{self.config.model_type} model are; leave it out")
+        shard(self, blocks, [], world)
+
     def check_tokenizer(self, tokenizer):
         """Raises InputError for a tokenizer that does not fit the model, or that lacks an end of
         sequence; answers then end with its end of sequence too.
@@ -402,7 +415,7 @@ class CausalReader(nn.Module):
             likelihoods[rows] += log_p[torch.arange(len(rows), device=device), token[owner]]
 
             alive = ~torch.isin(token, ends)
-            if step == max_length - 1 or not alive.any():
+            if step == max_length - 1 or not any_question(self, int(alive.sum())):
                 break
             kept = alive[owner]                                                          # (k)
             if not alive.all():
@@ -423,15 +436,28 @@ class CausalReader(nn.Module):
     # ---------------------------------------------------------------- files
 
     @classmethod
-    def from_pretrained(cls, path_or_name, dropout=None, prompts=None):
+    def from_pretrained(cls, path_or_name, dropout=None, prompts=None, dtype=torch.float32):
         """A reader from a causal language model's folder or hub name; see open_lm."""
-        return cls(open_lm(path_or_name, dropout), prompts)
+        return cls(open_lm(path_or_name, dropout, dtype), prompts)
+
+    def plain_weights(self):
+        """{name: weight} of the language model, each once."""
+        copies = self.lm.all_tied_weights_keys or {}
+        return {name: weight for name, weight in self.lm.state_dict().items()
+                if name not in copies}
 
     def save_pretrained(self, folder):
         """Writes the files of transformers' AutoModelForCausalLM, adapters merged into the weights.
         """
         lm = self.lm
+        os.makedirs(folder, exist_ok=True)
+        if is_sharded(self):
+            lm.config.architectures = [type(lm).__name__]
+            lm.config.save_pretrained(folder)
+            if lm.can_generate():
+                lm.generation_config.save_pretrained(folder)
+            write_weights(folder, self.plain_weights())
+            return
         if hasattr(lm, "merge_and_unload"):
             lm = copy.deepcopy(lm).merge_and_unload()
-        os.makedirs(folder, exist_ok=True)
         lm.save_pretrained(folder)

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, suppress
 
 import torch
@@ -13,7 +14,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from files import (
@@ -27,10 +28,13 @@ from files import (
     write_aside,
     write_json,
 )
+from sharding import gather_weight
 from utils import InputError, first_line, refusing, shorten
 
 # what a configuration may say: a model of more layers, or of larger numbers, would take all memory
 MOST_LAYERS, MOST = 1000, 10 ** 7
+# of weights in one file, and in memory while sharded ones are written
+FILE_BYTES = 5 * 10 ** 9
 
 
 def find_model(path_or_name):
@@ -71,7 +75,7 @@ def open_model_file(path):
     if path.removesuffix(".gz").endswith((".json", ".jsonl", ".csv", ".tsv", ".txt")):
         raise InputError(f"{path}: holds text (records, or a run's log), not a model; give the "
                          "model's folder")
-    saved = load_torch_file(path)
+    saved = load_torch_file(path, mmap=True)
     name, weights, flags = None, None, {}
     if isinstance(saved, dict) and {"optimizer", "progress"} <= saved.keys():
         raise InputError(f"{path}: is a run's resume state, from which --resume goes on; give the "
@@ -94,15 +98,17 @@ def open_model_file(path):
     return name, weights, flags
 
 
-def load_torch_file(path):
+def load_torch_file(path, mmap=False):
     """torch.load without unpickling code; argparse.Namespace (minFiD's args) is the one class let
     through.
 
-    Raises InputError.
+    mmap: tensors stay in the file till they are used, unless it is of torch's old format. Raises
+    InputError.
     """
     with refusing(f"{path}: not a checkpoint that can be loaded safely", "it may be cut off"):
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True,
+                              mmap=mmap and zipfile.is_zipfile(path))
 
 
 def find_weights(folder, required=False):
@@ -133,7 +139,7 @@ def read_weights(folder):
             with refusing(f"{path}: cannot be read", "the file may be cut off, fetch it again"):
                 part = load_file(path)
         else:
-            part = load_torch_file(path)
+            part = load_torch_file(path, mmap=True)
             check_weights(part, path)
         weights |= part
     return weights or None
@@ -148,6 +154,48 @@ def check_weights(weights, path):
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise InputError(f"{path}: {shorten(name)} is no weight, but a "
                              f"{type(value).__name__}; fetch the file again")
+
+
+def write_weights(folder, weights):
+    """Writes {name: weight} as model.safetensors; what does not go into one file goes into several,
+    with an index, as transformers does.
+
+    The weights of a sharded model are gathered, a file at a time; the other processes call
+    send_weights.
+    """
+    parts = split_weights(weights)
+    weight_map = {}
+    for number, names in enumerate(parts, 1):
+        file_name = "model.safetensors"
+        if len(parts) > 1:
+            file_name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        part = {name: gather_weight(weights[name]) for name in names}
+        save_file(part, os.path.join(folder, file_name), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file_name)
+    if len(parts) > 1:
+        total_size = sum(weight.numel() * weight.element_size() for weight in weights.values())
+        write_json(os.path.join(folder, "model.safetensors.index.json"),
+                   {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def send_weights(weights):
+    """What the other processes do while the main one calls write_weights with a sharded model's."""
+    for names in split_weights(weights):
+        for name in names:
+            gather_weight(weights[name])
+
+
+def split_weights(weights):
+    """[names] of {name: weight}: those that go into one file, in their order."""
+    parts, size = [[]], 0
+    for name, weight in weights.items():
+        weight_bytes = weight.numel() * weight.element_size()
+        if parts[-1] and size + weight_bytes > FILE_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += weight_bytes
+    return parts
 
 
 def announce_random_start(name):

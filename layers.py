@@ -18,14 +18,24 @@ def encode(stack, ids, groups):
     """Last hidden states (S, D) of packed token ids (S); `groups` says which rows are one passage.
     """
     p = dropout_rate(stack)
-    longest = max(group.L for group in groups)
-    bias = stack.block[0].layer[0].SelfAttention.compute_bias(longest, longest)[0]  # (H, L, L)
+    bias = encoder_bias(stack, groups)
     x = dropout(stack.embed_tokens(ids), p)  # (S, D)
     for block in stack.block:
-        self_attention, feed_forward_layer = block.layer
-        x = x + encoder_attention(self_attention, x, bias, groups, p)
-        x = x + feed_forward(feed_forward_layer, x, p)
+        x = encode_block(block, x, bias, groups, p)
     return dropout(stack.final_layer_norm(x), p)
+
+
+def encoder_bias(stack, groups):
+    """(H, L, L): the relative position bias of the longest passage, which all blocks share."""
+    longest = max((group.L for group in groups), default=1)
+    return stack.block[0].layer[0].SelfAttention.compute_bias(longest, longest)[0]
+
+
+def encode_block(block, x, bias, groups, p):
+    """The states (S, D) after a block of the encoder."""
+    self_attention, feed_forward_layer = block.layer
+    x = x + encoder_attention(self_attention, x, bias, groups, p)
+    return x + feed_forward(feed_forward_layer, x, p)
 
 
 def dropout_rate(stack):
@@ -74,20 +84,33 @@ def decode(stack, ids, memory, memory_bias, cache=None, raw_scores=None, use_che
     causal_bias = make_causal_bias(stack, past, ids.shape[1], ids.device)  # (1, H, T, past + T)
     x = dropout(stack.embed_tokens(ids), p)  # (B, T, D)
     for i, block in enumerate(stack.block):
-        self_attention, crossing, feed_forward_layer = block.layer
-        x = x + decoder_self_attention(self_attention, x, causal_bias, cache, i, p)
-
-        normed = crossing.layer_norm(x)
-        if use_checkpoint:
-            y = checkpoint(cross_attention, crossing.EncDecAttention, normed, memory, memory_bias,
-                           p, use_reentrant=False)
-        else:
-            y = cross_attention(crossing.EncDecAttention, normed, memory, memory_bias, p,
-                                raw_scores)
-        x = x + dropout(crossing.EncDecAttention.o(y), p)
-
-        x = x + feed_forward(feed_forward_layer, x, p)
+        x = run_block(block, decode_block, x, memory, memory_bias, causal_bias, cache, i, p,
+                      raw_scores, use_checkpoint)
     return dropout(stack.final_layer_norm(x), p)
+
+
+def run_block(block, function, *inputs):
+    """function(block, *inputs); a sharded block (sharding.py) has its weights gathered for it."""
+    if hasattr(block, "run"):
+        return block.run(function, *inputs)
+    return function(block, *inputs)
+
+
+def decode_block(block, x, memory, memory_bias, causal_bias, cache, index, p, raw_scores,
+                 use_checkpoint):
+    """The targets' states (B, T, D) after the decoder's block of this index."""
+    self_attention, crossing, feed_forward_layer = block.layer
+    x = x + decoder_self_attention(self_attention, x, causal_bias, cache, index, p)
+
+    normed = crossing.layer_norm(x)
+    if use_checkpoint:
+        y = checkpoint(cross_attention, crossing.EncDecAttention, normed, memory, memory_bias, p,
+                       use_reentrant=False)
+    else:
+        y = cross_attention(crossing.EncDecAttention, normed, memory, memory_bias, p, raw_scores)
+    x = x + dropout(crossing.EncDecAttention.o(y), p)
+
+    return x + feed_forward(feed_forward_layer, x, p)
 
 
 def make_causal_bias(stack, past, T, device):

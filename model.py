@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
@@ -28,11 +27,13 @@ from checkpoints import (
     find_model,
     read_config,
     read_weights,
+    write_weights,
 )
 from data import Collator
 from files import read_settings
 from layers import decode, encode
 from packed_attention import group_texts, split_by_length
+from sharding import any_question, encode_in_step, is_sharded, shard
 from utils import InputError, refusing, shorten
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}  # encoded at a time, counted with padding
@@ -144,13 +145,19 @@ class EncoderWrapper(nn.Module):
     def encode_chunks(self, ids, lengths):
         """States (S, D) of packed token ids (S) of passages of falling lengths, a chunk at a time.
         """
-        states, start = [torch.zeros(0, self.encoder.module.config.d_model, device=ids.device)], 0
+        chunks, start = [], 0
         for first, last in split_by_length(lengths, CHUNK_TOKENS[ids.device.type]):
             chunk_lengths = lengths[first:last]
             end = start + sum(chunk_lengths)
-            states.append(self.encoder(ids[start:end], group_texts(chunk_lengths, ids.device)))
+            chunks.append((ids[start:end], group_texts(chunk_lengths, ids.device)))
             start = end
-        return torch.cat(states)
+        stack = self.encoder.module
+        if is_sharded(stack.block[0]):
+            use_checkpoint = self.encoder.use_checkpoint and self.training
+            states = encode_in_step(stack, chunks, use_checkpoint)
+        else:
+            states = [self.encoder(*chunk) for chunk in chunks]
+        return torch.cat([torch.zeros(0, stack.config.d_model, device=ids.device), *states])
 
 
 # ---------------------------------------------------------------- decoder
@@ -242,6 +249,14 @@ class FiDT5(nn.Module):
         raise InputError("--lora is for causal language models: the layers of a T5 reader "
                          "(layers.py) run without the modules that peft replaces; leave it out")
 
+    def shard(self, world):
+        """Spreads the weights over the processes (sharding.py)."""
+        blocks = [*self.t5.encoder.encoder.module.block, *self.t5.decoder.block]
+        # the first block's bias is all blocks'
+        biases = [module for name, module in self.named_modules()
+                  if name.endswith("relative_attention_bias")]
+        shard(self, blocks, biases, world)
+
     def describe(self):
         """What args.json says of the reader, beside its training: nothing."""
         return {}
@@ -327,7 +342,7 @@ class FiDT5(nn.Module):
             # waits for
             alive = token != self.config.eos_token_id
             remaining = int(alive.sum())
-            if remaining == 0:
+            if not any_question(self, remaining):
                 return ids[:, :step + 1]
             if remaining < len(active):
                 active = active[alive]
@@ -373,13 +388,14 @@ class FiDT5(nn.Module):
     # ---------------------------------------------------------------- files
 
     @classmethod
-    def from_pretrained(cls, path_or_name, dropout=None):
+    def from_pretrained(cls, path_or_name, dropout=None, dtype=torch.float32):
         """A reader from any of: a T5 folder or hub name, our folder, a released FiD reader,
         minFiD's file.
 
-        `dropout` replaces the configuration's rate. A folder without weights gives random ones and
-        says so. Raises InputError where nothing fits: unknown name, unreadable file, other
-        architecture, other shapes.
+        `dropout` replaces the configuration's rate; with the dtype None the weights stay in the
+        file, as they are, till they are used. A folder without weights gives random ones and says
+        so. Raises InputError where nothing fits: unknown name, unreadable file, other architecture,
+        other shapes.
         """
         folder, weights = find_model(path_or_name)
         config = read_config(folder)
@@ -398,23 +414,29 @@ class FiDT5(nn.Module):
             if weights is None:
                 announce_random_start(path_or_name)
                 return cls(build_random_t5(config, folder))
-            return cls(build_t5(config, weights, path_or_name))
+            return cls(build_t5(config, weights, path_or_name, dtype))
+
+    @property
+    def is_tied(self):
+        """True if the output layer is the embedding."""
+        return self.t5.lm_head.weight is self.t5.shared.weight
+
+    def plain_weights(self):
+        """{plain T5 name: weight}, each once."""
+        weights = {plain_key(key): value for key, value in self.t5.state_dict().items()}
+        copies = [*EMBEDDINGS[1:], "lm_head.weight"] if self.is_tied else EMBEDDINGS[1:]
+        for key in copies:
+            del weights[key]
+        return weights
 
     def save_pretrained(self, folder):
         """Writes config.json, generation_config.json and model.safetensors with plain T5 names, as
         transformers does.
         """
         os.makedirs(folder, exist_ok=True)
-        weights = {}
-        for key, value in self.t5.state_dict().items():
-            weights[plain_key(key)] = value.detach().contiguous()
-        is_tied = self.t5.lm_head.weight is self.t5.shared.weight
-        copies = [*EMBEDDINGS[1:], "lm_head.weight"] if is_tied else EMBEDDINGS[1:]
-        for key in copies:
-            del weights[key]
-        save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        write_weights(folder, self.plain_weights())
         config = self.config.to_dict() | {"architectures": [type(self.t5).__name__],
-                                          "tie_word_embeddings": is_tied}
+                                          "tie_word_embeddings": self.is_tied}
         with open(os.path.join(folder, "config.json"), "w") as file:
             json.dump(config, file, indent=2, sort_keys=True)
         self.t5.generation_config.save_pretrained(folder)
@@ -460,12 +482,12 @@ def build_random_t5(config, folder):
     return t5
 
 
-def build_t5(config, weights, source):
-    """The T5 of a configuration with these weights (any wrapping) in float32.
+def build_t5(config, weights, source, dtype=torch.float32):
+    """The T5 of a configuration with these weights (any wrapping), as they are if dtype is None.
 
     Raises InputError, which names `source`, where names or shapes differ.
     """
-    weights = {plain_key(key): value.float() for key, value in weights.items()}
+    weights = {plain_key(key): value.to(dtype or value.dtype) for key, value in weights.items()}
     cross_bias = weights.pop(CROSS_BIAS, None)
     embeddings = next((weights[key] for key in EMBEDDINGS if key in weights), torch.empty(0))
     is_tied = "lm_head.weight" not in weights or torch.equal(weights["lm_head.weight"], embeddings)

@@ -10,6 +10,7 @@ from checkpoints import read_training_args
 from data import eval_loader
 from files import new_file
 from metrics import exact_match, f1, has_answer
+from sharding import is_sharded
 from utils import gather_lists, progress_bar
 
 ANSWER_MAXLENGTH = 50  # most tokens of an answer, where no flag says otherwise
@@ -73,7 +74,8 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
     Every record is answered once, in the same batch for any number of processes.
     """
     collator = model.make_collator(tokenizer, num_contexts, max_length)
-    loader = eval_loader(records, batch_size, collator, num_workers, world.rank, world.size)
+    loader = eval_loader(records, batch_size, collator, num_workers, world.rank, world.size,
+                         is_sharded(model))
     model.eval()
     predictions = []
     for batch in progress_bar(loader, desc=f"answering, {num_contexts} contexts",
@@ -90,7 +92,9 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
         for index, text, context_scores in zip(batch["indices"], texts, scores):
             predictions.append(score_prediction(index, text.strip(), records[index]["answers"],
                                                 context_scores))
-    return sorted(gather_lists(predictions, world), key=lambda prediction: prediction.index)
+    # a batch that was answered twice, by a sharded model, counts once
+    answered = {prediction.index: prediction for prediction in gather_lists(predictions, world)}
+    return [answered[index] for index in sorted(answered)]
 
 
 def score_prediction(index, text, answers, context_scores):

@@ -1,4 +1,10 @@
-"""The resume state OUT.state: what a training run needs to end as if it had never been stopped."""
+"""The resume state OUT.state: what a training run needs to end as if it had never been stopped.
+
+With --fsdp every process keeps its own rows of the weights and of the optimizer's moments, the main
+one in OUT.state and process R of N after U updates in OUT.state.RofN.U. OUT.state is replaced when
+all of them are written, and names U: a run that is killed meanwhile goes on from the parts before.
+"""
+import glob
 import math
 import os
 import random
@@ -8,13 +14,15 @@ import torch
 
 from checkpoints import check_weights, load_torch_file
 from files import new_file
+from sharding import is_sharded, join_state, local_state
 from training import Progress
-from utils import InputError, gather_lists, refusing, shorten
+from utils import InputError, gather_lists, refusing, shorten, wait_for_all
 
 START_ANEW = "give --overwrite in place of --resume to start anew"
 # {part of a state: its type}
 FORM = {"model": dict, "optimizer": dict, "scheduler": dict, "random": list, "progress": dict,
         "args": dict, "world_size": int}
+PART_FORM = {"model": dict, "optimizer": dict}
 
 # ---------------------------------------------------------------- random states
 
@@ -39,13 +47,33 @@ def save_state(run):
 
     All processes call it.
     """
-    states = gather_lists([random_states(run.world.device)], run.world)
-    if run.world.is_main:
+    world, update = run.world, run.progress.total_updates
+    states = gather_lists([random_states(world.device)], world)
+    in_parts = is_sharded(run.unwrapped)
+    if in_parts:
+        own = local_state(run)
+        if not world.is_main:
+            write_state(part_path(run.out, world.rank, world.size, update), own)
+        wait_for_all(world)
+    else:
+        own = {"model": run.unwrapped.state_dict(), "optimizer": run.optimizer.state_dict()}
+    if world.is_main:
         write_state(f"{run.out}.state", {
-            "model": run.unwrapped.state_dict(), "optimizer": run.optimizer.state_dict(),
-            "scheduler": run.scheduler.state_dict(), "random": states,
-            "progress": asdict(run.progress), "args": vars(run.args),
-            "world_size": run.world.size})
+            **own, "scheduler": run.scheduler.state_dict(), "random": states,
+            "progress": asdict(run.progress), "args": vars(run.args), "world_size": world.size})
+        remove_parts(run.out, update if in_parts else None)
+
+
+def part_path(out, rank, size, update):
+    """Where a process keeps its part of the state, with --fsdp."""
+    return f"{out}.state.{rank}of{size}.{update}"
+
+
+def remove_parts(out, kept=None):
+    """Removes the parts of states, but for those of the update `kept`."""
+    for path in glob.glob(f"{glob.escape(out)}.state.[0-9]*of[0-9]*.[0-9]*"):
+        if path.rsplit(".", 1)[1] != str(kept):
+            os.remove(path)
 
 
 def write_state(path, state):
@@ -60,8 +88,10 @@ def write_state(path, state):
 def forget_replaced_state(run):
     """Removes the state of the run that --overwrite replaces: --resume must not go on with it."""
     path = f"{run.out}.state"
-    if run.args.overwrite and run.world.is_main and os.path.exists(path):
-        os.remove(path)
+    if run.args.overwrite and run.world.is_main:
+        if os.path.exists(path):
+            os.remove(path)
+        remove_parts(run.out)
 
 
 def load_state(out, args, world, free_flags):
@@ -84,7 +114,20 @@ def load_state(out, args, world, free_flags):
                          f"{world.size}; start as many processes as then, {state['world_size']}, "
                          f"or {START_ANEW}")
     refuse_other_flags(path, vars(args), state["args"], free_flags)
+    if world.rank > 0 and getattr(args, "fsdp", False):
+        state |= load_part(out, world, state["progress"]["total_updates"])
     return state
+
+
+def load_part(out, world, update):
+    """{model, optimizer} that this process has kept with --fsdp. Raises InputError."""
+    path = part_path(out, world.rank, world.size, update)
+    if not os.path.exists(path):
+        raise InputError(f"{path}: is missing, a process's part of the state {out}.state; put it "
+                         f"there, or {START_ANEW}")
+    part = load_torch_file(path)
+    check_form(part, PART_FORM, path)
+    return part
 
 
 def refuse_other_flags(path, now, then, free_flags):
@@ -117,6 +160,9 @@ def restore_state(run, state):
     """
     path = f"{run.out}.state"
     check_weights(state["model"], path)
+    if is_sharded(run.unwrapped):
+        with refusing(f"{path}: its parts are not those of this model", START_ANEW):
+            state = state | join_state(run, state)
     try:
         run.unwrapped.load_state_dict(state["model"])
     except RuntimeError as error:

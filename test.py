@@ -26,7 +26,8 @@ from predict import (
     write_scores,
 )
 from questions import note_contexts, read_records
-from readers import add_prompt_flags, open_reader
+from readers import add_prompt_flags, open_reader, place_reader
+from sharding import check_processes
 from utils import HelpFormatter, InputError, check_at_least, run_script, start_processes
 
 
@@ -61,6 +62,8 @@ def parse_args():
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
     add("--bf16", action="store_true", help="bfloat16 autocast")
+    add("--fsdp", action="store_true",
+        help="spread the weights over the processes, for models that do not fit one GPU")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU")
     return parser.parse_args()
 
@@ -105,10 +108,13 @@ def prediction_path(args, num_contexts):
 
 def main(args):
     world = start_processes(args.gpus)
+    if args.fsdp:
+        check_processes(world)
     choose_lengths(args, world.log)
     check_outputs(args)
     records = read_records(args.data)
-    model = open_reader(args.model, args=args).to(world.device)
+    model = open_reader(args.model, args=args, spread=args.fsdp)
+    place_reader(model, world, args.fsdp)
     tokenizer = load_tokenizer(args.model, args.t5_name)
     model.check_tokenizer(tokenizer)
     model.check_records(records, max(args.num_contexts), args.data)

@@ -19,15 +19,17 @@ import copy
 import math
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import transformers
 
 from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
+from cost import log_cost, measure_updates, note_cost
 from dense import losses
 from dense.batches import GroupCollator, GroupSet, plan_batches
-from dense.evaluation import annotated_set, read_dev_set
+from dense.evaluation import annotated_set, read_dev_set, sample_dev_set
 from dense.evaluation import evaluate as measure_retriever
 from dense.examples import TrainingData, read_training
 from dense.flags import check_args, parse_args
@@ -60,7 +62,7 @@ from utils import InputError, gather_lists, run_script, start_processes
 
 # flags that may differ between a run and its resumption: they do not change the weights
 FREE_FLAGS = {"resume", "overwrite", "num_workers", "gpus", "tqdm", "logging_steps",
-              "early_exit_steps", "stop_at"}
+              "early_exit_steps", "stop_at", "plan"}
 
 
 @dataclass
@@ -224,8 +226,10 @@ def train_epoch(run):
     for update in remaining:
         start = time.time()
         loss, weight, queries = train_update(run, batches, len(update))
-        progress.count_update(loss, weight, queries, time.time() - start)
+        seconds = time.time() - start
+        progress.count_update(loss, weight, queries, seconds)
         count_on_bar(bar, run)
+        note_cost(run, seconds)
 
         # report, measure and save when it is due, all of it at the end of the run
         done, is_end = progress.total_updates, progress.total_updates >= run.last_update
@@ -255,6 +259,24 @@ def evaluate(run):
                                  run.args.cutoffs, run.world)
     run.model.train()
     return measures | {"eval_seconds": time.time() - start}
+
+
+def plan_cost(run):
+    """Logs what the run will cost, by a few updates and an evaluation of a part of the dev set, or
+    of the corpus that it searches.
+    """
+    args, world = run.args, run.world
+    seconds = measure_updates(run, plan_run(run, run.progress.epoch), train_update)
+    evaluations, eval_seconds = 0, 0.0
+    if run.dev is not None:
+        dev, corpus, share = sample_dev_set(run.dev, run.corpus, world)
+        start = time.time()
+        measure_retriever(run.unwrapped, dev, run.collator, corpus, args.metrics, args.cutoffs,
+                          world)
+        eval_seconds = (time.time() - start) / share
+        interval = args.eval_steps or args.save_steps
+        evaluations = math.ceil((run.last_update - run.progress.total_updates) / interval)
+    log_cost(run, seconds, evaluations, eval_seconds)
 
 
 def best_metric(args, dev):
@@ -499,9 +521,14 @@ def main(args):
     world = start_processes(args.gpus)
     set_seed(args.seed, world.rank)
     transformers.utils.logging.disable_progress_bar()
-    with claim_folder(args.output_dir, args.resume, args.overwrite, world):
+    writes = not args.plan
+    with (claim_folder(args.output_dir, args.resume, args.overwrite, world) if writes
+          else nullcontext()):
         run = set_up(args, world)
         describe(run)
+        if args.plan:
+            plan_cost(run)
+            return
         forget_replaced_state(run)
         start = time.time()
         while run.progress.total_updates < run.last_update:

@@ -20,10 +20,19 @@ import argparse
 import math
 import os
 import time
+from contextlib import nullcontext
 
 import torch
 
-from checkpoints import claim_folder, find_model, load_tokenizer, save_checkpoint, versions
+from checkpoints import (
+    claim_folder,
+    find_model,
+    load_tokenizer,
+    save_checkpoint,
+    send_weights,
+    versions,
+)
+from cost import log_cost, measure_updates, note_cost
 from data import (
     TrainSet,
     check_targets,
@@ -32,9 +41,10 @@ from data import (
 )
 from predict import ANSWER_MAXLENGTH, predict, summarize
 from questions import note_files, read_records
-from readers import add_prompt_flags, open_reader
+from readers import add_prompt_flags, open_reader, place_reader
 from resume import forget_replaced_state, load_state, restore_state, save_state
 from retrieval.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
+from sharding import check_processes
 from training import (
     BOTH_SETS,
     Progress,
@@ -67,7 +77,7 @@ from utils import (
 
 # flags that may differ between a run and its resumption: they do not change the weights
 FREE_FLAGS = {"resume", "overwrite", "num_workers", "save_every", "logging_steps", "gpus",
-              "data_test", "batch_size_val", "tensorboard", "tqdm", "index"}
+              "data_test", "batch_size_val", "tensorboard", "tqdm", "index", "plan"}
 
 # the three arguments, and the flags that may take their place
 PATH_FLAGS = {"model": "output_dir", "data_train": "train_file", "data_val": "eval_file"}
@@ -121,6 +131,9 @@ def parse_args(arguments=None):
     add("--lora", type=int, metavar="R",
         help="train LoRA adapters of rank R, merged when saved (causal language models; needs the "
         "package peft)")
+    add("--fsdp", action="store_true",
+        help="spread weights, gradients and optimizer state over the processes, for models that do "
+        "not fit one GPU (PyTorch's fully_shard); OUT must be a path that all of them can write")
     add("--freeze", metavar="REGEX", help="do not train the weights whose names this finds")
     add_prompt_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
@@ -152,6 +165,9 @@ def parse_args(arguments=None):
         help="without a terminal a line of progress every N updates; not given: about every minute")
     add("--tensorboard", action="store_true",
         help="write to OUT.tensorboard as well (needs the package)")
+    add("--plan", action="store_true",
+        help="tell what the run will cost (hours, memory, disk) after a few updates, and stop; OUT "
+        "is not touched")
     add("--tqdm", action="store_true",
         help="show progress bars even if the output is not a terminal")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
@@ -223,6 +239,9 @@ def check_args(args, sets=BOTH_SETS):
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
     if args.warmup_ratio is not None and not 0 <= args.warmup_ratio <= 1:
         raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
+    if args.fsdp and args.lora:
+        raise InputError("--fsdp spreads a model whose weights are all trained, --lora trains few "
+                         "of them; leave one out")
     check_retriever(args)
 
 
@@ -296,7 +315,7 @@ def plan_run(run, epoch):
     """This process's part of an epoch of the run: [update][micro-batch][(index, is_real)]."""
     args, world = run.args, run.world
     return plan_epoch(len(run.train_set.records), epoch, args.seed, not args.no_shuffle,
-                      args.batch_size, args.grad_accumulation, world.rank, world.size)
+                      args.batch_size, args.grad_accumulation, world.rank, world.size, args.fsdp)
 
 
 def train_epoch(run):
@@ -310,8 +329,10 @@ def train_epoch(run):
     for update in remaining:
         start = time.time()
         loss_sum, weight, questions = train_update(run, batches, len(update))
-        progress.count_update(loss_sum, weight, questions, time.time() - start)
+        seconds = time.time() - start
+        progress.count_update(loss_sum, weight, questions, seconds)
         count_on_bar(bar, run)
+        note_cost(run, seconds)
 
         # evaluate when it is due; save the state after it, and when --save_every says so
         is_end = progress.update == len(plan)
@@ -337,6 +358,20 @@ def evaluate(run):
     run.model.train()
     return {"dev_em": summary.em, "dev_f1": summary.f1, "correct": summary.correct,
             "count": summary.count, "eval_seconds": time.time() - start}
+
+
+def plan_cost(run):
+    """Logs what the run will cost, by a few updates and the answers to a few dev questions."""
+    args = run.args
+    seconds = measure_updates(run, plan_run(run, run.progress.epoch), train_update)
+    sample = run.dev[:2 * args.batch_size_val * run.world.size]
+    start = time.time()
+    answer(run, run.unwrapped, sample)
+    eval_seconds = (time.time() - start) * len(run.dev) / len(sample)
+    evaluations = args.epochs - run.progress.epoch
+    if args.eval_every:
+        evaluations += (run.last_update - run.progress.total_updates) // args.eval_every
+    log_cost(run, seconds, evaluations, eval_seconds)
 
 
 def answer(run, reader, records):
@@ -367,7 +402,7 @@ def report(run, measures):
     run.log.row(row, progress.total_updates)
     progress.rows += 1
     progress.start_report()
-    if is_best and run.world.is_main:
+    if is_best:
         save_best(run)
 
 
@@ -384,6 +419,10 @@ def keep_measures(run, measures):
 def save_best(run):
     """Writes OUT: the reader as a folder of transformers with its tokenizer and args.json."""
     args, progress = run.args, run.progress
+    if not run.world.is_main:
+        if args.fsdp:
+            send_weights(run.unwrapped.plain_weights())
+        return
     dev_em, dev_f1 = progress.best or (None, None)  # a federation may have measured nothing
     info = {"dev_em": dev_em, "dev_f1": dev_f1, "epoch": progress.epoch,
             "update": progress.total_updates, "num_contexts": args.num_contexts,
@@ -417,7 +456,9 @@ def set_up(args, world, sets=BOTH_SETS):
     check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
 
     # model
-    reader = open_reader(args.t5_name, args.dropout, args).to(world.device)
+    if args.fsdp:
+        set_seed(args.seed)  # every process draws the same weights, where the checkpoint has none
+    reader = open_reader(args.t5_name, args.dropout, args, spread=args.fsdp)
     reader.check_tokenizer(tokenizer)
     reader.check_records(train, args.num_contexts, args.data_train)
     reader.check_records(dev, args.num_contexts, args.data_val)
@@ -427,6 +468,9 @@ def set_up(args, world, sets=BOTH_SETS):
         reader.add_adapters(args.lora)
     if args.freeze:
         freeze(reader, args.freeze)
+    place_reader(reader, world, args.fsdp)
+    if args.fsdp:
+        set_seed(args.seed, world.rank)
     reader.train()
 
     # optimizer and schedule
@@ -497,8 +541,11 @@ def describe(run):
 def main(args):
     check_args(args)
     world = start_processes(args.gpus)
+    if args.fsdp:
+        check_processes(world)
     set_seed(args.seed, world.rank)
-    with claim_folder(args.model, args.resume, args.overwrite, world):
+    writes = not args.plan
+    with claim_folder(args.model, args.resume, args.overwrite, world) if writes else nullcontext():
         run = set_up(args, world)
         # now, not after the training
         test = read_records(data_path(args, "test"), args.num_contexts) if args.data_test else None
@@ -507,6 +554,9 @@ def main(args):
         describe(run)
         note_files([(args.data_train, run.train_set.records), (args.data_val, run.dev),
                     (args.data_test, test)], world.log)
+        if args.plan:
+            plan_cost(run)
+            return
         forget_replaced_state(run)
         start = time.time()
         while run.progress.total_updates < run.last_update:
@@ -519,7 +569,8 @@ def main(args):
                   "by F1 or as the last: train longer or with a higher --lr, and look at what "
                   "test.py --pred writes")
     if test:
-        best_reader = open_reader(run.out).to(world.device)
+        best_reader = open_reader(run.out, spread=args.fsdp)
+        place_reader(best_reader, world, args.fsdp)
         summary = answer(run, best_reader, test)
         world.log(f"test EM {summary.em:.2f} ({summary.correct}/{summary.count}), F1 "
                   f"{summary.f1:.2f} with the best checkpoint on {args.data_test}")

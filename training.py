@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoints import versions
 from data import train_loader
 from files import new_file
-from utils import InputError, World, peak_memory, progress_bar, refusing
+from sharding import is_sharded
+from utils import InputError, World, peak_bytes, progress_bar, refusing
 
 # what a run reads; in a federation a client has no dev set, the server no training set
 BOTH_SETS = ("train", "dev")
@@ -94,6 +95,8 @@ class Run:
     last_update: int           # the update that the run ends with
     log: "RunLog"
     progress: Progress
+    # of this process's first updates, see cost.py
+    first_seconds: list = field(default_factory=list, kw_only=True)
 
     @property
     def unwrapped(self):
@@ -101,8 +104,11 @@ class Run:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def exchange_gradients(self, is_last):
-        """Context of one micro-batch: processes exchange gradients at an update's last one only."""
-        return nullcontext() if is_last or self.world.size == 1 else self.model.no_sync()
+        """Context of one micro-batch: processes exchange gradients at an update's last one only;
+        where they are spread over the processes, at each one.
+        """
+        is_copied = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if is_copied and not is_last else nullcontext()
 
 
 # ---------------------------------------------------------------- setting up
@@ -158,8 +164,10 @@ def count_trained(model):
 
 
 def wrap_model(model, world):
-    """The model inside DistributedDataParallel if there are several processes."""
-    if world.size == 1:
+    """The model inside DistributedDataParallel if there are several processes, unless its weights
+    are spread over them.
+    """
+    if world.size == 1 or is_sharded(model):
         return model
     devices = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
@@ -200,6 +208,8 @@ def step_optimizer(run, loss):
     """
     parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
+    if is_sharded(run.unwrapped):
+        norm = norm.full_tensor()
     if not math.isfinite(loss):
         return "loss"
     if not math.isfinite(norm):
@@ -225,8 +235,8 @@ def epoch_bar(run, steps=None):
 
 def count_on_bar(bar, run):
     """Moves the bar by an update, with its loss and the most memory taken so far."""
-    bar.set_postfix(loss=f"{run.progress.last_loss:.3f}", peak=peak_memory(run.world.device),
-                    refresh=False)
+    peak = f"{peak_bytes(run.world.device) / 2 ** 30:.1f} GiB"
+    bar.set_postfix(loss=f"{run.progress.last_loss:.3f}", peak=peak, refresh=False)
     bar.update()
 
 

@@ -295,15 +295,13 @@ def format_seconds(seconds):
     return f"{number:.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"
 
 
-def peak_memory(device):
-    """The most memory, as "5.3 GiB", that this process has taken so far: of the GPU, else of the
+def peak_bytes(device):
+    """The most memory, in bytes, that this process has taken so far: of the GPU, else of the
     machine.
     """
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{peak / 2 ** 30:.1f} GiB"
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def progress_bar(iterable=None, *, desc, is_main=True, always=False, steps=None, **options):

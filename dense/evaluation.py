@@ -110,6 +110,37 @@ def rank_set(questions, template, log, hard=30, other=30):
     return dev
 
 
+# ---------------------------------------------------------------- a part of a dev set
+
+class FirstDocuments:
+    """A corpus that ends after so many documents."""
+
+    def __init__(self, corpus, count):
+        self.corpus, self.count = corpus, count
+
+    def __len__(self):
+        return self.count
+
+    def text(self, doc_index):
+        return self.corpus.text(doc_index)
+
+    def passage(self, doc_index):
+        return self.corpus.passage(doc_index)
+
+
+def sample_dev_set(dev, corpus, world):
+    """(DevSet, corpus, the share of the work that they take): a part to time an evaluation by.
+
+    A search takes the time of encoding the corpus, anything else that of the queries.
+    """
+    if dev.method == "retrieval":
+        count = min(BLOCK * world.size, len(corpus))
+        return dev, FirstDocuments(corpus, count), count / len(corpus)
+    count = min(ANNOTATED_QUERIES * world.size, len(dev.queries))
+    part = DevSet(dev.method, *(column[:count] for column in dev[1:]))
+    return part, corpus, count / len(dev.queries)
+
+
 # ---------------------------------------------------------------- measuring
 
 @torch.no_grad()

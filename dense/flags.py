@@ -187,6 +187,9 @@ def add_run_flags(parser):
         help="seed of the order, the groups and (plus the rank) dropout")
     add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
     add("--overwrite", action="store_true", help="replace an earlier run's OUT, and start anew")
+    add("--plan", action="store_true",
+        help="tell what the run will cost (hours, memory, disk) after a few updates, and stop; OUT "
+        "is not touched")
     add("--tqdm", action="store_true",
         help="show progress bars even if the output is not a terminal")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")

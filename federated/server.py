@@ -34,7 +34,7 @@ from federated.transport import (
 )
 from resume import START_ANEW, check_form, refuse_other_flags, write_state
 from training import Progress, Run, RunLog
-from utils import InputError, first_line, refusing, shorten
+from utils import InputError, first_line, format_seconds, refusing, shorten
 
 # flags that may differ between a run and its resumption: they do not change the weights
 FREE_FLAGS = {"resume", "overwrite", "timeout", "patience", "attempts", "min_clients",
@@ -301,12 +301,17 @@ def describe_row(server, row, rounds, measures):
 
 def run_rounds(server, last, rounds):
     """Trains up to round `last` of the schedule's `rounds`, from wherever the server stands."""
-    progress = server.run.progress
+    progress, first = server.run.progress, server.run.progress.total_updates + 1
     if not progress.rows:
         report(server, {"round": 0}, rounds)
     while progress.total_updates < last:
+        start = time.time()
         report(server, run_round(server, progress.total_updates + 1, rounds), rounds)
         save_state(server)
+        if progress.total_updates == first < last:
+            seconds, left = time.time() - start, last - first
+            server.log(f"cost: {left} rounds at {format_seconds(seconds)}, evaluation included, "
+                       f"{format_seconds(seconds * left)}")
 
 
 def save_state(server):

@@ -114,21 +114,18 @@ def command(script, *args, processes=1):
 
 def run(script, *args, processes=1, code=0, cwd=None, stdin=""):
     """Runs a script and returns (stdout, stderr); fails the test if it exits with another code."""
-    if processes == 1:
-        returned, stdout, stderr = start_server().run(script, args, cwd or os.getcwd(), stdin)
-    else:
-        process = subprocess.run(command(script, *args, processes=processes), capture_output=True,
-                                 text=True, env=os.environ | ENVIRONMENT, timeout=300, cwd=cwd)
-        returned, stdout, stderr = process.returncode, process.stdout, process.stderr
+    server, cwd = start_server(), cwd or os.getcwd()
+    returned, stdout, stderr = server.run(script, args, cwd, stdin, processes)
     assert returned == code, stdout + stderr
     return stdout, stderr
 
 
-# A process that has imported what the scripts need, which takes 5 s, and forks for each run. A
-# request is a line of JSON, the reply the exit code. A run ends without taking its interpreter
-# apart, which takes 1.3 s with these libraries.
+# A process that has imported what the scripts need, which takes 5 s, and forks for each run, or for
+# each process of it, with what torchrun would tell it. A request is a line of JSON, the reply the
+# exit code. A run ends without taking its interpreter apart, which takes 1.3 s with these
+# libraries.
 SERVER = """
-import atexit, json, os, random, runpy, signal, sys, traceback
+import atexit, json, os, random, runpy, signal, socket, sys, traceback
 import bm25s, numpy, faiss, torch, torch.distributed, torch.utils.data, transformers
 from transformers import AutoModel, AutoTokenizer, BertModel, T5ForConditionalGeneration
 
@@ -146,23 +143,42 @@ def run_script(request):
     sys.stderr.flush()
     os._exit(code)
 
+def start(request, rank, size, port):
+    child = os.fork()
+    if child:
+        return child
+    signal.alarm(300)
+    random.seed()  # as in a new process
+    numpy.random.seed()
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+                       "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
+    os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
+    for number, path in ((1, request["stdout"]), (2, request["stderr"])):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(request["cwd"])
+    sys.argv = [request["script"], *request["args"]]
+    sys.path.insert(0, os.path.dirname(request["script"]))
+    run_script(request)
+
 replies = os.fdopen(os.dup(1), "w")
 while line := sys.stdin.readline():
     request = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(300)
-        random.seed()  # as in a new process
-        numpy.random.seed()
-        os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
-        for number, path in ((1, request["stdout"]), (2, request["stderr"])):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-        os.chdir(request["cwd"])
-        sys.argv = [request["script"], *request["args"]]
-        sys.path.insert(0, os.path.dirname(request["script"]))
-        run_script(request)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), file=replies, flush=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = request["processes"]
+    children = [start(request, rank, size, port) for rank in range(size)]
+    codes = []
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if codes[-1]:
+            for other in children:  # as torchrun does
+                os.kill(other, signal.SIGTERM)
+    print(next(filter(None, codes), 0), file=replies, flush=True)
 """
 
 
@@ -175,13 +191,14 @@ class ScriptServer:
                                         env=os.environ | ENVIRONMENT)
         self.folder = tempfile.TemporaryDirectory()
 
-    def run(self, script, args, cwd, stdin=""):
+    def run(self, script, args, cwd, stdin="", processes=1):
         """(exit code, stdout, stderr) of a script; `stdin` is what it can read there, a text."""
-        names = ("stdin", "stdout", "stderr")
-        paths = {name: os.path.join(self.folder.name, name) for name in names}
-        Path(paths["stdin"]).write_text(stdin)
+        texts = {"stdin": stdin, "stdout": "", "stderr": ""}
+        paths = {name: os.path.join(self.folder.name, name) for name in texts}
+        for name, text in texts.items():
+            Path(paths[name]).write_text(text)
         request = {"script": str(ROOT / script), "args": [str(arg) for arg in args],
-                   "cwd": str(cwd), **paths}
+                   "cwd": str(cwd), "processes": processes, **paths}
         print(json.dumps(request), file=self.process.stdin, flush=True)
         code = int(self.process.stdout.readline())
         return code, Path(paths["stdout"]).read_text(), Path(paths["stderr"]).read_text()
