@@ -11,8 +11,7 @@ COUNTED = 5  # updates that an estimate is made from; the first, which takes lon
 
 
 def measure_updates(run, plan, train_update):
-    """The seconds of the first COUNTED updates of an epoch's plan, or as many as it has; they train.
-    """
+    """The seconds of the first COUNTED updates of an epoch's plan, which train the model."""
     updates, batches = open_epoch(run, plan)
     seconds = []
     for update in progress_bar(updates[:COUNTED], desc="measuring", unit=" updates",
