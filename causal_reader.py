@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from adapters import add_lora, pack_weights, unload_adapters
 from causal_lm import open_lm
 from checkpoints import check_vocabulary, write_weights
 from data import pad_labels, pad_passages
 from questions import context_score, history_turns
 from sharding import any_question, is_sharded, shard
-from training import add_lora
 from utils import InputError, refusing, shorten
 
 TEMPLATE = r"Background: {title} {text}\n\nQuestion: {question}\nAnswer:"
@@ -273,8 +273,13 @@ class CausalReader(nn.Module):
         with refusing("--use_checkpoint is not offered with this model", "leave it out"):
             self.lm.activation_checkpointing_enable()
 
-    def add_adapters(self, rank):
-        """Freezes the weights and adds LoRA adapters, which save_pretrained merges."""
+    def add_adapters(self, rank, pack_on=None, bf16=False):
+        """Freezes the weights and adds LoRA adapters, which save_pretrained merges.
+
+        pack_on: the device on which the weights are packed into 4 bits before.
+        """
+        if pack_on:
+            pack_weights(self.lm, pack_on, bf16)
         self.lm = add_lora(self.lm, rank)
 
     def shard(self, world):
@@ -459,5 +464,5 @@ class CausalReader(nn.Module):
             write_weights(folder, self.plain_weights())
             return
         if hasattr(lm, "merge_and_unload"):
-            lm = copy.deepcopy(lm).merge_and_unload()
+            lm = unload_adapters(copy.deepcopy(lm))
         lm.save_pretrained(folder)

@@ -244,7 +244,7 @@ class FiDT5(nn.Module):
         """What turns samples into this reader's batches."""
         return Collator(tokenizer, num_contexts, max_length)
 
-    def add_adapters(self, rank):
+    def add_adapters(self, rank, pack_on=None, bf16=False):
         """Raises InputError."""
         raise InputError("--lora is for causal language models: the layers of a T5 reader "
                          "(layers.py) run without the modules that peft replaces; leave it out")

@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 import torch
 
+from adapters import is_packed
 from checkpoints import check_weights, load_torch_file
 from files import new_file
 from sharding import is_sharded, join_state, local_state
@@ -56,12 +57,23 @@ def save_state(run):
             write_state(part_path(run.out, world.rank, world.size, update), own)
         wait_for_all(world)
     else:
-        own = {"model": run.unwrapped.state_dict(), "optimizer": run.optimizer.state_dict()}
+        own = {"model": kept_weights(run.unwrapped), "optimizer": run.optimizer.state_dict()}
     if world.is_main:
         write_state(f"{run.out}.state", {
             **own, "scheduler": run.scheduler.state_dict(), "random": states,
             "progress": asdict(run.progress), "args": vars(run.args), "world_size": world.size})
         remove_parts(run.out, update if in_parts else None)
+
+
+def kept_weights(model):
+    """{name: weight} that a state holds: all, or where weights are packed into 4 bits, which the
+    checkpoint that they came from still holds, those that are trained.
+    """
+    weights = model.state_dict()
+    if not is_packed(model):
+        return weights
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: weights[name] for name in trained}
 
 
 def part_path(out, rank, size, update):
@@ -164,7 +176,8 @@ def restore_state(run, state):
         with refusing(f"{path}: its parts are not those of this model", START_ANEW):
             state = state | join_state(run, state)
     try:
-        run.unwrapped.load_state_dict(state["model"])
+        is_whole = state["model"].keys() == kept_weights(run.unwrapped).keys()
+        run.unwrapped.load_state_dict(state["model"], strict=not is_whole)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:120]
         raise InputError(f"{path} holds the weights of another model ({reason}); "

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 
+from adapters import add_lora, pack_weights, unload_adapters
 from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
 from cost import log_cost, measure_updates, note_cost
 from dense import losses
@@ -45,7 +46,6 @@ from training import (
     Progress,
     Run,
     RunLog,
-    add_lora,
     count_on_bar,
     count_trained,
     describe_machine,
@@ -382,7 +382,7 @@ def merge_adapters(model, args):
     """A copy of the model whose LoRA adapters are merged into the weights."""
     model = copy.deepcopy(model)
     for module in encoders_of(model, args):
-        module.model = module.model.merge_and_unload()
+        module.model = unload_adapters(module.model)
     return model
 
 
@@ -395,7 +395,7 @@ def open_model(args, tokenizer, device):
     else:
         model = open_retriever(args, tokenizer)
     if args.lora:
-        add_adapters(model, args)
+        add_adapters(model, args, device)
     if args.freeze:
         freeze(model, args.freeze)
     return model.to(device).train()
@@ -417,9 +417,13 @@ def open_retriever(args, tokenizer):
     return model
 
 
-def add_adapters(model, args):
-    """Freezes the transformers and adds LoRA adapters of rank --lora. Raises InputError."""
+def add_adapters(model, args, device):
+    """Freezes the transformers, packs them with --load_in_4bit, and adds LoRA adapters of rank
+    --lora. Raises InputError.
+    """
     for module in encoders_of(model, args):
+        if args.load_in_4bit:
+            pack_weights(module.model, device, args.bf16)
         module.model = add_lora(module.model, args.lora)
         if not args.ranker:  # no vector passes through a pooler; DDP would wait for its gradient
             for name, parameter in module.model.named_parameters():

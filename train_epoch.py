@@ -131,6 +131,8 @@ def parse_args(arguments=None):
     add("--lora", type=int, metavar="R",
         help="train LoRA adapters of rank R, merged when saved (causal language models; needs the "
         "package peft)")
+    add("--load_in_4bit", action="store_true",
+        help="keep the frozen weights under --lora in 4 bits (needs the package bitsandbytes)")
     add("--fsdp", action="store_true",
         help="spread weights, gradients and optimizer state over the processes, for models that do "
         "not fit one GPU (PyTorch's fully_shard); OUT must be a path that all of them can write")
@@ -239,6 +241,8 @@ def check_args(args, sets=BOTH_SETS):
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
     if args.warmup_ratio is not None and not 0 <= args.warmup_ratio <= 1:
         raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
+    if args.load_in_4bit and not args.lora:
+        raise InputError("--load_in_4bit freezes the weights: give --lora R, the adapters to train")
     if args.fsdp and args.lora:
         raise InputError("--fsdp spreads a model whose weights are all trained, --lora trains few "
                          "of them; leave one out")
@@ -465,7 +469,7 @@ def set_up(args, world, sets=BOTH_SETS):
     reader.prepare(args.max_length, ANSWER_MAXLENGTH)
     reader.set_checkpoint(args.use_checkpoint)
     if args.lora:
-        reader.add_adapters(args.lora)
+        reader.add_adapters(args.lora, world.device if args.load_in_4bit else None, args.bf16)
     if args.freeze:
         freeze(reader, args.freeze)
     place_reader(reader, world, args.fsdp)

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -124,20 +123,6 @@ def make_optimizer(model, lr, weight_decay, eps, warmup, updates, kind="adamw"):
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, eps=eps,
                                       fused=True)
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, warmup, updates)
-
-
-def add_lora(transformer, rank):
-    """The transformer, frozen, with LoRA adapters of that rank (arXiv 2106.09685).
-
-    Raises InputError without peft.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise InputError("--lora needs the package peft: pip install peft") from None
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    with warnings.catch_warnings(action="ignore"):  # of what peft finds out and sets right itself
-        return get_peft_model(transformer, adapters)
 
 
 def freeze(model, pattern):

@@ -110,6 +110,9 @@ def add_model_flags(parser):
     add("--dropout", type=float, help="dropout rate; not given: the checkpoint's")
     add("--lora", type=int, metavar="R",
         help="train LoRA adapters of rank R, merged when saved (needs the package peft)")
+    add("--load_in_4bit", default=False,
+        help="keep the frozen weights under --lora in 4 bits (needs the package bitsandbytes)",
+        **SWITCH)
     add("--freeze", metavar="REGEX", help="do not train the weights whose names this finds")
     add("--ranker", action="store_true",
         help="train a cross-encoder that reads query and key together")
@@ -236,6 +239,8 @@ def check_numbers(args):
     check_seed(args)
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
+    if args.load_in_4bit and not args.lora:
+        raise InputError("--load_in_4bit freezes the weights: give --lora R, the adapters to train")
     if not 0 <= args.warmup_ratio <= 1:
         raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
 

@@ -210,6 +210,34 @@ def start_server():
     return ScriptServer()
 
 
+# Runs train_epoch.py, and kills its main process at the last moment before the OUT.state of that
+# number is written.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import resume, train_epoch
+from utils import run_script
+saved = []
+write_state = resume.write_state
+
+def write_or_die(path, state):
+    saved.append(path)
+    if len(saved) == {number} and path.endswith(".state"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_state(path, state)
+
+resume.write_state = write_or_die
+run_script(train_epoch.main, train_epoch.parse_args())
+"""
+
+
+def killed_script(folder, number):
+    """The path of a script that is train_epoch.py till it is killed, see KILLED."""
+    path = folder / "killed.py"
+    path.write_text(KILLED.format(root=str(ROOT), number=number))
+    return path
+
+
 # Stands in recipes for `python`: has the ScriptServer run a script. With KILL_AT in the environment
 # it then kills the recipe that called it by a command line with these words.
 LAUNCHER = """#!{python} -SE

@@ -10,33 +10,12 @@ from transformers import AutoModelForSeq2SeqLM
 
 from causal_helpers import make_causal
 from checkpoints import read_weights, write_weights
-from conftest import ROOT, make_records, run
+from conftest import killed_script, make_records, run
 
 # seven records: of an epoch's last update one process has two micro-batches, the other one; of the
 # dev set's batches, two records each, one has two, the other two, of which one is a filler
 FLAGS = ("--num_contexts", 3, "--max_length", 80, "--num_warmup_steps", 1, "--lr", "1e-3",
          "--epochs", 2, "--batch_size", 1, "--grad_accumulation", 2, "--batch_size_val", 3)
-
-# runs train_epoch.py, and kills the processes at the last moment of their third saving of a state
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import resume, train_epoch
-from utils import run_script
-saved = []
-write_state = resume.write_state
-
-def write_and_die(path, state):
-    saved.append(path)
-    if len(saved) == 3 and path.endswith(".state"):
-        os.kill(os.getpid(), signal.SIGKILL)  # the other process's part is written, this one's not
-    write_state(path, state)
-
-resume.write_state = write_and_die
-if __name__ == "__main__":
-    run_script(train_epoch.main, train_epoch.parse_args())
-"""
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -91,8 +70,8 @@ def test_equals_ddp(family, tiny, data, tmp_path):
 def test_a_killed_run_goes_on_bit_for_bit(tiny, data, tmp_path):
     flags = [data, data, *FLAGS, "--t5_name", tiny, "--fsdp", "--save_every", 1]
     run("train_epoch.py", tmp_path / "whole", *flags, processes=2)
-    killed = tmp_path / "killed.py"
-    killed.write_text(KILLED.format(root=str(ROOT)))
+    # the other process's third part is written, the main one's not
+    killed = killed_script(tmp_path, 3)
     run(killed, tmp_path / "m", *flags, processes=2, code=-9)
     parts = sorted(path.name for path in tmp_path.glob("m.state.*"))
     assert parts == ["m.state.1of2.2", "m.state.1of2.3"]  # OUT.state is of the second update

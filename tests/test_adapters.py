@@ -1,0 +1,99 @@
+"""LoRA adapters on weights in 4 bits: what is saved is what was trained; killed runs go on."""
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from adapters import add_lora, is_packed, pack_weights, unload_adapters
+from causal_helpers import make_causal
+from conftest import killed_script, make_bert, make_records, run
+from test_train_epoch import assert_same_run
+from utils import InputError
+
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_causal(tmp_path_factory.mktemp("llama"))
+
+
+def test_the_merged_model_is_the_packed_one(llama):
+    plain = AutoModelForCausalLM.from_pretrained(llama).eval()
+    model = copy.deepcopy(plain)
+    pack_weights(model, CPU, bf16=False)
+    assert is_packed(model) and not is_packed(plain)
+    size = [sum(parameter.nbytes for parameter in part.model.layers.parameters())
+            for part in (plain, model)]
+    assert size[1] < size[0] / 6  # 4 bits, the scales and the norms in place of 32
+    model = add_lora(model, 4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    ids = torch.arange(3, 33)[None]
+    packed = model(ids).logits
+    merged = unload_adapters(copy.deepcopy(model))
+    assert type(merged) is type(plain) and not is_packed(merged)
+    torch.testing.assert_close(merged(ids).logits, packed, atol=1e-4, rtol=1e-4)
+    # NF4 rounds: close to the model, but not it
+    difference = (merged(ids).logits - plain(ids).logits).abs().max()
+    assert 0.01 < difference < 5
+
+
+def test_a_killed_reader_goes_on_bit_for_bit(llama, tmp_path):
+    data = tmp_path / "r.json"
+    data.write_text(json.dumps(make_records(6)))
+    flags = [data, data, "--num_contexts", 2, "--max_length", 80, "--t5_name", llama, "--lora", 4,
+             "--load_in_4bit", "--lr", "1e-2", "--warmup_ratio", 0.1, "--epochs", 2, "--save_every",
+             1, "--batch_size", 2]
+    run("train_epoch.py", tmp_path / "whole", *flags)
+    run(killed_script(tmp_path, 3), tmp_path / "m", *flags, code=-9)
+    out, _ = run("train_epoch.py", tmp_path / "m", *flags, "--resume")
+    assert "resuming after 2 updates" in out
+    assert_same_run(tmp_path / "whole", tmp_path / "m")
+    kept = torch.load(tmp_path / "m.state", weights_only=True)["model"]
+    assert kept and all("lora_" in name for name in kept)  # the rest stays in the checkpoint
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "m")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    config = json.load(open(tmp_path / "m" / "config.json"))
+    assert "quantization_config" not in config
+    out, _ = run("test.py", tmp_path / "m", data)
+    assert "6 questions" in out
+
+
+def test_a_retriever_learns(tmp_path):
+    bert = make_bert(tmp_path / "bert")
+    data = tmp_path / "r.jsonl"
+    records = [{"query": f"which {a} {b}", "pos": [f"the {a} of {b}"], "neg": ["a river"]}
+               for a in ("town", "baker", "river") for b in ("born", "hobby", "stood")]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run("train_dense.py", "--output_dir", tmp_path / "m", "--train_data", data, "--query_encoder",
+        bert, "--lora", 4, "--load_in_4bit", "--max_steps", 20, "--lr", "1e-2", "--batch_size", 9,
+        "--group_size", 2, "--logging_steps", 1, "--query_max_length", 12, "--key_max_length", 12,
+        "--cos_temperature", 0.05)
+    losses = [json.loads(line)["loss"] for line in open(tmp_path / "m.jsonl")]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    assert all(weight.is_floating_point() for weight in weights.values())
+
+
+def test_what_cannot_be_is_one_line(llama, tmp_path, monkeypatch):
+    data = tmp_path / "r.json"
+    data.write_text(json.dumps(make_records(2)))
+    flags = [tmp_path / "m", data, data, "--load_in_4bit", "--max_length", 80]
+    for more, message in ((["--t5_name", llama], "--load_in_4bit freezes the weights: give --lora"),
+                          (["--t5_name", make_causal(tmp_path / "gpt2", "gpt2"), "--lora", 2],
+                           "a gpt2 model of transformers has no linear layers")):
+        _, error = run("train_epoch.py", *flags, *more, code=1)
+        assert message in error and error.startswith("error: ") and "Traceback" not in error
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match="needs the package bitsandbytes: pip install"):
+        pack_weights(model, CPU, bf16=False)
