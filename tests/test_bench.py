@@ -1,5 +1,6 @@
 """The benchmarks run as the README says, on small cells."""
 import json
+import re
 import subprocess
 import sys
 
@@ -61,3 +62,20 @@ def test_federate_bench(tmp_path):
     assert half["mb_up"] * 1e6 == 2 * half["weights"]
     assert all(row[stage] > 0 for row in (plain, half) for stage in ("pack", "client", "check"))
     assert "| tiny | bf16 | 1.6 M |" in output
+
+
+def test_plan_bench(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import plan
+    small = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    monkeypatch.setitem(plan.MODELS, "t5-base", plan.T5Config(**plan.T5 | small))
+    monkeypatch.setitem(plan.MODELS, "bert-base", plan.BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2))
+    monkeypatch.setitem(plan.ROWS, "FiD base", plan.ROWS["FiD base"]._replace(
+        flags="--num_contexts 2 --batch_size 1"))
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--rows", "FiD base", "DPR", "--passages", "300"])
+    plan.main(plan.parse_args())
+    output = capsys.readouterr().out
+    assert re.search(r"FiD base: 1 M parameters, an update .*; 18,555 updates .* h", output)
+    assert re.search(r"DPR: 2 M parameters, .*; 18,400 updates .* h", output)
+    assert re.search(r"encoding: [\d,]+ passages a second; 21,015,324 in .* h on one", output)
