@@ -229,6 +229,10 @@ def call_main(main, args):
         print_error(f"error: {error.filename or 'a file'} cannot be written ({error.strerror}); "
                     f"make room and start {same_command} again: nothing half-written is taken for "
                     "whole")
+    except torch.OutOfMemoryError as error:
+        print_error(f"error on process {rank}: the GPU's memory is full ({first_line(error)}); "
+                    "lower --batch_size or the lengths, or give --bf16 or --use_checkpoint where "
+                    f"the script has them; {same_command} goes on from what is saved")
     except KeyboardInterrupt:
         print_error(f"interrupted; {same_command} goes on from what is saved")
         return 130

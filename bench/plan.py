@@ -37,8 +37,8 @@ MODELS = {
     "bert-base": BertConfig(),
     "llama-1b": LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
                             num_attention_heads=32, num_key_value_heads=4)}
-READER = "--num_contexts 100 --max_length 250 --use_checkpoint --lr 1e-4"
-CAUSAL = "--num_contexts 3 --max_length 250 --use_checkpoint --lr 1e-4 --batch_size 8 --lora 16"
+READER = "--num_contexts 100 --max_length 250 --use_checkpoint --lr 1e-4 --num_workers 3"
+CAUSAL = "--num_contexts 3 --max_length 250 --lr 1e-4 --batch_size 8 --lora 16 --num_workers 3"
 # what NaturalQuestions and minFiD's, FiD's and DPR's recipes have
 READER_UPDATES, LARGE_UPDATES = 15 * -(-79168 // 64), 15000
 DPR_UPDATES, PASSAGES = 40 * -(-58880 // 128), 21015324
@@ -58,7 +58,7 @@ ROWS = {
     "FiD large": Row(train_epoch, "t5-large", f"{READER} --batch_size 1 --grad_accumulation 8",
                      LARGE_UPDATES),
     "DPR": Row(train_dense, "bert-base", "--batch_size 16 --group_size 2 --key_max_length 256 "
-               "--tie_encoders false --dense_metric ip", DPR_UPDATES),
+               "--tie_encoders false --dense_metric ip --num_workers 3", DPR_UPDATES),
     "RALT, 1.1 B, LoRA": Row(train_epoch, "llama-1b", CAUSAL, 0),
     "RALT, 1.1 B, LoRA, 4 bits": Row(train_epoch, "llama-1b", f"{CAUSAL} --load_in_4bit", 0)}
 
@@ -171,10 +171,16 @@ def main(args):
     world = start_processes(args.gpus)
     transformers.utils.logging.disable_progress_bar()
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
+    if world.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        device += f" ({(total - free) / 2 ** 30:.1f} GiB of its memory in use by others)"
     print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{time.strftime('%Y-%m-%d')}, {'bfloat16' if args.bf16 else 'float32'}", flush=True)
     for name in args.rows:
-        measure(name, args, world)
+        try:
+            measure(name, args, world)
+        except torch.OutOfMemoryError:
+            print(f"{name}: the GPU's memory does not suffice", flush=True)
 
 
 if __name__ == "__main__":

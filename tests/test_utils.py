@@ -1,9 +1,10 @@
 """utils.py: what is said of progress where there is no terminal."""
 import time
+from types import SimpleNamespace
 
 import torch
 
-from utils import format_seconds, peak_bytes, progress_bar
+from utils import call_main, format_seconds, peak_bytes, progress_bar
 
 
 def test_lines_take_the_place_of_a_bar(capsys):
@@ -39,3 +40,12 @@ def test_units():
     assert [format_seconds(seconds) for seconds in times] == [
         "0.0 s", "3.1 s", "59 s", "1.0 min", "1.0 h", "1.5 h", "10 h", "1.0 d"]
     assert 0.05 < peak_bytes(torch.device("cpu")) / 2 ** 30 < 100
+
+
+def test_a_full_gpu_is_one_line(capsys):
+    def main(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+    assert call_main(main, SimpleNamespace(resume=False)) == 1
+    error = capsys.readouterr().err
+    assert "the GPU's memory is full" in error and "2.00 GiB" in error and "More" not in error
+    assert "the same command with --resume goes on" in error
