@@ -25,6 +25,27 @@ def encode(stack, ids, groups):
     return dropout(stack.final_layer_norm(x), p)
 
 
+def encode_by_block(stack, chunks, use_checkpoint=False):
+    """encode of each chunk (ids, groups), [(S, D)], a block at a time for all of them.
+
+    use_checkpoint: only what goes into a block is kept, and the block is computed again in the
+    backward pass.
+    """
+    p = dropout_rate(stack)
+    bias = encoder_bias(stack, [group for _, groups in chunks for group in groups])
+    xs = [dropout(stack.embed_tokens(ids), p) for ids, _ in chunks]  # [(S, D)]
+
+    def encode_chunks(block, xs, bias):
+        if use_checkpoint:
+            return [checkpoint(encode_block, block, x, bias, groups, p, use_reentrant=False)
+                    for x, (_, groups) in zip(xs, chunks)]
+        return [encode_block(block, x, bias, groups, p) for x, (_, groups) in zip(xs, chunks)]
+
+    for block in stack.block:
+        xs = run_block(block, encode_chunks, xs, bias)
+    return [dropout(stack.final_layer_norm(x), p) for x in xs]
+
+
 def encoder_bias(stack, groups):
     """(H, L, L): the relative position bias of the longest passage, which all blocks share."""
     longest = max((group.L for group in groups), default=1)

@@ -31,12 +31,12 @@ from checkpoints import (
 )
 from data import Collator
 from files import read_settings
-from layers import decode, encode
+from layers import decode, encode, encode_by_block
 from packed_attention import group_texts, split_by_length
-from sharding import any_question, encode_in_step, is_sharded, shard
+from sharding import any_question, is_sharded, shard
 from utils import InputError, refusing, shorten
 
-CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}  # encoded at a time, counted with padding
+CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time, counted with padding
 # a finite mask: a question without a token attends to all of its padding
 LOWEST = torch.finfo(torch.float32).min
 CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -73,7 +73,9 @@ class CheckpointWrapper(nn.Module):
     """The encoder's blocks on one chunk of passages; with use_checkpoint only the result is kept.
 
     The backward pass then computes the chunk again under the random state of the first pass, so
-    that dropout drops the same units (arXiv 1604.06174).
+    that dropout drops the same units (arXiv 1604.06174). On a GPU, whose kernels want more tokens
+    at a time than the activations of all blocks leave room for, the encoder goes block by block,
+    and what goes into each block is kept (layers.encode_by_block).
     """
 
     def __init__(self, module):
@@ -152,9 +154,9 @@ class EncoderWrapper(nn.Module):
             chunks.append((ids[start:end], group_texts(chunk_lengths, ids.device)))
             start = end
         stack = self.encoder.module
-        if is_sharded(stack.block[0]):
+        if ids.is_cuda or is_sharded(stack.block[0]):
             use_checkpoint = self.encoder.use_checkpoint and self.training
-            states = encode_in_step(stack, chunks, use_checkpoint)
+            states = encode_by_block(stack, chunks, use_checkpoint)
         else:
             states = [self.encoder(*chunk) for chunk in chunks]
         return torch.cat([torch.zeros(0, stack.config.d_model, device=ids.device), *states])

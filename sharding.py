@@ -15,10 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
-from dropout import dropout
-from layers import dropout_rate, encode_block, encoder_bias
 from utils import InputError
 
 
@@ -47,25 +44,6 @@ def run_function(block, function, *inputs):
 def is_sharded(module):
     """True for a module that `shard` has spread."""
     return isinstance(module, FSDPModule)
-
-
-def encode_in_step(stack, chunks, use_checkpoint):
-    """layers.encode of each chunk (ids, groups): [(S, D)]. A block's weights are gathered once for
-    all of them.
-    """
-    p = dropout_rate(stack)
-    bias = encoder_bias(stack, [group for _, groups in chunks for group in groups])
-    xs = [dropout(stack.embed_tokens(ids), p) for ids, _ in chunks]
-
-    def encode_chunks(block, xs, bias):
-        if use_checkpoint:
-            return [checkpoint(encode_block, block, x, bias, groups, p, use_reentrant=False)
-                    for x, (_, groups) in zip(xs, chunks)]
-        return [encode_block(block, x, bias, groups, p) for x, (_, groups) in zip(xs, chunks)]
-
-    for block in stack.block:
-        xs = block.run(encode_chunks, xs, bias)
-    return [dropout(stack.final_layer_norm(x), p) for x in xs]
 
 
 def any_question(reader, remaining):

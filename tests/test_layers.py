@@ -42,6 +42,29 @@ def test_loss_and_gradients_equal_the_padded_model(name, targets, tokens, attent
                                    key=key: f"{key}: {text}")
 
 
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_block_by_block_equals_chunk_by_chunk(use_checkpoint, tiny, monkeypatch):
+    """What GPUs and sharded readers run: the same states and gradients, and dropout that drops the
+    same units when a block is computed again.
+    """
+    monkeypatch.setitem(model_file.CHUNK_TOKENS, "cpu", 15)
+    ids, mask, _ = random_batch()
+    results = []
+    for by_block, dropout in ((False, 0.0), (True, 0.0), (True, 0.3)):
+        for is_recomputed in (False, use_checkpoint):
+            reader = FiDT5.from_pretrained(tiny, dropout=dropout).train()
+            reader.set_checkpoint(is_recomputed)
+            with monkeypatch.context() as patch:
+                patch.setattr(model_file, "is_sharded", lambda block, by_block=by_block: by_block)
+                torch.manual_seed(0)
+                states = reader.encode(ids, mask).states
+            results.append((states, gradients(states.square().sum(), reader)))
+    for expected, got in (results[0:2], results[1:3], results[2:4], results[4:6]):
+        torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=1e-4)
+        for key, value in expected[1].items():
+            torch.testing.assert_close(got[1][key], value, atol=1e-4, rtol=1e-3)
+
+
 def test_cross_attention_equals_its_plain_form(tiny):
     """The same result, raw scores and gradients as with a key and a value for every memory token.
     """
