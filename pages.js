@@ -160,7 +160,7 @@ function makePassages(question, row) {
   box.append(list);
   if (!row.count) box.append(make("p", {class: "quiet"}, "no passage"));
   const left = row.count - question.passages.length;
-  if (left) box.append(make("p", {class: "quiet"}, `${left} more are not in this page`));
+  if (left) box.append(make("p", {class: "quiet"}, `${left} more are left out to keep the page small`));
   if (shown.length < question.passages.length) {
     const button = make("button", {type: "button"}, `all ${question.passages.length} passages`);
     button.addEventListener("click", () => {

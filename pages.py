@@ -19,7 +19,7 @@ CONTROLS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")  # blanks, and what would stee
 HALVES = re.compile("[\ud800-\udfff]")             # of characters: UTF-8 has no place for them
 
 # a browser takes 4 s to open 70 MB and 20 s for 240 MB: what is deep in the lists is left out then
-BUDGET = 40 * 2 ** 20  # characters of passages in a page
+BUDGET = 64 * 2 ** 20  # characters of passages in a page
 LONGEST = 2000         # and of one passage
 SAMPLE = 100           # questions by whose passages the depth is chosen
 LEAST_DEPTH = 5

@@ -113,12 +113,11 @@ class Browser:
         self.call("Input.insertText", text=text)
 
     def press(self, key, code):
-        """Presses a key, such as ("Tab", 9)."""
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
-                      windowsVirtualKeyCode=code)
-        if key == "Enter":
-            self.call("Input.dispatchKeyEvent", type="char", key=key, text="\r")
+        """Presses a key, such as ("w", 87) or ("Tab", 9)."""
+        text = {"Enter": "\r", "Tab": ""}.get(key, key)
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=text,
+                  windowsVirtualKeyCode=code)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
     def texts(self, selector):
         """The visible texts of all elements of a selector."""
