@@ -338,9 +338,10 @@ def write_page(path, answers, footer, count):
     """Writes the answers with `count` passages each as one page of HTML, which needs nothing else.
     """
     sections = "\n".join(make_section(answer, count) for answer in answers)
+    today = time.strftime("%Y-%m-%d")
     with new_file(path) as file:
         file.write(begin_page(answers[0].question))
-        file.write(f"{sections}\n<footer>{html.escape(footer)}</footer>\n{END}")
+        file.write(f"{sections}\n<footer>{html.escape(footer)}; {today}</footer>\n{END}")
 
 
 def make_section(answer, count):

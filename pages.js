@@ -141,9 +141,9 @@ function describeRow(row, question) {
   if (row.relevantRank) parts.push(`first relevant passage at rank ${row.relevantRank}`);
   if (row.relevantRank === 0) parts.push("no relevant passage");
   if (row.answerRank)
-    parts.push(`first answer at rank ${row.answerRank}, ${row.holding} of ${row.count} passages ` +
-               "hold one");
-  if (row.answerRank === 0) parts.push(`none of ${row.count} passages holds an answer`);
+    parts.push(`first answer at rank ${row.answerRank}, one in ${row.holding} of ${row.count} ` +
+               "passages");
+  if (row.answerRank === 0) parts.push(`an answer in none of ${row.count} passages`);
   return parts.join(" · ");
 }
 

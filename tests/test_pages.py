@@ -258,3 +258,9 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(files, browser, name):
     browser.resize(360)
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == (
         "rgb(252, 252, 250)")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_bench_opens_and_searches_a_page():
+    stdout, _ = run("bench/pages.py", "--questions", 20, "--passages", 8, "--budget", 80000)
+    assert "20 questions, 6 of 8 passages" in stdout and "second search: " in stdout
