@@ -179,7 +179,7 @@ function holdsSought(passage) {
 
 function makePassage(passage, passages) {
   const title = make("h3", {}, `${passage.rank}. `, make("bdi", {}, passage.title || passage.key));
-  if (passage.label !== null && passage.label > 0)
+  if (passage.label >= 1)
     title.append(" ", make("span", {class: "badge"},
                            passage.label === 1 ? "relevant" : `relevant: ${passage.label}`));
   if (passage.holds) title.append(" ", make("span", {class: "badge"}, "holds an answer"));

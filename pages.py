@@ -216,9 +216,9 @@ def choose_kept(question, depth):
 
 
 def find_rank(question, name):
-    """The rank, from 1, of the first context in which this is true or above 0; 0 if none is."""
+    """The rank, from 1, of the first context in which this is true, or 1 or more; 0 if none is."""
     ranks = (rank for rank, context in enumerate(question.contexts, 1)
-             if (context.get(name) or 0) > 0)
+             if (context.get(name) or 0) >= 1)
     return next(ranks, 0)
 
 

@@ -423,10 +423,13 @@ def inspect(args, questions, results, corpus, labels, marks, log):
     names = list_measures(args)
     cutoffs = args.cutoffs
     if not names:
-        names = ["success"] * any(labels) + ["nq"] * any(question.answers for question in questions)
+        if any(labels):
+            names.append("success")
+        if any(question.answers for question in questions):
+            names.append("nq")
         cutoffs = [k for k in cutoffs if k <= args.hits] or [args.hits]
     values = measure(questions, results, labels, marks, names, cutoffs, log)
-    table = [["", *(f"@{k}" for k in cutoffs)]]
+    table = [["", *(f"@{k}" for k in cutoffs)]] if names else []
     table += [[name, *(f"{100 * values[f'{name}@{k}']:.2f}" for k in cutoffs)] for name in names]
     method = args.retrieval_method
     searcher = args.query_encoder if method in ("dense", "rank") else method

@@ -79,8 +79,8 @@ def main(args):
         path = os.path.join(folder, "page.html")
         write_inspection(path, "bench", "", [["contexts"]], draw_questions(args, words, rng),
                          args.questions, depth=depth, has_predictions=True)
-        print(f"{args.questions:,} questions, {min(depth, args.passages)} of {args.passages} passages: "
-              f"{os.path.getsize(path) / 2 ** 20:.0f} MiB")
+        print(f"{args.questions:,} questions, {min(depth, args.passages)} of {args.passages} "
+              f"passages: {os.path.getsize(path) / 2 ** 20:.0f} MiB")
         time_browser(path)
 
 
