@@ -18,7 +18,6 @@ import argparse
 import html
 import json
 import os
-import re
 import shutil
 import sys
 import textwrap
@@ -32,6 +31,7 @@ import transformers
 from checkpoints import load_tokenizer
 from data import note_long_passages
 from files import check_paths, decode_line, new_file
+from pages import END, begin_page, check_page, clean, cut_excerpt, split_at_answers
 from predict import add_answer_flags, predict, settle_lengths
 from questions import make_question
 from readers import add_prompt_flags, open_reader
@@ -59,7 +59,6 @@ NOTHING_FOUND = "no passage was found; the question was read alone"
 EXCERPT = 300        # characters of a passage on the terminal
 LONG_EXCERPT = 1500  # and on the page
 WIDEST = 100         # columns of the terminal that are filled at most
-CONTROLS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")  # blanks, and what would steer a terminal
 BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[1;32m", "\033[2m", "\033[0m"
 
 
@@ -112,6 +111,7 @@ def check_args(args):
     check_search(args)
     check_at_least(args, {"num_contexts": 1, "max_length": 1, "answer_maxlength": 2, "num_beams": 1,
                           "show": 0})
+    check_page(args.html)
     check_paths([args.html], [*args.corpus, args.index, args.model, args.query_encoder,
                               args.key_encoder])
 
@@ -261,49 +261,19 @@ class Shown(NamedTuple):
     score: float
     share: float
     title: str
-    pieces: list  # of the excerpt; every second one, from the second on, is the answer
+    excerpt: str
 
 
 def choose_shown(answer, count, length):
     """([Shown], those of the highest shares first, number of the others, their share)."""
     ranked = sorted(enumerate(answer.contexts, 1), key=lambda pair: -pair[1]["share"])
-    pattern = answer_pattern(answer.text)
     shown = []
     for rank, context in ranked[:count]:
-        pieces = pattern.split(cut_excerpt(context["text"], pattern, length))
+        excerpt = cut_excerpt(context["text"], [answer.text], length)
         title = clean(context["title"] or "") or context["id"]
-        shown.append(Shown(rank, context["score"], context["share"], title, pieces))
+        shown.append(Shown(rank, context["score"], context["share"], title, excerpt))
     others = [context["share"] for _, context in ranked[count:]]
     return shown, len(others), sum(others)
-
-
-def answer_pattern(text):
-    """What finds an answer's words in a text, in any case; it has one group."""
-    words = r"\s+".join(re.escape(word) for word in text.split())
-    if not words:
-        return re.compile("((?!))")  # matches nowhere
-    return re.compile(rf"((?<!\w){words}(?!\w))", re.IGNORECASE)
-
-
-def clean(text):
-    """A text of someone else in one line, without characters that steer a terminal."""
-    return CONTROLS.sub(" ", text).strip()
-
-
-def cut_excerpt(text, pattern, length):
-    """About `length` characters of a text, whole words, with the first match of the pattern."""
-    text = clean(text)
-    if len(text) <= length:
-        return text
-    match = pattern.search(text)
-    start, end = 0, len(text)
-    if match and match.end() > length:
-        start = text.rfind(" ", 0, max(match.start() - length // 2, 1)) + 1
-    if end > start + length:
-        end = start + length
-        blank = text.rfind(" ", end - length // 4, end)  # some languages have none
-        end = blank if blank > 0 else end
-    return ("… " if start else "") + text[start:end] + (" …" if end < len(text) else "")
 
 
 def describe_seconds(seconds, digits=3):
@@ -327,8 +297,8 @@ def print_answer(answer, count, in_colour):
         lines.append(f"{passage.share:5.1f} %  {passage.rank:4d}  {passage.score:9.3f}  "
                      f"{paint(passage.title, BOLD)}")
         # wrapped first, since marks take no room on a terminal
-        excerpt = textwrap.fill("".join(passage.pieces), max(width - 9, 20))
-        pieces = answer_pattern(answer.text).split(excerpt)
+        excerpt = textwrap.fill(passage.excerpt, max(width - 9, 20))
+        pieces = split_at_answers(excerpt, [answer.text])
         for i in range(1, len(pieces), 2):
             pieces[i] = paint(pieces[i], GREEN) if in_colour else f"**{pieces[i]}**"
         lines.append(textwrap.indent("".join(pieces), " " * 9))
@@ -347,42 +317,10 @@ def print_record(answer, index):
 
 # ---------------------------------------------------------------- the page
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1c1f23; --paper: #fcfcfa; --quiet: #62676d;
-  --line: #dcdcd6; --bar: #3b7dd8; --mark: #ffe58a; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e4df; --paper: #17191c; --quiet: #9a9fa6;
-  --line: #34383d; --bar: #6ea3ee; --mark: #6b5600; }} }}
-body {{ margin: 0 auto; max-width: 44rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-  color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }}
-section {{ margin: 2rem 0 3rem; }}
-h1 {{ margin: 0; font-size: 1.25rem; }}
-.answer {{ margin: .25rem 0 1rem; font-size: 1.6rem; font-weight: 600; }}
-ol {{ margin: 0; padding: 0; list-style: none; }}
-li {{ padding: .75rem 0; border-top: 1px solid var(--line); }}
-h2 {{ margin: 0; font-size: 1rem; }}
-li p {{ margin: .25rem 0 0; }}
-.bar {{ height: .4rem; margin: .25rem 0; border-radius: .2rem; background: var(--line); }}
-.bar span {{ display: block; height: 100%; border-radius: .2rem; background: var(--bar); }}
-.quiet, footer {{ color: var(--quiet); font-size: .875rem; }}
-mark {{ color: inherit; background: var(--mark); border-radius: .2rem; }}
-</style>
-</head>
-<body>
-{sections}
-<footer>{footer}</footer>
-</body>
-</html>
-"""
 SECTION = """<section>
 <h1 dir="auto">{question}</h1>
 <p class="answer" dir="auto">{answer}</p>
-<ol>
+<ol class="passages">
 {passages}
 </ol>
 <p class="quiet">{remarks}</p>
@@ -400,9 +338,10 @@ def write_page(path, answers, footer, count):
     """Writes the answers with `count` passages each as one page of HTML, which needs nothing else.
     """
     sections = "\n".join(make_section(answer, count) for answer in answers)
-    title = html.escape(clean(answers[0].question))
+    today = time.strftime("%Y-%m-%d")
     with new_file(path) as file:
-        file.write(PAGE.format(title=title, sections=sections, footer=html.escape(footer)))
+        file.write(begin_page(answers[0].question))
+        file.write(f"{sections}\n<footer>{html.escape(footer)}; {today}</footer>\n{END}")
 
 
 def make_section(answer, count):
@@ -410,7 +349,8 @@ def make_section(answer, count):
     shown, num_others, others_share = choose_shown(answer, count, LONG_EXCERPT)
     passages = []
     for passage in shown:
-        pieces = [html.escape(piece) for piece in passage.pieces]
+        pieces = split_at_answers(passage.excerpt, [answer.text])
+        pieces = [html.escape(piece) for piece in pieces]
         pieces[1::2] = [f"<mark>{piece}</mark>" for piece in pieces[1::2]]
         passages.append(PASSAGE.format(title=html.escape(passage.title), share=passage.share,
                                        rank=passage.rank, score=passage.score,

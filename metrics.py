@@ -63,6 +63,33 @@ def has_answer(text, answers, is_regex=False):
     return any(contains_tokens(tokens, dpr_tokens(answer)) for answer in answers)
 
 
+def find_answers(text, answers):
+    """[(start, end)] of the places in a text where an answer's tokens stand side by side, as
+    has_answer looks for them; in order, and those that overlap as one.
+    """
+    matches = list(DPR_TOKEN.finditer(unicodedata.normalize("NFD", text)))
+    tokens = [match[0].lower() for match in matches]
+    spans = []
+    for part in map(dpr_tokens, answers):
+        for first in range(len(tokens) - len(part) + 1):
+            if part and tokens[first:first + len(part)] == part:
+                spans.append((matches[first].start(), matches[first + len(part) - 1].end()))
+    if not spans:
+        return []
+    # tokens are of the text in form NFD; origins[i] is where its i-th character comes from
+    origins = []
+    for position, character in enumerate(text):
+        origins += [position] * len(unicodedata.normalize("NFD", character))
+    spans = [(origins[start], origins[end - 1] + 1) for start, end in spans]
+    merged = []
+    for start, end in sorted(spans):
+        if merged and start < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
 def contains_tokens(tokens, part):
     """True if the list `part` stands, as a whole, somewhere in the list `tokens`."""
     last_start = len(tokens) - len(part)

@@ -8,8 +8,9 @@ import torch
 
 from checkpoints import read_training_args
 from data import eval_loader
-from files import new_file
+from files import new_file, to_number
 from metrics import exact_match, f1, has_answer
+from pages import SAMPLE, Inspected, choose_depth, write_inspection
 from sharding import is_sharded
 from utils import gather_lists, progress_bar
 
@@ -113,9 +114,9 @@ def summarize(predictions):
     return Summary(100 * correct / max(count, 1), 100 * f1_sum / max(count, 1), int(correct), count)
 
 
-def write_predictions(path, predictions, records):
+def write_predictions(path, predictions, records, with_contexts):
     """Writes minFiD's tab-separated lines (index, prediction, answers, em), or JSONL if the path
-    ends in .jsonl: with the contexts that were read, where they have scores of the reader.
+    ends in .jsonl; `with_contexts`, with the reader's scores of the contexts that it read.
     """
     with new_file(path) as file:
         for prediction in predictions:
@@ -123,7 +124,7 @@ def write_predictions(path, predictions, records):
             if path.endswith(".jsonl"):
                 row = {"index": prediction.index, "id": record["id"], "prediction": prediction.text,
                        "answers": record["answers"], "em": prediction.em, "f1": prediction.f1}
-                if prediction.context_scores is not None:
+                if with_contexts:
                     row |= describe_contexts(record, prediction.context_scores)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             else:
@@ -175,3 +176,34 @@ def write_scores(path, predictions, records):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         else:
             json.dump(records, file, ensure_ascii=False, indent=1)
+
+
+# ---------------------------------------------------------------- the page
+
+def write_page(path, title, remark, table, predictions, records, num_contexts, is_share):
+    """Writes the page of test.py --html; is_share: the scores of the contexts are logarithms of
+    shares.
+    """
+    samples = [record["ctxs"][:num_contexts] for record in records[:SAMPLE]]
+    depth = choose_depth(samples, len(records))
+    questions = (inspect(prediction, records[prediction.index], num_contexts, is_share)
+                 for prediction in predictions)
+    write_inspection(path, title, remark, table, questions, len(records), depth=depth,
+                     has_predictions=True, reader_is_share=is_share)
+
+
+def inspect(prediction, record, num_contexts, is_share):
+    """The Inspected of a prediction, with the contexts that were read."""
+    contexts = record["ctxs"][:num_contexts]
+    scores = torch.tensor(prediction.context_scores[:len(contexts)])
+    if is_share:
+        scores = scores.softmax(0)
+    shown = []
+    for context, score in zip(contexts, scores.tolist()):
+        given = context.get("score")
+        shown.append({"id": context.get("id", len(shown)), "title": context.get("title"),
+                      "text": context["text"], "reader": score,
+                      "score": None if given is None else to_number(given),
+                      "has_answer": has_answer(context["text"], record["answers"])})
+    return Inspected(record["id"], record["question"], record["answers"], shown, prediction.text,
+                     prediction.em, prediction.f1)

@@ -50,7 +50,15 @@ from retrieval.mining import (
     write_positives,
 )
 from retrieval.qrels import merge_qrels
-from retrieval.results import Results, fuse, read_run, stack, write_contexts, write_run
+from retrieval.results import (
+    Results,
+    fuse,
+    read_run,
+    stack,
+    write_contexts,
+    write_page,
+    write_run,
+)
 from retrieval.vectors import encode_corpus
 from utils import (
     InputError,
@@ -385,10 +393,10 @@ def write_outputs(args, questions, results, corpus, labels, log):
             write_collated(kind, path, questions, results, corpus, labels, args, are_candidates)
             log(f"{kind}: {path}")
     names = list_measures(args)
-    if are_candidates and (args.output or args.trec or names):
+    if are_candidates and (args.output or args.trec or args.html or names):
         results = to_documents(questions, results)
     marks = None
-    if args.output or "nq" in names or "collate_pos" in args.metrics:
+    if args.output or args.html or "nq" in names or "collate_pos" in args.metrics:
         marks = mark_answers(questions, results, corpus)
     if "collate_pos" in args.metrics:
         write_positives(paths["collate_pos"], questions, results, corpus, marks, args.max_neg_num,
@@ -403,9 +411,33 @@ def write_outputs(args, questions, results, corpus, labels, log):
             settings = {"method": args.retrieval_method, "queries": len(questions)}
             write_json(args.measures, settings | values)
             log(f"measures: {args.measures}")
+    if args.html:
+        inspect(args, questions, results, corpus, labels, marks, log)
     if args.trec:
         write_run(args.trec, questions, results, corpus, args.retrieval_method)
         log(f"run: {args.trec}")
+
+
+def inspect(args, questions, results, corpus, labels, marks, log):
+    """Writes the page of --html, with the measures of --metrics, else those that can be taken."""
+    names = list_measures(args)
+    cutoffs = args.cutoffs
+    if not names:
+        if any(labels):
+            names.append("success")
+        if any(question.answers for question in questions):
+            names.append("nq")
+        cutoffs = [k for k in cutoffs if k <= args.hits] or [args.hits]
+    values = measure(questions, results, labels, marks, names, cutoffs, log)
+    table = [["", *(f"@{k}" for k in cutoffs)]] if names else []
+    table += [[name, *(f"{100 * values[f'{name}@{k}']:.2f}" for k in cutoffs)] for name in names]
+    method = args.retrieval_method
+    searcher = args.query_encoder if method in ("dense", "rank") else method
+    asked = args.eval_data or ", ".join(args.queries)
+    remark = f"{len(questions):,} questions, {len(corpus):,} documents of {', '.join(args.corpus)}"
+    write_page(args.html, f"{searcher} on {asked}", remark, table, questions, results, corpus,
+               labels, marks)
+    log(f"page: {args.html}")
 
 
 def log_table(values, names, cutoffs, log):

@@ -16,12 +16,14 @@ import time
 from checkpoints import load_tokenizer
 from data import note_long_passages
 from files import check_paths, is_stream, write_json
+from pages import check_page
 from predict import (
     add_answer_flags,
     count_best_with_answer,
     predict,
     settle_lengths,
     summarize,
+    write_page,
     write_predictions,
     write_scores,
 )
@@ -56,9 +58,13 @@ def parse_args():
         "'retrieval_score')")
     add("--measures", metavar="FILE",
         help="write EM and F1 as JSON, as fractions; of several --num_contexts the last one's")
-    add("--score_kind", choices=["logits", "attention"], default="logits",
+    add("--score_kind", choices=["logits", "attention"],
         help="cross-attention scores: the mean of a passage's scores before the softmax (FiD-KD), "
-        "or the log of the attention that the passage gets (as in Atlas)")
+        "or the log of the attention that the passage gets (as in Atlas); not given: logits with "
+        "--scores, attention for --html alone")
+    add("--html", metavar="FILE",
+        help="write a page to look at: each question with its prediction, its passages and the "
+        "reader's attention to them; of several --num_contexts the last one's")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
     add("--bf16", action="store_true", help="bfloat16 autocast")
@@ -89,7 +95,8 @@ def check_outputs(args):
     predictions = []
     if args.pred:
         predictions = [prediction_path(args, num_contexts) for num_contexts in args.num_contexts]
-    check_paths([*predictions, args.scores, args.measures], [args.data, args.model])
+    check_paths([*predictions, args.scores, args.measures, args.html], [args.data, args.model])
+    check_page(args.html)
     if (args.pred or "").endswith((".json", ".csv")):
         raise InputError(f"--pred {args.pred}: predictions are JSON lines (.jsonl) or separated by "
                          "tabs (.tsv)")
@@ -104,6 +111,14 @@ def prediction_path(args, num_contexts):
         return args.pred
     stem, suffix = os.path.splitext(args.pred)
     return f"{stem}.{num_contexts}{suffix}"
+
+
+def choose_score_kind(args):
+    """Which scores of the contexts are computed: the --score_kind, or its default; False for none.
+    """
+    if args.scores is not None:
+        return args.score_kind or "logits"
+    return args.html is not None and (args.score_kind or "attention")
 
 
 def main(args):
@@ -130,6 +145,8 @@ def main(args):
     note_contexts(records, args.data, world.log)
     note_long_passages(records, model.make_collator(tokenizer, max(args.num_contexts),
                                                     args.max_length), world.log)
+    kind = choose_score_kind(args)
+    table = [["contexts", "EM", "F1", "correct"]]  # of the page
     world.log(f"{'contexts':>8} {'EM':>6} {'F1':>6} {'correct':>13} {'questions/s':>12}")
     for num_contexts in args.num_contexts:
         start = time.time()
@@ -137,13 +154,14 @@ def main(args):
                               max_length=args.max_length, batch_size=args.batch_size,
                               num_workers=args.num_workers, num_beams=args.num_beams,
                               answer_maxlength=args.answer_maxlength, bf16=args.bf16,
-                              with_scores=args.score_kind if args.scores is not None else False)
+                              with_scores=kind)
         em, f1, correct, count = summarize(predictions)
         speed = len(records) / (time.time() - start)
         if count:
             bar = "█" * round(em / 2.5)
             world.log(f"{num_contexts:8d} {em:6.2f} {f1:6.2f} {correct:6d}/{count:<6d} "
                       f"{speed:12.1f}  {bar}")
+            table.append([str(num_contexts), f"{em:.2f}", f"{f1:.2f}", f"{correct}/{count}"])
         else:  # nothing to score them by: a look at them
             world.log(f"{num_contexts:8d} {'-':>6} {'-':>6} {'-':>13} {speed:12.1f}")
             for prediction in predictions[:3]:
@@ -151,7 +169,7 @@ def main(args):
                 world.log(f"         {question[:60]} -> {prediction.text!r}")
         if args.pred and world.is_main:
             path = prediction_path(args, num_contexts)
-            write_predictions(path, predictions, records)
+            write_predictions(path, predictions, records, args.scores is not None)
             print(f"         predictions in {path}")
     if args.scores is not None:
         best, answerable = count_best_with_answer(predictions, records)
@@ -159,6 +177,11 @@ def main(args):
             world.log(f"the context with the highest score holds an answer for {best} of "
                       f"{answerable} questions that have such a context, "
                       f"{100 * best / answerable:.1f} %")
+    if args.html and world.is_main:  # before the scores take the retriever's place
+        remark = f"{len(records):,} questions{note}; the {num_contexts} passages that were read"
+        write_page(args.html, f"{args.model} on {args.data}", remark, table, predictions, records,
+                   num_contexts, is_share=kind == "attention")
+        print(f"page: {args.html}")
     if args.scores and world.is_main:
         write_scores(args.scores, predictions, records)
         print(f"the reader's scores of {num_contexts} contexts in {args.scores}")

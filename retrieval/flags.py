@@ -5,6 +5,7 @@ import math
 from dense.instructions import INSTRUCTIONS, named_version
 from files import check_paths, read_args
 from metrics import METRICS
+from pages import check_page
 from retrieval.corpus import check_templates
 from retrieval.mining import COLLATED, collated_paths
 from utils import (
@@ -128,6 +129,9 @@ def add_output_flags(parser):
     add("--filter_answers", default=False, **SWITCH,
         help="collate_neg leaves out passages that hold an answer")
     add("--measures", metavar="FILE", help="write the measures as JSON")
+    add("--html", metavar="FILE",
+        help="write a page to look at: each question with its documents, which of them hold an "
+        "answer and which are relevant")
 
 
 def add_run_flags(parser):
@@ -193,7 +197,8 @@ def check_args(args):
     check_corpus(args)
     check_method(args)
     check_collated(args)
-    outputs = [args.output, args.trec, args.measures]
+    check_page(args.html)
+    outputs = [args.output, args.trec, args.measures, args.html]
     outputs += [collated_paths(args)[kind] for kind in list_collated(args)]
     check_paths(outputs, [args.eval_data, *args.queries, *args.results, *args.corpus, args.index,
                           args.query_encoder, args.key_encoder])
@@ -235,7 +240,7 @@ def check_metrics(args):
 def check_questions(args):
     """Raises InputError for questions without outputs, or outputs without questions."""
     has_questions = bool(args.eval_data or args.queries)
-    has_outputs = bool(args.output or args.trec or args.metrics)
+    has_outputs = bool(args.output or args.trec or args.metrics or args.html)
     makes_index = args.retrieval_method in ("bm25", "dense")
     if args.eval_data and args.queries:
         raise InputError("--eval_data and --queries both name questions; give one of them")
@@ -243,7 +248,8 @@ def check_questions(args):
         raise InputError("no questions: give --eval_data, or --queries; without them and without "
                          "outputs bm25 and dense make the index, no more")
     if has_questions and not has_outputs:
-        raise InputError("nothing to do with the result: give --output, --trec or --metrics")
+        raise InputError("nothing to do with the result: give --output, --trec, --metrics or "
+                         "--html")
 
 
 def check_corpus(args):
@@ -252,9 +258,9 @@ def check_corpus(args):
         return
     if args.retrieval_method != "rank" or args.results:
         raise InputError(f"--retrieval_method {args.retrieval_method} needs --corpus")
-    if args.output or args.trec or args.qrels or "nq" in args.metrics:
-        raise InputError("--output, --trec, --qrels and the metric nq need the passages: give "
-                         "--corpus")
+    if args.output or args.trec or args.html or args.qrels or "nq" in args.metrics:
+        raise InputError("--output, --trec, --html, --qrels and the metric nq need the passages: "
+                         "give --corpus")
 
 
 def check_method(args):
@@ -284,7 +290,7 @@ def check_collated(args):
     if args.retrieval_method != "rank" or args.results:
         raise InputError("collate_score scores the records' own candidates: use --retrieval_method "
                          "rank without --results")
-    if args.output or args.trec or len(args.metrics) > 1:
+    if args.output or args.trec or args.html or len(args.metrics) > 1:
         raise InputError("collate_score may score other candidates than are ranked; ask for it "
                          "alone")
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from files import decode_line, new_file, read_json, read_lines, to_number
+from pages import SAMPLE, Inspected, choose_depth, write_inspection
 from questions import list_field, make_question
 from utils import InputError, shorten
 
@@ -95,6 +96,26 @@ def write_run(path, questions, results, corpus, name):
                                  f"{shorten(question.id)}'s documents; use --output")
             for rank, (document_id, score) in enumerate(zip(ids, scores), 1):
                 file.write(f"{question.id} Q0 {document_id} {rank} {score:.6f} {name}\n")
+
+
+def write_page(path, title, remark, table, questions, results, corpus, labels, marks):
+    """Writes the page of retrieve.py --html; labels and marks are those that measure takes."""
+    def contexts(i):
+        return read_contexts(results, i, corpus, marks[i])
+    samples = [contexts(i) for i in range(min(SAMPLE, len(questions)))]
+    inspected = (inspect(question, contexts(i), results.row(i)[0], labels[i])
+                 for i, question in enumerate(questions))
+    write_inspection(path, title, remark, table, inspected, len(questions),
+                     depth=choose_depth(samples, len(questions)))
+
+
+def inspect(question, contexts, doc_indices, labels):
+    """The Inspected of a question: its contexts with the labels of their documents."""
+    for context, doc_index in zip(contexts, doc_indices):
+        context.setdefault("has_answer", False)
+        context["label"] = labels.get(doc_index)
+    return Inspected(question.id, question.text, question.answers, contexts,
+                     is_labelled=any(label >= 1 for label in labels.values()))
 
 
 # ---------------------------------------------------------------- reading back

@@ -8,6 +8,7 @@ from metrics import (
     dpr_tokens,
     exact_match,
     f1,
+    find_answers,
     has_answer,
     normalize_answer,
     rank_documents,
@@ -57,6 +58,25 @@ def test_dpr_tokens():
 ])
 def test_has_answer(text, answers, expected):
     assert has_answer(text, answers) is expected
+    assert bool(find_answers(text, answers)) is expected
+
+
+def test_find_answers_finds_what_has_answer_counts():
+    rng = random.Random(0)
+    letters = ["a", "B", "b", " ", " ", "-", "e\u0301", "é", "\u0301", "≠", "가", "𝒳", "\u200f",
+               "İ"]
+    for _ in range(2000):
+        text = "".join(rng.choices(letters, k=rng.randrange(20)))
+        answers = ["".join(rng.choices(letters, k=rng.randint(1, 3))) for _ in range(2)]
+        answers = [answer for answer in answers if dpr_tokens(answer)]
+        spans = find_answers(text, answers)
+        assert bool(spans) == has_answer(text, answers), (text, answers)
+        ends = [end for span in spans for end in span]
+        assert ends == sorted(ends) and all(0 <= start < end <= len(text) for start, end in spans)
+    assert find_answers("Été in NEW  York, new york", ["new york", "été"]) == [
+        (0, 3), (7, 16), (18, 26)]
+    assert find_answers("a b a b a", ["a b a"]) == [(0, 9)]  # they overlap
+    assert find_answers("any", ["", "–"]) == []
 
 
 def test_has_answer_regex():

@@ -12,7 +12,7 @@ RECORDS = [{"id": "q0", "answers": ["Paris"], "ctxs": [
 def test_predictions_carry_the_contexts_that_they_are_of(tmp_path):
     predictions = [Prediction(0, "Paris", 1.0, 1.0, [0.25, 0.75]),
                    Prediction(1, "?", None, None, [])]
-    write_predictions(str(tmp_path / "p.jsonl"), predictions, RECORDS)
+    write_predictions(str(tmp_path / "p.jsonl"), predictions, RECORDS, True)
     first, second = map(json.loads, open(tmp_path / "p.jsonl"))
     assert first["best_context"] == "p3"
     assert first["contexts"] == [{"id": "p7", "score": 0.25, "has_answer": False},
@@ -22,9 +22,9 @@ def test_predictions_carry_the_contexts_that_they_are_of(tmp_path):
 
 def test_without_scores_predictions_say_nothing_of_contexts(tmp_path):
     predictions = [Prediction(0, "Paris", 1.0, 1.0, None)]
-    write_predictions(str(tmp_path / "p.jsonl"), predictions, RECORDS)
+    write_predictions(str(tmp_path / "p.jsonl"), predictions, RECORDS, False)
     assert "contexts" not in json.loads((tmp_path / "p.jsonl").read_text())
-    write_predictions(str(tmp_path / "p.tsv"), predictions, RECORDS)
+    write_predictions(str(tmp_path / "p.tsv"), predictions, RECORDS, False)
     assert (tmp_path / "p.tsv").read_text() == "0\tParis\t['Paris']\t1.0\n"
 
 
