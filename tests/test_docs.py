@@ -102,3 +102,19 @@ def test_draw_loop_refuses_in_one_line(content, message, tmp_path):
     _, errors = run("bench/draw_loop.py", tmp_path / "loop.svg", tmp_path / "table.json", code=1)
     assert message in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "loop.svg").exists()
+
+
+def test_draw_rounds_and_map(tmp_path):
+    for number, (recall, em) in enumerate(((0.5, 0.25), (0.75, 0.5))):
+        (tmp_path / f"retrieval{number}.json").write_text(json.dumps({"nq@5": recall}))
+        (tmp_path / f"em{number}.json").write_text(json.dumps({"em": em}))
+    run("bench/draw_rounds.py", tmp_path / "rounds.svg", f"kd={tmp_path}")
+    picture = (tmp_path / "rounds.svg").read_text()
+    assert all(f"<!-- {value} -->" in picture for value in ("50.0", "75.0", "25.0", "kd"))
+    for line, message in (("kd", "kd: not LABEL=OUT"), (f"kd={tmp_path}/no", "has no retrieval0")):
+        _, errors = run("bench/draw_rounds.py", tmp_path / "no.svg", line, code=1)
+        assert message in errors and len(errors.splitlines()) == 1
+
+    # the diagram in docs/ is what its command draws
+    run("bench/draw_map.py", tmp_path / "map.svg")
+    assert (tmp_path / "map.svg").read_text() == (ROOT / "docs" / "map.svg").read_text()
