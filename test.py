@@ -125,6 +125,9 @@ def main(args):
     world = start_processes(args.gpus)
     if args.fsdp:
         check_processes(world)
+        if args.num_beams > 1:
+            raise InputError(f"--num_beams {args.num_beams}: with --fsdp readers answer greedily, "
+                             "leave one of the two out")
     choose_lengths(args, world.log)
     check_outputs(args)
     records = read_records(args.data)
