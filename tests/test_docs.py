@@ -6,7 +6,7 @@ import pytest
 
 from conftest import ROOT, run
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = """contexts     EM     F1       correct  questions/s
        0   0.00   0.00      0/600          2327.1
       10  90.67  91.17    544/600           140.9  ████████
