@@ -15,12 +15,65 @@ PYTHON=${PYTHON:-python}
 LAUNCH=${LAUNCH:-torchrun --standalone --nnodes=1 --nproc_per_node=$PROCESSES}
 ROOT=$(dirname "$0")/..
 
+# ---------------------------------------------------------------- before the first stage
+
+TOY=
+
+read_flags() {  # "$@" of the recipe: nothing, or --toy, which runs it on the embedded world
+    local flag
+    for flag in "$@"; do
+        case $flag in
+            --toy) TOY=1 ;;
+            -h | --help)
+                print_head
+                exit 0 ;;
+            *)
+                echo "error: $flag: the one flag is --toy; settings are given as NAME=VALUE before" \
+                    "the command, and its head names them:" >&2
+                print_head >&2
+                exit 1 ;;
+        esac
+    done
+    if [ "$TOY" ]; then
+        . "$ROOT/scripts/toy.sh"
+    fi
+}
+
+print_head() {  # of the recipe: the comment that it begins with
+    awk 'NR > 1 && !/^#/ {exit} NR > 1 {sub(/^# ?/, ""); print}' "$0"
+}
+
+need_choice() {  # NAME CHOICE...: of a setting
+    local name=$1 choice
+    shift
+    for choice in "$@"; do
+        [ "${!name}" != "$choice" ] || return 0
+    done
+    echo "error: $name is '${!name}'; it must be one of: $*" >&2
+    exit 1
+}
+
+need_disk() {  # GB: that OUT will hold; what it holds already counts, and DISK=GB says otherwise
+    local needed=${DISK:-$1} free held
+    [ -z "$TOY" ] || needed=${DISK:-1}
+    mkdir -p "$OUT"
+    free=$(df -Pk "$OUT" | awk 'NR == 2 {printf "%d", $4 * 1024 / 1e9}')
+    held=$(du -sk "$OUT" | awk '{printf "%d", $1 * 1024 / 1e9}')
+    if ((free + held < needed)); then
+        echo "error: $OUT needs $needed GB and holds $held GB, and its disk has $free GB free; make" \
+            "room, give OUT=FOLDER on another disk, or DISK=GB if you know that less will do" >&2
+        exit 1
+    fi
+}
+
 need_file() {  # FILE REMEDY
     if [ ! -e "$1" ]; then
         echo "error: $1: no such file; $2" >&2
         exit 1
     fi
 }
+
+# ---------------------------------------------------------------- the stages
 
 describe_command() {  # COMMAND...: a word a line, without what may change: launcher, GPUs, --resume
     local word script= before=
@@ -120,4 +173,16 @@ stage() {  # NAME COMMAND...: runs the command, a program, unless it is done
         exit $status
     fi
     mark_stage "$name" done "$now"
+}
+
+# ---------------------------------------------------------------- what came out
+
+EXPECTED=()
+
+expect() {  # NAME FILE MEASURE PUBLISHED TOLERANCE, see scripts/compare.py
+    EXPECTED+=(--result "$@")
+}
+
+compare() {  # prints a line per result; ends the recipe with exit code 2 if one is too far off
+    $PYTHON "$ROOT/scripts/compare.py" ${TOY:+--toy} "${EXPECTED[@]}" || exit $?
 }
