@@ -7,8 +7,8 @@
 prints `NQ test EM: published 50.10, here 49.83, difference -0.27` and so on, in per cent. A result
 is a name, a file that test.py --measures or retrieve.py --measures wrote, a measure in it, what it
 is compared with, and the largest difference that passes as noise. It is compared with a number in
-per cent, or with the same measure of another file. The exit code is 0 if all differences pass, and
-2 if one does not.
+per cent, or with the same measure of another file; with `none` it is printed alone. The exit code
+is 0 if all differences pass, and 2 if one does not.
 """
 import argparse
 import os
@@ -16,7 +16,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from files import to_number
-from table import read_measures
+from table import PER_CENT, read_measures
 from utils import HelpFormatter, InputError, run_script, shorten
 
 
@@ -38,12 +38,14 @@ def read_per_cent(path, measure):
     measures = read_measures([path], [measure])
     if measure not in measures:
         raise InputError(f"{path}: has no measure {shorten(measure)}")
-    return 100 * measures[measure]
+    return measures[measure] * (1 if measure in PER_CENT else 100)
 
 
 def compare(name, path, measure, other, tolerance, args):
     """(line to print, True if the difference passes) of a result. Raises InputError."""
     here = read_per_cent(path, measure)
+    if other == "none":
+        return f"{name}: none published, here {here:.2f}", True
     word = "on the embedded world expected" if args.toy else "published"
     try:
         tolerance = to_number(tolerance)

@@ -53,15 +53,15 @@ need_choice() {  # NAME CHOICE...: of a setting
     exit 1
 }
 
-need_disk() {  # GB: that OUT will hold; what it holds already counts, and DISK=GB says otherwise
-    local needed=${DISK:-$1} free held
-    [ -z "$TOY" ] || needed=${DISK:-1}
-    mkdir -p "$OUT"
-    free=$(df -Pk "$OUT" | awk 'NR == 2 {printf "%d", $4 * 1024 / 1e9}')
-    held=$(du -sk "$OUT" | awk '{printf "%d", $1 * 1024 / 1e9}')
+need_disk() {  # GB FOLDER: room for what will be written there, what it holds already counting
+    local needed=${DISK:-${TOY:+1}} folder=$2 free held
+    needed=${needed:-$1}
+    mkdir -p "$folder"
+    free=$(df -Pk "$folder" | awk 'NR == 2 {printf "%d", $4 * 1024 / 1e9}')
+    held=$(du -sk "$folder" | awk '{printf "%d", $1 * 1024 / 1e9}')
     if ((free + held < needed)); then
-        echo "error: $OUT needs $needed GB and holds $held GB, and its disk has $free GB free; make" \
-            "room, give OUT=FOLDER on another disk, or DISK=GB if you know that less will do" >&2
+        echo "error: $folder needs $needed GB; it holds $held GB, and its disk has $free GB free:" \
+            "make room, give OUT=FOLDER on another disk, or DISK=GB if less will do" >&2
         exit 1
     fi
 }
