@@ -83,6 +83,7 @@ teach_without_labels() {
 }
 
 teach_with_labels() {
+    . "$ROOT/scripts/stages.sh"
     TRAIN=$WORLD/labelled.json
     MODEL=$OUT/start
     RANKER_MODEL=$OUT/start
@@ -90,7 +91,7 @@ teach_with_labels() {
     HITS=$TEST_HITS
     NEGATIVES=20
     MINING=
-    SEARCH_FLAGS="--bf16 false $BM25_FLAGS"
+    SEARCH_FLAGS="--bf16 false"
     RETRIEVER_FLAGS="$TRAINED --group_size 4 --epochs 3"
     RANKER_FLAGS="$TRAINED --group_size 8 --epochs 3"
     DISTILLED_FLAGS="$TRAINED --group_size 4 --epochs 3 --contrastive_weight 1"

@@ -32,6 +32,17 @@ make_hard_world() {  # the world of make demo-loop, which is harder to search by
     TEST=$DATA/test.json
 }
 
+make_three_iterations() {  # the settings of scripts/3iter.sh on the hard world
+    make_hard_world
+    make_start
+    TRAIN=$DATA/labelled.json MODEL=$OUT/start RANKER_MODEL=$OUT/start HITS=20 NEGATIVES=10
+    SEARCH_FLAGS="--bf16 false"
+    RETRIEVER_FLAGS="$TOY_RETRIEVER --group_size 2 --epochs 3"
+    RANKER_FLAGS="$LENGTHS --batch_size 16 --lr 1e-3 --num_warmup_steps 10 --bf16 false --group_size 4 \
+--epochs 1"
+    DISTILLED_FLAGS="$TOY_RETRIEVER --group_size 4 --epochs 3 --contrastive_weight 1"
+}
+
 make_start() {  # writes OUT/start, a retriever that has seen crops of the corpus, and no question
     stage crops $PYTHON "$ROOT/scripts/make_crops.py" "$CORPUS" --output "$OUT/crops.jsonl" \
         --crops 4 --min_words 2 --max_words 5
@@ -39,4 +50,13 @@ make_start() {  # writes OUT/start, a retriever that has seen crops of the corpu
         --train_data "$OUT/crops.jsonl" --query_encoder "$BERT" --pooling_method mean $LENGTHS \
         --cos_temperature 0.03 --lr 3e-3 --num_warmup_steps 20 --group_size 1 --batch_size 128 \
         --epochs 1 --resume
+}
+
+make_dpr_model() {  # NAME: trains DPR's two encoders for a short time, and writes them as DPR's file
+    stage dpr-train $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/dpr" \
+        --train_data "$DATA/biencoder-nq-train.json.gz" --query_encoder "$BERT" \
+        --tie_encoders false --dense_metric ip --pooling_method cls $LENGTHS \
+        --key_template "{title} [SEP] {text}" --group_size 2 --batch_size 32 --lr 5e-4 --epochs 6 \
+        --num_warmup_steps 20 --bf16 false --resume
+    stage "$1" $PYTHON "$ROOT/toy/published.py" "$1" --out "$DATA" --retriever "$OUT/dpr"
 }
