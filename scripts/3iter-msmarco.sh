@@ -26,7 +26,6 @@ set -euo pipefail
 read_flags "$@"
 if [ "$TOY" ]; then
     make_three_iterations
-    QRELS=$DATA/qrels.test.tsv
 fi
 DATA=${DATA:-/data/llm-embedder}
 OUT=${OUT:-runs/3iter-msmarco}

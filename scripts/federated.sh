@@ -47,12 +47,10 @@ CENTRAL_READER_BATCH=${CENTRAL_READER_BATCH:---batch_size 2 --grad_accumulation 
 TOLERANCE=3.0
 if [ "$TOY" ]; then
     make_published fid-nq dpr-nq dpr-nq-qa
-    CORPUS=$DATA/psgs_w100.tsv.gz
-    stage records $PYTHON "$ROOT/scripts/fid_data.py" nq --data "$DATA"
-    make_start
-    MODEL=$OUT/start READER_MODEL=$T5 CLIENTS=2 CONTEXTS=3
-    ROUNDS=2 EPOCHS=1 READER_ROUNDS=2 READER_EPOCHS=1
-    RETRIEVER_FLAGS=${TOY_RETRIEVER/--batch_size 64/} CLIENT_BATCH=16 CENTRAL_BATCH=32
+    make_records
+    MODEL=$BERT READER_MODEL=$T5 CLIENTS=2 CONTEXTS=3
+    ROUNDS=6 EPOCHS=1 READER_ROUNDS=2 READER_EPOCHS=1
+    RETRIEVER_FLAGS=${TOY_RETRIEVER/--batch_size 32/} CLIENT_BATCH=16 CENTRAL_BATCH=32
     READER_FLAGS="${TOY_READER/--batch_size 8/} --epochs 2"
     CLIENT_READER_BATCH="--batch_size 4" CENTRAL_READER_BATCH="--batch_size 8"
     TOLERANCE=10

@@ -32,9 +32,9 @@ set -euo pipefail
 . "$(dirname "$0")/stages.sh"
 read_flags "$@"
 if [ "$TOY" ]; then
-    make_hard_world
-    make_start
-    ROUNDS=1 HITS=8 TEST_HITS=20 CONTEXTS=5 CUTOFFS="1 5 20" MODEL=$OUT/start READER_MODEL=$T5
+    make_published fid-nq
+    make_records
+    ROUNDS=1 HITS=8 TEST_HITS=20 CONTEXTS=3 CUTOFFS="1 5 20" MODEL=$BERT READER_MODEL=$T5
     SCORE_FLAGS="--score_kind attention --batch_size 64" TEST_FLAGS="--batch_size 64"
     READER_FLAGS=$TOY_READER
     # beside the distillation: what the teacher likes best against other questions' passages

@@ -33,9 +33,9 @@ set -euo pipefail
 . "$(dirname "$0")/stages.sh"
 read_flags "$@"
 if [ "$TOY" ]; then
-    make_hard_world
-    make_start
-    ROUNDS=1 HITS=8 TEST_HITS=20 CUTOFFS="1 5 20" MODEL=$OUT/start LM=$T5
+    make_published fid-nq
+    make_records
+    ROUNDS=1 HITS=8 TEST_HITS=20 CUTOFFS="1 5 20" MODEL=$BERT LM=$T5
     SCORE_FLAGS="--answer best"
     RETRIEVER_FLAGS="$TOY_RETRIEVER --epochs 4 --group_size 4 --select_positive teacher \
 --contrastive_weight 1"

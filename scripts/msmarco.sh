@@ -34,14 +34,12 @@ MINED=${MINED:-15}
 LENGTHS=${LENGTHS:---query_max_length 32 --key_max_length 128}
 RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---group_size 16 --pooling_method mean --dense_metric ip \
 --batch_size 16 --lr 1e-5 --epochs 1 --warmup_ratio 0.05 --num_workers 2 --eval_steps 1000}
-MODEL_FLAGS=${MODEL_FLAGS:---pooling_method mean --dense_metric ip}
+MINING_FLAGS=${MINING_FLAGS:---query_encoder $MODEL --pooling_method mean --dense_metric ip}
 NDCG=40.7 MRR=none TOLERANCE=2.0
 if [ "$TOY" ]; then
     make_published msmarco
-    CORPUS=$DATA/msmarco/corpus.jsonl
-    make_start
-    MODEL=$OUT/start MODEL_FLAGS=
-    RETRIEVER_FLAGS="$TOY_RETRIEVER --epochs 2 --group_size 4"
+    MODEL=$BERT
+    RETRIEVER_FLAGS="$TOY_RETRIEVER --epochs 5 --group_size 2"
     NDCG=80 MRR=75 TOLERANCE=10
 fi
 CORPUS=$DATA/msmarco/corpus.jsonl
@@ -55,7 +53,7 @@ TEXTS=(--corpus "$CORPUS" --queries "$QUERIES" $LENGTHS)
 
 for split in train dev; do
     stage "mine-$split" $LAUNCH "$ROOT/retrieve.py" "${TEXTS[@]}" --qrels "qrels=$QRELS/$split.tsv" \
-        --query_encoder "$MODEL" $MODEL_FLAGS --version none --index "$OUT/index" --overwrite_index \
+        $MINING_FLAGS --version none --index "$OUT/index" --overwrite_index \
         --hits "$MINED" --trec "$OUT/mined.$split.trec" --gpus "$GPUS"
     stage "negatives-$split" $PYTHON "$ROOT/scripts/run_qrels.py" "$OUT/mined.$split.trec" \
         --output "$OUT/mined.$split.tsv"

@@ -33,8 +33,8 @@ def main(args):
         for line_number, line in enumerate(progress_bar(read_lines(args.run), desc="run"), 1):
             cells = decode_line(line, args.run, line_number).split()
             if len(cells) != 6:
-                raise InputError(f"{args.run}:{line_number}: not a line of a run; it must be query, "
-                                 "Q0, document, rank, score, name")
+                raise InputError(f"{args.run}:{line_number}: not a line of a run; it must be "
+                                 "query, Q0, document, rank, score, name")
             file.write(f"{cells[0]}\t{cells[2]}\t0\n")
             count += 1
     if not count:

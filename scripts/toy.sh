@@ -10,53 +10,55 @@ if [[ $LAUNCH == torchrun* ]]; then
     LAUNCH=$PYTHON
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+QUESTIONS=${QUESTIONS:-600 60 200}  # of train, dev and test
 T5=$ROOT/toy/t5-tiny
-BERT=$ROOT/toy/bert-tiny
+BERT=$DATA/bert-base-uncased  # toy/bert-tiny with random weights
 BM25_FLAGS="--k1 1.5 --b 0.75"  # bm25s's, which are better here than 0.9 and 0.4
 LENGTHS="--query_max_length 32 --key_max_length 110"
 TOY_READER="--max_length 110 --batch_size 8 --batch_size_val 64 --epochs 1 --lr 5e-4 \
 --num_warmup_steps 10 --dropout 0"
 # for a retriever that starts from random weights
 TOY_RETRIEVER="$LENGTHS --pooling_method mean --dense_metric cos --cos_temperature 0.05 \
---batch_size 64 --lr 2e-3 --num_warmup_steps 20 --bf16 false"
+--batch_size 32 --lr 2e-3 --num_warmup_steps 20 --bf16 false"
 
 make_published() {  # NAME...: data sets, by the names of scripts/get_data.sh, into DATA
-    stage data $PYTHON "$ROOT/toy/published.py" "$@" --out "$DATA"
+    stage data $PYTHON "$ROOT/toy/published.py" bert-base-uncased "$@" --out "$DATA" --questions $QUESTIONS
 }
 
-make_hard_world() {  # the world of make demo-loop, which is harder to search by words
-    stage data $PYTHON "$ROOT/toy/world.py" --hard --questions 400 60 200 --out "$DATA"
-    CORPUS=$DATA/corpus.tsv
-    TRAIN=$DATA/train.json
-    DEV=$DATA/dev.json
-    TEST=$DATA/test.json
+make_records() {  # FiD's records of the world, of what make_published fid-nq wrote
+    stage records $PYTHON "$ROOT/scripts/fid_data.py" nq --data "$DATA"
 }
 
-make_three_iterations() {  # the settings of scripts/3iter.sh on the hard world
-    make_hard_world
-    make_start
-    TRAIN=$DATA/labelled.json MODEL=$OUT/start RANKER_MODEL=$OUT/start HITS=20 NEGATIVES=10
-    SEARCH_FLAGS="--bf16 false"
-    RETRIEVER_FLAGS="$TOY_RETRIEVER --group_size 2 --epochs 3"
-    RANKER_FLAGS="$LENGTHS --batch_size 16 --lr 1e-3 --num_warmup_steps 10 --bf16 false --group_size 4 \
---epochs 1"
-    DISTILLED_FLAGS="$TOY_RETRIEVER --group_size 4 --epochs 3 --contrastive_weight 1"
+make_three_iterations() {  # the data and settings of scripts/3iter.sh
+    make_published llm-embedder
+    DATA=$DATA/llm-embedder TRAIN=$DATA/llm-embedder/qa/nq/train.json
+    TEST=$DATA/qa/nq/test.json CORPUS=$DATA/qa/nq/corpus.json
+    MODEL=$BERT RANKER_MODEL=$BERT HITS=20 NEGATIVES=10 SEARCH_FLAGS="--bf16 false"
+    RETRIEVER_FLAGS="$TOY_RETRIEVER --group_size 2 --epochs 6"
+    RANKER_FLAGS="$LENGTHS --batch_size 16 --lr 1e-3 --num_warmup_steps 10 --bf16 false \
+--group_size 4 --epochs 1"
+    DISTILLED_FLAGS="$TOY_RETRIEVER --group_size 2 --epochs 6 --contrastive_weight 1"
 }
 
-make_start() {  # writes OUT/start, a retriever that has seen crops of the corpus, and no question
-    stage crops $PYTHON "$ROOT/scripts/make_crops.py" "$CORPUS" --output "$OUT/crops.jsonl" \
-        --crops 4 --min_words 2 --max_words 5
-    stage start $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/start" \
-        --train_data "$OUT/crops.jsonl" --query_encoder "$BERT" --pooling_method mean $LENGTHS \
-        --cos_temperature 0.03 --lr 3e-3 --num_warmup_steps 20 --group_size 1 --batch_size 128 \
-        --epochs 1 --resume
-}
-
-make_dpr_model() {  # NAME: trains DPR's two encoders for a short time, and writes them as DPR's file
+make_dpr_models() {  # NAME...: trains DPR's two encoders for a short time, and writes them as DPR's file
     stage dpr-train $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/dpr" \
         --train_data "$DATA/biencoder-nq-train.json.gz" --query_encoder "$BERT" \
-        --tie_encoders false --dense_metric ip --pooling_method cls $LENGTHS \
-        --key_template "{title} [SEP] {text}" --group_size 2 --batch_size 32 --lr 5e-4 --epochs 6 \
-        --num_warmup_steps 20 --bf16 false --resume
-    stage "$1" $PYTHON "$ROOT/toy/published.py" "$1" --out "$DATA" --retriever "$OUT/dpr"
+        --tie_encoders false $TOY_RETRIEVER --pooling_method cls --group_size 2 --epochs 5 \
+        --key_template "{title} [SEP] {text}" --resume
+    stage dpr-models $PYTHON "$ROOT/toy/published.py" "$@" --out "$DATA" --retriever "$OUT/dpr"
+}
+
+make_released_models() {  # a reader and two retrievers, trained for a short time, as released ones
+    make_dpr_models dpr-nq-model dpr-nq-hn-model
+    stage fid-train $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/fid" \
+        --train_data "$DATA/biencoder-nq-train.json.gz" --query_encoder "$BERT" $TOY_RETRIEVER \
+        --group_size 2 --epochs 4 --query_template "question: {query}" \
+        --key_template "title: {title} context: {text}" --resume
+    stage fid-models $PYTHON "$ROOT/toy/published.py" nq-retriever tqa-retriever --out "$DATA" \
+        --retriever "$OUT/fid"
+    make_records
+    stage reader-train $LAUNCH "$ROOT/train_epoch.py" "$OUT/reader" "$DATA/NQ/train.json" \
+        "$DATA/NQ/dev.json" --t5_name "$T5" --num_contexts 5 $TOY_READER --resume
+    stage readers $PYTHON "$ROOT/toy/published.py" nq-reader-base nq-reader-large tqa-reader-base \
+        tqa-reader-large --out "$DATA" --reader "$OUT/reader"
 }

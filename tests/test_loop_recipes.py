@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 import world
-from conftest import ROOT, make_bert, run
+from conftest import ROOT, make_bert, run, stages_run
 
 # ---------------------------------------------------------------- stages
 
@@ -186,26 +186,6 @@ def small_world(tmp_path_factory):
         (folder / f"{name}.json").write_text(json.dumps(rows))
     make_bert(folder / "bert")
     return folder
-
-
-@pytest.fixture
-def run_recipe(launcher, tmp_path):
-    """A function(script, code=0, **settings) that runs a recipe into tmp_path / "out", and returns
-    (the lines it printed, those of its errors).
-    """
-    def start(script, code=0, **settings):
-        env = os.environ | {"OUT": str(tmp_path / "out"), "LAUNCH": launcher, "PYTHON": launcher,
-                            "GPUS": ""} | {name: str(value) for name, value in settings.items()}
-        process = subprocess.run(["sh", ROOT / "scripts" / script], env=env, timeout=200,
-                                 capture_output=True, text=True)
-        assert process.returncode == code, process.stdout + process.stderr
-        return process.stdout.splitlines(), process.stderr.splitlines()
-    return start
-
-
-def stages_run(lines):
-    """The stages that a recipe ran, by what it printed."""
-    return [line[3:] for line in lines if line.startswith("== ") and "done before" not in line]
 
 
 # ---------------------------------------------------------------- three iterations

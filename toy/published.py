@@ -8,25 +8,28 @@ scripts/get_data.sh fetches, for the recipes' --toy.
 Data sets are made of the world of toy/world.py; --questions says how many questions of train, dev
 and test. A reader or a retriever is written from a folder of ours: FiD's readers with wrapped
 names, a bias in cross-attention (of zeros, so that the answers stay) and no tokenizer, FiD's
-retrievers with a projection (which changes nothing) and a norm, DPR's as one file of two encoders
-with the tokenizer beside it.
+retrievers with a projection (which changes nothing) and a norm, DPR's as one file of two encoders,
+beside which bert-base-uncased lies, with random weights.
 """
 import argparse
 import gzip
 import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoTokenizer, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModel, AutoTokenizer, T5ForConditionalGeneration
 
 import world
 
+ROOT = Path(__file__).resolve().parent.parent
 FID = {"fid-nq": "NQ", "fid-tqa": "TQA"}
+DATA_SETS = (*FID, "passages", "dpr-nq", "dpr-nq-qa", "dpr-nq-results", "msmarco", "llm-embedder",
+             "bert-base-uncased")
 READERS = ("nq-reader-base", "nq-reader-large", "tqa-reader-base", "tqa-reader-large")
 FID_RETRIEVERS = ("nq-retriever", "tqa-retriever")
-DPR_MODELS = {"dpr-nq-model": "hf_bert_base.cp", "dpr-multiset-model": "hf_bert_base.multiset.cp"}
+DPR_MODELS = {"dpr-nq-model": "hf_bert_base.cp", "dpr-nq-hn-model": "hf_bert_base.hn.cp",
+              "dpr-multiset-model": "hf_bert_base.multiset.cp"}
 SPLITS = ("train", "dev", "test")
 
 
@@ -162,7 +165,7 @@ def write_llm_embedder(out, passages, splits):
              "lrlm/arxiv/train": "lrlm", "lrlm/books3/train": "lrlm",
              "lrlm/codeparrot/train": "lrlm", "icl/icl/train": "icl",
              "convsearch/qrecc/train.concat": "convsearch", "tool/toolbench/train": "tool"}
-    most = {"qa/nq/train": 0.4, "tool/toolbench/train": 0.4}  # those that are measured
+    most = {"qa/nq/train": 0.6, "tool/toolbench/train": 0.2}  # those that are measured
     rest = (1 - sum(most.values())) / (len(files) - len(most))
     start = 0.0
     for name, task in files.items():
@@ -237,10 +240,14 @@ def write_dpr_model(out, source):
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model_dict": weights, "optimizer_dict": {}, "scheduler_dict": {}, "offset": 0,
                 "epoch": 3, "encoder_params": {"pretrained_model_cfg": "bert-base-uncased"}}, out)
-    beside = out.parent / "bert-base-uncased"
-    beside.mkdir(exist_ok=True)
-    shutil.copy(f"{source}/query/config.json", beside)
-    AutoTokenizer.from_pretrained(f"{source}/query").save_pretrained(beside)
+
+
+def write_bert(out):
+    """A BERT with random weights in place of the pre-trained one: two encoders start alike."""
+    torch.manual_seed(0)
+    source = ROOT / "toy" / "bert-tiny"
+    AutoModel.from_config(AutoConfig.from_pretrained(source)).save_pretrained(out)
+    AutoTokenizer.from_pretrained(source).save_pretrained(out)
 
 
 # ---------------------------------------------------------------- main
@@ -248,9 +255,8 @@ def write_dpr_model(out, source):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", metavar="NAME", choices=[
-        *FID, "passages", "dpr-nq", "dpr-nq-qa", "dpr-nq-results", "msmarco", "llm-embedder",
-        *READERS, *FID_RETRIEVERS, *DPR_MODELS], help="as in scripts/get_data.sh")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="as in scripts/get_data.sh",
+                        choices=[*DATA_SETS, *READERS, *FID_RETRIEVERS, *DPR_MODELS])
     parser.add_argument("--out", default="data", help="folder to write to (default: %(default)s)")
     parser.add_argument("--questions", type=int, nargs=3, default=[600, 60, 200], metavar="N",
                         help="of train, dev and test (default: %(default)s)")
@@ -267,6 +273,8 @@ def main(args):
     for name in args.names:
         if name in FID:
             write_fid(out, FID[name], passages, splits)
+        elif name == "bert-base-uncased":
+            write_bert(out / name)
         elif name == "passages":
             write_passages(out, passages)
         elif name == "dpr-nq":
