@@ -7,7 +7,7 @@
 #   scripts/3iter-msmarco.sh --toy                      # on the embedded world: two minutes on one core
 #
 # The flags are those of SimLM's scripts (github.com/microsoft/unilm, simlm/scripts), the form of the
-# data and the name of this script LLM-Embedder's. SimLM's README expects these MRR@10 on dev: 38.0
+# data and the name of this script LLM-Embedder's. Published in SimLM's README, MRR@10 on dev: 38.0
 # for retriever 1, 43.8 for the ranker, 41.1 for retriever 3; it trains the retrievers on 4 GPUs of
 # 32 GB, the ranker on 8. The exit code is 0 if the retrievers are at most 1.0 and the ranker at most 2.0
 # away, and 2 if not: the standard error on 6,980 queries is 0.5, and the ranker is trained otherwise than

@@ -40,7 +40,6 @@ if ! [[ $ROUNDS =~ ^[0-9]+$ ]]; then
     echo "error: the number of rounds is '$ROUNDS'; give one, as in scripts/alternate.sh 2" >&2
     exit 1
 fi
-TEMPLATES=()
 . "$(dirname "$0")/stages.sh"
 . "$ROOT/scripts/rounds.sh"
 

@@ -31,6 +31,12 @@ CUTOFFS="1 5 20"
 COLUMNS="recall@1 recall@5 recall@20"
 QRELS=$WORLD/qrels.test.tsv
 LENGTHS="--query_max_length 32 --key_max_length 110"
+# the recipes' sizes, texts and published figures are of other data
+DISK=1
+COMPARE=no
+QUERY_TEMPLATE="{query}"
+KEY_TEMPLATE="{title} {text}"
+export DISK COMPARE QUERY_TEMPLATE KEY_TEMPLATE
 export PYTHON LAUNCH GPUS HITS TEST_HITS CONTEXTS CORPUS DEV TEST BM25_FLAGS METRICS CUTOFFS QRELS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
 

@@ -47,16 +47,14 @@ HITS=${HITS:-100}
 CONTEXTS=${CONTEXTS:-$HITS}
 MODEL=${MODEL:-bert-base-uncased}
 READER_MODEL=${READER_MODEL:-t5-base}
+QUERY_TEMPLATE=${QUERY_TEMPLATE:-question: {query\}}
+KEY_TEMPLATE=${KEY_TEMPLATE:-title: {title\} context: {text\}}
 READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 --grad_accumulation 4 \
 --batch_size_val 4 --epochs 10 --lr 1e-4 --num_warmup_steps 1000 --dropout 0.1 --num_workers 3}
 RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---loss fid-kd --group_size 100 --batch_size 1 --lr 1e-4 \
 --max_steps 30000 --early_exit_steps 20000 --num_warmup_steps 1000 --pooling_method mean \
 --dense_metric ip --student_temperature 27.7 --query_max_length 40 --key_max_length 200 \
 --num_workers 3}
-TEMPLATES=()
-if [ -z "$TOY" ]; then
-    TEMPLATES=(--query_template "question: {query}" --key_template "title: {title} context: {text}")
-fi
 . "$ROOT/scripts/rounds.sh"
 
 search_all 0

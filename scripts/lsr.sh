@@ -41,7 +41,6 @@ if [ "$TOY" ]; then
 --contrastive_weight 1"
 fi
 GIGABYTES=130
-TEMPLATES=()
 OUT=${OUT:-runs/lsr}
 ROUNDS=${ROUNDS:-8}
 HITS=${HITS:-20}

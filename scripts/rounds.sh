@@ -3,7 +3,7 @@
 # CORPUS, name others. The retriever of round 0 is BM25. READER_FLAGS and RETRIEVER_FLAGS take the
 # place of a recipe's own; BM25_FLAGS, SEARCH_FLAGS, SCORE_FLAGS and TEST_FLAGS add to what is set.
 # QRELS names qrels of TEST, for METRICS other than nq; TEST_HITS are found for its questions, in
-# place of HITS. TEMPLATES, an array, holds the retriever's templates of texts.
+# place of HITS. QUERY_TEMPLATE and KEY_TEMPLATE are the retriever's texts, where they are set.
 GIGABYTES=${GIGABYTES:-150}
 METRICS=${METRICS:-nq}
 CUTOFFS=${CUTOFFS:-1 5 20 100}
@@ -59,8 +59,8 @@ train_retriever() {  # ROUND RECORDS: writes retrieverROUND; goes on from the la
         start=$OUT/retriever$((round - 1))
     fi
     stage "retriever$round" $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/retriever$round" \
-        --train_data "$records" --query_encoder "$start" "${TEMPLATES[@]}" $RETRIEVER_FLAGS \
-        --resume --gpus "$GPUS"
+        --train_data "$records" --query_encoder "$start" ${QUERY_TEMPLATE:+--query_template "$QUERY_TEMPLATE"} \
+        ${KEY_TEMPLATE:+--key_template "$KEY_TEMPLATE"} $RETRIEVER_FLAGS --resume --gpus "$GPUS"
 }
 
 print_rounds() {  # the measures of all rounds, those that there are

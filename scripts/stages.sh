@@ -184,5 +184,7 @@ expect() {  # NAME FILE MEASURE PUBLISHED TOLERANCE, see scripts/compare.py
 }
 
 compare() {  # prints a line per result; ends the recipe with exit code 2 if one is too far off
+    # COMPARE=no: the data are others than the published
+    [ "${COMPARE:-yes}" = yes ] || return 0
     $PYTHON "$ROOT/scripts/compare.py" ${TOY:+--toy} "${EXPECTED[@]}" || exit $?
 }

@@ -238,8 +238,9 @@ def run_recipe(launcher, tmp_path):
     "out", and returns (the lines it printed, those of its errors).
     """
     def start(recipe, *flags, code=0, **settings):
-        env = os.environ | {"OUT": str(tmp_path / "out"), "LAUNCH": launcher, "PYTHON": launcher,
-                            "GPUS": ""} | {name: str(value) for name, value in settings.items()}
+        env = {"OUT": tmp_path / "out", "LAUNCH": launcher, "PYTHON": launcher, "GPUS": "",
+               "DISK": 1} | settings
+        env = os.environ | {name: str(value) for name, value in env.items()}
         process = subprocess.run(["sh", ROOT / "scripts" / recipe, *flags], env=env, timeout=3000,
                                  capture_output=True, text=True)
         assert process.returncode == code, process.stdout + process.stderr
