@@ -34,7 +34,6 @@ MINED=${MINED:-15}
 LENGTHS=${LENGTHS:---query_max_length 32 --key_max_length 128}
 RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---group_size 16 --pooling_method mean --dense_metric ip \
 --batch_size 16 --lr 1e-5 --epochs 1 --warmup_ratio 0.05 --num_workers 2 --eval_steps 1000}
-MINING_FLAGS=${MINING_FLAGS:---query_encoder $MODEL --pooling_method mean --dense_metric ip}
 NDCG=40.7 MRR=none TOLERANCE=2.0
 if [ "$TOY" ]; then
     make_published msmarco
@@ -42,6 +41,7 @@ if [ "$TOY" ]; then
     RETRIEVER_FLAGS="$TOY_RETRIEVER --epochs 5 --group_size 2"
     NDCG=80 MRR=75 TOLERANCE=10
 fi
+MINING_FLAGS=${MINING_FLAGS:---query_encoder $MODEL --pooling_method mean --dense_metric ip}
 CORPUS=$DATA/msmarco/corpus.jsonl
 QUERIES=$DATA/msmarco/queries.jsonl
 QRELS=$DATA/msmarco/qrels

@@ -38,7 +38,7 @@ SEARCH_FLAGS=${SEARCH_FLAGS:---num_workers 2}
 CORPUS=$DATA/psgs_w100.tsv.gz
 TOLERANCE=0.3
 if [ "$TOY" ]; then
-    SPLITS=test
+    SPLITS=test READERS="nq-base tqa-large" RETRIEVERS="dpr-nq fid-nq"
     make_published fid-nq fid-tqa dpr-nq dpr-nq-qa
     make_released_models
     CONTEXTS=5 READER_FLAGS="--max_length 110 --batch_size 64 --t5_name $T5"
@@ -55,8 +55,7 @@ published_em() {  # READER SPLIT
         tqa-base-test) echo 69.3 ;;
         tqa-base-dev) echo 68.7 ;;
         tqa-large-*) echo 72.5 ;;
-        toy-nq-*) echo 80 ;;
-        toy-tqa-*) echo 80 ;;
+        toy-*) echo 83.5 ;;
         *) echo "error: $1: no reader is named so; see the head of $0" >&2; exit 1 ;;
     esac
 }
@@ -67,8 +66,8 @@ published_top() {  # RETRIEVER: at 1, 5, 20 and 100
         dpr-nq-hn) echo 52.5 72.2 81.3 87.3 ;;
         fid-nq) echo none 73.8 84.3 89.3 ;;
         fid-tqa) echo none 77.0 83.6 87.7 ;;
-        toy-dpr-*) echo 30 60 90 100 ;;
-        toy-fid-*) echo 30 60 90 100 ;;
+        toy-dpr-*) echo 7 32 86 100 ;;  # [CLS] learns slowly from random weights
+        toy-fid-*) echo 25 77 97 100 ;;
         *) echo "error: $1: no retriever is named so; see the head of $0" >&2; exit 1 ;;
     esac
 }
