@@ -8,11 +8,11 @@
 #
 # Names: fid-nq and fid-tqa (all that FiD's own get-data.sh fetches for one of them: questions, splits,
 # the ids of 100 passages per question, and Wikipedia's passages), nq-open, triviaqa, passages, dpr-nq,
-# dpr-nq-qa, dpr-tqa-qa, dpr-nq-results (the passages that DPR's retriever finds), DPR's models
-# dpr-nq-model, dpr-nq-hn-model (trained on negatives of its own, too) and dpr-multiset-model, FiD's
-# nq-reader-base, nq-reader-large, nq-retriever, tqa-reader-base, tqa-reader-large, tqa-retriever,
-# msmarco (MS MARCO's passages in BEIR's form), and llm-embedder (16.9 GB: the training and test files
-# of its six tasks with their corpora, but for that of conversational search).
+# dpr-nq-qa, dpr-nq-results (the passages that DPR's retriever finds), DPR's models dpr-nq-model,
+# dpr-nq-hn-model (trained on negatives of its own, too) and dpr-multiset-model, FiD's nq-reader-base,
+# nq-reader-large, nq-retriever, tqa-reader-base, tqa-reader-large, tqa-retriever, msmarco (MS MARCO's
+# passages in BEIR's form), and llm-embedder (16.9 GB: the training and test files of its six tasks with
+# their corpora, but for that of conversational search).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 OUT=${OUT:-data}
@@ -45,8 +45,6 @@ print_addresses() {  # of the files of one data set
         dpr-nq-qa)
             echo $dpr/data/retriever/nq-dev.qa.csv
             echo $dpr/data/retriever/nq-test.qa.csv ;;
-        dpr-tqa-qa)
-            echo $dpr/data/retriever/trivia-test.qa.csv.gz ;;
         dpr-nq-results)
             echo $dpr/data/retriever_results/single/nq-train.json.gz
             echo $dpr/data/retriever_results/single/nq-dev.json.gz

@@ -7,6 +7,10 @@
 # $OUT/stages/NAME holds a stage's state (running, done or again) and its command, a word a line. A
 # stage that was run with another command is never passed over in silence: the recipe stops, and
 # REDO=NAME runs this stage and all behind it anew. An OUT is of one recipe.
+#
+# Before the stages a recipe reads its flags (read_flags; --toy is scripts/toy.sh) and checks inputs and
+# the disk (need_file, need_disk); at its end it compares what came out with what is published (expect,
+# compare). COMPARE=no leaves that out, for other data.
 
 # how the scripts are launched; on one process without GPUs: LAUNCH=python GPUS=
 GPUS=${GPUS-0,1,2,3,4,5,6,7}

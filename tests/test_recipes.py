@@ -1,5 +1,5 @@
 """The shell recipes: data fetched from a loopback server, their flags and checks, the comparison at
-their end, DPR's and FiD's runs on small files.
+their end, FiD's run on small files.
 """
 import argparse
 import functools
@@ -16,7 +16,7 @@ import zipfile
 import pytest
 
 import fid_data
-from conftest import ROOT, WORDS, make_bert, make_records, run, stages_run
+from conftest import ROOT, make_records, run, stages_run
 
 RECIPES = ("nq.sh", "tqa.sh", "released-models.sh", "dpr-nq.sh", "fid-kd.sh", "lsr.sh",
            "msmarco.sh", "3iter-nq.sh", "3iter-msmarco.sh", "llm-embedder.sh", "federated.sh")
@@ -297,7 +297,7 @@ def test_a_toy_that_was_killed_goes_on(run_recipe):
     assert lines[-1].startswith("FiD base, NQ dev EM: none published, here ")
 
 
-# ---------------------------------------------------------------- two recipes on small files
+# ---------------------------------------------------------------- a recipe on small files
 
 def test_the_fid_recipe_on_small_files(mirror, tmp_path, tiny, run_recipe):
     address, _ = mirror
@@ -326,36 +326,3 @@ def test_the_fid_recipe_on_small_files(mirror, tmp_path, tiny, run_recipe):
     fid_data.main(argparse.Namespace(datasets=["tqa"], data=str(data), out=None, passages=None))
     dev = json.loads((data / "TQA" / "dev.json").read_text())
     assert [record["question"] for record in dev] == [row["question"] for row in records[6:8]]
-
-
-def write_dpr_files(folder):
-    """Writes train.json, corpus.tsv and test.csv in DPR's forms: twenty passages, ten questions."""
-    texts = [" ".join(WORDS[i:i + 6]) for i in range(20)]
-    passages = [{"title": "it", "text": text} for text in texts]
-    records, test_rows = [], []
-    for i in range(10):
-        words = texts[i].split()
-        question = " ".join(words[:3])
-        records.append({"question": question, "answers": ["x"], "positive_ctxs": [passages[i]],
-                        "hard_negative_ctxs": [passages[i + 9]], "negative_ctxs": []})
-        test_rows.append(f"{question}\t['{words[0]}']\n")
-    corpus_rows = [f"{i}\t{text}\tit\n" for i, text in enumerate(texts)]
-    (folder / "train.json").write_text(json.dumps(records))
-    (folder / "corpus.tsv").write_text("id\ttext\ttitle\n" + "".join(corpus_rows))
-    (folder / "test.csv").write_text("".join(test_rows))
-
-
-def test_the_dpr_recipe_on_small_files(tmp_path, run_recipe):
-    write_dpr_files(tmp_path)
-    out = tmp_path / "out"
-    files = {"MODEL": make_bert(tmp_path / "bert"), "TRAIN": f"{tmp_path}/train.json",
-             "DEV": f"{tmp_path}/train.json", "CORPUS": f"{tmp_path}/corpus.tsv",
-             "TEST": f"{tmp_path}/test.csv"}
-    flags = "--dense_metric ip --pooling_method cls --batch_size 16 --lr 2e-5 --epochs 4 " \
-            "--num_warmup_steps 1 --eval_steps 2"
-    lines, _ = run_recipe("dpr-nq.sh", code=2, RETRIEVER_FLAGS=flags, **files)
-    assert any("best rank" in line for line in lines)
-    assert lines[-1].startswith("DPR, NQ test top-100: published 86.20, here ")
-    assert json.loads((out / "measures.json").read_text())["nq@20"] == 1
-    first_record = json.loads((out / "test.json").read_text())[0]
-    assert len(first_record["ctxs"]) == 20
