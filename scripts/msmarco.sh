@@ -39,7 +39,7 @@ if [ "$TOY" ]; then
     make_published msmarco
     MODEL=$BERT
     RETRIEVER_FLAGS="$TOY_RETRIEVER --epochs 5 --group_size 2"
-    NDCG=80 MRR=75 TOLERANCE=10
+    NDCG=75 MRR=69 TOLERANCE=10
 fi
 MINING_FLAGS=${MINING_FLAGS:---query_encoder $MODEL --pooling_method mean --dense_metric ip}
 CORPUS=$DATA/msmarco/corpus.jsonl

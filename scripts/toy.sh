@@ -22,7 +22,8 @@ TOY_RETRIEVER="$LENGTHS --pooling_method mean --dense_metric cos --cos_temperatu
 --batch_size 32 --lr 2e-3 --num_warmup_steps 20 --bf16 false"
 
 make_published() {  # NAME...: data sets, by the names of scripts/get_data.sh, into DATA
-    stage data $PYTHON "$ROOT/toy/published.py" bert-base-uncased "$@" --out "$DATA" --questions $QUESTIONS
+    stage data $PYTHON "$ROOT/toy/published.py" bert-base-uncased "$@" --out "$DATA" \
+        --questions $QUESTIONS
 }
 
 make_records() {  # FiD's records of the world, of what make_published fid-nq wrote
@@ -31,8 +32,10 @@ make_records() {  # FiD's records of the world, of what make_published fid-nq wr
 
 make_three_iterations() {  # the data and settings of scripts/3iter.sh
     make_published llm-embedder
-    DATA=$DATA/llm-embedder TRAIN=$DATA/llm-embedder/qa/nq/train.json
-    TEST=$DATA/qa/nq/test.json CORPUS=$DATA/qa/nq/corpus.json
+    DATA=$DATA/llm-embedder
+    TRAIN=$DATA/qa/nq/train.json
+    TEST=$DATA/qa/nq/test.json
+    CORPUS=$DATA/qa/nq/corpus.json
     MODEL=$BERT RANKER_MODEL=$BERT HITS=20 NEGATIVES=10 SEARCH_FLAGS="--bf16 false"
     RETRIEVER_FLAGS="$TOY_RETRIEVER --group_size 2 --epochs 6"
     RANKER_FLAGS="$LENGTHS --batch_size 16 --lr 1e-3 --num_warmup_steps 10 --bf16 false \
