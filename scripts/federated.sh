@@ -53,7 +53,7 @@ if [ "$TOY" ]; then
     RETRIEVER_FLAGS=${TOY_RETRIEVER/--batch_size 32/} CLIENT_BATCH=16 CENTRAL_BATCH=32
     READER_FLAGS="${TOY_READER/--batch_size 8/} --epochs 2"
     CLIENT_READER_BATCH="--batch_size 4" CENTRAL_READER_BATCH="--batch_size 8"
-    TOLERANCE=10
+    TOLERANCE=14
 fi
 TRAIN=${TRAIN:-$DATA/NQ/train.json}
 DEV=${DEV:-$DATA/NQ/dev.json}
@@ -97,7 +97,7 @@ for k in 1 5 20 100; do
 done
 expect "federated reader, NQ test EM" "$OUT/reader.json" em "$OUT/reader-central.json" $TOLERANCE
 if [ "$TOY" ]; then  # both could have learned nothing
-    expect "federated retriever, top-5" "$OUT/retriever.json" nq@5 85 12
-    expect "federated reader, EM" "$OUT/reader.json" em 65 15
+    expect "federated retriever, top-5" "$OUT/retriever.json" nq@5 84 8
+    expect "federated reader, EM" "$OUT/reader.json" em 76 10
 fi
 compare

@@ -80,10 +80,10 @@ for retriever in $RETRIEVERS; do
     published_top "$retriever" > /dev/null
 done
 need_disk 35 "$OUT"
-need_disk 14 "$DATA"
+need_disk 14 "$DATA"  # FiD's records
 
 for dataset in nq tqa; do
-    if [[ " $READERS $RETRIEVERS" == *[\ -]$dataset* ]]; then
+    if [[ " $READERS" == *" $dataset-"* || " $RETRIEVERS" == *" fid-$dataset"* ]]; then
         stage "records-$dataset" $PYTHON "$ROOT/scripts/fid_data.py" $dataset --data "$DATA"
     fi
 done
@@ -108,9 +108,9 @@ for retriever in $RETRIEVERS; do
         dpr-nq) model=$DATA/hf_bert_base.cp ;;
         dpr-nq-hn) model=$DATA/hf_bert_base.hn.cp ;;
         fid-*)  # their texts have the reader's marks
-            questions=$DATA/${retriever#fid-}
-            questions=$DATA/$(basename "${questions^^}")/test.json
-            model=$DATA/${retriever#fid-}_retriever
+            dataset=${retriever#fid-}
+            questions=$DATA/${dataset^^}/test.json
+            model=$DATA/${dataset}_retriever
             texts=(--query_template "question: {query}" --key_template "title: {title} context: {text}")
             ;;
     esac
