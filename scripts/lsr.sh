@@ -4,7 +4,7 @@
 #
 #   scripts/get_data.sh fid-nq && python scripts/fid_data.py nq --data data
 #   scripts/lsr.sh                    # the same command goes on where it was stopped
-#   scripts/lsr.sh --toy              # one round on the embedded world: a minute on one core
+#   scripts/lsr.sh --toy              # one round on the embedded world: a minute and a half on one core
 #
 # Each of ROUNDS rounds searches the training questions with the present retriever (BM25 at first),
 # scores every passage by how likely it makes the answer to LM, and trains the retriever by KL

@@ -43,9 +43,10 @@ make_three_iterations() {  # the data and settings of scripts/3iter.sh
     DISTILLED_FLAGS="$TOY_RETRIEVER --group_size 2 --epochs 6 --contrastive_weight 1"
 }
 
-make_dpr_models() {  # NAME...: trains DPR's two encoders for a short time, and writes them as DPR's file
+make_dpr_models() {  # NAME...: trains two encoders for a short time, and writes them as DPR's file
+    stage dpr-bert $PYTHON "$ROOT/toy/published.py" bert-of-means --out "$DATA"
     stage dpr-train $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/dpr" \
-        --train_data "$DATA/biencoder-nq-train.json.gz" --query_encoder "$BERT" \
+        --train_data "$DATA/biencoder-nq-train.json.gz" --query_encoder "$DATA/bert-of-means" \
         --tie_encoders false $TOY_RETRIEVER --pooling_method cls --group_size 2 --epochs 5 \
         --key_template "{title} [SEP] {text}" --resume
     stage dpr-models $PYTHON "$ROOT/toy/published.py" "$@" --out "$DATA" --retriever "$OUT/dpr"

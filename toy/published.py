@@ -25,7 +25,7 @@ import world
 ROOT = Path(__file__).resolve().parent.parent
 FID = {"fid-nq": "NQ", "fid-tqa": "TQA"}
 DATA_SETS = (*FID, "passages", "dpr-nq", "dpr-nq-qa", "dpr-nq-results", "msmarco", "llm-embedder",
-             "bert-base-uncased")
+             "bert-base-uncased", "bert-of-means")
 READERS = ("nq-reader-base", "nq-reader-large", "tqa-reader-base", "tqa-reader-large")
 FID_RETRIEVERS = ("nq-retriever", "tqa-retriever")
 DPR_MODELS = {"dpr-nq-model": "hf_bert_base.cp", "dpr-nq-hn-model": "hf_bert_base.hn.cp",
@@ -242,11 +242,21 @@ def write_dpr_model(out, source):
                 "epoch": 3, "encoder_params": {"pretrained_model_cfg": "bert-base-uncased"}}, out)
 
 
-def write_bert(out):
-    """A BERT with random weights in place of the pre-trained one: two encoders start alike."""
+def write_bert(out, of_means=False):
+    """A BERT with random weights in place of the pre-trained one: two encoders start alike.
+
+    With of_means a token begins as the mean of its text, as attention is even at first: [CLS],
+    which DPR's files are bound to, learns within a minute what it would need an hour for.
+    """
     torch.manual_seed(0)
     source = ROOT / "toy" / "bert-tiny"
-    AutoModel.from_config(AutoConfig.from_pretrained(source)).save_pretrained(out)
+    bert = AutoModel.from_config(AutoConfig.from_pretrained(source))
+    if of_means:
+        for layer in bert.encoder.layer:
+            torch.nn.init.eye_(layer.attention.self.value.weight.data)
+            torch.nn.init.eye_(layer.attention.output.dense.weight.data)
+            layer.attention.output.dense.weight.data *= 4  # more than the token itself
+    bert.save_pretrained(out)
     AutoTokenizer.from_pretrained(source).save_pretrained(out)
 
 
@@ -273,8 +283,8 @@ def main(args):
     for name in args.names:
         if name in FID:
             write_fid(out, FID[name], passages, splits)
-        elif name == "bert-base-uncased":
-            write_bert(out / name)
+        elif name in ("bert-base-uncased", "bert-of-means"):
+            write_bert(out / name, of_means=name == "bert-of-means")
         elif name == "passages":
             write_passages(out, passages)
         elif name == "dpr-nq":
