@@ -211,7 +211,9 @@ def load_tokenizer(path_or_name, fallback):
     Raises InputError.
     """
     folder = str(path_or_name)
-    if not os.path.isfile(folder):
+    if os.path.isfile(folder):  # the model that it was trained from may lie beside it
+        folder = os.path.join(os.path.dirname(folder), fallback)
+    else:
         folder = find_model(folder)[0]
     query_folder = os.path.join(folder, "query")
     if os.path.isdir(query_folder):  # a retriever of two encoders

@@ -275,3 +275,24 @@ def launcher():
             threading.Thread(target=server.serve_forever, daemon=True).start()
             yield str(path)
             server.shutdown()
+
+
+@pytest.fixture
+def run_recipe(launcher, tmp_path):
+    """A function(recipe, *flags, code=0, **settings) that runs a recipe of scripts/ into tmp_path /
+    "out", and returns (the lines it printed, those of its errors).
+    """
+    def start(recipe, *flags, code=0, **settings):
+        env = {"OUT": tmp_path / "out", "LAUNCH": launcher, "PYTHON": launcher, "GPUS": "",
+               "DISK": 1} | settings
+        env = os.environ | {name: str(value) for name, value in env.items()}
+        process = subprocess.run(["sh", ROOT / "scripts" / recipe, *flags], env=env, timeout=3000,
+                                 capture_output=True, text=True)
+        assert process.returncode == code, process.stdout + process.stderr
+        return process.stdout.splitlines(), process.stderr.splitlines()
+    return start
+
+
+def stages_run(lines):
+    """The stages that a recipe ran, by what it printed."""
+    return [line[3:] for line in lines if line.startswith("== ") and "done before" not in line]

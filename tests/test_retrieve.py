@@ -425,6 +425,24 @@ def test_a_full_disk_is_told_and_nothing_half_written_counts(bert, world_files, 
 
 # ---------------------------------------------------------------- instructions and models
 
+def test_templates_of_questions_and_documents(bert, tmp_path):
+    """As FiD's retriever needs them: the marks are part of the texts, as if the files had them."""
+    texts = [" ".join(WORDS[i:i + 4]) for i in range(20)]
+    for name, mark in (("plain", ""), ("marked", "who wrote ")):
+        write_rows(tmp_path / f"{name}.jsonl", [{"_id": str(i), "title": "", "text": mark + text}
+                                                for i, text in enumerate(texts)])
+        write_rows(tmp_path / f"{name}.queries.jsonl", [{"_id": "q", "text": mark + texts[7]}])
+    runs = {}
+    for name, flags in (("plain", ["--query_template", "who wrote {query}", "--key_template",
+                                   "who wrote {text}"]), ("marked", ["--key_template", "{text}"]),
+                        ("plain", ["--key_template", "who wrote {text}"])):
+        run("retrieve.py", "--query_encoder", bert, "--corpus", f"{name}.jsonl", "--queries",
+            f"{name}.queries.jsonl", "--hits", 9, "--trec", "run.trec", "--overwrite_index", *flags,
+            cwd=tmp_path)
+        runs[len(flags), name] = (tmp_path / "run.trec").read_text()
+    assert runs[4, "plain"] == runs[2, "marked"] != runs[2, "plain"]
+
+
 def test_instructions_by_task(bert, world_files, tmp_path):
     """--task stands for the questions to come; an index holds one instruction."""
     common = ["--corpus", world_files / "corpus.jsonl", "--query_encoder", bert, "--version",

@@ -315,8 +315,8 @@ def make_records(rng, split, entities, ranker, count, top_k=20, shared=0.15):
 
 # ---------------------------------------------------------------- the demo's world
 
-def make_demo(seed=1):
-    """The demo's corpus and splits: (passages, {train, dev, test}).
+def make_demo(seed=1, questions=(2000, 300, 600)):
+    """The demo's corpus and splits: (passages, {train, dev, test}); so many `questions` of each.
 
     Contexts of training questions come from the passages about their entities alone, those of dev
     and test questions from all passages.
@@ -336,15 +336,16 @@ def make_demo(seed=1):
     train_ranker = OverlapRanker(passages[:num_seen], blur=0.08)
     test_ranker = OverlapRanker(passages, blur=0.08)
     rng.shuffle(unseen)
-    splits = {"train": make_records(rng, "train", seen, train_ranker, 2000),
-              "dev": make_records(rng, "dev", unseen[:90], test_ranker, 300),
-              "test": make_records(rng, "test", unseen[90:], test_ranker, 600)}
+    train, dev, test = questions
+    splits = {"train": make_records(rng, "train", seen, train_ranker, train),
+              "dev": make_records(rng, "dev", unseen[:90], test_ranker, dev),
+              "test": make_records(rng, "test", unseen[90:], test_ranker, test)}
     return passages, splits
 
 
 # ---------------------------------------------------------------- the loop's world
 
-def make_hard(seed=1):
+def make_hard(seed=1, questions=(1200, 300, 600)):
     """The same of the world of make demo-loop, without contexts.
 
     It is harder to search by words: there are more people and so more look-alikes, a passage names
@@ -363,9 +364,10 @@ def make_hard(seed=1):
 
     ranker = OverlapRanker(passages, blur=0)
     rng.shuffle(unseen)
-    splits = {"train": make_records(rng, "train", seen, ranker, 1200, top_k=0),
-              "dev": make_records(rng, "dev", unseen[:160], ranker, 300, top_k=0),
-              "test": make_records(rng, "test", unseen[160:], ranker, 600, top_k=0)}
+    train, dev, test = questions
+    splits = {"train": make_records(rng, "train", seen, ranker, train, top_k=0),
+              "dev": make_records(rng, "dev", unseen[:160], ranker, dev, top_k=0),
+              "test": make_records(rng, "test", unseen[160:], ranker, test, top_k=0)}
     return passages, splits
 
 
@@ -427,13 +429,16 @@ def parse_args():
     add("--out", default="toy/data", help="folder to write to (default: %(default)s)")
     add("--seed", type=int, default=1, help="seed of the world (default: %(default)s)")
     add("--hard", action="store_true", help="the world of make demo-loop, harder to search")
+    add("--questions", type=int, nargs=3, metavar="N",
+        help="of train, dev and test (default: 2000 300 600, with --hard 1200 300 600)")
     return parser.parse_args()
 
 
 def main(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    passages, splits = make_hard(args.seed) if args.hard else make_demo(args.seed)
+    make = make_hard if args.hard else make_demo
+    passages, splits = make(args.seed, *([args.questions] if args.questions else []))
     rows = [f"{passage['id']}\t{passage['text']}\t{passage['title']}" for passage in passages]
     write_lines(out / "corpus.tsv", ["id\ttext\ttitle"] + rows)
     for split, records in splits.items():
