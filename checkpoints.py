@@ -171,7 +171,8 @@ def load_tokenizer(path_or_name, fallback):
     if not has_tokenizer(folder):
         folder = find_model(fallback)[0]
     with refusing(f"{folder}: no usable tokenizer", "name a model that carries one with --t5_name"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # not given, transformers would ask on the terminal whether to run the folder's own code
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer(["a"])  # some wrong settings show only now
         return tokenizer
 
@@ -208,7 +209,7 @@ def read_config(folder, kind="T5"):
     Raises InputError where there is none that transformers knows, or one with absurd sizes.
     """
     with refusing(f"{folder}: no usable config.json", f"give a {kind} model folder"):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for name, value in config.to_dict().items():
         if type(value) is int and not is_size(name, value):
             raise InputError(f"{folder}: config.json says {name} {shorten(value)}, which no model "

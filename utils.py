@@ -212,6 +212,9 @@ def call_main(main, args):
     same_command = "the same command" + (" with --resume" if hasattr(args, "resume") else "")
     try:
         main(args)
+        if dist.is_initialized():
+            # whoever ends closes its connections, in which another may not have read all yet
+            dist.barrier()
         return 0
     except InputError as error:
         # a DataLoader's worker sends its traceback too
