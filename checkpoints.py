@@ -2,6 +2,7 @@
 layout, and the folder that a run writes.
 """
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -211,7 +212,8 @@ def read_config(folder, kind="T5"):
     with refusing(f"{folder}: no usable config.json", f"give a {kind} model folder"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for name, value in config.to_dict().items():
-        if type(value) is int and not is_size(name, value):
+        is_rate = type(value) is float and ("drop" in name or math.isnan(value))
+        if type(value) is int and not is_size(name, value) or is_rate and not 0 <= value <= 1:
             raise InputError(f"{folder}: config.json says {name} {shorten(value)}, which no model "
                              f"has; give a {kind} model folder")
     return config

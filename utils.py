@@ -63,6 +63,9 @@ def refusing(problem, remedy):
         yield
     except InputError:
         raise
+    except MemoryError as error:  # of a file that says it holds more than it does, or not
+        raise InputError(f"{problem} (there is not enough memory for it); {remedy}, or run it "
+                         "where there is more") from error
     except Exception as error:  # of any of those kinds
         raise InputError(f"{problem} ({first_line(error)}); {remedy}") from error
 

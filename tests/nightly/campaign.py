@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import time
 from datetime import date
 from pathlib import Path
@@ -60,8 +61,8 @@ def digest(value):
 
 
 def snapshot(folder):
-    """{path: hash} of all files below a folder: of their bytes or, of a state and of a log, of what
-    they hold but for times.
+    """{path: hash} of all files below a folder: of their bytes or, of a state, a log and a page, of
+    what they hold but for times.
     """
     found = {}
     for path in sorted(Path(folder).rglob("*")):
@@ -70,6 +71,9 @@ def snapshot(folder):
         name = str(path.relative_to(folder))
         if name.endswith(".state"):
             found[name] = digest(torch.load(path, weights_only=True))
+        elif name.endswith(".html"):
+            text = re.sub(r"[\d.]+ s\b", "", path.read_text())
+            found[name] = digest(text)
         elif name.endswith(".jsonl") and b"second" in path.read_bytes():
             found[name] = digest([json.loads(line) for line in path.read_text().splitlines()])
         else:
