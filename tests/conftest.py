@@ -123,6 +123,15 @@ def run(script, *args, processes=1, code=0, cwd=None, stdin=""):
     return stdout, stderr
 
 
+def run_and_kill(script, *args, at, processes=1):
+    """Runs a script whose processes are killed just before change number `at` of the files in the
+    working directory; see SERVER.
+    """
+    code, stdout, stderr = start_server().run(script, args, os.getcwd(), processes=processes,
+                                              kill_at=at)
+    assert code == -signal.SIGKILL, stdout + stderr
+
+
 # A process that has imported what the scripts need, which takes 5 s, and forks for each run. A
 # request is a line of JSON, the reply the exit code and the seconds that the run took. A run of
 # several processes gets what torchrun sets, and ends as under it: when one of them fails, the

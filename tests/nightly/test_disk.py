@@ -26,18 +26,14 @@ TEXTS = ["--query_max_length", 16, "--key_max_length", 24]
 READER = ["--t5_name", "../in/t5", "--num_contexts", 2, "--max_length", 40, "--num_warmup_steps", 0,
           "--epochs", 1, "--batch_size", 4, "--save_every", 1]
 SEARCH = ["retrieve.py", "--eval_data", "questions.jsonl", "--hits", 3, "--index", "index"]
-FOUND = ["--output", "found.jsonl", "--trec", "found.run", "--measures", "measures.json",
-         "--metrics", "recall", "collate_neg", "collate_pos", "collate_score", "--save_name", "x"]
-FOUND_FILES = ["found.jsonl", "found.run", "measures.json", "questions.neg.x.jsonl",
-               "questions.pos.x.jsonl"]
 DENSE = [*SEARCH, "--corpus", "../in/corpus.jsonl", "--query_encoder", "../in/bert", *TEXTS]
 
 # {name: (command, its output files, its inputs that must lie beside the outputs)}
 RUNS = {
-    "train_epoch.py": (["train_epoch.py", "out", "../in/records.json", "../in/records.json",
+    "train_epoch.py": (["train_epoch.py", "out", "../in/records.json", "../in/dev.json",
                         *READER, "--resume"], [], []),
     "train_epoch.py --retriever": (
-        ["train_epoch.py", "out", "../in/records.json", "../in/records.json", *READER[:2],
+        ["train_epoch.py", "out", "../in/records.json", "../in/dev.json", *READER[:2],
          *READER[4:], "--retriever", "bm25", "--corpus", "corpus.jsonl.gz", "--resume"], [],
         ["corpus.jsonl.gz"]),
     "train_dense.py": (["train_dense.py", "--output_dir", "out", "--query_encoder", "../in/bert",
@@ -68,7 +64,7 @@ RUNS = {
                 "index"], ["page.html"], ["corpus.jsonl.gz"]),
     "federate.py": (["federate.py", "out", "--mode", "generator", "--simulate", 2, "--data",
                      "../in/records.json", "--rounds", 2, "--resume", "--", *READER[:8],
-                     "--batch_size", 4, "--eval_file", "../in/records.json"], [], []),
+                     "--batch_size", 4, "--eval_file", "../in/dev.json"], [], []),
     "scripts/make_corpus.py": (["scripts/make_corpus.py", "../in/notes", "--output", "c.jsonl"],
                                ["c.jsonl"], []),
     "scripts/make_crops.py": (["scripts/make_crops.py", "../in/corpus.jsonl", "--output",
@@ -104,6 +100,7 @@ def inputs(tmp_path_factory):
     records = make_records(7)
     for record in records:
         record["passage"] = record["ctxs"][0]["text"]
+    (folder / "dev.json").write_text(json.dumps(make_records(2, seed=1)))
     (folder / "records.json").write_text(json.dumps(records))
     (folder / "notes").mkdir()
     (folder / "notes" / "a.txt").write_text(". ".join(documents))

@@ -22,7 +22,7 @@ from conftest import WORDS, make_bert, make_records, make_t5, start_server
 KILLS = int(os.environ.get("KILLS", 100))
 LONGEST_CHAIN = 4  # kills of one run, before it may end
 
-READER = ["train_epoch.py", "out", "in/records.json", "in/records.json", "--t5_name", "in/t5",
+READER = ["train_epoch.py", "out", "in/records.json", "in/dev.json", "--t5_name", "in/t5",
           "--num_contexts", 3, "--max_length", 60, "--num_warmup_steps", 2, "--lr", "1e-3",
           "--epochs", 3, "--batch_size", 2, "--dropout", 0.2, "--save_every", 1, "--eval_every", 4,
           "--resume"]
@@ -41,7 +41,7 @@ DENSE_TASK = ["--query_encoder", "in/bert", *TEXTS, "--batch_size", 4, "--group_
               "1e9", "--warmup_ratio", 0, "--eval_data", "in/dev.jsonl", "--corpus",
               "in/small.jsonl", "--metrics", "recall"]
 READER_TASK = ["--t5_name", "in/t5", "--num_contexts", 2, "--max_length", 40, "--batch_size", 4,
-               "--num_warmup_steps", 0, "--eval_file", "in/records.json"]
+               "--num_warmup_steps", 0, "--eval_file", "in/dev.json"]
 
 # {name: (command, processes)}
 RUNS = {
@@ -95,6 +95,7 @@ def inputs(tmp_path_factory):
         content = (folder / f"{name}.jsonl").read_bytes()
         (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(content, mtime=0))
     (folder / "records.json").write_text(json.dumps(make_records(11)))
+    (folder / "dev.json").write_text(json.dumps(make_records(3, seed=1)))
     (folder / "many-records.json").write_text(json.dumps(make_records(60)))
     return folder
 
