@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import federated.alternation as alternation
 import federated.client as client_side
-from conftest import WORDS, make_bert, make_records, run, run_and_kill
+from conftest import WORDS, make_bert, make_records, run, run_and_kill, start_server
 from federated.server import Server, aggregate, ask_clients, check_answer, make_messages
 from federated.simulation import LocalGrid
 from federated.split import split_file
@@ -585,9 +585,10 @@ def test_a_killed_server_goes_on_to_the_same_bits(bert, files, tmp_path, monkeyp
            "DifferentialPrivacyServerSideAdaptiveClipping", "noise_multiplier=1.5",
            "clipped_count_stddev=2"]
     flags = ["--query_encoder", bert, *measured(files), "--best_metric", "recall@5"]
-    federate(tmp_path / "whole", *own, flags=flags)
+    federate(tmp_path / "whole", *own, "--resume", flags=flags)
+    last_change = start_server().changes
     run_and_kill("federate.py", tmp_path / "killed", "--mode", "retriever", *own, "--resume", "--",
-                 *RETRIEVER, *flags, at=300)
+                 *RETRIEVER, *flags, at=last_change - 5)  # in one of the last rounds
     stdout, _ = federate(tmp_path / "killed", *own, "--resume", flags=flags)
     assert "resuming after round" in stdout
     whole, killed = state(tmp_path / "whole"), state(tmp_path / "killed")
