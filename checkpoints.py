@@ -2,6 +2,7 @@
 layout, and the folder that a run writes.
 """
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -221,7 +222,8 @@ def load_tokenizer(path_or_name, fallback):
     if not has_tokenizer(folder):
         folder = find_model(fallback)[0]
     with refusing(f"{folder}: no usable tokenizer", "name a model that carries one with --t5_name"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # not given, transformers would ask on the terminal whether to run the folder's own code
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer(["a"])  # some wrong settings show only now
         return tokenizer
 
@@ -258,9 +260,10 @@ def read_config(folder, kind="T5"):
     Raises InputError where there is none that transformers knows, or one with absurd sizes.
     """
     with refusing(f"{folder}: no usable config.json", f"give a {kind} model folder"):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for name, value in config.to_dict().items():
-        if type(value) is int and not is_size(name, value):
+        is_rate = type(value) is float and ("drop" in name or math.isnan(value))
+        if type(value) is int and not is_size(name, value) or is_rate and not 0 <= value <= 1:
             raise InputError(f"{folder}: config.json says {name} {shorten(value)}, which no model "
                              f"has; give a {kind} model folder")
     return config

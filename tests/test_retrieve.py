@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -399,27 +398,33 @@ def test_an_index_of_something_else_is_replaced_on_demand(bert, world_files, tmp
     assert (tmp_path / "last").read_text() == (tmp_path / "first").read_text()
 
 
+LIMITED = f"""import resource, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+sys.argv[0] = "retrieve.py"
+runpy.run_path({str(ROOT / "retrieve.py")!r}, run_name="__main__")
+"""
+
+
 def test_a_full_disk_is_told_and_nothing_half_written_counts(bert, world_files, tmp_path):
-    """A limit on the size of files stands in for the disk."""
+    """A limit on the size of files stands in for the disk; tests/nightly/test_disk.py has disks."""
+    limited_script = tmp_path / "limited.py"
+    limited_script.write_text(LIMITED)
+
     def limited(*flags):
-        limit = ("import os, resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-                 "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
-                 "os.execv(sys.argv[1], sys.argv[1:])")
-        call = command("retrieve.py", "--corpus", world_files / "corpus.jsonl",
-                       "--eval_data", world_files / "records.json", *flags)
-        return subprocess.run([sys.executable, "-c", limit, *call], capture_output=True, text=True)
+        return run(limited_script, "--corpus", world_files / "corpus.jsonl", "--eval_data",
+                   world_files / "records.json", *flags, code=1)[1]
     for method, index in (("dense", "i1"), ("bm25", "i2")):
         flags = ["--retrieval_method", method, "--query_encoder", bert, "--index", tmp_path / index,
                  "--hits", 5, "--trec", tmp_path / f"{index}.run"]
-        done = limited(*flags)
-        assert done.returncode == 1 and "make room" in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
+        error = limited(*flags)
+        assert "make room" in error and "Traceback" not in error, error
         assert not (tmp_path / index / "index.json").exists()
         assert not (tmp_path / f"{index}.run").exists()
         retrieve(world_files, *flags)  # with room, the same command does it all
         flags += ["--hits", 60, "--output", tmp_path / "o.json"]
-        done = limited(*flags)
-        assert done.returncode == 1 and "o.json: cannot be written" in done.stderr
+        assert "o.json: cannot be written" in limited(*flags)
         assert not (tmp_path / "o.json").exists()
 
 

@@ -19,10 +19,15 @@ import json
 import math
 import random
 import re
+import sys
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from files import new_file
+from utils import run_script
 
 FIRST = """
 Adela Bram Corin Dorte Edda Falk Greta Hanno Ilse Joren Kaia Lorin Mirel Nadja Orla Perrin
@@ -373,8 +378,14 @@ def make_hard(seed=1, questions=(1200, 300, 600)):
 
 # ---------------------------------------------------------------- files
 
+def write_text(path, text):
+    """Writes a file whole or not at all. Raises InputError if it cannot be written."""
+    with new_file(path) as file:
+        file.write(text)
+
+
 def write_lines(path, lines):
-    path.write_text("\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def write_qrels(out, split, records):
@@ -410,8 +421,8 @@ def write_questions(out, split, records, passages):
         plain.append(question)
         with_gold.append(question | {"ctxs": contexts})
         labelled.append(json.dumps(question | {"pos": texts, "pos_index": indices}))
-    (out / f"{split}.json").write_text(json.dumps(plain, indent=1))
-    (out / f"gold.{split}.json").write_text(json.dumps(with_gold, indent=1))
+    write_text(out / f"{split}.json", json.dumps(plain, indent=1))
+    write_text(out / f"gold.{split}.json", json.dumps(with_gold, indent=1))
     if split == "train":
         write_lines(out / "labelled.json", labelled)
 
@@ -436,7 +447,6 @@ def parse_args():
 
 def main(args):
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     make = make_hard if args.hard else make_demo
     passages, splits = make(args.seed, *([args.questions] if args.questions else []))
     rows = [f"{passage['id']}\t{passage['text']}\t{passage['title']}" for passage in passages]
@@ -447,7 +457,7 @@ def main(args):
             write_questions(out, split, records, passages)
             print(f"{split:5s} {len(records)} questions")
             continue
-        (out / f"{split}.json").write_text(json.dumps(records, indent=1))
+        write_text(out / f"{split}.json", json.dumps(records, indent=1))
         percentages = ", ".join(f"{100 * recall_at(records, k):.0f} %" for k in (1, 2, 5, 10))
         print(f"{split:5s} {len(records)} questions, "
               f"gold passage among the first 1, 2, 5, 10: {percentages}")
@@ -456,4 +466,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())
