@@ -32,7 +32,7 @@ if [ "$TOY" ]; then
     DATA=$DATA/llm-embedder
     MODEL=$BERT LM=$T5 SCORE_FLAGS="--batch_size 8" SEARCH_FLAGS="--bf16 false"
     RETRIEVER_FLAGS="--batch_size 16 --lr 2e-3 --num_warmup_steps 20 --epochs 3 --bf16 false \
---train_group_size 3 --cos_temperature 0.05 --pooling_method mean"
+--train_group_size 3 --cos_temperature 0.05 --pooling_method mean --add_instruction false"
 fi
 DATA=${DATA:-/data/llm-embedder}
 OUT=${OUT:-runs/llm-embedder}
