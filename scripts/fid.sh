@@ -23,7 +23,11 @@ elif [ "$PASSAGES" = dpr ]; then
     need_file "$RETRIEVER" "scripts/get_data.sh $FETCH fetches it; RETRIEVER names another one"
 fi
 need_disk $gigabytes "$OUT"
-if [ "$FILES" != "${RESULTS:-}" ]; then
+if [ "$FILES" = "${RESULTS:-}" ]; then
+    for split in train dev test; do
+        need_file "${FILES/SPLIT/$split}" "scripts/get_data.sh $FETCH fetches it"
+    done
+else
     need_disk 8 "$DATA"  # FiD's records
     stage records $PYTHON "$ROOT/scripts/fid_data.py" "$DATASET" --data "$DATA"
 fi
@@ -35,9 +39,6 @@ if [ "$FILES" = "$OUT/contexts.SPLIT.jsonl" ]; then
             --key_template "{title} [SEP] {text}" --num_workers 2 --gpus "$GPUS"
     done
 fi
-for split in train dev test; do
-    need_file "${FILES/SPLIT/$split}" "scripts/get_data.sh $FETCH fetches it"
-done
 stage reader $LAUNCH "$ROOT/train_epoch.py" "$OUT/reader" "${FILES/SPLIT/train}" \
     "${FILES/SPLIT/dev}" --t5_name "$MODEL" --num_contexts "$CONTEXTS" $READER_FLAGS --resume \
     --gpus "$GPUS"

@@ -49,7 +49,7 @@ if [ "$TOY" ]; then
     DEV_EM=none TEST_EM=83 TOLERANCE=7
     if [ "$PASSAGES" = dpr ]; then
         make_dpr_models dpr-multiset-model
-        TEST_EM=60 TOLERANCE=10
+        TEST_EM=81 TOLERANCE=8
     fi
 fi
 . "$ROOT/scripts/fid.sh"

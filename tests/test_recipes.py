@@ -5,6 +5,7 @@ import argparse
 import functools
 import gzip
 import http.server
+import importlib.util
 import io
 import json
 import os
@@ -20,6 +21,19 @@ from conftest import ROOT, make_records, run, stages_run
 
 RECIPES = ("nq.sh", "tqa.sh", "released-models.sh", "dpr-nq.sh", "fid-kd.sh", "lsr.sh",
            "msmarco.sh", "3iter-nq.sh", "3iter-msmarco.sh", "llm-embedder.sh", "federated.sh")
+# what get_data.sh and fid_data.py leave in DATA, as far as recipes look for it
+TASKS = ("chat/msc", "lrlm/arxiv", "lrlm/books3", "lrlm/codeparrot", "qa/msmarco", "qa/nq",
+         "icl/icl", "tool/toolbench")
+PUBLISHED_FILES = [
+    "psgs_w100.tsv.gz", "hf_bert_base.cp", "hf_bert_base.hn.cp", "hf_bert_base.multiset.cp",
+    "nq-test.qa.csv", "biencoder-nq-train.json.gz", "biencoder-nq-dev.json.gz",
+    "msmarco/corpus.jsonl", "msmarco/queries.jsonl", "msmarco/qrels/train.tsv",
+    "msmarco/qrels/dev.tsv", "convsearch/qrecc/train.concat.json",
+    *(f"{task}/{name}.json" for task in TASKS for name in ("train", "dev", "test", "corpus")),
+    *(f"{name}/{split}.json" for name in ("NQ", "TQA") for split in ("train", "dev", "test")),
+    *(f"nq-{split}.json.gz" for split in ("train", "dev", "test")),
+    *(f"{name}_{kind}/x" for name in ("nq", "tqa")
+      for kind in ("reader_base", "reader_large", "retriever"))]
 
 
 class RangeHandler(http.server.SimpleHTTPRequestHandler):
@@ -215,6 +229,52 @@ def test_a_wrong_flag_prints_the_head_which_states_what_is_needed(recipe):
     for words in ("Published", "The exit code is 0", "GB of disk", f"scripts/{recipe} --toy",
                   "Not run here", "hour"):
         assert words.lower() in head.lower(), words
+
+
+# notes the command lines of a recipe's stages instead of running them
+NOTE = """#!/usr/bin/env bash
+printf '%s\\0' "$@" >> "{path}"
+printf '\\n' >> "{path}"
+"""
+
+
+@functools.cache
+def load_script(path):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location("script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("recipe, settings", [
+    ("nq.sh", {}), ("nq.sh", {"PASSAGES": "dpr", "SIZE": "large"}), ("tqa.sh", {"PASSAGES": "dpr"}),
+    ("released-models.sh", {}), ("dpr-nq.sh", {}), ("fid-kd.sh", {}), ("lsr.sh", {}),
+    ("msmarco.sh", {}), ("3iter-nq.sh", {}), ("3iter-msmarco.sh", {}), ("llm-embedder.sh", {}),
+    ("federated.sh", {}), ("alternate.sh", {})])
+def test_the_flags_of_every_stage_exist_at_full_size(recipe, settings, tmp_path, monkeypatch):
+    """The commands as the recipes have them, which nothing here can run, are at least parsed."""
+    note = tmp_path / "note"
+    note.write_text(NOTE.format(path=tmp_path / "commands"))
+    note.chmod(0o755)
+    data = tmp_path / "data"
+    for name in PUBLISHED_FILES:
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).touch()
+    env = os.environ | {"DATA": str(data), "OUT": str(tmp_path / "out"), "DISK": "1",
+                        "PYTHON": str(note), "LAUNCH": str(note), **settings}
+    process = subprocess.run(["sh", ROOT / "scripts" / recipe], env=env, timeout=60,
+                             capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    stages = process.stdout.count("== ")
+    commands = (tmp_path / "commands").read_text().splitlines()
+    assert len(commands) >= stages > 1
+    for line in commands:
+        script, *arguments = line.split("\0")[:-1]
+        monkeypatch.setattr("sys.argv", [script, *arguments])
+        module = load_script(os.path.normpath(script))
+        description = [""] if "retrieve.py" in script or "train_dense.py" in script else []
+        module.parse_args(*description)  # ends the test where a flag is unknown
 
 
 def test_help_is_the_head_and_no_error():
