@@ -4,10 +4,11 @@
 #                  SEEDS="1 2 3" make demo-loop shows the spread of three seeds
 # make demo-federated  four clients train a retriever and a reader together, and each one alone
 # make lint        checks the code with ruff (settings: pyproject.toml)
-# make test        runs the tests, in ten minutes
-# make test-all    runs them, then the campaign of tests/nightly in an hour: every recipe with --toy, kill -9,
-#                  mangled and hostile files, full disks; it prints its figures, and keeps them in
-#                  out/campaign.json. KILLS, MANGLED and DISKS make it smaller, CAMPAIGN_SEED another
+# make test        runs the tests
+# make test-all    runs them and the nightly campaign: every recipe with --toy, kill -9 at random
+#                  moments, mangled and hostile files, full and read-only disks. Its figures are
+#                  printed and kept in out/campaign.json; KILLS, MANGLED and DISKS make it smaller,
+#                  CAMPAIGN_SEED draws another
 PYTHON ?= python3
 BIN = .venv/bin
 DEMO = out/demo

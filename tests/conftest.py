@@ -142,6 +142,11 @@ SERVER = """
 import atexit, json, os, random, runpy, signal, socket, sys, time, traceback
 import bm25s, numpy, faiss, torch, torch.distributed, torch.utils.data, transformers
 from transformers import AutoModel, AutoTokenizer, BertModel, T5ForConditionalGeneration
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # as federate.py does
+try:
+    import flwr.app, flwr.clientapp.mod, flwr.serverapp.strategy
+except ImportError:
+    pass  # the tests of it are skipped
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.utime")
 changes = 0

@@ -813,6 +813,27 @@ def test_models_that_no_machine_can_hold_are_refused_at_once(work_folder, tiny):
             refuse(f"config.json says {name} 1000000000", FiDT5.from_pretrained, ".")
 
 
+@pytest.mark.parametrize("name", ["hidden_dropout_prob", "dropout_rate"])
+def test_a_dropout_that_is_no_rate_is_refused(work_folder, tiny, name):
+    config = json.load(open(f"{tiny}/config.json"))
+    for value in ("NaN", "1.5", "-0.5"):
+        text = json.dumps(config | {name: HOLE}).replace(f'"{HOLE}"', value)
+        (work_folder / "config.json").write_text(text)
+        refuse(f"config.json says {name} {value.lower()}", read_config, ".")
+
+
+def test_a_folders_own_code_is_not_offered_to_be_run(work_folder, monkeypatch):
+    """transformers would ask on the terminal, and run what a pipe says yes to."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    folder = Path(conftest.make_bert(work_folder / "model"))
+    (folder / "own.py").write_text("open('executed', 'w')\n"
+                                   "from transformers import BertConfig as Own\n")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    refuse("custom code", read_config, str(folder))
+    assert not os.path.exists("executed")
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(work_folder):
     tokenizer = load_tokenizer(conftest.make_bert(work_folder / "large"), "")
     small = conftest.make_bert(work_folder / "small", vocab_size=20)
