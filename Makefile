@@ -4,7 +4,11 @@
 #                  SEEDS="1 2 3" make demo-loop shows the spread of three seeds
 # make demo-federated  four clients train a retriever and a reader together, and each one alone
 # make lint        checks the code with ruff (settings: pyproject.toml)
-# make test        runs all tests
+# make test        runs the tests
+# make test-all    runs them and the nightly campaign: every recipe with --toy, kill -9 at random
+#                  moments, mangled and hostile files, full and read-only disks. Its figures are
+#                  printed and kept in out/campaign.json; KILLS, MANGLED and DISKS make it smaller,
+#                  CAMPAIGN_SEED draws another
 PYTHON ?= python3
 BIN = .venv/bin
 DEMO = out/demo
@@ -15,7 +19,7 @@ RECALL = --metrics recall --cutoffs
 READER = --t5_name toy/t5-tiny --num_contexts 10 --max_length 100 --batch_size 8 --batch_size_val 64 \
 	--epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0 --overwrite
 
-.PHONY: demo demo-dense demo-loop demo-federated lint test clean
+.PHONY: demo demo-dense demo-loop demo-federated lint test test-all clean
 
 demo: .venv/ready
 	$(BIN)/python toy/world.py --out toy/data
@@ -49,6 +53,11 @@ lint: .venv/ready-dev
 
 test: .venv/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 tests
+
+test-all: test
+	rm -rf out/campaign out/campaign.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests/nightly
+	$(BIN)/python tests/nightly/campaign.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -31,7 +31,7 @@ import transformers
 from checkpoints import load_tokenizer
 from data import note_long_passages
 from files import check_paths, decode_line, new_file
-from pages import END, begin_page, check_page, clean, cut_excerpt, split_at_answers
+from pages import END, begin_page, check_page, clean, cut_excerpt, plain, split_at_answers
 from predict import add_answer_flags, predict, settle_lengths
 from questions import make_question
 from readers import add_prompt_flags, open_reader
@@ -341,7 +341,7 @@ def write_page(path, answers, footer, count):
     today = time.strftime("%Y-%m-%d")
     with new_file(path) as file:
         file.write(begin_page(answers[0].question))
-        file.write(f"{sections}\n<footer>{html.escape(footer)}; {today}</footer>\n{END}")
+        file.write(f"{sections}\n<footer>{html.escape(plain(footer))}; {today}</footer>\n{END}")
 
 
 def make_section(answer, count):

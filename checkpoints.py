@@ -2,6 +2,7 @@
 layout, and the folder that a run writes.
 """
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -211,7 +212,9 @@ def load_tokenizer(path_or_name, fallback):
     Raises InputError.
     """
     folder = str(path_or_name)
-    if not os.path.isfile(folder):
+    if os.path.isfile(folder):  # the model that it was trained from may lie beside it
+        folder = os.path.join(os.path.dirname(folder), fallback)
+    else:
         folder = find_model(folder)[0]
     query_folder = os.path.join(folder, "query")
     if os.path.isdir(query_folder):  # a retriever of two encoders
@@ -219,7 +222,8 @@ def load_tokenizer(path_or_name, fallback):
     if not has_tokenizer(folder):
         folder = find_model(fallback)[0]
     with refusing(f"{folder}: no usable tokenizer", "name a model that carries one with --t5_name"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # not given, transformers would ask on the terminal whether to run the folder's own code
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer(["a"])  # some wrong settings show only now
         return tokenizer
 
@@ -256,9 +260,10 @@ def read_config(folder, kind="T5"):
     Raises InputError where there is none that transformers knows, or one with absurd sizes.
     """
     with refusing(f"{folder}: no usable config.json", f"give a {kind} model folder"):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for name, value in config.to_dict().items():
-        if type(value) is int and not is_size(name, value):
+        is_rate = type(value) is float and ("drop" in name or math.isnan(value))
+        if type(value) is int and not is_size(name, value) or is_rate and not 0 <= value <= 1:
             raise InputError(f"{folder}: config.json says {name} {shorten(value)}, which no model "
                              f"has; give a {kind} model folder")
     return config

@@ -309,8 +309,8 @@ def open_seq2seq(name, dtype, device):
     folder, _ = find_model(name)
     find_weights(folder, required=True)
     with refusing(f"{name}: its weights cannot be read", "fetch the folder again"):
-        model, loading = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype,
-                                                               output_loading_info=True)
+        model, loading = AutoModelForSeq2SeqLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     check_loading(loading, name)
     if model.config.pad_token_id is None:
         raise InputError(f"{name}: config.json says no pad_token_id, which the decoder of a "

@@ -37,6 +37,11 @@ def clean(text):
     return CONTROLS.sub(" ", text).strip()
 
 
+def plain(text):
+    """A text in one line that UTF-8 can hold, in the one form (NFC) in which it is searched."""
+    return unicodedata.normalize("NFC", HALVES.sub("\ufffd", clean(text)))
+
+
 def cut_excerpt(text, answers, length):
     """About `length` characters of a text, whole words, with the first of the answers in it."""
     text = clean(text)
@@ -93,7 +98,7 @@ def begin_page(title, script=""):
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy += f"; script-src 'sha256-{digest}'"
     style = (FOLDER / "pages.css").read_text(encoding="utf-8")
-    return PAGE.format(policy=policy, title=html.escape(clean(title)), style=style)
+    return PAGE.format(policy=policy, title=html.escape(plain(title)), style=style)
 
 
 # ---------------------------------------------------------------- a page of many questions
@@ -152,8 +157,8 @@ def write_inspection(path, title, remark, table, questions, count, *, depth, has
         content = content.replace('<mark class="found">the prediction</mark>\n', "")
     with new_file(path) as file:
         file.write(begin_page(title, script))
-        file.write(content.format(title=html.escape(clean(title)), table=make_table(table),
-                                  remark=html.escape(clean(remark))))
+        file.write(content.format(title=html.escape(plain(title)), table=make_table(table),
+                                  remark=html.escape(plain(remark))))
         file.write('<script type="text/plain" id="texts">')
         bar = progress_bar(questions, desc="writing the page", total=count)
         for i, question in enumerate(bar):
@@ -248,11 +253,6 @@ def describe_passage(question, kept):
 def finite(value):
     """A number for JSON, rounded; None for one that it cannot hold."""
     return round(value, 6) if value is not None and math.isfinite(value) else None
-
-
-def plain(text):
-    """A text in one line, in the one form (NFC) in which it is searched."""
-    return unicodedata.normalize("NFC", HALVES.sub("\ufffd", clean(text)))
 
 
 def join_texts(question, kept):

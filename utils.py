@@ -63,6 +63,9 @@ def refusing(problem, remedy):
         yield
     except InputError:
         raise
+    except MemoryError as error:  # of a file that says it holds more than it does, or not
+        raise InputError(f"{problem} (there is not enough memory for it); {remedy}, or run it "
+                         "where there is more") from error
     except Exception as error:  # of any of those kinds
         raise InputError(f"{problem} ({first_line(error)}); {remedy}") from error
 
@@ -212,6 +215,9 @@ def call_main(main, args):
     same_command = "the same command" + (" with --resume" if hasattr(args, "resume") else "")
     try:
         main(args)
+        if dist.is_initialized():
+            # whoever ends closes its connections, in which another may not have read all yet
+            dist.barrier()
         return 0
     except InputError as error:
         # a DataLoader's worker sends its traceback too

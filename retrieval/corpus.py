@@ -8,6 +8,7 @@ from string import Formatter
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
 from files import new_file, write_json
 from retrieval.tables import (
@@ -20,7 +21,7 @@ from retrieval.tables import (
     table_rows,
     write_plain_lines,
 )
-from utils import InputError, first_line, progress_bar, shorten, wait_for_all
+from utils import InputError, first_line, progress_bar, refusing, shorten, wait_for_all
 
 CHUNK = 65536  # documents after which a scan packs their ids and moves its bar
 
@@ -99,7 +100,7 @@ class Corpus:
         stamp = {"version": TABLE_VERSION, "size": len(content),
                  "changed": os.stat(plain_path).st_mtime_ns}
         if read_stamp(table_folder) == stamp:
-            starts, ids, order = open_table(table_folder)
+            starts, ids, order = open_table(table_folder, len(content))
         else:
             starts, ids, order = self.scan(path, content, header)
             if len(content) >= KEEP_TABLE:
@@ -240,10 +241,22 @@ def check_unique(sorted_ids, location):
 
 # ---------------------------------------------------------------- kept tables of lines
 
-def open_table(folder):
-    """(starts, ids, order), mapped, of a table that keep_table saved."""
-    paths = [os.path.join(folder, f"{name}.npy") for name in ("starts", "ids", "order")]
-    return [np.load(path, mmap_mode="r") for path in paths]
+def open_table(folder, size):
+    """(starts, ids, order), mapped, of a table that keep_table saved of a file of so many bytes.
+
+    Raises InputError if it is broken.
+    """
+    with refusing(f"{folder}: is broken", "delete it; the next run makes it anew"):
+        starts, ids, order = arrays = [open_memmap(os.path.join(folder, f"{name}.npy"), "r")
+                                       for name in ("starts", "ids", "order")]
+        kinds = [values.dtype.kind for values in (starts, order)]
+        is_whole = all(values.offset + values.nbytes == os.path.getsize(values.filename)
+                       for values in arrays)
+        count = len(starts) - 1
+        if kinds != ["i", "i"] or not is_whole or starts[count] != size or not (
+                len(ids) == len(order) and len(ids) in (0, count)):
+            raise ValueError("its parts do not belong together")
+        return starts, ids, order
 
 
 def read_stamp(folder):
@@ -251,7 +264,7 @@ def read_stamp(folder):
     try:
         with open(os.path.join(folder, "stamp.json"), encoding="utf-8") as file:
             return json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -51,6 +51,8 @@ def add_corpus_flags(add):
              "lines, may end in .gz; scripts/make_corpus.py makes one of text files")
     add("--key_template",
         help="the text of a document; not given: the checkpoint's, else '{title} {text}'")
+    add("--query_template",
+        help="the text of a question; not given: the checkpoint's, else '{query}'")
     add("--task", default="",
         help="task (qa, chat ...) whose instruction questions that name none get, and the "
              "documents")

@@ -15,14 +15,13 @@
 # is 0.02 from the start. Its NQ runs train on DPR's negatives and its own together.
 NEGATIVES=${NEGATIVES:-100}
 RANKER_MODEL=${RANKER_MODEL:-google/electra-base-discriminator}
-. "$(dirname "$0")/stages.sh"
 for file in "$TRAIN" "$TEST" "$CORPUS"; do
     need_file "$file" "scripts/get_data.sh llm-embedder fetches LLM-Embedder's data, DATA names its \
 folder; TRAIN, TEST and CORPUS name other files"
 done
 
+need_disk "${GIGABYTES:-60}" "$OUT"
 # what is mined is written beside the questions: in OUT, not among the data
-mkdir -p "$OUT"
 ending=.json
 case $TRAIN in *.gz) ending=.json.gz ;; esac
 ln -sfn "$(realpath "$TRAIN")" "$OUT/train$ending"
@@ -40,7 +39,7 @@ search() {  # STAGE RETRIEVER QUESTIONS FLAGS...; the retriever is one of train'
     shift 3
     local method=(--query_encoder "$OUT/$retriever" --index "$OUT/index" --bf16 --num_workers 1)
     if [ "$retriever" = bm25 ]; then
-        method=(--retrieval_method bm25 --index "$OUT/bm25-index")
+        method=(--retrieval_method bm25 --index "$OUT/bm25-index" ${BM25_FLAGS:-})
     fi
     # all retrievers' vectors have one place: those of Wikipedia take 32 GB
     stage "$name" $LAUNCH "$ROOT/retrieve.py" "${method[@]}" --overwrite_index --corpus "$CORPUS" \

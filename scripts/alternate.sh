@@ -40,7 +40,8 @@ if ! [[ $ROUNDS =~ ^[0-9]+$ ]]; then
     echo "error: the number of rounds is '$ROUNDS'; give one, as in scripts/alternate.sh 2" >&2
     exit 1
 fi
-. "$(dirname "$0")/rounds.sh"
+. "$(dirname "$0")/stages.sh"
+. "$ROOT/scripts/rounds.sh"
 
 score_contexts() {  # ROUND LAST: the last round's reader scores what it was trained on, into SCORED
     local contexts=$OUT/contexts.$2.train

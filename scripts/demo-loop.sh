@@ -31,6 +31,12 @@ CUTOFFS="1 5 20"
 COLUMNS="recall@1 recall@5 recall@20"
 QRELS=$WORLD/qrels.test.tsv
 LENGTHS="--query_max_length 32 --key_max_length 110"
+# the recipes' sizes, texts and published figures are of other data
+DISK=1
+COMPARE=no
+QUERY_TEMPLATE="{query}"
+KEY_TEMPLATE="{title} {text}"
+export DISK COMPARE QUERY_TEMPLATE KEY_TEMPLATE
 export PYTHON LAUNCH GPUS HITS TEST_HITS CONTEXTS CORPUS DEV TEST BM25_FLAGS METRICS CUTOFFS QRELS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
 
@@ -83,6 +89,7 @@ teach_without_labels() {
 }
 
 teach_with_labels() {
+    . "$ROOT/scripts/stages.sh"
     TRAIN=$WORLD/labelled.json
     MODEL=$OUT/start
     RANKER_MODEL=$OUT/start
@@ -90,7 +97,7 @@ teach_with_labels() {
     HITS=$TEST_HITS
     NEGATIVES=20
     MINING=
-    SEARCH_FLAGS="--bf16 false $BM25_FLAGS"
+    SEARCH_FLAGS="--bf16 false"
     RETRIEVER_FLAGS="$TRAINED --group_size 4 --epochs 3"
     RANKER_FLAGS="$TRAINED --group_size 8 --epochs 3"
     DISTILLED_FLAGS="$TRAINED --group_size 4 --epochs 3 --contrastive_weight 1"

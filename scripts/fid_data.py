@@ -30,7 +30,7 @@ sys.path.insert(0, ROOT)
 from files import new_file, open_text, read_json, read_settings
 from questions import gold_answers, question_text
 from retrieval.corpus import Corpus
-from utils import HelpFormatter, InputError, first_line, progress_bar, run_script
+from utils import HelpFormatter, InputError, first_line, progress_bar, run_script, shorten
 
 SPLITS = ("train", "dev", "test")
 
@@ -123,7 +123,7 @@ def read_tqa(path):
         answers, target = gold_answers({"answer": item.get("Answer")}, location)
         if target is None or not isinstance(item.get("QuestionId"), str):
             raise InputError(f"{location}: no 'QuestionId' or no 'Answer' with a 'Value', which "
-                             f"TriviaQA's questions have; its fields are {sorted(item)}")
+                             f"TriviaQA's questions have; its fields are {shorten(sorted(item))}")
         record = {"question": question, "answers": answers, "target": target}
         originals.append(Original(record, item["QuestionId"]))
     return originals

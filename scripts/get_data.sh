@@ -2,15 +2,17 @@
 # Fetches the published data and models: prints what and how large, checks that there is room, resumes
 # what was cut off, verifies sizes, unpacks.
 #
-#   scripts/get_data.sh fid-nq                        # into data/; then scripts/fid-nq.sh
+#   scripts/get_data.sh fid-nq                        # into data/; then scripts/nq.sh
 #   OUT=/big scripts/get_data.sh nq-reader-base       # into /big/
 #   BASE_URL=http://mirror/ scripts/get_data.sh ...   # the same paths below another address
 #
 # Names: fid-nq and fid-tqa (all that FiD's own get-data.sh fetches for one of them: questions, splits,
 # the ids of 100 passages per question, and Wikipedia's passages), nq-open, triviaqa, passages, dpr-nq,
-# dpr-nq-qa, dpr-nq-model, FiD's nq-reader-base, nq-reader-large, nq-retriever, tqa-reader-base,
-# tqa-reader-large, tqa-retriever, and llm-embedder (16.9 GB: the training and test files of its six
-# tasks with their corpora, but for that of conversational search).
+# dpr-nq-qa, dpr-nq-results (the passages that DPR's retriever finds), DPR's models dpr-nq-model,
+# dpr-nq-hn-model (trained on negatives of its own, too) and dpr-multiset-model, FiD's nq-reader-base,
+# nq-reader-large, nq-retriever, tqa-reader-base, tqa-reader-large, tqa-retriever, msmarco (MS MARCO's
+# passages in BEIR's form), and llm-embedder (16.9 GB: the training and test files of its six tasks with
+# their corpora, but for that of conversational search).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 OUT=${OUT:-data}
@@ -43,8 +45,18 @@ print_addresses() {  # of the files of one data set
         dpr-nq-qa)
             echo $dpr/data/retriever/nq-dev.qa.csv
             echo $dpr/data/retriever/nq-test.qa.csv ;;
+        dpr-nq-results)
+            echo $dpr/data/retriever_results/single/nq-train.json.gz
+            echo $dpr/data/retriever_results/single/nq-dev.json.gz
+            echo $dpr/data/retriever_results/single/nq-test.json.gz ;;
         dpr-nq-model)
             echo $dpr/checkpoint/retriever/single/nq/hf_bert_base.cp ;;
+        dpr-nq-hn-model)
+            echo $dpr/checkpoint/retriver/single-adv-hn/nq/hf_bert_base.cp ;;  # spelt so there
+        dpr-multiset-model)
+            echo $dpr/checkpoint/retriver/multiset/hf_bert_base.cp ;;
+        msmarco)
+            echo https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/msmarco.zip ;;
         nq-reader-base | nq-reader-large | nq-retriever | tqa-reader-base | tqa-reader-large | tqa-retriever)
             echo "$fid/pretrained_models/${1//-/_}.tar.gz" ;;
         llm-embedder)
@@ -52,6 +64,14 @@ print_addresses() {  # of the files of one data set
         *)
             echo "error: no data set is named $1; see the head of $0" >&2
             return 1 ;;
+    esac
+}
+
+local_name() {  # of an address's file: DPR's models have one name for all
+    case $1 in
+        */multiset/hf_bert_base.cp) echo hf_bert_base.multiset.cp ;;
+        */single-adv-hn/nq/hf_bert_base.cp) echo hf_bert_base.hn.cp ;;
+        *) basename "$1" ;;
     esac
 }
 
@@ -70,6 +90,8 @@ unpacked_size() {  # bytes that a file of that size takes more once it is unpack
             tenths=12 unpacked=${file%.tar.gz} ;;
         *.tar.gz)  # JSON
             tenths=50 unpacked=${file%.tar.gz} ;;
+        *.zip)
+            tenths=30 unpacked=${file%.zip} ;;
         */psgs_w100.tsv.gz)  # whatever reads it first writes this file beside it
             tenths=30 unpacked=$file.lines ;;
     esac
@@ -118,7 +140,7 @@ for address in "${list[@]}"; do
         exit 1
     fi
     echo "$address: $((size / 1000000)) MB"
-    file=$OUT/$(basename "$address")
+    file=$OUT/$(local_name "$address")
     if [ "$(local_size "$file")" -gt "$size" ]; then
         echo "error: $file is larger than what would be fetched; move it away, or give another OUT" >&2
         exit 1
@@ -138,7 +160,7 @@ fi
 for i in "${!list[@]}"; do
     address=${list[$i]}
     size=${sizes[$i]}
-    file=$OUT/$(basename "$address")
+    file=$OUT/$(local_name "$address")
     if [ "$(local_size "$file")" != "$size" ]; then
         curl -fL --retry 5 -C - -o "$file" "$address" || true  # -C -: goes on where it was cut off
     fi
@@ -148,6 +170,7 @@ for i in "${!list[@]}"; do
     fi
     case $file in
         *.tar.gz) tar -xzf "$file" -C "$OUT" ;;
+        *.zip) ${PYTHON:-python3} -m zipfile -e "$file" "$OUT" ;;
     esac
     echo "$file: whole"
 done

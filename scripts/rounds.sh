@@ -3,7 +3,8 @@
 # CORPUS, name others. The retriever of round 0 is BM25. READER_FLAGS and RETRIEVER_FLAGS take the
 # place of a recipe's own; BM25_FLAGS, SEARCH_FLAGS, SCORE_FLAGS and TEST_FLAGS add to what is set.
 # QRELS names qrels of TEST, for METRICS other than nq; TEST_HITS are found for its questions, in
-# place of HITS.
+# place of HITS. QUERY_TEMPLATE and KEY_TEMPLATE are the retriever's texts, where they are set.
+GIGABYTES=${GIGABYTES:-150}
 METRICS=${METRICS:-nq}
 CUTOFFS=${CUTOFFS:-1 5 20 100}
 DATA=${DATA:-data}
@@ -11,13 +12,12 @@ TRAIN=${TRAIN:-$DATA/NQ/train.json}
 DEV=${DEV:-$DATA/NQ/dev.json}
 TEST=${TEST:-$DATA/NQ/test.json}
 CORPUS=${CORPUS:-$DATA/psgs_w100.tsv.gz}
-. "$(dirname "$0")/stages.sh"
 for file in "$TRAIN" "$DEV" "$TEST"; do
     need_file "$file" "scripts/get_data.sh fid-nq and scripts/fid_data.py make NQ's; TRAIN, DEV and \
 TEST name other files"
 done
 need_file "$CORPUS" "scripts/get_data.sh passages fetches Wikipedia; CORPUS names another file"
-mkdir -p "$OUT"
+need_disk "$GIGABYTES" "$OUT"
 
 search() {  # ROUND SPLIT: writes contexts.ROUND.SPLIT.jsonl, of test the measures, too
     local round=$1 split=$2 questions=$TRAIN hits=$HITS outputs=()
@@ -59,7 +59,8 @@ train_retriever() {  # ROUND RECORDS: writes retrieverROUND; goes on from the la
         start=$OUT/retriever$((round - 1))
     fi
     stage "retriever$round" $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/retriever$round" \
-        --train_data "$records" --query_encoder "$start" $RETRIEVER_FLAGS --resume --gpus "$GPUS"
+        --train_data "$records" --query_encoder "$start" ${QUERY_TEMPLATE:+--query_template "$QUERY_TEMPLATE"} \
+        ${KEY_TEMPLATE:+--key_template "$KEY_TEMPLATE"} $RETRIEVER_FLAGS --resume --gpus "$GPUS"
 }
 
 print_rounds() {  # the measures of all rounds, those that there are

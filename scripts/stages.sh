@@ -7,6 +7,10 @@
 # $OUT/stages/NAME holds a stage's state (running, done or again) and its command, a word a line. A
 # stage that was run with another command is never passed over in silence: the recipe stops, and
 # REDO=NAME runs this stage and all behind it anew. An OUT is of one recipe.
+#
+# Before the stages a recipe reads its flags (read_flags; --toy is scripts/toy.sh) and checks inputs and
+# the disk (need_file, need_disk); at its end it compares what came out with what is published (expect,
+# compare). COMPARE=no leaves that out, for other data.
 
 # how the scripts are launched; on one process without GPUs: LAUNCH=python GPUS=
 GPUS=${GPUS-0,1,2,3,4,5,6,7}
@@ -15,12 +19,65 @@ PYTHON=${PYTHON:-python}
 LAUNCH=${LAUNCH:-torchrun --standalone --nnodes=1 --nproc_per_node=$PROCESSES}
 ROOT=$(dirname "$0")/..
 
+# ---------------------------------------------------------------- before the first stage
+
+TOY=
+
+read_flags() {  # "$@" of the recipe: nothing, or --toy, which runs it on the embedded world
+    local flag
+    for flag in "$@"; do
+        case $flag in
+            --toy) TOY=1 ;;
+            -h | --help)
+                print_head
+                exit 0 ;;
+            *)
+                echo "error: $flag: the one flag is --toy; settings are given as NAME=VALUE before" \
+                    "the command, and its head names them:" >&2
+                print_head >&2
+                exit 1 ;;
+        esac
+    done
+    if [ "$TOY" ]; then
+        . "$ROOT/scripts/toy.sh"
+    fi
+}
+
+print_head() {  # of the recipe: the comment that it begins with
+    awk 'NR > 1 && !/^#/ {exit} NR > 1 {sub(/^# ?/, ""); print}' "$0"
+}
+
+need_choice() {  # NAME CHOICE...: of a setting
+    local name=$1 choice
+    shift
+    for choice in "$@"; do
+        [ "${!name}" != "$choice" ] || return 0
+    done
+    echo "error: $name is '${!name}'; it must be one of: $*" >&2
+    exit 1
+}
+
+need_disk() {  # GB FOLDER: room for what will be written there, what it holds already counting
+    local needed=${DISK:-${TOY:+1}} folder=$2 free held
+    needed=${needed:-$1}
+    mkdir -p "$folder"
+    free=$(df -Pk "$folder" | awk 'NR == 2 {printf "%d", $4 * 1024 / 1e9}')
+    held=$(du -sk "$folder" | awk '{printf "%d", $1 * 1024 / 1e9}')
+    if ((free + held < needed)); then
+        echo "error: $folder needs $needed GB; it holds $held GB, and its disk has $free GB free:" \
+            "make room, give OUT=FOLDER on another disk, or DISK=GB if less will do" >&2
+        exit 1
+    fi
+}
+
 need_file() {  # FILE REMEDY
     if [ ! -e "$1" ]; then
         echo "error: $1: no such file; $2" >&2
         exit 1
     fi
 }
+
+# ---------------------------------------------------------------- the stages
 
 describe_command() {  # COMMAND...: a word a line, without what may change: launcher, GPUs, --resume
     local word script= before=
@@ -120,4 +177,18 @@ stage() {  # NAME COMMAND...: runs the command, a program, unless it is done
         exit $status
     fi
     mark_stage "$name" done "$now"
+}
+
+# ---------------------------------------------------------------- what came out
+
+EXPECTED=()
+
+expect() {  # NAME FILE MEASURE PUBLISHED TOLERANCE, see scripts/compare.py
+    EXPECTED+=(--result "$@")
+}
+
+compare() {  # prints a line per result; ends the recipe with exit code 2 if one is too far off
+    # COMPARE=no: the data are others than the published
+    [ "${COMPARE:-yes}" = yes ] || return 0
+    $PYTHON "$ROOT/scripts/compare.py" ${TOY:+--toy} "${EXPECTED[@]}" || exit $?
 }

@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import random
+import signal
 import socketserver
 import string
 import subprocess
@@ -113,72 +114,146 @@ def command(script, *args, processes=1):
 
 
 def run(script, *args, processes=1, code=0, cwd=None, stdin=""):
-    """Runs a script and returns (stdout, stderr); fails the test if it exits with another code."""
-    server, cwd = start_server(), cwd or os.getcwd()
-    returned, stdout, stderr = server.run(script, args, cwd, stdin, processes)
+    """Runs a script, of one process or as torchrun starts several, and returns (stdout, stderr);
+    fails the test if it exits with another code.
+    """
+    server = start_server()
+    returned, stdout, stderr = server.run(script, args, cwd or os.getcwd(), stdin, processes)
     assert returned == code, stdout + stderr
     return stdout, stderr
 
 
-# A process that has imported what the scripts need, which takes 5 s, and forks for each run, or for
-# each process of it, with what torchrun would tell it. A request is a line of JSON, the reply the
-# exit code. A run ends without taking its interpreter apart, which takes 1.3 s with these
-# libraries.
+def run_and_kill(script, *args, at, processes=1):
+    """Runs a script whose processes are killed just before change number `at` of the files in the
+    working directory; see SERVER.
+    """
+    code, stdout, stderr = start_server().run(script, args, os.getcwd(), processes=processes,
+                                              kill_at=at)
+    assert code == -signal.SIGKILL, stdout + stderr
+
+
+# A process that has imported what the scripts need, which takes 5 s, and forks for each run. A
+# request is a line of JSON, the reply the exit code and the seconds that the run took. A run of
+# several processes gets what torchrun sets, and ends as under it: when one of them fails, the
+# others are told to end. All of a run is killed after `kill_after` seconds, or just before change
+# number `kill_at` of its folder: a file is opened for writing, renamed, removed, a folder made. A
+# run ends without taking its interpreter apart, which takes 1.3 s with these libraries.
 SERVER = """
-import atexit, json, os, random, runpy, signal, socket, sys, traceback
+import atexit, json, os, random, runpy, signal, socket, sys, time, traceback
 import bm25s, numpy, faiss, torch, torch.distributed, torch.utils.data, transformers
 from transformers import AutoModel, AutoTokenizer, BertModel, T5ForConditionalGeneration
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # as federate.py does
+try:
+    import flwr.app, flwr.clientapp.mod, flwr.serverapp.strategy
+except ImportError:
+    pass  # the tests of it are skipped
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.utime")
+changes = 0
+
+def count_changes(request):
+    def is_change(event, arguments):
+        if event == "open":
+            path, _, flags = arguments
+            if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                return False
+        elif event in CHANGES:
+            path = arguments[0]
+        else:
+            return False
+        if not isinstance(path, (str, bytes)):
+            return False
+        path = os.fsdecode(path)
+        return not os.path.isabs(path) or path.startswith(request["cwd"])
+
+    def count(event, arguments):
+        global changes
+        if is_change(event, arguments):
+            changes += 1
+            if changes == request["kill_at"]:
+                os.killpg(0, signal.SIGKILL)
+    sys.addaudithook(count)
 
 def run_script(request):
     code = 0
+    count_changes(request)
     try:
         runpy.run_path(request["script"], run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
     atexit._run_exitfuncs()
+    if os.environ.get("RANK", "0") == "0":
+        with open(request["stdin"] + ".changes", "w") as file:
+            file.write(str(changes))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
-def start(request, rank, size, port):
-    child = os.fork()
-    if child:
-        return child
+def become(request, rank, group, port):
+    os.setpgid(0, group)
     signal.alarm(300)
     random.seed()  # as in a new process
     numpy.random.seed()
-    if size > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                       "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port)}
+    if request["processes"] > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                       "WORLD_SIZE": str(request["processes"]), "MASTER_PORT": str(port),
+                       "LOCAL_WORLD_SIZE": str(request["processes"])}
     os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
     for number, path in ((1, request["stdout"]), (2, request["stderr"])):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), number)
     os.chdir(request["cwd"])
     sys.argv = [request["script"], *request["args"]]
     sys.path.insert(0, os.path.dirname(request["script"]))
-    run_script(request)
 
-replies = os.fdopen(os.dup(1), "w")
-while line := sys.stdin.readline():
-    request = json.loads(line)
+def start(request):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    size = request["processes"]
-    children = [start(request, rank, size, port) for rank in range(size)]
-    codes = []
-    while children:
-        child, status = os.wait()
-        children.remove(child)
-        codes.append(os.waitstatus_to_exitcode(status))
-        if codes[-1]:
-            for other in children:  # as torchrun does
-                os.kill(other, signal.SIGTERM)
-    print(next(filter(None, codes), 0), file=replies, flush=True)
+    children = []
+    for rank in range(request["processes"]):
+        group = children[0] if children else 0
+        child = os.fork()
+        if child == 0:
+            become(request, rank, group, port)
+            run_script(request)
+        os.setpgid(child, group or child)  # here, too: whoever is first
+        children.append(child)
+    return children
+
+def wait(children, kill_at):
+    left, code = set(children), 0
+    while left:
+        for child in sorted(left):
+            # the only one is waited for, unless it is to be killed
+            is_alone = len(children) == 1 and kill_at is None
+            done, status = os.waitpid(child, 0 if is_alone else os.WNOHANG)
+            if not done:
+                continue
+            left.remove(child)
+            if status and not code:
+                code = os.waitstatus_to_exitcode(status)
+                for other in left:
+                    os.kill(other, signal.SIGTERM)
+        if left and kill_at is not None and time.monotonic() >= kill_at:
+            os.killpg(children[0], signal.SIGKILL)
+            kill_at = None
+        if left:
+            time.sleep(0.001)
+    return code
+
+replies = os.fdopen(os.dup(1), "w")
+while line := sys.stdin.readline():
+    request, begin = json.loads(line), time.monotonic()
+    children = start(request)
+    seconds = request["kill_after"]
+    code = wait(children, None if seconds is None else begin + seconds)
+    print(json.dumps([code, time.monotonic() - begin]), file=replies, flush=True)
 """
 
 
@@ -190,17 +265,25 @@ class ScriptServer:
                                         stdout=subprocess.PIPE, text=True,
                                         env=os.environ | ENVIRONMENT)
         self.folder = tempfile.TemporaryDirectory()
+        self.seconds = 0.0  # that the last run took
+        self.changes = 0  # that it made to its folder, if it was not killed
 
-    def run(self, script, args, cwd, stdin="", processes=1):
-        """(exit code, stdout, stderr) of a script; `stdin` is what it can read there, a text."""
-        texts = {"stdin": stdin, "stdout": "", "stderr": ""}
-        paths = {name: os.path.join(self.folder.name, name) for name in texts}
-        for name, text in texts.items():
-            Path(paths[name]).write_text(text)
+    def run(self, script, args, cwd, stdin="", processes=1, **kill):
+        """(exit code, stdout, stderr) of a script; `stdin` is what it can read there, a text.
+
+        kill: kill_after or kill_at, see SERVER; the code is -9 then.
+        """
+        names = ("stdin", "stdout", "stderr")
+        paths = {name: os.path.join(self.folder.name, name) for name in names}
+        for name, path in paths.items():
+            Path(path).write_text(stdin if name == "stdin" else "")
         request = {"script": str(ROOT / script), "args": [str(arg) for arg in args],
-                   "cwd": str(cwd), "processes": processes, **paths}
+                   "cwd": str(cwd), "processes": processes, "kill_after": None, "kill_at": 0,
+                   **paths, **kill}
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        code = int(self.process.stdout.readline())
+        code, self.seconds = json.loads(self.process.stdout.readline())
+        if code != -signal.SIGKILL:
+            self.changes = int(Path(paths["stdin"] + ".changes").read_text())
         return code, Path(paths["stdout"]).read_text(), Path(paths["stderr"]).read_text()
 
 
@@ -275,3 +358,24 @@ def launcher():
             threading.Thread(target=server.serve_forever, daemon=True).start()
             yield str(path)
             server.shutdown()
+
+
+@pytest.fixture
+def run_recipe(launcher, tmp_path):
+    """A function(recipe, *flags, code=0, **settings) that runs a recipe of scripts/ into tmp_path /
+    "out", and returns (the lines it printed, those of its errors).
+    """
+    def start(recipe, *flags, code=0, **settings):
+        env = {"OUT": tmp_path / "out", "LAUNCH": launcher, "PYTHON": launcher, "GPUS": "",
+               "DISK": 1} | settings
+        env = os.environ | {name: str(value) for name, value in env.items()}
+        process = subprocess.run(["sh", ROOT / "scripts" / recipe, *flags], env=env, timeout=3000,
+                                 capture_output=True, text=True)
+        assert process.returncode == code, process.stdout + process.stderr
+        return process.stdout.splitlines(), process.stderr.splitlines()
+    return start
+
+
+def stages_run(lines):
+    """The stages that a recipe ran, by what it printed."""
+    return [line[3:] for line in lines if line.startswith("== ") and "done before" not in line]

@@ -10,9 +10,9 @@ from causal_helpers import CONFIGS, make_causal, make_tokenizer
 from causal_lm import open_lm
 from causal_reader import CausalReader, PromptCollator, Prompts, choose_prompts
 from checkpoints import load_tokenizer
-from conftest import make_records, run
+from conftest import make_records, run, run_and_kill
 from readers import open_reader
-from test_train_epoch import assert_same_run, kill_after, state
+from test_train_epoch import assert_same_run, state
 from utils import InputError
 
 FAMILIES = list(CONFIGS)
@@ -431,13 +431,15 @@ def test_the_split_of_a_batch_does_not_matter(folders, records_file, tmp_path):
         torch.testing.assert_close(other["model"][key], value, atol=2e-5, rtol=0)
 
 
-def test_adapters_killed_and_resumed_equal_uninterrupted_ones(folders, records_file, tmp_path):
+def test_adapters_killed_and_resumed_equal_uninterrupted_ones(folders, records_file, tmp_path,
+                                                              monkeypatch):
     pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
     common = [records_file, records_file, *FAST, "--t5_name", folders["gpt2"], "--epochs", 3,
               "--batch_size", 2, "--dropout", 0.2, "--save_every", 1, "--eval_every", 4, "--lora",
               4, "--use_checkpoint"]
     out, _ = run("train_epoch.py", tmp_path / "whole", *common)
-    kill_after([tmp_path / "killed", *common, "--resume"], tmp_path / "killed", 2, 1)
+    run_and_kill("train_epoch.py", tmp_path / "killed", *common, "--resume", at=40)
     done, _ = run("train_epoch.py", tmp_path / "killed", *common, "--resume")
     assert "resuming after" in done
     assert_same_run(tmp_path / "whole", tmp_path / "killed")

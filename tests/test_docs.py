@@ -6,7 +6,7 @@ import pytest
 
 from conftest import ROOT, run
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = """contexts     EM     F1       correct  questions/s
        0   0.00   0.00      0/600          2327.1
       10  90.67  91.17    544/600           140.9  ████████
@@ -34,7 +34,8 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page):
     for path in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.(?:py|sh|npz))`", page.read_text()):
-        if path in ("run_dense.py", "run_lm_score.py", "get-model.sh"):  # LLM-Embedder's, FiD's
+        if path in ("run_dense.py", "run_lm_score.py", "get-model.sh", "eval_tool.py",
+                    "options.py"):  # LLM-Embedder's, FiD's
             continue
         # the map names files in their folder
         folders = (ROOT, ROOT / "dense", ROOT / "retrieval", ROOT / "federated")
@@ -118,3 +119,19 @@ def test_draw_rounds_and_map(tmp_path):
     # the diagram in docs/ is what its command draws
     run("bench/draw_map.py", tmp_path / "map.svg")
     assert (tmp_path / "map.svg").read_text() == (ROOT / "docs" / "map.svg").read_text()
+
+
+def test_functions_and_tests_of_the_replication_table_exist():
+    text = (ROOT / "docs" / "replication.md").read_text()
+    found = re.findall(r"`([\w/]+\.py):(\w+)`", text)
+    assert len(found) > 40
+    for path, name in found:
+        source = (ROOT / path).read_text()
+        assert re.search(rf"\b(def|class) {name}\b", source), f"{name} in {path}"
+
+
+def test_every_recipe_is_in_the_replication_tables():
+    text = (ROOT / "docs" / "replication.md").read_text()
+    for path in (ROOT / "scripts").glob("*.sh"):
+        if "compare\n" in path.read_text() and path.stat().st_mode & 0o100:
+            assert f"scripts/{path.name}`" in text, path.name

@@ -5,9 +5,6 @@ import os
 import random
 import re
 import resource
-import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -19,7 +16,7 @@ from safetensors.torch import load_file
 
 import federated.alternation as alternation
 import federated.client as client_side
-from conftest import ENVIRONMENT, WORDS, command, make_bert, make_records, run
+from conftest import WORDS, make_bert, make_records, run, run_and_kill, start_server
 from federated.server import Server, aggregate, ask_clients, check_answer, make_messages
 from federated.simulation import LocalGrid
 from federated.split import split_file
@@ -580,24 +577,18 @@ def test_splits(files, tmp_path):
 
 # ---------------------------------------------------------------- resuming
 
-def test_a_killed_server_goes_on_to_the_same_bits(bert, files, tmp_path):
+def test_a_killed_server_goes_on_to_the_same_bits(bert, files, tmp_path, monkeypatch):
     """FedAdam's moments, the adapted clipping norm, the noise and the sampling are all resumed."""
+    monkeypatch.chdir(tmp_path)
     own = ["--rounds", "5", "--simulate", "3", "--data", files / "both.json", "--strategy",
            "FedAdam", "eta=0.01", "fraction_train=0.7", "--privacy",
            "DifferentialPrivacyServerSideAdaptiveClipping", "noise_multiplier=1.5",
            "clipped_count_stddev=2"]
     flags = ["--query_encoder", bert, *measured(files), "--best_metric", "recall@5"]
-    federate(tmp_path / "whole", *own, flags=flags)
-    script = command("federate.py", tmp_path / "killed", "--mode", "retriever", *own, "--resume",
-                     "--", *RETRIEVER, *flags)
-    process = subprocess.Popen(script, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 200
-    while time.time() < deadline and process.poll() is None:
-        if os.path.exists(tmp_path / "killed.jsonl") and len(rows(tmp_path / "killed")) > 2:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    federate(tmp_path / "whole", *own, "--resume", flags=flags)
+    last_change = start_server().changes
+    run_and_kill("federate.py", tmp_path / "killed", "--mode", "retriever", *own, "--resume", "--",
+                 *RETRIEVER, *flags, at=last_change - 5)  # in one of the last rounds
     stdout, _ = federate(tmp_path / "killed", *own, "--resume", flags=flags)
     assert "resuming after round" in stdout
     whole, killed = state(tmp_path / "whole"), state(tmp_path / "killed")

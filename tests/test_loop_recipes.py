@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 import world
-from conftest import ROOT, make_bert, run
+from conftest import ROOT, make_bert, run, stages_run
 
 # ---------------------------------------------------------------- stages
 
@@ -188,26 +188,6 @@ def small_world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run_recipe(launcher, tmp_path):
-    """A function(script, code=0, **settings) that runs a recipe into tmp_path / "out", and returns
-    (the lines it printed, those of its errors).
-    """
-    def start(script, code=0, **settings):
-        env = os.environ | {"OUT": str(tmp_path / "out"), "LAUNCH": launcher, "PYTHON": launcher,
-                            "GPUS": ""} | {name: str(value) for name, value in settings.items()}
-        process = subprocess.run(["sh", ROOT / "scripts" / script], env=env, timeout=200,
-                                 capture_output=True, text=True)
-        assert process.returncode == code, process.stdout + process.stderr
-        return process.stdout.splitlines(), process.stderr.splitlines()
-    return start
-
-
-def stages_run(lines):
-    """The stages that a recipe ran, by what it printed."""
-    return [line[3:] for line in lines if line.startswith("== ") and "done before" not in line]
-
-
 # ---------------------------------------------------------------- three iterations
 
 FAST = "--num_workers 0 --bf16 false"
@@ -228,9 +208,10 @@ def test_three_iterations(small_world, run_recipe, tmp_path):
     lines, _ = run_recipe("3iter-nq.sh", code=-9, KILL_AT="collate_score", **settings)
     assert stages_run(lines)[-1] == "ranker-scores" and len(stages_run(lines)) == 11
     # the stage that was killed runs again, and what is behind it
-    lines, _ = run_recipe("3iter-nq.sh", **settings)
+    lines, _ = run_recipe("3iter-nq.sh", code=2, **settings)
     assert stages_run(lines) == ["ranker-scores", "retriever3", "retriever3-test"]
-    table = lines[-6:]
+    table = lines[-7:-1]
+    assert lines[-1].startswith("SimLM, NQ test top-20: published 85.20, here ")
     assert table[0].split() == ["nq@1", "nq@5", "nq@20", "nq@100"]
     assert [line.split("(")[0].strip() for line in table[2:]] == [
         "retriever 1", "retriever 2", "ranker", "retriever 3"]
@@ -252,8 +233,8 @@ def test_three_iterations(small_world, run_recipe, tmp_path):
         (out / "retriever2.json").read_text())["nq@20"]
 
     # the same command does nothing again, and tells the same table
-    lines, _ = run_recipe("3iter-nq.sh", **settings)
-    assert not stages_run(lines) and lines[-6:] == table
+    lines, _ = run_recipe("3iter-nq.sh", code=2, **settings)
+    assert not stages_run(lines) and lines[-7:-1] == table
     _, errors = run_recipe("3iter-nq.sh", code=1, **settings | {"NEGATIVES": 5})
     assert len(errors) == 1
     assert "stage bm25-negatives" in errors[0]
@@ -357,14 +338,16 @@ def test_llm_embedder(small_world, tiny, run_recipe, tmp_path):
     settings = {"DATA": data, "MODEL": small_world / "bert", "LM": tiny, "SEARCH_FLAGS": FAST,
                 "SCORE_FLAGS": "--batch_size 1",
                 "RETRIEVER_FLAGS": f"--batch_size 2 --early_exit_steps 3 {FAST}"}
-    lines, _ = run_recipe("llm-embedder.sh", **settings)
+    lines, _ = run_recipe("llm-embedder.sh", code=2, **settings)
     assert stages_run(lines) == ["score-qa-msmarco-train", "retriever", "tool", "nq"]
     assert any("10 training examples of 10 dataset(s)" in line for line in lines)
     scored = json.loads((tmp_path / "out" / "scored" / "qa-msmarco-train.scored.lm.json")
                         .read_text())
     assert len(scored["teacher_scores"]) == 9
     assert sorted(path.name for path in (data / "qa" / "msmarco").iterdir()) == ["train.json"]
-    assert [line.split()[0] for line in lines[-2:]] == ["tool", "nq"]
+    assert [line.split()[0] for line in lines[-7:-5]] == ["tool", "nq"]
+    assert lines[-5].startswith("LLM-Embedder, tools, ndcg@5: published 86.45, here ")
+    assert lines[-1].startswith("LLM-Embedder, NQ test top-100: none published, here ")
     (data / "icl" / "icl" / "train.json").unlink()
     _, errors = run_recipe("llm-embedder.sh", code=1, **settings)
     assert len(errors) == 1 and "icl/icl/train.json: no such file" in errors[0]

@@ -1,9 +1,8 @@
 """Mangled files: every reading function reads them whole, or refuses them in one line that names
-the file.
-
-    MANGLED=100 pytest -s tests/test_mangled.py     a campaign of a hundred times as many files
+the file. tests/nightly/test_mangled_inputs.py tries many more of them.
 """
 import csv
+import gzip
 import io
 import json
 import os
@@ -13,6 +12,7 @@ import signal
 from argparse import Namespace
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import bm25s
@@ -24,6 +24,7 @@ import torch
 import causal_helpers
 import conftest
 import dense.flags
+import fid_data
 import lm_score
 import readers
 import retrieval.flags
@@ -44,7 +45,7 @@ from model import FiDT5
 from questions import make_question, read_questions, read_records, read_unique_questions
 from resume import load_state, restore_state, save_state
 from retrieval.bm25 import load_index
-from retrieval.corpus import Corpus
+from retrieval.corpus import TABLE_VERSION, Corpus, keep_table
 from retrieval.faiss_index import read_index
 from retrieval.fingerprint import check_fingerprint
 from retrieval.flags import read_stated_flags
@@ -52,11 +53,13 @@ from retrieval.frozen import list_missing
 from retrieval.qrels import merge_qrels
 from retrieval.results import read_run
 from retrieval.vectors import open_array
+from table import read_measures
 from training import Progress, make_optimizer
 from utils import InputError, World
 
-FILES = 1000 * int(os.environ.get("MANGLED", 1))    # files that each reader of text gets
-FOLDERS = 40 * int(os.environ.get("MANGLED", 1))   # and each opener of models, which takes longer
+FILES = 200   # that each reader of text gets
+FOLDERS = 10  # that each opener of models gets, which takes longer
+ENDINGS = (".json", ".jsonl", ".tsv", ".csv", ".txt", ".gz", "")
 LONGEST = 400   # characters of a message
 PATIENCE = 20   # seconds that a file may take
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -152,7 +155,9 @@ def mangle_bytes(content, rng):
 
 
 def mangle(content, rng, is_json=False):
-    """The content of a file, mangled once or twice."""
+    """The content of a file, mangled once or twice, or next to nothing."""
+    if rng.random() < 0.01:
+        return rng.choice([b"", b"\n", b"\n\n \n", b"\0" * 100, b"\xef\xbb\xbf", b"\xff\xfe"])
     ways = [mangle_lines, mangle_bytes] + [mangle_json] * (3 if is_json else 0)
     content = rng.choice(ways)(content, rng)
     return mangle_bytes(content, rng) if rng.random() < 0.1 else content
@@ -174,8 +179,12 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def complain(read, path, name, least):
-    """What is wrong with how a function reads a file, or None; `least` records must come back."""
+def complain(read, path, name, least, outcomes=None):
+    """What is wrong with how a function reads a file, or None; `least` records must come back.
+
+    outcomes: a Counter of what is right, "read" or "refused".
+    """
+    outcomes = Counter() if outcomes is None else outcomes
     try:
         with time_limit(PATIENCE):
             count = read(path)
@@ -187,6 +196,7 @@ def complain(read, path, name, least):
             return "a long message", message
         if name not in message:
             return "a message without the file's name", message
+        outcomes["refused"] += 1
         return None
     except BaseException as error:  # a panic of the tokenizers' library is no Exception
         if isinstance(error, KeyboardInterrupt):
@@ -194,6 +204,7 @@ def complain(read, path, name, least):
         return type(error).__name__, str(error)[:300]
     if least is not None and count < least:
         return "lost records", f"{count} of {least}"
+    outcomes["read"] += 1
     return None
 
 
@@ -215,6 +226,9 @@ RECORDS = [{"id": f"q{i}", "question": f"who is it {i}", "answers": ["Foo", "bar
             "target": "Foo", "ctxs": CONTEXTS, "passage": CONTEXTS[:1],
             "chat_history": ["one", {"role": "user", "content": "two"}]} for i in range(3)]
 TRIVIA = [{"question": "who", "answer": {"Value": "ROME", "Aliases": ["Rome"]}, "ctxs": CONTEXTS}]
+NQ_OPEN = [{"question": f"who is it {i}", "answer": ["a", "b"]} for i in range(3)]
+TRIVIA_DATA = [{"Question": f"who {i}", "QuestionId": f"q{i}", "SearchResults": [{"Rank": 0}],
+                "Answer": {"Value": "ROME", "Aliases": ["Rome"]}} for i in range(3)]
 EMBEDDER = [{"query": "q0", "pos": ["a"], "neg": ["b", {"title": "t", "text": "c"}],
              "pos_index": [0], "neg_index": [1, 2], "teacher_scores": [1.5, -2, 0], "task": "qa",
              "answers": ["a"]},
@@ -361,6 +375,15 @@ READERS = {
     "table": ("q.tsv", TABLE, lambda path: count_writable(read_questions(path)), count_rows),
     "comma table": ("q.csv", COMMA_TABLE, lambda path: count_writable(read_questions(path)), None),
     "queries": ("q.jsonl", QUERIES, lambda path: read_unique_questions([path]), None),
+    "gzipped records": ("r.jsonl.gz", RECORDS, lambda path: count_writable(read_records(path)),
+                        count_lines),
+    "gzipped corpus": ("c.tsv.gz", PASSAGES, read_whole_corpus, count_rows),
+    "gzipped qrels": ("q.qrels.gz", TREC, read_qrels, count_pairs),
+    "NQ-open": ("n.jsonl", NQ_OPEN, lambda path: len(fid_data.read_nq(path)), count_lines),
+    "TriviaQA's Data": ("t.json", [{"Data": TRIVIA_DATA, "Version": 1.0}],
+                        lambda path: len(fid_data.read_tqa(path)), None),
+    "measures": ("m.json", [{"em": 0.5, "recall@5": 1}],
+                 lambda path: read_measures([path], ["em", "recall@5"]), None),
     "JSON": ("r.jsonl", RECORDS, lambda path: count_writable(read_json(path)), count_lines),
     "lines": ("r.jsonl", RECORDS, lambda path: len(list(read_lines(path))), count_lines),
     "lines of a list": ("r.json", [RECORDS], lambda path: list(read_lines(path)), None),
@@ -424,23 +447,42 @@ def work_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def read_mangled(reader, files, rng, outcomes):
+    """[(reader, kind, message, content)] of what is wrong with how a reader reads so many mangled
+    files; the others are counted among the outcomes.
+    """
+    path, rows, read, count = READERS[reader]
+    whole, name = spell(rows), path.split("/")[0]
+    assert complain(read, path_of(path, whole), name, count and count(whole)) is None, reader
+    complaints = []
+    for _ in range(files):
+        content = mangle(whole, rng, is_json=not isinstance(rows[0], str))
+        given, least, pack = path, count and count(content), None
+        if "/" not in path and rng.random() < 0.05:  # the ending promises another form
+            given, least = path.split(".")[0] + rng.choice(ENDINGS), None
+        elif path.endswith(".gz") and rng.random() < 0.5:
+            pack, least = rng, None
+        complaint = complain(read, path_of(given, content, pack), given.split("/")[0], least,
+                             outcomes)
+        if complaint:
+            complaints.append((reader, *complaint, content))
+    return complaints
+
+
 def test_readers_read_mangled_files_whole_or_refuse_them_in_one_line(work_folder):
     complaints = []
-    for reader, (path, rows, read, count) in READERS.items():
-        whole, name = spell(rows), path.split("/")[0]
-        assert complain(read, path_of(path, whole), name, count and count(whole)) is None, reader
-        rng = random.Random(reader)
-        for _ in range(FILES):
-            content = mangle(whole, rng, is_json=not isinstance(rows[0], str))
-            least = count and count(content)
-            complaint = complain(read, path_of(path, content), name, least)
-            if complaint:
-                complaints.append((reader, *complaint, content))
+    for reader in READERS:
+        complaints += read_mangled(reader, FILES, random.Random(reader), Counter())
     expect_no_complaints(complaints)
 
 
-def path_of(path, content):
-    """Writes the content; returns the path."""
+def path_of(path, content, mangle_packed=None):
+    """Writes the content, gzipped for a name that says so, and mangled then by a random generator
+    if one is given; returns the path.
+    """
+    if path.endswith(".gz"):
+        content = gzip.compress(content, mtime=0)
+        content = mangle_bytes(content, mangle_packed) if mangle_packed else content
     for old in (path, f"{path}.lines"):  # a file that is written over would go to the disk at once
         if os.path.exists(old):
             os.remove(old)
@@ -605,6 +647,22 @@ def make_faiss(folder):
     faiss.write_index(index, str(folder / "index.faiss"))
 
 
+def make_table(folder):
+    """A corpus with its kept table of lines."""
+    path = folder / "corpus.jsonl"
+    path.write_bytes(spell(DOCUMENTS))
+    scanned = Corpus([str(path)], TEMPLATE).parts[0]
+    os.utime(path, ns=(0, 0))  # a copy of the folder keeps it
+    stamp = {"version": TABLE_VERSION, "size": len(scanned.content), "changed": 0}
+    keep_table(f"{path}.table", stamp, starts=scanned.starts, ids=scanned.ids, order=scanned.order)
+
+
+def read_kept_table(path):
+    """Reads a corpus whose table may be mangled, but not its documents."""
+    if Path(path).read_bytes() == spell(DOCUMENTS):
+        assert read_whole_corpus(path) == len(DOCUMENTS)
+
+
 def make_run(out, resume):
     """What resume.py knows of a run, of a model of two numbers."""
     torch.manual_seed(0)
@@ -676,6 +734,7 @@ OPENERS = {
     "BM25 index": (make_bm25, search_bm25, None),
     "vectors": (make_vectors, open_vectors, None),
     "faiss index": (make_faiss, lambda path: read_index(path, 100), "index.faiss"),
+    "corpus's table": (make_table, read_kept_table, "corpus.jsonl"),
     "resume state": (make_state, resume_run, None),
     "federation's state": (make_federation_state, resume_federation, None),
 }
@@ -687,32 +746,40 @@ def list_files(folder):
                   for name in names)
 
 
+def open_mangled(opener, files, rng, outcomes):
+    """[(opener, kind, message, file)] of what is wrong with how an opener opens a folder of which
+    one file is mangled, so many times; the others are counted among the outcomes.
+    """
+    make, read, opened = OPENERS[opener]
+    make_folder = Path(f"whole {opener}")
+    make_folder.mkdir()
+    make(make_folder)
+    folder, complaints = "mangled", []
+    path = os.path.join(folder, opened) if opened else folder
+    name = os.path.basename(path)
+    for number in range(files + 1):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(make_folder, folder)
+        if number == 0:
+            assert complain(read, path, name, None) is None, opener
+            continue
+        mangled = rng.choice(list_files(folder))
+        is_saved = os.path.basename(mangled) in ("model", "run.state", "pytorch_model.bin")
+        if is_saved:
+            mangle_saved(mangled, rng)
+        else:
+            mangle_file(mangled, rng)
+        complaint = complain(read, path, name, None, outcomes)
+        if complaint:
+            complaints.append((opener, *complaint, f"{mangled} of file {number}"))
+    return complaints
+
+
 def test_openers_open_mangled_folders_or_refuse_them_in_one_line(work_folder):
     complaints = []
     conftest.make_bert(work_folder / "tokenizer")
-    for opener, (make, read, opened) in OPENERS.items():
-        make_folder = work_folder / f"whole {opener}"
-        make_folder.mkdir()
-        make(make_folder)
-        folder = "mangled"
-        rng = random.Random(opener)
-        for number in range(FOLDERS + 1):
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(make_folder, folder)
-            path = os.path.join(folder, opened) if opened else folder
-            name = os.path.basename(path)
-            if number == 0:
-                assert complain(read, path, name, None) is None, opener
-                continue
-            mangled = rng.choice(list_files(folder))
-            is_saved = os.path.basename(mangled) in ("model", "run.state", "pytorch_model.bin")
-            if is_saved:
-                mangle_saved(mangled, rng)
-            else:
-                mangle_file(mangled, rng)
-            complaint = complain(read, path, name, None)
-            if complaint:
-                complaints.append((opener, *complaint, f"{mangled} of file {number}"))
+    for opener in OPENERS:
+        complaints += open_mangled(opener, FOLDERS, random.Random(opener), Counter())
     expect_no_complaints(complaints)
 
 
@@ -744,6 +811,27 @@ def test_models_that_no_machine_can_hold_are_refused_at_once(work_folder, tiny):
         (work_folder / "config.json").write_text(json.dumps(config | {name: 10 ** 9}))
         with time_limit(2):
             refuse(f"config.json says {name} 1000000000", FiDT5.from_pretrained, ".")
+
+
+@pytest.mark.parametrize("name", ["hidden_dropout_prob", "dropout_rate"])
+def test_a_dropout_that_is_no_rate_is_refused(work_folder, tiny, name):
+    config = json.load(open(f"{tiny}/config.json"))
+    for value in ("NaN", "1.5", "-0.5"):
+        text = json.dumps(config | {name: HOLE}).replace(f'"{HOLE}"', value)
+        (work_folder / "config.json").write_text(text)
+        refuse(f"config.json says {name} {value.lower()}", read_config, ".")
+
+
+def test_a_folders_own_code_is_not_offered_to_be_run(work_folder, monkeypatch):
+    """transformers would ask on the terminal, and run what a pipe says yes to."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    folder = Path(conftest.make_bert(work_folder / "model"))
+    (folder / "own.py").write_text("open('executed', 'w')\n"
+                                   "from transformers import BertConfig as Own\n")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    refuse("custom code", read_config, str(folder))
+    assert not os.path.exists("executed")
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(work_folder):

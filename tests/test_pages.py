@@ -129,8 +129,8 @@ def test_half_characters_and_endless_texts_do_no_harm(tmp_path):
     contexts = [{"title": "\ud800", "text": "\udfff " + "long " * 9000 + "gold", "has_answer": True,
                  "reader": float("-inf"), "score": float("nan")}]
     question = Inspected("\ud800", "\ud800?", ["gold"], contexts, "p", 0.0, 0.0)
-    write_inspection(tmp_path / "p.html", "\ud800".encode("utf-8", "replace").decode(), "", [["a"]],
-                     [question], 1, depth=5, has_predictions=True)
+    write_inspection(tmp_path / "p.html", "\ud800", "\ud800", [["a"]], [question], 1, depth=5,
+                     has_predictions=True)
     _, texts, numbers = take_apart(tmp_path / "p.html")
     assert texts[0][1] == "\ufffd?" and len(texts[0][6]) < 2100
     assert texts[0][6].endswith("gold") and numbers[0][0][1:3] == [None, None]

@@ -7,8 +7,6 @@ import os
 import random
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import world
 from conftest import ENVIRONMENT, ROOT
@@ -44,12 +42,16 @@ def write_world(folder):
             writer.writerows([record["question"], record["answers"][0]] for record in part)
 
 
-def run_shell(commands, folder):
-    """The output of shell commands in the folder, which sees the repository's files as its own."""
+def run_shell(commands, folder, python):
+    """The output of shell commands in the folder, which sees the repository's files as its own;
+    `python` is the program of that name there.
+    """
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name != "my":
             (folder / path.name).symlink_to(path)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").symlink_to(python)
+    path = f"{folder}/bin:{os.environ['PATH']}"
     process = subprocess.run(["bash", "-euc", commands], cwd=folder, text=True, timeout=300,
                              env=os.environ | ENVIRONMENT | {"PATH": path},
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -57,7 +59,7 @@ def run_shell(commands, folder):
     return process.stdout
 
 
-def test_the_commands_for_own_documents(tmp_path):
+def test_the_commands_for_own_documents(tmp_path, launcher):
     (tmp_path / "my").mkdir()
     write_world(tmp_path / "my")
     commands = read_commands()
@@ -65,7 +67,7 @@ def test_the_commands_for_own_documents(tmp_path):
                          ("--lr 1e-4", "--lr 5e-4 --batch_size 2 --dropout 0 --max_length 100")):
         assert given in commands
         commands = commands.replace(given, small)
-    output = run_shell(commands, tmp_path)
+    output = run_shell(commands, tmp_path, launcher)
 
     # what is said on the way names every file
     for name in ("my/corpus.jsonl", "my/train.jsonl", "my/dev.jsonl", "my/test.jsonl", "my/reader",

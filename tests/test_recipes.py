@@ -1,20 +1,39 @@
-"""The shell recipes: data fetched from a loopback server, DPR's and FiD's runs on small files."""
+"""The shell recipes: data fetched from a loopback server, their flags and checks, the comparison at
+their end, FiD's run on small files.
+"""
 import argparse
 import functools
 import gzip
 import http.server
+import importlib.util
 import io
 import json
 import os
 import subprocess
-import sys
 import tarfile
 import threading
+import zipfile
 
 import pytest
 
 import fid_data
-from conftest import ROOT, WORDS, make_bert, make_records
+from conftest import ROOT, make_records, run, stages_run
+
+RECIPES = ("nq.sh", "tqa.sh", "released-models.sh", "dpr-nq.sh", "fid-kd.sh", "lsr.sh",
+           "msmarco.sh", "3iter-nq.sh", "3iter-msmarco.sh", "llm-embedder.sh", "federated.sh")
+# what get_data.sh and fid_data.py leave in DATA, as far as recipes look for it
+TASKS = ("chat/msc", "lrlm/arxiv", "lrlm/books3", "lrlm/codeparrot", "qa/msmarco", "qa/nq",
+         "icl/icl", "tool/toolbench")
+PUBLISHED_FILES = [
+    "psgs_w100.tsv.gz", "hf_bert_base.cp", "hf_bert_base.hn.cp", "hf_bert_base.multiset.cp",
+    "nq-test.qa.csv", "biencoder-nq-train.json.gz", "biencoder-nq-dev.json.gz",
+    "msmarco/corpus.jsonl", "msmarco/queries.jsonl", "msmarco/qrels/train.tsv",
+    "msmarco/qrels/dev.tsv", "convsearch/qrecc/train.concat.json",
+    *(f"{task}/{name}.json" for task in TASKS for name in ("train", "dev", "test", "corpus")),
+    *(f"{name}/{split}.json" for name in ("NQ", "TQA") for split in ("train", "dev", "test")),
+    *(f"nq-{split}.json.gz" for split in ("train", "dev", "test")),
+    *(f"{name}_{kind}/x" for name in ("nq", "tqa")
+      for kind in ("reader_base", "reader_large", "retriever"))]
 
 
 class RangeHandler(http.server.SimpleHTTPRequestHandler):
@@ -175,7 +194,172 @@ def test_a_disk_that_is_too_small_is_refused(mirror, tmp_path, monkeypatch):
     assert not RangeHandler.requests
 
 
-def test_the_fid_recipe_on_small_files(mirror, tmp_path, tiny):
+def test_archives_are_unpacked_and_dprs_models_have_names_of_their_own(mirror, tmp_path):
+    address, folder = mirror
+    root = folder.parent.parent.parent
+    path = root / "thakur" / "BEIR" / "datasets" / "msmarco.zip"
+    path.parent.mkdir(parents=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("msmarco/qrels/dev.tsv", "a\tb\tc\n")
+    for name in ("single/nq", "multiset", "single-adv-hn/nq"):
+        spelt = "retriever" if name == "single/nq" else "retriver"  # as on DPR's server
+        path = root / "dpr" / "checkpoint" / spelt / name / "hf_bert_base.cp"
+        path.parent.mkdir(parents=True)
+        path.write_text(name)
+    out = tmp_path / "out"
+    process = get_data(out, address, "msmarco", "dpr-nq-model", "dpr-nq-hn-model",
+                       "dpr-multiset-model")
+    assert process.returncode == 0, process.stderr
+    assert (out / "msmarco" / "qrels" / "dev.tsv").read_text() == "a\tb\tc\n"
+    assert (out / "hf_bert_base.cp").read_text() == "single/nq"
+    assert (out / "hf_bert_base.hn.cp").read_text() == "single-adv-hn/nq"
+    assert (out / "hf_bert_base.multiset.cp").read_text() == "multiset"
+
+
+# ---------------------------------------------------------------- what all recipes have
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_wrong_flag_prints_the_head_which_states_what_is_needed(recipe):
+    process = subprocess.run(["sh", ROOT / "scripts" / recipe, "--tiy"], capture_output=True,
+                             text=True, timeout=30)
+    assert process.returncode == 1 and not process.stdout
+    error, *head = process.stderr.splitlines()
+    assert error.startswith("error: --tiy: the one flag is --toy; ")
+    head = " ".join(head)
+    for words in ("Published", "The exit code is 0", "GB of disk", f"scripts/{recipe} --toy",
+                  "Not run here", "hour"):
+        assert words.lower() in head.lower(), words
+
+
+# notes the command lines of a recipe's stages instead of running them
+NOTE = """#!/usr/bin/env bash
+printf '%s\\0' "$@" >> "{path}"
+printf '\\n' >> "{path}"
+"""
+
+
+@functools.cache
+def load_script(path):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location("script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("recipe, settings", [
+    ("nq.sh", {}), ("nq.sh", {"PASSAGES": "dpr", "SIZE": "large"}), ("tqa.sh", {"PASSAGES": "dpr"}),
+    ("released-models.sh", {}), ("dpr-nq.sh", {}), ("fid-kd.sh", {}), ("lsr.sh", {}),
+    ("msmarco.sh", {}), ("3iter-nq.sh", {}), ("3iter-msmarco.sh", {}), ("llm-embedder.sh", {}),
+    ("federated.sh", {}), ("alternate.sh", {})])
+def test_the_flags_of_every_stage_exist_at_full_size(recipe, settings, tmp_path, monkeypatch):
+    """The commands as the recipes have them, which nothing here can run, are at least parsed."""
+    note = tmp_path / "note"
+    note.write_text(NOTE.format(path=tmp_path / "commands"))
+    note.chmod(0o755)
+    data = tmp_path / "data"
+    for name in PUBLISHED_FILES:
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).touch()
+    env = os.environ | {"DATA": str(data), "OUT": str(tmp_path / "out"), "DISK": "1",
+                        "PYTHON": str(note), "LAUNCH": str(note), **settings}
+    process = subprocess.run(["sh", ROOT / "scripts" / recipe], env=env, timeout=60,
+                             capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    stages = process.stdout.count("== ")
+    commands = (tmp_path / "commands").read_text().splitlines()
+    assert len(commands) >= stages > 1
+    for line in commands:
+        script, *arguments = line.split("\0")[:-1]
+        monkeypatch.setattr("sys.argv", [script, *arguments])
+        module = load_script(os.path.normpath(script))
+        description = [""] if "retrieve.py" in script or "train_dense.py" in script else []
+        module.parse_args(*description)  # ends the test where a flag is unknown
+
+
+def test_help_is_the_head_and_no_error():
+    process = subprocess.run(["sh", ROOT / "scripts" / "nq.sh", "--help"], capture_output=True,
+                             text=True, timeout=30)
+    assert process.returncode == 0 and "Fusion-in-Decoder" in process.stdout
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"SIZE": "huge"}, "SIZE is 'huge'; it must be one of: base large"),
+    ({"DISK": "99999999"}, "out needs 99999999 GB; it holds 0 GB, and its disk has "),
+    ({"PASSAGES": "dpr"}, "nq-train.json.gz: no such file; scripts/get_data.sh dpr-nq-results"),
+])
+def test_a_recipe_refuses_in_one_line(run_recipe, tmp_path, settings, message):
+    _, errors = run_recipe("nq.sh", code=1, DATA=tmp_path, **settings)
+    assert len(errors) == 1 and message in errors[0]
+
+
+@pytest.fixture
+def measures(tmp_path):
+    """A folder of files of measures."""
+    (tmp_path / "em.json").write_text('{"em": 0.5, "nq@20": 0.81}')
+    (tmp_path / "central.json").write_text('{"em": 0.52}')
+    (tmp_path / "args.json").write_text('{"dev_em": 49.0}')
+    return tmp_path
+
+
+def test_compare_tells_published_and_here(measures):
+    lines, _ = run("scripts/compare.py", "--result", "NQ EM", "em.json", "em", "50.1", "0.1",
+                   "--result", "dev", "args.json", "dev_em", "49.2", "0.3", "--result",
+                   "federated", "em.json", "em", "central.json", "2", "--result", "top-20",
+                   "em.json", "nq@20", "none", "0", cwd=measures)
+    assert lines.splitlines() == [
+        "NQ EM: published 50.10, here 50.00, difference -0.10",
+        "dev: published 49.20, here 49.00, difference -0.20",
+        "federated: central 52.00, here 50.00, difference -2.00",
+        "top-20: none published, here 81.00"]
+
+
+def test_compare_has_an_exit_code_of_its_own(measures):
+    lines, errors = run("scripts/compare.py", "--toy", "--result", "EM", "em.json", "em", "51",
+                        "0.5", "--result", "top", "em.json", "nq@20", "81", "0", cwd=measures,
+                        code=2)
+    assert lines.splitlines() == [
+        "EM: on the embedded world expected 51.00, here 50.00, difference -1.00, more than 0.5",
+        "top: on the embedded world expected 81.00, here 81.00, difference +0.00"]
+    assert not errors
+
+
+@pytest.mark.parametrize("words, message", [
+    (["em.json", "f1", "1", "1"], "em.json: has no measure 'f1'"),
+    (["em.json", "em", "no.json", "1"], "no.json: no such file"),
+    (["no.json", "em", "1", "1"], "no.json: no such file"),
+    (["em.json", "em", "1", "x"], "the tolerance 'x' is no number"),
+])
+def test_compare_refuses_in_one_line(measures, words, message):
+    _, errors = run("scripts/compare.py", "--result", "name", *words, cwd=measures, code=1)
+    assert message in errors and len(errors.splitlines()) == 1
+
+
+def test_a_run_becomes_qrels(tmp_path):
+    (tmp_path / "a.trec").write_text("q1 Q0 d7 1 2.5 name\nq1 Q0 d3 2 1.5 name\n")
+    run("scripts/run_qrels.py", "a.trec", "--output", "a.tsv", cwd=tmp_path)
+    assert (tmp_path / "a.tsv").read_text().splitlines() == [
+        "query-id\tcorpus-id\tscore", "q1\td7\t0", "q1\td3\t0"]
+    (tmp_path / "a.trec").write_text("q1 0 d7 1\n")
+    _, errors = run("scripts/run_qrels.py", "a.trec", "--output", "b.tsv", cwd=tmp_path, code=1)
+    assert "a.trec:1: not a line of a run" in errors and not (tmp_path / "b.tsv").exists()
+
+
+def test_a_toy_that_was_killed_goes_on(run_recipe):
+    """On a few questions, so that what comes out is not what is expected: exit code 2."""
+    questions = {"QUESTIONS": "16 4 4", "PASSAGES": "dpr"}
+    lines, _ = run_recipe("nq.sh", "--toy", code=-9, KILL_AT="train_epoch.py", **questions)
+    assert stages_run(lines) == ["data", "reader"]
+    lines, _ = run_recipe("nq.sh", "--toy", code=2, **questions)
+    assert stages_run(lines) == ["reader", "test"]
+    assert lines[-2].startswith("FiD base, NQ test EM: on the embedded world expected 83.00, here ")
+    assert lines[-2].endswith(", more than 7")
+    assert lines[-1].startswith("FiD base, NQ dev EM: none published, here ")
+
+
+# ---------------------------------------------------------------- a recipe on small files
+
+def test_the_fid_recipe_on_small_files(mirror, tmp_path, tiny, run_recipe):
     address, _ = mirror
     data = tmp_path / "data"
     process = get_data(data, address, "fid-nq", "fid-tqa")
@@ -185,13 +369,10 @@ def test_the_fid_recipe_on_small_files(mirror, tmp_path, tiny):
 
     # data, training, test
     out = tmp_path / "out"
-    settings = {"DATA": str(data), "OUT": str(out), "MODEL": tiny, "GPUS": "", "CONTEXTS": "2",
-                "LAUNCH": sys.executable, "PYTHON": sys.executable, "EPOCHS": "1", "WARMUP": "1",
-                "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(["sh", ROOT / "scripts" / "fid-nq.sh"], env=os.environ | settings,
-                             capture_output=True, text=True, timeout=200)
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert "6 training and 2 dev questions, 2 contexts" in process.stdout
+    flags = "--epochs 1 --num_warmup_steps 1 --batch_size 2 --accumulate sum --max_length 60"
+    lines, _ = run_recipe("nq.sh", code=2, DATA=data, MODEL=tiny, CONTEXTS=2, READER_FLAGS=flags)
+    assert any("6 training and 2 dev questions, 2 contexts" in line for line in lines)
+    assert "FiD base, NQ test EM: published 50.10, here 0.00, difference -50.10" in lines[-2]
     records = make_records(10)
     predictions = [json.loads(line) for line in (out / "test.jsonl").read_text().splitlines()]
     assert [row["answers"] for row in predictions] == [row["answers"] for row in records[8:]]
@@ -205,38 +386,3 @@ def test_the_fid_recipe_on_small_files(mirror, tmp_path, tiny):
     fid_data.main(argparse.Namespace(datasets=["tqa"], data=str(data), out=None, passages=None))
     dev = json.loads((data / "TQA" / "dev.json").read_text())
     assert [record["question"] for record in dev] == [row["question"] for row in records[6:8]]
-
-
-def write_dpr_files(folder):
-    """Writes train.json, corpus.tsv and test.csv in DPR's forms: twenty passages, ten questions."""
-    texts = [" ".join(WORDS[i:i + 6]) for i in range(20)]
-    passages = [{"title": "it", "text": text} for text in texts]
-    records, test_rows = [], []
-    for i in range(10):
-        words = texts[i].split()
-        question = " ".join(words[:3])
-        records.append({"question": question, "answers": ["x"], "positive_ctxs": [passages[i]],
-                        "hard_negative_ctxs": [passages[i + 9]], "negative_ctxs": []})
-        test_rows.append(f"{question}\t['{words[0]}']\n")
-    corpus_rows = [f"{i}\t{text}\tit\n" for i, text in enumerate(texts)]
-    (folder / "train.json").write_text(json.dumps(records))
-    (folder / "corpus.tsv").write_text("id\ttext\ttitle\n" + "".join(corpus_rows))
-    (folder / "test.csv").write_text("".join(test_rows))
-
-
-def test_the_dpr_recipe_on_small_files(tmp_path):
-    write_dpr_files(tmp_path)
-    out = tmp_path / "out"
-    files = {"MODEL": make_bert(tmp_path / "bert"), "TRAIN": f"{tmp_path}/train.json",
-             "DEV": f"{tmp_path}/train.json", "CORPUS": f"{tmp_path}/corpus.tsv",
-             "TEST": f"{tmp_path}/test.csv", "OUT": str(out)}
-    settings = {"GPUS": "", "LAUNCH": sys.executable, "EPOCHS": "4", "WARMUP": "1",
-                "EVAL_STEPS": "2", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(["sh", ROOT / "scripts" / "dpr-nq.sh"],
-                             env=os.environ | files | settings,
-                             capture_output=True, text=True, timeout=200)
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert "best rank" in process.stdout
-    assert json.loads((out / "measures.json").read_text())["nq@20"] == 1
-    first_record = json.loads((out / "test.json").read_text())[0]
-    assert len(first_record["ctxs"]) == 20

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -399,31 +398,55 @@ def test_an_index_of_something_else_is_replaced_on_demand(bert, world_files, tmp
     assert (tmp_path / "last").read_text() == (tmp_path / "first").read_text()
 
 
+LIMITED = f"""import resource, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+sys.argv[0] = "retrieve.py"
+runpy.run_path({str(ROOT / "retrieve.py")!r}, run_name="__main__")
+"""
+
+
 def test_a_full_disk_is_told_and_nothing_half_written_counts(bert, world_files, tmp_path):
-    """A limit on the size of files stands in for the disk."""
+    """A limit on the size of files stands in for the disk; tests/nightly/test_disk.py has disks."""
+    limited_script = tmp_path / "limited.py"
+    limited_script.write_text(LIMITED)
+
     def limited(*flags):
-        limit = ("import os, resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-                 "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
-                 "os.execv(sys.argv[1], sys.argv[1:])")
-        call = command("retrieve.py", "--corpus", world_files / "corpus.jsonl",
-                       "--eval_data", world_files / "records.json", *flags)
-        return subprocess.run([sys.executable, "-c", limit, *call], capture_output=True, text=True)
+        return run(limited_script, "--corpus", world_files / "corpus.jsonl", "--eval_data",
+                   world_files / "records.json", *flags, code=1)[1]
     for method, index in (("dense", "i1"), ("bm25", "i2")):
         flags = ["--retrieval_method", method, "--query_encoder", bert, "--index", tmp_path / index,
                  "--hits", 5, "--trec", tmp_path / f"{index}.run"]
-        done = limited(*flags)
-        assert done.returncode == 1 and "make room" in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
+        error = limited(*flags)
+        assert "make room" in error and "Traceback" not in error, error
         assert not (tmp_path / index / "index.json").exists()
         assert not (tmp_path / f"{index}.run").exists()
         retrieve(world_files, *flags)  # with room, the same command does it all
         flags += ["--hits", 60, "--output", tmp_path / "o.json"]
-        done = limited(*flags)
-        assert done.returncode == 1 and "o.json: cannot be written" in done.stderr
+        assert "o.json: cannot be written" in limited(*flags)
         assert not (tmp_path / "o.json").exists()
 
 
 # ---------------------------------------------------------------- instructions and models
+
+def test_templates_of_questions_and_documents(bert, tmp_path):
+    """As FiD's retriever needs them: the marks are part of the texts, as if the files had them."""
+    texts = [" ".join(WORDS[i:i + 4]) for i in range(20)]
+    for name, mark in (("plain", ""), ("marked", "who wrote ")):
+        write_rows(tmp_path / f"{name}.jsonl", [{"_id": str(i), "title": "", "text": mark + text}
+                                                for i, text in enumerate(texts)])
+        write_rows(tmp_path / f"{name}.queries.jsonl", [{"_id": "q", "text": mark + texts[7]}])
+    runs = {}
+    for name, flags in (("plain", ["--query_template", "who wrote {query}", "--key_template",
+                                   "who wrote {text}"]), ("marked", ["--key_template", "{text}"]),
+                        ("plain", ["--key_template", "who wrote {text}"])):
+        run("retrieve.py", "--query_encoder", bert, "--corpus", f"{name}.jsonl", "--queries",
+            f"{name}.queries.jsonl", "--hits", 9, "--trec", "run.trec", "--overwrite_index", *flags,
+            cwd=tmp_path)
+        runs[len(flags), name] = (tmp_path / "run.trec").read_text()
+    assert runs[4, "plain"] == runs[2, "marked"] != runs[2, "plain"]
+
 
 def test_instructions_by_task(bert, world_files, tmp_path):
     """--task stands for the questions to come; an index holds one instruction."""

@@ -2,17 +2,13 @@
 resuming, bad input.
 """
 import json
-import os
 import random
-import signal
-import subprocess
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import WORDS, command, make_bert, run
+from conftest import WORDS, make_bert, run, run_and_kill
 
 BASE = ["--lr", "1e-3", "--warmup_ratio", "0", "--logging_steps", "1", "--query_max_length", "16",
         "--key_max_length", "24"]
@@ -189,18 +185,14 @@ def test_a_folder_holds_the_last_run_only(bert, files, tmp_path):
         assert found == there
 
 
-def test_resume_after_kill_gives_the_same_weights(files, tmp_path):
+def test_resume_after_kill_gives_the_same_weights(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     bert = make_bert(tmp_path / "dropout", hidden_dropout_prob=0.1,
                      attention_probs_dropout_prob=0.1)
     flags = ["--query_encoder", bert, *BASE, "--train_data", files / "qa.json", "--max_steps", 60,
              "--save_steps", 5, "--batch_size", 3]
     run("train_dense.py", "--output_dir", tmp_path / "whole", *flags)
-    process = subprocess.Popen(command("train_dense.py", "--output_dir", tmp_path / "cut", *flags),
-                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not (tmp_path / "cut.state").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run_and_kill("train_dense.py", "--output_dir", tmp_path / "cut", *flags, at=100)
     stdout, _ = run("train_dense.py", "--output_dir", tmp_path / "cut", *flags, "--resume")
     assert "resuming after" in stdout and "resuming after 60" not in stdout
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))

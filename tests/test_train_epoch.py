@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from conftest import command, make_records, run
+from conftest import command, make_records, run, run_and_kill
 
 FAST = ("--num_contexts", 3, "--max_length", 60, "--num_warmup_steps", 2, "--lr", "1e-3")
 
@@ -153,48 +153,32 @@ def test_rounds_can_be_driven_from_outside(tiny, records_file, tmp_path, monkeyp
 
 # ---------------------------------------------------------------- kill and resume
 
-def kill_after(args, out, saves, processes):
-    """Starts a training command and kills all of it once OUT.state has been written `saves` times.
-    """
-    process = subprocess.Popen(command("train_epoch.py", *args, processes=processes),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    seen, last, deadline = 0, None, time.time() + 120
-    while seen < saves and time.time() < deadline:
-        now = os.stat(f"{out}.state").st_mtime_ns if os.path.exists(f"{out}.state") else None
-        seen, last = seen + (now != last and now is not None), now
-        if process.poll() is not None:
-            break
-        time.sleep(0.002)
-    assert process.poll() is None, "the run ended before it could be killed"
-    time.sleep(0.03 * saves)  # into the next update, an evaluation or the writing of a file
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-@pytest.mark.parametrize("processes, kills", [(1, (1, 3, 2)), (2, (2,))])
-def test_killed_and_resumed_equals_uninterrupted(tiny, records_file, tmp_path, processes, kills):
-    common = [records_file, records_file, *FAST, "--t5_name", tiny, "--epochs", 3, "--batch_size",
+@pytest.mark.parametrize("processes, kills", [(1, (30, 70, 40)), (2, (50,))])
+def test_killed_and_resumed_equals_uninterrupted(tiny, records_file, tmp_path, monkeypatch,
+                                                 processes, kills):
+    monkeypatch.chdir(tmp_path)
+    dev = tmp_path / "dev.json"
+    dev.write_text(json.dumps(make_records(3, seed=1)))
+    common = [records_file, dev, *FAST, "--t5_name", tiny, "--epochs", 3, "--batch_size",
               2, "--dropout", 0.2, "--save_every", 1, "--eval_every", 4, "--grad_accumulation",
               2 // processes]
-    run("train_epoch.py", tmp_path / "whole", *common, processes=processes)
-    out = tmp_path / "killed"
-    for saves in kills:
-        kill_after([out, *common, "--resume"], out, saves, processes)
-    done, _ = run("train_epoch.py", out, *common, "--resume", processes=processes)
-    assert "resuming after" in done
-    assert_same_run(tmp_path / "whole", out)
+    run("train_epoch.py", "whole", *common, processes=processes)
+    for at in kills:
+        run_and_kill("train_epoch.py", "killed", *common, "--resume", at=at, processes=processes)
+    done, _ = run("train_epoch.py", "killed", *common, "--resume", processes=processes)
+    assert "resuming after" in done and "resuming after 9" not in done
+    assert_same_run("whole", "killed")
     # nothing is left over
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert set(os.listdir()) == {"dev.json"} | {
         f"{name}{ending}" for name in ("whole", "killed") for ending in ("", ".jsonl", ".state")}
-    assert set(os.listdir(out)) == set(os.listdir(tmp_path / "whole"))
+    assert set(os.listdir("killed")) == set(os.listdir("whole"))
     for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (out / name).read_bytes()
+        assert Path("whole", name).read_bytes() == Path("killed", name).read_bytes()
     # a finished run stays as it is
-    again, _ = run("train_epoch.py", out, *common, "--resume", processes=processes)
+    again, _ = run("train_epoch.py", "killed", *common, "--resume", processes=processes)
     assert "done in 0 s" in again
-    assert_same_run(tmp_path / "whole", out)
-    _, error = run("train_epoch.py", out, *common, "--resume", "--seed", 7, code=1,
+    assert_same_run("whole", "killed")
+    _, error = run("train_epoch.py", "killed", *common, "--resume", "--seed", 7, code=1,
                    processes=processes)
     assert "is of a run with --seed 42 (now 7)" in error
 

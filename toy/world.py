@@ -19,10 +19,15 @@ import json
 import math
 import random
 import re
+import sys
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from files import new_file
+from utils import run_script
 
 FIRST = """
 Adela Bram Corin Dorte Edda Falk Greta Hanno Ilse Joren Kaia Lorin Mirel Nadja Orla Perrin
@@ -315,8 +320,8 @@ def make_records(rng, split, entities, ranker, count, top_k=20, shared=0.15):
 
 # ---------------------------------------------------------------- the demo's world
 
-def make_demo(seed=1):
-    """The demo's corpus and splits: (passages, {train, dev, test}).
+def make_demo(seed=1, questions=(2000, 300, 600)):
+    """The demo's corpus and splits: (passages, {train, dev, test}); so many `questions` of each.
 
     Contexts of training questions come from the passages about their entities alone, those of dev
     and test questions from all passages.
@@ -336,15 +341,16 @@ def make_demo(seed=1):
     train_ranker = OverlapRanker(passages[:num_seen], blur=0.08)
     test_ranker = OverlapRanker(passages, blur=0.08)
     rng.shuffle(unseen)
-    splits = {"train": make_records(rng, "train", seen, train_ranker, 2000),
-              "dev": make_records(rng, "dev", unseen[:90], test_ranker, 300),
-              "test": make_records(rng, "test", unseen[90:], test_ranker, 600)}
+    train, dev, test = questions
+    splits = {"train": make_records(rng, "train", seen, train_ranker, train),
+              "dev": make_records(rng, "dev", unseen[:90], test_ranker, dev),
+              "test": make_records(rng, "test", unseen[90:], test_ranker, test)}
     return passages, splits
 
 
 # ---------------------------------------------------------------- the loop's world
 
-def make_hard(seed=1):
+def make_hard(seed=1, questions=(1200, 300, 600)):
     """The same of the world of make demo-loop, without contexts.
 
     It is harder to search by words: there are more people and so more look-alikes, a passage names
@@ -363,16 +369,23 @@ def make_hard(seed=1):
 
     ranker = OverlapRanker(passages, blur=0)
     rng.shuffle(unseen)
-    splits = {"train": make_records(rng, "train", seen, ranker, 1200, top_k=0),
-              "dev": make_records(rng, "dev", unseen[:160], ranker, 300, top_k=0),
-              "test": make_records(rng, "test", unseen[160:], ranker, 600, top_k=0)}
+    train, dev, test = questions
+    splits = {"train": make_records(rng, "train", seen, ranker, train, top_k=0),
+              "dev": make_records(rng, "dev", unseen[:160], ranker, dev, top_k=0),
+              "test": make_records(rng, "test", unseen[160:], ranker, test, top_k=0)}
     return passages, splits
 
 
 # ---------------------------------------------------------------- files
 
+def write_text(path, text):
+    """Writes a file whole or not at all. Raises InputError if it cannot be written."""
+    with new_file(path) as file:
+        file.write(text)
+
+
 def write_lines(path, lines):
-    path.write_text("\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def write_qrels(out, split, records):
@@ -408,8 +421,8 @@ def write_questions(out, split, records, passages):
         plain.append(question)
         with_gold.append(question | {"ctxs": contexts})
         labelled.append(json.dumps(question | {"pos": texts, "pos_index": indices}))
-    (out / f"{split}.json").write_text(json.dumps(plain, indent=1))
-    (out / f"gold.{split}.json").write_text(json.dumps(with_gold, indent=1))
+    write_text(out / f"{split}.json", json.dumps(plain, indent=1))
+    write_text(out / f"gold.{split}.json", json.dumps(with_gold, indent=1))
     if split == "train":
         write_lines(out / "labelled.json", labelled)
 
@@ -427,13 +440,15 @@ def parse_args():
     add("--out", default="toy/data", help="folder to write to (default: %(default)s)")
     add("--seed", type=int, default=1, help="seed of the world (default: %(default)s)")
     add("--hard", action="store_true", help="the world of make demo-loop, harder to search")
+    add("--questions", type=int, nargs=3, metavar="N",
+        help="of train, dev and test (default: 2000 300 600, with --hard 1200 300 600)")
     return parser.parse_args()
 
 
 def main(args):
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    passages, splits = make_hard(args.seed) if args.hard else make_demo(args.seed)
+    make = make_hard if args.hard else make_demo
+    passages, splits = make(args.seed, *([args.questions] if args.questions else []))
     rows = [f"{passage['id']}\t{passage['text']}\t{passage['title']}" for passage in passages]
     write_lines(out / "corpus.tsv", ["id\ttext\ttitle"] + rows)
     for split, records in splits.items():
@@ -442,7 +457,7 @@ def main(args):
             write_questions(out, split, records, passages)
             print(f"{split:5s} {len(records)} questions")
             continue
-        (out / f"{split}.json").write_text(json.dumps(records, indent=1))
+        write_text(out / f"{split}.json", json.dumps(records, indent=1))
         percentages = ", ".join(f"{100 * recall_at(records, k):.0f} %" for k in (1, 2, 5, 10))
         print(f"{split:5s} {len(records)} questions, "
               f"gold passage among the first 1, 2, 5, 10: {percentages}")
@@ -451,4 +466,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Compares measures with what is published, a line each; the recipes end with it.
+
+    python scripts/compare.py --result "NQ test EM" runs/nq/em.json em 50.1 1.0 \\
+        --result "federated, recall@5" runs/fed/shared.json recall@5 runs/fed/central.json 3.0
+
+prints `NQ test EM: published 50.10, here 49.83, difference -0.27` and so on, in per cent. A result
+is a name, a file that test.py --measures or retrieve.py --measures wrote, a measure in it, what it
+is compared with, and the largest difference that passes as noise. It is compared with a number in
+per cent, or with the same measure of another file; with `none` it is printed alone. The exit code
+is 0 if all differences pass, and 2 if one does not.
+"""
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from files import to_number
+from table import PER_CENT, read_measures
+from utils import HelpFormatter, InputError, run_script, shorten
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--result", nargs=5, action="append", default=[],
+                        metavar=("NAME", "FILE", "MEASURE", "OTHER", "TOLERANCE"),
+                        help="a measure, the number or file to compare it with, and the largest "
+                        "difference that passes, in per cent")
+    parser.add_argument("--toy", action="store_true",
+                        help="numbers are what the embedded world is expected to give")
+    parser.add_argument("--other", default="central", metavar="WORD",
+                        help="what the files to compare with are of")
+    return parser.parse_args()
+
+
+def read_per_cent(path, measure):
+    """A measure of a file in per cent. Raises InputError if the file does not have it."""
+    measures = read_measures([path], [measure])
+    if measure not in measures:
+        raise InputError(f"{path}: has no measure {shorten(measure)}")
+    return measures[measure] * (1 if measure in PER_CENT else 100)
+
+
+def compare(name, path, measure, other, tolerance, args):
+    """(line to print, True if the difference passes) of a result. Raises InputError."""
+    here = read_per_cent(path, measure)
+    if other == "none":
+        return f"{name}: none published, here {here:.2f}", True
+    word = "on the embedded world expected" if args.toy else "published"
+    try:
+        tolerance = to_number(tolerance)
+    except ValueError:
+        raise InputError(f"{shorten(name)}: the tolerance {shorten(tolerance)} is no "
+                         "number") from None
+    try:
+        expected = to_number(other)
+    except ValueError:  # not a number: a file
+        expected, word = read_per_cent(other, measure), args.other
+    difference = here - expected
+    passes = round(abs(difference), 2) <= tolerance
+    line = f"{name}: {word} {expected:.2f}, here {here:.2f}, difference {difference:+.2f}"
+    if not passes:
+        line += f", more than {tolerance:g}"
+    return line, passes
+
+
+def main(args):
+    if not args.result:
+        raise InputError("nothing to compare: give --result")
+    all_pass = True
+    for result in args.result:
+        line, passes = compare(*result, args)
+        print(line)
+        all_pass = all_pass and passes
+    if not all_pass:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Makes qrels of a run: what a search found becomes the negatives that train_dense.py trains on.
+
+    python retrieve.py --corpus corpus.jsonl --queries queries.jsonl --qrels qrels=train.tsv \\
+        --query_encoder MODEL --hits 15 --trec mined.trec
+    python scripts/run_qrels.py mined.trec --output mined.tsv
+    python train_dense.py --positives qrels=train.tsv,min_score=1 --negatives qrels=mined.tsv ...
+
+Every document of the run gets the label 0. Positives among them do no harm: a document that is both
+counts as a positive in training; in --eval_qrels give the positives' file behind this one.
+"""
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from files import check_paths, decode_line, new_file, read_lines
+from utils import HelpFormatter, InputError, progress_bar, run_script
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="a TREC run, as retrieve.py --trec writes it")
+    parser.add_argument("--output", required=True, metavar="FILE", help="qrels in BEIR's form")
+    return parser.parse_args()
+
+
+def main(args):
+    check_paths([args.output], [args.run])
+    count = 0
+    with new_file(args.output) as file:
+        file.write("query-id\tcorpus-id\tscore\n")
+        for line_number, line in enumerate(progress_bar(read_lines(args.run), desc="run"), 1):
+            cells = decode_line(line, args.run, line_number).split()
+            if len(cells) != 6:
+                raise InputError(f"{args.run}:{line_number}: not a line of a run; it must be "
+                                 "query, Q0, document, rank, score, name")
+            file.write(f"{cells[0]}\t{cells[2]}\t0\n")
+            count += 1
+    if not count:
+        raise InputError(f"{args.run}: holds no results")
+    print(f"{args.output}: {count:,} documents with the label 0")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
