@@ -56,6 +56,16 @@ def test_functions_of_the_reading_orders_exist():
     assert found == 12
 
 
+def test_functions_of_the_reading_page_exist():
+    text = (ROOT / "docs" / "reading.md").read_text()
+    found = re.findall(r"`([\w.]+)`(?: and `(\w+)`)?\s+in\s+`([\w/]+\.py)`", text)
+    assert len(found) >= 9
+    for *names, path in found:
+        for name in filter(None, names):
+            source = (ROOT / path).read_text()
+            assert re.search(rf"\b(def|class) {name.split('.')[-1]}\b", source), f"{name} in {path}"
+
+
 def test_every_module_is_on_the_map():
     text = (ROOT / "README.md").read_text()
     for folder in (ROOT, ROOT / "dense", ROOT / "retrieval", ROOT / "federated"):
