@@ -36,5 +36,5 @@ def make_results(*rows):
 def make_flags(**changes):
     """The flags of retrieve.py that the outputs depend on."""
     defaults = {"key_template": "{title} {text}", "max_neg_num": 9, "filter_answers": False,
-                "metrics": [], "qrels": [], "trec": None, "results": []}
+                "metrics": [], "qrels": [], "trec": None, "html": None, "results": []}
     return SimpleNamespace(**defaults | changes)

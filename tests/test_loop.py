@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import T5ForConditionalGeneration
 
-from conftest import ROOT, make_bert, make_records, make_t5, run
+from conftest import ROOT, make_bert, make_records, make_t5, run, stages_run
 from model import FiDT5
-from test_loop_recipes import run_recipe, small_world, stages_run  # noqa: F401
+from test_loop_recipes import small_world  # noqa: F401
 
 # ---------------------------------------------------------------- the teacher's scores
 
@@ -82,10 +82,10 @@ def settings(small_world, tiny):  # noqa: F811
     return {"TRAIN": small_world / "train.json", "DEV": small_world / "test.json",
             "TEST": small_world / "test.json", "CORPUS": small_world / "corpus.tsv",
             "MODEL": small_world / "bert", "READER_MODEL": tiny, "HITS": 6, "CONTEXTS": 3,
-            "CUTOFFS": "1 5", "READER_FLAGS": READER_FLAGS}
+            "CUTOFFS": "1 5", "READER_FLAGS": READER_FLAGS, "COMPARE": "no"}
 
 
-def test_fid_kd(settings, run_recipe, tmp_path):  # noqa: F811
+def test_fid_kd(settings, run_recipe, tmp_path):
     settings |= {"ROUNDS": 2, "SCORE_FLAGS": "--score_kind attention",
                  "RETRIEVER_FLAGS": "--loss fid-kd " + RETRIEVER_FLAGS}
     lines, _ = run_recipe("fid-kd.sh", code=-9, KILL_AT="--scores", **settings)
@@ -113,7 +113,7 @@ def test_fid_kd(settings, run_recipe, tmp_path):  # noqa: F811
     assert len(errors) == 1 and "no.json: no such file" in errors[0]
 
 
-def test_lsr_of_fedrags_records(settings, run_recipe, tmp_path):  # noqa: F811
+def test_lsr_of_fedrags_records(settings, run_recipe, tmp_path):
     records = json.loads(settings["TRAIN"].read_text())
     fedrag = tmp_path / "fedrag.jsonl"
     rows = [{"query": record["question"], "response": record["answers"][0]} for record in records]
