@@ -8,6 +8,7 @@ import glob
 import math
 import os
 import random
+import re
 from dataclasses import asdict
 
 import torch
@@ -24,6 +25,8 @@ START_ANEW = "give --overwrite in place of --resume to start anew"
 FORM = {"model": dict, "optimizer": dict, "scheduler": dict, "random": list, "progress": dict,
         "args": dict, "world_size": int}
 PART_FORM = {"model": dict, "optimizer": dict}
+# the end of a part's name, which tells its update; a killed run may have left it half-written
+PART = re.compile(r"\d+of\d+\.(\d+)(?:\.\d+\.writing)?")
 
 # ---------------------------------------------------------------- random states
 
@@ -83,8 +86,9 @@ def part_path(out, rank, size, update):
 
 def remove_parts(out, kept=None):
     """Removes the parts of states, but for those of the update `kept`."""
-    for path in glob.glob(f"{glob.escape(out)}.state.[0-9]*of[0-9]*.[0-9]*"):
-        if path.rsplit(".", 1)[1] != str(kept):
+    for path in glob.glob(f"{glob.escape(out)}.state.*"):
+        part = PART.fullmatch(path.removeprefix(f"{out}.state."))
+        if part and part[1] != str(kept):
             os.remove(path)
 
 
