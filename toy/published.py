@@ -267,7 +267,8 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", metavar="NAME", help="as in scripts/get_data.sh",
                         choices=[*DATA_SETS, *READERS, *FID_RETRIEVERS, *DPR_MODELS])
-    parser.add_argument("--out", default="data", help="folder to write to (default: %(default)s)")
+    # no default: a folder of the real data has files of these names
+    parser.add_argument("--out", required=True, help="folder to write to; its files are replaced")
     parser.add_argument("--questions", type=int, nargs=3, default=[600, 60, 200], metavar="N",
                         help="of train, dev and test (default: %(default)s)")
     parser.add_argument("--reader", metavar="DIR", help="the reader that readers are made of")
