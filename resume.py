@@ -147,9 +147,13 @@ def load_part(out, world, update):
 
 
 def refuse_other_flags(path, now, then, free_flags):
-    """Raises InputError if a state is of a run with other flags, {name: value} now and then."""
+    """Raises InputError if a state is of a run with other flags, {name: value} now and then.
+
+    A flag that there was not yet then may be off now.
+    """
     with refusing(f"{path}: its flags cannot be compared", START_ANEW):
-        changed = [name for name in now if name not in free_flags and then.get(name) != now[name]]
+        changed = [name for name, value in now.items() if name not in free_flags
+                   and (then[name] != value if name in then else value)]
     if changed:
         flags = ", ".join(f"--{name} {shorten(then.get(name))} (now {shorten(now[name])})"
                           for name in changed[:3])
