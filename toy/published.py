@@ -274,7 +274,12 @@ def parse_args():
     parser.add_argument("--reader", metavar="DIR", help="the reader that readers are made of")
     parser.add_argument("--retriever", metavar="DIR", help="the retriever that retrievers are made "
                         "of: of one encoder for FiD's, of two for DPR's")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if set(args.names) & set(READERS) and not args.reader:
+        parser.error("readers are made of a --reader")
+    if set(args.names) & {*FID_RETRIEVERS, *DPR_MODELS} and not args.retriever:
+        parser.error("retrievers are made of a --retriever")
+    return args
 
 
 def main(args):
