@@ -25,8 +25,9 @@ def add_lora(transformer, rank):
 
 
 def pack_weights(transformer, device, bf16):
-    """Packs the weights of a transformer's linear layers, but for its head's, into 4 bits (NF4 with
-    double quantization: QLoRA, section 3); they are not trained. Products are computed in bfloat16
+    """Packs the weights of a transformer's linear layers into 4 bits (NF4 with double quantization:
+    QLoRA, section 3), but for its head's and those that transformers keeps in float32 (T5's `wo`,
+    whose type its input is converted to); they are not trained. Products are computed in bfloat16
     or float32.
 
     Raises InputError without bitsandbytes, without linear layers, and where the device cannot.
@@ -36,8 +37,9 @@ def pack_weights(transformer, device, bf16):
     except ImportError:
         raise InputError("--load_in_4bit needs the package bitsandbytes: pip install "
                          "bitsandbytes") from None
+    kept = set(transformer._keep_in_fp32_modules or [])
     layers = {name: layer for name, layer in transformer.base_model.named_modules()
-              if type(layer) is nn.Linear}
+              if type(layer) is nn.Linear and not kept.intersection(name.split("."))}
     if not layers:
         raise InputError(f"--load_in_4bit: a {transformer.config.model_type} model of transformers "
                          "has no linear layers that could be packed; leave it out")

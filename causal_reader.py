@@ -420,7 +420,11 @@ class CausalReader(nn.Module):
             likelihoods[rows] += log_p[torch.arange(len(rows), device=device), token[owner]]
 
             alive = ~torch.isin(token, ends)
-            if step == max_length - 1 or not any_question(self, int(alive.sum())):
+            remaining, steps_left = int(alive.sum()), max_length - 1 - step
+            if not steps_left or not any_question(self, remaining):
+                break
+            if not remaining:
+                self.accompany(prompts[:1, -1:], steps_left)
                 break
             kept = alive[owner]                                                          # (k)
             if not alive.all():
@@ -437,6 +441,15 @@ class CausalReader(nn.Module):
         scores = torch.full(is_real.shape, -torch.inf, device=device)
         scores[is_real] = weights + likelihoods
         return answers, scores.log_softmax(1)
+
+    def accompany(self, token, steps):
+        """Computes with other processes, whose questions go on for `steps` steps at most: sharded
+        blocks are gathered by all. It is of a token (1, 1), as few models take a batch of none.
+        """
+        for steps_left in range(steps - 1, -1, -1):
+            self.run(token, torch.ones_like(token, dtype=torch.bool), 1)
+            if not steps_left or not any_question(self, 0):
+                return
 
     # ---------------------------------------------------------------- files
 
@@ -458,6 +471,7 @@ class CausalReader(nn.Module):
         os.makedirs(folder, exist_ok=True)
         if is_sharded(self):
             lm.config.architectures = [type(lm).__name__]
+            lm.config.dtype = torch.float32  # as it was trained, whatever it was opened from
             lm.config.save_pretrained(folder)
             if lm.can_generate():
                 lm.generation_config.save_pretrained(folder)

@@ -4,6 +4,7 @@ import shutil
 import time
 from statistics import median
 
+from adapters import is_packed
 from training import count_trained, open_epoch
 from utils import format_seconds, gather_lists, peak_bytes, progress_bar
 
@@ -63,18 +64,34 @@ def log_memory(run):
 
 def log_disk(run):
     """Logs the size of the model and of the resume state, and warns if there is too little room."""
-    weights = 4 * sum(parameter.numel() for parameter in run.unwrapped.parameters())
-    state = weights
+    if not run.world.is_main:
+        return  # on another machine OUT's disk may be missing
+    trained = 4 * count_trained(run.unwrapped)
+    weights = 4 * sum(map(count_numbers, run.unwrapped.parameters()))
+    state = trained if is_packed(run.unwrapped) else weights
     if run.optimizer.defaults.get("betas"):
-        state += 2 * 4 * count_trained(run.unwrapped)  # AdamW's moments
-    folder = os.path.dirname(os.path.abspath(run.out))
-    free = shutil.disk_usage(folder).free
+        state += 2 * trained  # AdamW's moments
+    free = shutil.disk_usage(existing_folder(run.out)).free
     line = (f"cost: {run.out} takes {describe_bytes(weights)} on disk, its state "
             f"{describe_bytes(state)}, and as much again while they are replaced; "
             f"{describe_bytes(free)} are free")
     if free < 2 * (weights + state):
         line = f"warning: too little room on disk; {line}"
     run.world.log(line)
+
+
+def count_numbers(parameter):
+    """How many numbers a weight stands for; a byte of one that is packed into 4 bits holds two."""
+    packing = getattr(parameter, "quant_state", None)
+    return packing.shape.numel() if packing else parameter.numel()
+
+
+def existing_folder(path):
+    """The folder in which a path lies or, as long as there is none, would be made."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def describe_bytes(count):

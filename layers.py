@@ -105,8 +105,10 @@ def decode(stack, ids, memory, memory_bias, cache=None, raw_scores=None, use_che
     causal_bias = make_causal_bias(stack, past, ids.shape[1], ids.device)  # (1, H, T, past + T)
     x = dropout(stack.embed_tokens(ids), p)  # (B, T, D)
     for i, block in enumerate(stack.block):
-        x = run_block(block, decode_block, x, memory, memory_bias, causal_bias, cache, i, p,
-                      raw_scores, use_checkpoint)
+        # of a sharded block (sharding.py) nothing is kept: under autocast that would be its weights
+        is_recomputed = use_checkpoint and hasattr(block, "run")
+        x = run_block(block, recompute_block if is_recomputed else decode_block, x, memory,
+                      memory_bias, causal_bias, cache, i, p, raw_scores, use_checkpoint)
     return dropout(stack.final_layer_norm(x), p)
 
 
@@ -115,6 +117,11 @@ def run_block(block, function, *inputs):
     if hasattr(block, "run"):
         return block.run(function, *inputs)
     return function(block, *inputs)
+
+
+def recompute_block(*inputs):
+    """decode_block, computed again in the backward pass."""
+    return checkpoint(decode_block, *inputs, use_reentrant=False)
 
 
 def decode_block(block, x, memory, memory_bias, causal_bias, cache, index, p, raw_scores,

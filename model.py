@@ -438,7 +438,7 @@ class FiDT5(nn.Module):
         os.makedirs(folder, exist_ok=True)
         write_weights(folder, self.plain_weights())
         config = self.config.to_dict() | {"architectures": [type(self.t5).__name__],
-                                          "tie_word_embeddings": self.is_tied}
+                                          "tie_word_embeddings": self.is_tied, "dtype": "float32"}
         with open(os.path.join(folder, "config.json"), "w") as file:
             json.dump(config, file, indent=2, sort_keys=True)
         self.t5.generation_config.save_pretrained(folder)

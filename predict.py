@@ -86,7 +86,8 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
             output = model.generate(**inputs, max_length=answer_maxlength, num_beams=num_beams,
                                     return_scores=with_scores)
         if with_scores:
-            generated, scores = output[0], output[1].tolist()
+            # without contexts the question alone has a score
+            generated, scores = output[0], output[1][:, :num_contexts].tolist()
         else:
             generated, scores = output, [None] * len(output)
         texts = tokenizer.batch_decode(generated, skip_special_tokens=True)

@@ -8,6 +8,7 @@ import glob
 import math
 import os
 import random
+import re
 from dataclasses import asdict
 
 import torch
@@ -24,6 +25,8 @@ START_ANEW = "give --overwrite in place of --resume to start anew"
 FORM = {"model": dict, "optimizer": dict, "scheduler": dict, "random": list, "progress": dict,
         "args": dict, "world_size": int}
 PART_FORM = {"model": dict, "optimizer": dict}
+# the end of a part's name, which tells its update; a killed run may have left it half-written
+PART = re.compile(r"\d+of\d+\.(\d+)(?:\.\d+\.writing)?")
 
 # ---------------------------------------------------------------- random states
 
@@ -83,8 +86,9 @@ def part_path(out, rank, size, update):
 
 def remove_parts(out, kept=None):
     """Removes the parts of states, but for those of the update `kept`."""
-    for path in glob.glob(f"{glob.escape(out)}.state.[0-9]*of[0-9]*.[0-9]*"):
-        if path.rsplit(".", 1)[1] != str(kept):
+    for path in glob.glob(f"{glob.escape(out)}.state.*"):
+        part = PART.fullmatch(path.removeprefix(f"{out}.state."))
+        if part and part[1] != str(kept):
             os.remove(path)
 
 
@@ -143,9 +147,13 @@ def load_part(out, world, update):
 
 
 def refuse_other_flags(path, now, then, free_flags):
-    """Raises InputError if a state is of a run with other flags, {name: value} now and then."""
+    """Raises InputError if a state is of a run with other flags, {name: value} now and then.
+
+    A flag that there was not yet then may be off now.
+    """
     with refusing(f"{path}: its flags cannot be compared", START_ANEW):
-        changed = [name for name in now if name not in free_flags and then.get(name) != now[name]]
+        changed = [name for name, value in now.items() if name not in free_flags
+                   and (then[name] != value if name in then else value)]
     if changed:
         flags = ", ".join(f"--{name} {shorten(then.get(name))} (now {shorten(now[name])})"
                           for name in changed[:3])

@@ -275,7 +275,7 @@ def plan_cost(run):
                           world)
         eval_seconds = (time.time() - start) / share
         interval = args.eval_steps or args.save_steps
-        evaluations = math.ceil((run.last_update - run.progress.total_updates) / interval)
+        evaluations = math.ceil(run.last_update / interval) - run.progress.total_updates // interval
     log_cost(run, seconds, evaluations, eval_seconds)
 
 

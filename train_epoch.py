@@ -168,8 +168,8 @@ def parse_args(arguments=None):
     add("--tensorboard", action="store_true",
         help="write to OUT.tensorboard as well (needs the package)")
     add("--plan", action="store_true",
-        help="tell what the run will cost (hours, memory, disk) after a few updates, and stop; OUT "
-        "is not touched")
+        help="tell what the run will cost (hours, memory, disk) after a few updates, and stop; "
+        "nothing is written but, with --retriever, OUT.retrieved and the index")
     add("--tqdm", action="store_true",
         help="show progress bars even if the output is not a terminal")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
@@ -372,9 +372,10 @@ def plan_cost(run):
     start = time.time()
     answer(run, run.unwrapped, sample)
     eval_seconds = (time.time() - start) * len(run.dev) / len(sample)
-    evaluations = args.epochs - run.progress.epoch
-    if args.eval_every:
-        evaluations += (run.last_update - run.progress.total_updates) // args.eval_every
+    updates_per_epoch = run.last_update // args.epochs
+    every = args.eval_every or updates_per_epoch
+    evaluations = sum(update % updates_per_epoch == 0 or update % every == 0
+                      for update in range(run.progress.total_updates + 1, run.last_update + 1))
     log_cost(run, seconds, evaluations, eval_seconds)
 
 
@@ -486,7 +487,7 @@ def set_up(args, world, sets=BOTH_SETS):
 
     # the run, where it stands
     progress = Progress(**state["progress"]) if state else Progress()
-    tensorboard = f"{args.model}.tensorboard" if args.tensorboard else None
+    tensorboard = f"{args.model}.tensorboard" if args.tensorboard and not args.plan else None
     log = RunLog(f"{args.model}.jsonl", world.is_main, progress.rows, tensorboard)
     run = Run(args=args, world=world, out=args.model, model=wrap_model(reader, world),
               tokenizer=tokenizer, train_set=TrainSet(train, args.seed, not args.no_shuffle),

@@ -60,6 +60,10 @@ need_choice() {  # NAME CHOICE...: of a setting
 need_disk() {  # GB FOLDER: room for what will be written there, what it holds already counting
     local needed=${DISK:-${TOY:+1}} folder=$2 free held
     needed=${needed:-$1}
+    if ! [[ $needed =~ ^[0-9]+$ ]]; then
+        echo "error: DISK is '$needed'; it must be a number of GB" >&2
+        exit 1
+    fi
     mkdir -p "$folder"
     free=$(df -Pk "$folder" | awk 'NR == 2 {printf "%d", $4 * 1024 / 1e9}')
     held=$(du -sk "$folder" | awk '{printf "%d", $1 * 1024 / 1e9}')
@@ -174,6 +178,7 @@ stage() {  # NAME COMMAND...: runs the command, a program, unless it is done
     "$@" || status=$?
     if [ $status != 0 ]; then
         echo "error: stage $name failed with exit code $status; the same command goes on there" >&2
+        [ $status != 2 ] || status=1  # 2 is that of figures that differ
         exit $status
     fi
     mark_stage "$name" done "$now"

@@ -11,7 +11,7 @@ if [[ $LAUNCH == torchrun* ]]; then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 QUESTIONS=${QUESTIONS:-600 60 200}  # of train, dev and test
-T5=$ROOT/toy/t5-tiny
+T5=$(realpath "$ROOT/toy/t5-tiny")  # one path, however the recipe is called
 BERT=$DATA/bert-base-uncased  # toy/bert-tiny with random weights
 BM25_FLAGS="--k1 1.5 --b 0.75"  # bm25s's, which are better here than 0.9 and 0.4
 LENGTHS="--query_max_length 32 --key_max_length 110"

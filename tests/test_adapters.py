@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5EncoderModel
 
 from adapters import add_lora, is_packed, pack_weights, unload_adapters
 from causal_helpers import make_causal
-from conftest import killed_script, make_bert, make_records, run
+from conftest import killed_script, make_bert, make_records, make_t5, run
+from cost import count_numbers
 from test_train_epoch import assert_same_run
 from utils import InputError
 
@@ -32,6 +33,8 @@ def test_the_merged_model_is_the_packed_one(llama):
     size = [sum(parameter.nbytes for parameter in part.model.layers.parameters())
             for part in (plain, model)]
     assert size[1] < size[0] / 6  # 4 bits, the scales and the norms in place of 32
+    assert sum(map(count_numbers, model.parameters())) == sum(
+        parameter.numel() for parameter in plain.parameters())
     model = add_lora(model, 4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -45,6 +48,18 @@ def test_the_merged_model_is_the_packed_one(llama):
     # NF4 rounds: close to the model, but not it
     difference = (merged(ids).logits - plain(ids).logits).abs().max()
     assert 0.01 < difference < 5
+
+
+def test_t5_whose_input_takes_the_type_of_its_weights(tmp_path):
+    model = T5EncoderModel.from_pretrained(make_t5(tmp_path / "t5")).eval()
+    plain = copy.deepcopy(model)
+    pack_weights(model, CPU, bf16=False)
+    ids = torch.arange(3, 33)[None]
+    model = add_lora(model, 4)
+    packed = model(ids).last_hidden_state
+    merged = unload_adapters(model)(ids).last_hidden_state
+    torch.testing.assert_close(merged, packed, atol=1e-4, rtol=1e-4)
+    assert 0.001 < (plain(ids).last_hidden_state - packed).abs().max() < 1
 
 
 def test_a_killed_reader_goes_on_bit_for_bit(llama, tmp_path):

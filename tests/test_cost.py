@@ -22,7 +22,7 @@ def test_reader(tiny, tmp_path):
     data = tmp_path / "r.json"
     data.write_text(json.dumps(make_records(9)))
     flags = (data, data, "--t5_name", tiny, *FLAGS, "--epochs", 3, "--eval_every", 5)
-    out, _ = run("train_epoch.py", tmp_path / "m", *flags, "--plan")
+    out, _ = run("train_epoch.py", tmp_path / "new" / "m", *flags, "--plan", "--tensorboard")
     assert os.listdir(tmp_path) == ["r.json"]
     assert re.search(r"cost: 27 updates at \d.* \(median of 4\), .*; 8 evaluations at about", out)
     line = next(line for line in out.splitlines() if "on disk" in line)
@@ -61,7 +61,8 @@ def test_a_disk_that_is_too_small_is_told(tmp_path, monkeypatch):
     model = torch.nn.Linear(1000, 1000)
     lines = []
     run_ = SimpleNamespace(unwrapped=model, optimizer=torch.optim.AdamW(model.parameters()),
-                           out=str(tmp_path / "m"), world=SimpleNamespace(log=lines.append))
+                           out=str(tmp_path / "new" / "m"),
+                           world=SimpleNamespace(log=lines.append, is_main=True))
     cost.log_disk(run_)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=20 * 10 ** 6))
     cost.log_disk(run_)

@@ -285,6 +285,7 @@ def test_help_is_the_head_and_no_error():
 
 @pytest.mark.parametrize("settings, message", [
     ({"SIZE": "huge"}, "SIZE is 'huge'; it must be one of: base large"),
+    ({"DISK": "33G"}, "DISK is '33G'; it must be a number of GB"),
     ({"DISK": "99999999"}, "out needs 99999999 GB; it holds 0 GB, and its disk has "),
     ({"PASSAGES": "dpr"}, "nq-train.json.gz: no such file; scripts/get_data.sh dpr-nq-results"),
 ])

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from resume import forget_replaced_state
+from resume import forget_replaced_state, refuse_other_flags
+from utils import InputError
 
 
 @pytest.mark.parametrize("overwrite, is_main, is_left", [
@@ -20,3 +21,12 @@ def test_a_replaced_runs_state_goes(overwrite, is_main, is_left, tmp_path):
     state.write_text("old")
     forget_replaced_state(run)
     assert state.exists() == is_left
+
+
+def test_a_flag_that_is_newer_than_the_state_may_be_off():
+    refuse_other_flags("m.state", {"lr": 1, "new": False, "other": None, "gpus": "0"}, {"lr": 1},
+                       {"gpus"})
+    with pytest.raises(InputError, match=r"is of a run with --new None \(now True\)"):
+        refuse_other_flags("m.state", {"lr": 1, "new": True}, {"lr": 1}, set())
+    with pytest.raises(InputError, match=r"is of a run with --lr 1 \(now 0\)"):
+        refuse_other_flags("m.state", {"lr": 0}, {"lr": 1}, set())

@@ -213,7 +213,9 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     assert "warning: --num_contexts 0, 2, but the checkpoint was trained with 3" in out
     assert "warning: --max_length 50, but the checkpoint was trained with 60" in out
     rows = [json.loads(line) for line in open(tmp_path / "p.2.jsonl")]
-    assert len(rows) == 11 and (tmp_path / "p.0.jsonl").exists()
+    alone = [json.loads(line) for line in open(tmp_path / "p.0.jsonl")]
+    assert len(rows) == len(alone) == 11
+    assert all(row["contexts"] == [] and row["best_context"] is None for row in alone)
     assert set(rows[0]) == {"index", "id", "prediction", "answers", "em", "f1", "best_context",
                             "contexts"}
     scores = [context["score"] for context in rows[0]["contexts"]]

@@ -267,13 +267,19 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", metavar="NAME", help="as in scripts/get_data.sh",
                         choices=[*DATA_SETS, *READERS, *FID_RETRIEVERS, *DPR_MODELS])
-    parser.add_argument("--out", default="data", help="folder to write to (default: %(default)s)")
+    # no default: a folder of the real data has files of these names
+    parser.add_argument("--out", required=True, help="folder to write to; its files are replaced")
     parser.add_argument("--questions", type=int, nargs=3, default=[600, 60, 200], metavar="N",
                         help="of train, dev and test (default: %(default)s)")
     parser.add_argument("--reader", metavar="DIR", help="the reader that readers are made of")
     parser.add_argument("--retriever", metavar="DIR", help="the retriever that retrievers are made "
                         "of: of one encoder for FiD's, of two for DPR's")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if set(args.names) & set(READERS) and not args.reader:
+        parser.error("readers are made of a --reader")
+    if set(args.names) & {*FID_RETRIEVERS, *DPR_MODELS} and not args.retriever:
+        parser.error("retrievers are made of a --retriever")
+    return args
 
 
 def main(args):
