@@ -43,6 +43,8 @@ PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # buffers that older versions of transformers saved
 CONSTANTS = [r"rotary_emb\.inv_freq$", r"attn\.masked_bias$", r"(^|\.)position_ids$"]
+# what files call a part of the model otherwise: GPT-NeoX's output layer
+OTHER_NAMES = [(r"^embed_out\.", "lm_head.")]
 PROBE = [[[5, 6, 7, 8], [5, 6, 9]], [[10, 11]], [[5, 6, 7, 12, 13]]]  # token ids
 
 
@@ -108,13 +110,16 @@ def build_lm(kind, config, weights, source, dtype):
 
 
 def plain_names(weights, skeleton):
-    """The weights by the names that the model has: older files leave out the prefix (GPT-2's), hold
-    constant buffers, or leave out an output layer that is the embedding's.
+    """The weights by the names that the model has: files have other names, leave out the prefix
+    (GPT-2's), hold constant buffers, or leave out an output layer that is the embedding's.
     """
     expected, prefix = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
     constant = "|".join([*(skeleton._keys_to_ignore_on_load_unexpected or []), *CONSTANTS])
     named = {}
     for name, value in weights.items():
+        if name not in expected:
+            for pattern, own in OTHER_NAMES:
+                name = re.sub(pattern, own, name)
         name = prefix + name if name not in expected and prefix + name in expected else name
         if name in expected or not re.search(constant, name):
             named[name] = value

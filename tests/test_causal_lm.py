@@ -19,6 +19,7 @@ from causal_lm import (
     list_leaves,
     log_likelihoods,
     open_causal_lm,
+    open_lm,
     pack_texts,
     packed_logits,
     score_texts,
@@ -189,3 +190,13 @@ def test_weights_that_are_missing_are_refused(tmp_path):
 def test_another_kind_of_model_is_refused(tiny):
     with pytest.raises(InputError, match="is a t5 model, not a causal language model"):
         open_causal_lm(tiny, "cpu")
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_what_transformers_saves_opens(family, tmp_path):
+    model = make_model(PACKED[family])
+    model.save_pretrained(tmp_path)
+    opened = open_lm(tmp_path)
+    assert opened.state_dict().keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], weight), name
