@@ -358,7 +358,13 @@ def write_aside(folder, writers):
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     for writer in writers:
-        writer(temporary)
+        try:
+            writer(temporary)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            # what tokenizers raise for a full disk has no kind
+            raise OSError(str(error)) from error
     return temporary
 
 

@@ -31,7 +31,7 @@ SHORT.maxstring = SHORT.maxother = QUOTED
 
 def shorten(value):
     """A value of the input as a message quotes it: its repr, in one line and not too long."""
-    text = SHORT.repr(value)
+    text = " ".join(SHORT.repr(value).split())  # a tensor's has lines
     return text if len(text) <= QUOTED else text[:QUOTED - 4] + " ..."
 
 

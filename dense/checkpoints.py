@@ -94,8 +94,10 @@ def open_encoder(folder, pooling=None, dropout=None, trained=False):
         if "indexing_dimension" in config:
             return open_fid_retriever(folder, config, dropout)
         model = open_transformer(folder, dropout, trained)
-        stated_pooling, head, stated = read_modules(folder)
-        return TextEncoder(model, pooling or stated_pooling, nn.Sequential(*head)), stated
+        stated_pooling, layers, stated = read_modules(folder)
+        head = nn.Sequential(*layers)
+        head(torch.zeros(1, model.config.hidden_size))  # its layers may be of other sizes
+        return TextEncoder(model, pooling or stated_pooling, head), stated
 
 
 def read_modules(folder):

@@ -196,3 +196,10 @@ def test_a_save_that_is_killed_early_leaves_the_old_checkpoint(out):
         save_checkpoint(str(out), {"best": 2}, write_files("config.json"), fail)
     finish_saving(str(out))
     assert names_below(out) == before
+
+
+def test_an_error_without_a_kind_while_saving_is_one_of_writing(tmp_path):
+    def write_tokenizer(folder):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers do
+    with pytest.raises(InputError, match="cannot be written .*No space left"):
+        save_checkpoint(str(tmp_path / "out"), {}, write_tokenizer)

@@ -111,3 +111,15 @@ def test_modules_and_poolings_that_are_not_supported(minilm, tmp_path):
     (folder / "modules.json").write_text(json.dumps([{"type": "x.CNN", "path": ""}]))
     with pytest.raises(InputError, match="has a 'CNN' module"):
         BiEncoder.open(folder)
+
+
+def test_a_head_of_another_size_is_refused(tmp_path):
+    model = BiEncoder.open(make_bert(tmp_path / "bert"))
+    model.query_encoder.head = nn.Sequential(nn.Linear(32, 16), nn.LayerNorm(16))
+    model.save_pretrained(tmp_path / "saved", 64)
+    path = tmp_path / "saved" / "modules.json"
+    modules = json.loads(path.read_text())
+    del modules[2]  # the norm of 16 numbers then follows on the transformer's 32
+    path.write_text(json.dumps(modules))
+    with pytest.raises(InputError, match="saved: cannot be opened as an encoder"):
+        BiEncoder.open(tmp_path / "saved")

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from utils import call_main, format_seconds, peak_bytes, progress_bar
+from utils import call_main, format_seconds, peak_bytes, progress_bar, shorten
 
 
 def test_lines_take_the_place_of_a_bar(capsys):
@@ -49,3 +49,7 @@ def test_a_full_gpu_is_one_line(capsys):
     error = capsys.readouterr().err
     assert "the GPU's memory is full" in error and "2.00 GiB" in error and "More" not in error
     assert "the same command with --resume goes on" in error
+
+
+def test_what_a_message_quotes_is_one_line():
+    assert "\n" not in shorten([torch.zeros(30, 5)]) and len(shorten([torch.zeros(30, 5)])) <= 80
