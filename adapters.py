@@ -10,6 +10,12 @@ from torch import nn
 from utils import InputError, refusing
 
 
+def check_packing(args):
+    """Raises InputError for --load_in_4bit without --lora."""
+    if args.load_in_4bit and not args.lora:
+        raise InputError("--load_in_4bit freezes the weights: give --lora R, the adapters to train")
+
+
 def add_lora(transformer, rank):
     """The transformer, frozen, with LoRA adapters of that rank on its linear layers.
 

@@ -70,8 +70,8 @@ def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
 
     `dropout` replaces the configuration's rates; with the dtype None the weights stay in the file,
     as they are, till they are used. A folder without weights gives random ones and says so, or is
-    refused if it must be `trained`. Raises InputError where nothing fits: unknown
-    name, unreadable file, other architecture, other shapes.
+    refused if it must be `trained`. Raises InputError where nothing fits: unknown name, unreadable
+    file, other architecture, other shapes.
     """
     folder, weights = find_model(path_or_name)
     config = read_config(folder, "causal language")

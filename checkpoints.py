@@ -181,9 +181,8 @@ def write_weights(folder, weights):
 
 def send_weights(weights):
     """What the other processes do while the main one calls write_weights with a sharded model's."""
-    for names in split_weights(weights):
-        for name in names:
-            gather_weight(weights[name])
+    for weight in weights.values():
+        gather_weight(weight)
 
 
 def split_weights(weights):

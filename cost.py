@@ -37,11 +37,12 @@ def log_cost(run, seconds, evaluations=0, eval_seconds=0.0):
 
     seconds: of some updates; eval_seconds: of one evaluation, of which there will be so many.
     """
-    counted = median(seconds[1:] or seconds)
+    counted = seconds[1:] or seconds
+    update_seconds = median(counted)
     updates = run.last_update - run.progress.total_updates
-    training = counted * updates
-    line = (f"cost: {updates:,} updates at {format_seconds(counted)} (median of "
-            f"{len(seconds[1:] or seconds)}), {format_seconds(training)}")
+    training = update_seconds * updates
+    line = (f"cost: {updates:,} updates at {format_seconds(update_seconds)} (median of "
+            f"{len(counted)}), {format_seconds(training)}")
     if evaluations:
         evaluating = evaluations * eval_seconds
         line += (f"; {evaluations} evaluations at about {format_seconds(eval_seconds)}, "

@@ -17,12 +17,7 @@ from packed_attention import packed_attention
 def encode(stack, ids, groups):
     """Last hidden states (S, D) of packed token ids (S); `groups` says which rows are one passage.
     """
-    p = dropout_rate(stack)
-    bias = encoder_bias(stack, groups)
-    x = dropout(stack.embed_tokens(ids), p)  # (S, D)
-    for block in stack.block:
-        x = encode_block(block, x, bias, groups, p)
-    return dropout(stack.final_layer_norm(x), p)
+    return encode_by_block(stack, [(ids, groups)])[0]
 
 
 def encode_by_block(stack, chunks, use_checkpoint=False):
@@ -108,7 +103,8 @@ def decode(stack, ids, memory, memory_bias, cache=None, raw_scores=None, use_che
         # of a sharded block (sharding.py) nothing is kept: under autocast that would be its weights
         is_recomputed = use_checkpoint and hasattr(block, "run")
         x = run_block(block, recompute_block if is_recomputed else decode_block, x, memory,
-                      memory_bias, causal_bias, cache, i, p, raw_scores, use_checkpoint)
+                      memory_bias, causal_bias, cache, i, p, raw_scores,
+                      use_checkpoint and not is_recomputed)
     return dropout(stack.final_layer_norm(x), p)
 
 

@@ -525,9 +525,8 @@ def main(args):
     world = start_processes(args.gpus)
     set_seed(args.seed, world.rank)
     transformers.utils.logging.disable_progress_bar()
-    writes = not args.plan
-    with (claim_folder(args.output_dir, args.resume, args.overwrite, world) if writes
-          else nullcontext()):
+    claim = claim_folder(args.output_dir, args.resume, args.overwrite, world)
+    with nullcontext() if args.plan else claim:
         run = set_up(args, world)
         describe(run)
         if args.plan:

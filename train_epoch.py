@@ -24,6 +24,7 @@ from contextlib import nullcontext
 
 import torch
 
+from adapters import check_packing
 from checkpoints import (
     claim_folder,
     find_model,
@@ -241,8 +242,7 @@ def check_args(args, sets=BOTH_SETS):
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
     if args.warmup_ratio is not None and not 0 <= args.warmup_ratio <= 1:
         raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
-    if args.load_in_4bit and not args.lora:
-        raise InputError("--load_in_4bit freezes the weights: give --lora R, the adapters to train")
+    check_packing(args)
     if args.fsdp and args.lora:
         raise InputError("--fsdp spreads a model whose weights are all trained, --lora trains few "
                          "of them; leave one out")
@@ -549,8 +549,8 @@ def main(args):
     if args.fsdp:
         check_processes(world)
     set_seed(args.seed, world.rank)
-    writes = not args.plan
-    with claim_folder(args.model, args.resume, args.overwrite, world) if writes else nullcontext():
+    claim = claim_folder(args.model, args.resume, args.overwrite, world)
+    with nullcontext() if args.plan else claim:
         run = set_up(args, world)
         # now, not after the training
         test = read_records(data_path(args, "test"), args.num_contexts) if args.data_test else None

@@ -4,6 +4,7 @@ checks.
 import argparse
 import math
 
+from adapters import check_packing
 from dense.instructions import INSTRUCTIONS
 from files import LARGEST
 from metrics import METRICS
@@ -239,8 +240,7 @@ def check_numbers(args):
     check_seed(args)
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
-    if args.load_in_4bit and not args.lora:
-        raise InputError("--load_in_4bit freezes the weights: give --lora R, the adapters to train")
+    check_packing(args)
     if not 0 <= args.warmup_ratio <= 1:
         raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
 

@@ -23,24 +23,15 @@
 # memory a process (docs/reader.md). Not run here at full size. Written: OUT/reader, OUT/test.jsonl.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
-. "$(dirname "$0")/stages.sh"
-read_flags "$@"
-SIZE=${SIZE:-base}
-PASSAGES=${PASSAGES:-kd}
-need_choice SIZE base large
-need_choice PASSAGES kd dpr
 DATASET=nq
 NAME=NQ
-OUT=${OUT:-runs/nq-$SIZE-$PASSAGES}
-DATA=${DATA:-data}
-CONTEXTS=${CONTEXTS:-100}
+. "$(dirname "$0")/fid.sh"
 case $SIZE-$PASSAGES in
     base-kd) DEV_EM=49.2 TEST_EM=50.1 ;;
     large-kd) DEV_EM=52.7 TEST_EM=54.4 ;;
     base-dpr) DEV_EM=none TEST_EM=48.2 ;;
     large-dpr) DEV_EM=none TEST_EM=51.4 ;;
 esac
-TOLERANCE=1.0
 FETCH=fid-nq
 if [ "$PASSAGES" = dpr ]; then
     FETCH=dpr-nq-results
@@ -48,7 +39,6 @@ if [ "$PASSAGES" = dpr ]; then
 fi
 if [ "$TOY" ]; then
     make_published fid-nq dpr-nq-results
-    MODEL=$T5 READER_FLAGS=$TOY_READER CONTEXTS=5
     DEV_EM=none TEST_EM=83 TOLERANCE=7
 fi
-. "$ROOT/scripts/fid.sh"
+train_and_compare

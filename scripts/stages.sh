@@ -192,6 +192,15 @@ expect() {  # NAME FILE MEASURE PUBLISHED TOLERANCE, see scripts/compare.py
     EXPECTED+=(--result "$@")
 }
 
+expect_top() {  # NAME FILE TOLERANCE PUBLISHED...: an answer among the first 1, 5, 20 and 100
+    local name=$1 file=$2 tolerance=$3 k
+    shift 3
+    for k in 1 5 20 100; do
+        expect "$name top-$k" "$file" "nq@$k" "$1" "$tolerance"
+        shift
+    done
+}
+
 compare() {  # prints a line per result; ends the recipe with exit code 2 if one is too far off
     # COMPARE=no: the data are others than the published
     [ "${COMPARE:-yes}" = yes ] || return 0

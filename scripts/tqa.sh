@@ -20,24 +20,15 @@
 # 8 GPUs (minDPR's README), and 45 GB of disk are needed beside. Not run here at full size.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
-. "$(dirname "$0")/stages.sh"
-read_flags "$@"
-SIZE=${SIZE:-base}
-PASSAGES=${PASSAGES:-kd}
-need_choice SIZE base large
-need_choice PASSAGES kd dpr
 DATASET=tqa
 NAME=TQA
-OUT=${OUT:-runs/tqa-$SIZE-$PASSAGES}
-DATA=${DATA:-data}
-CONTEXTS=${CONTEXTS:-100}
+. "$(dirname "$0")/fid.sh"
 case $SIZE-$PASSAGES in
     base-kd) DEV_EM=68.7 TEST_EM=69.3 ;;
     large-kd) DEV_EM=72.5 TEST_EM=72.5 ;;
     base-dpr) DEV_EM=none TEST_EM=65.0 ;;
     large-dpr) DEV_EM=none TEST_EM=67.6 ;;
 esac
-TOLERANCE=1.0
 FETCH=fid-tqa
 RETRIEVER=${RETRIEVER:-$DATA/hf_bert_base.multiset.cp}
 if [ "$PASSAGES" = dpr ]; then
@@ -45,11 +36,10 @@ if [ "$PASSAGES" = dpr ]; then
 fi
 if [ "$TOY" ]; then
     make_published fid-tqa dpr-nq
-    MODEL=$T5 READER_FLAGS=$TOY_READER CONTEXTS=5
     DEV_EM=none TEST_EM=83 TOLERANCE=7
     if [ "$PASSAGES" = dpr ]; then
         make_dpr_models dpr-multiset-model
         TEST_EM=81 TOLERANCE=8
     fi
 fi
-. "$ROOT/scripts/fid.sh"
+train_and_compare
