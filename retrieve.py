@@ -84,6 +84,19 @@ def open_questions(args):
     return list(read_unique_questions(args.queries, args.task).values())
 
 
+def keep_judged(questions, qrels, log):
+    """The questions that the qrels name, all if they name none: BEIR's file of queries holds those
+    of all splits.
+    """
+    kept = [question for question in questions if question.id in qrels]
+    if not kept:
+        return questions  # read_labels refuses them
+    if len(kept) < len(questions):
+        log(f"note: {len(kept)} of {len(questions)} queries are named by the qrels; the others are "
+            "left out")
+    return kept
+
+
 def check_records(questions, labels, corpus, args):
     """Raises InputError, before the search, for questions without what the outputs need."""
     for name in list_measures(args):
@@ -458,6 +471,8 @@ def main(args):
     corpus = open_corpus(args.corpus, args.key_template, world)
     questions = open_questions(args)
     qrels = merge_qrels(args.qrels) if args.qrels else None
+    if args.queries and qrels:
+        questions = keep_judged(questions, qrels, world.log)
     labels = read_labels(questions, qrels, corpus, world.log)
     check_records(questions, labels, corpus, args)
     limit_hits(args, corpus, questions, world.log)

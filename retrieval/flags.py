@@ -38,7 +38,7 @@ def add_data_flags(parser):
     add("--eval_data", metavar="FILE",
         help="questions: records in JSON, or a table: with a header, or as docs/formats.md says")
     add("--queries", nargs="+", default=[], metavar="FILE",
-        help="queries in BEIR's form, in place of --eval_data")
+        help="queries in BEIR's form, in place of --eval_data; with --qrels those that they name")
     add("--qrels", action="append", default=[], metavar="qrels=FILE",
         help="labels to measure with, with train_dense.py's filters")
     add_corpus_flags(add)

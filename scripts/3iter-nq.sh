@@ -36,9 +36,9 @@ CORPUS=${CORPUS:-$DATA/qa/nq/corpus.json}
 HITS=${HITS:-100}
 LENGTHS=${LENGTHS:---query_max_length 32 --key_max_length 192}
 MINING="--filter_answers"  # a passage that holds an answer is no negative
-RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---batch_size 8 --group_size 16 --lr 1e-5 --max_steps 20000}
-RANKER_FLAGS=${RANKER_FLAGS:---batch_size 4 --group_size 16 --lr 3e-5 --max_steps 20000}
-DISTILLED_FLAGS=${DISTILLED_FLAGS:---batch_size 8 --group_size 16 --lr 3e-5 --epochs 15 \
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:-$(batch 64) --group_size 16 --lr 1e-5 --max_steps 20000}
+RANKER_FLAGS=${RANKER_FLAGS:-$(batch 32) --group_size 16 --lr 3e-5 --max_steps 20000}
+DISTILLED_FLAGS=${DISTILLED_FLAGS:-$(batch 64) --group_size 16 --lr 3e-5 --epochs 15 \
 --contrastive_weight 1}
 . "$ROOT/scripts/3iter.sh"
 

@@ -17,6 +17,7 @@
 # name those of the round with the highest EM on DEV; round 0 has no retriever. Not run here.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
+. "$(dirname "$0")/stages.sh"
 OUT=${OUT:-runs/alternate}
 ROUNDS=${1:-${ROUNDS:-2}}
 TEACHER=${TEACHER:-fid-kd}
@@ -24,8 +25,9 @@ HITS=${HITS:-100}
 CONTEXTS=${CONTEXTS:-$HITS}
 MODEL=${MODEL:-bert-base-uncased}
 READER_MODEL=${READER_MODEL:-t5-base}
-READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 --grad_accumulation 4 \
---batch_size_val 4 --epochs 5 --lr 1e-4 --num_warmup_steps 1000 --dropout 0.1 --num_workers 3}
+READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 \
+--grad_accumulation $(share 32) --batch_size_val 4 --epochs 5 --lr 1e-4 --num_warmup_steps 1000 \
+--dropout 0.1 --num_workers 3}
 case $TEACHER in
     fid-kd) loss="--loss fid-kd --student_temperature 27.7" ;;  # see scripts/fid-kd.sh
     lsr) loss="--loss kl --student_temperature 0.1" ;;          # see scripts/lsr.sh
@@ -33,14 +35,13 @@ case $TEACHER in
         echo "error: TEACHER is '$TEACHER'; it must be fid-kd or lsr" >&2
         exit 1 ;;
 esac
-RETRIEVER_FLAGS=${RETRIEVER_FLAGS:-$loss --group_size 100 --batch_size 1 --lr 1e-4 --max_steps 20000 \
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:-$loss --group_size 100 $(batch 8) --lr 1e-4 --max_steps 20000 \
 --num_warmup_steps 1000 --pooling_method mean --dense_metric ip --query_max_length 40 \
 --key_max_length 200 --num_workers 3}
 if ! [[ $ROUNDS =~ ^[0-9]+$ ]]; then
     echo "error: the number of rounds is '$ROUNDS'; give one, as in scripts/alternate.sh 2" >&2
     exit 1
 fi
-. "$(dirname "$0")/stages.sh"
 . "$ROOT/scripts/rounds.sh"
 
 score_contexts() {  # ROUND LAST: the last round's reader scores what it was trained on, into SCORED

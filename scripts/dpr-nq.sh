@@ -23,7 +23,7 @@ DATA=${DATA:-data}
 MODEL=${MODEL:-bert-base-uncased}
 PUBLISHED=(46.3 68.4 79.5 86.2)
 TOLERANCE=1.0
-RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---dense_metric ip --pooling_method cls --batch_size 16 --lr 2e-5 \
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---dense_metric ip --pooling_method cls $(batch 128) --lr 2e-5 \
 --epochs 40 --num_warmup_steps 1237 --weight_decay 0 --clip 2 --eval_steps 460 --seed 42}
 if [ "$TOY" ]; then
     make_published dpr-nq dpr-nq-qa passages

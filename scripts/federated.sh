@@ -18,7 +18,7 @@
 # direction, and 2 if not: with questions dealt out at random, averaging is known to lose little.
 #
 # It runs in one process on one GPU (federate.py --simulate; over several hosts see docs/federated.md).
-# An estimated 900 GPU hours of V100s: 425 for each of the two readers (docs/reader.md), 15 for each of
+# An estimated 1,100 GPU hours of V100s: 525 for each of the two readers (scripts/nq.sh), 15 for each of
 # the retrievers; CONTEXTS=20 makes the readers' a fifth. 80 GB of disk (32.3 GB of vectors at a time,
 # models and states). Not run here at full size; make demo-federated has the longer form of the toy, dealt
 # out by topics.

@@ -17,7 +17,7 @@
 # compared with these; the exit code is 0 if all are at most 1.5 away, and 2 if not: FiD does not say from
 # which passages it started and how often it went round, and nobody has published several seeds.
 #
-# An estimated 1,400 GPU hours of V100s: 425 a reader (docs/reader.md) for three of them, 30 a round to
+# An estimated 1,700 GPU hours of V100s: 525 a reader (scripts/nq.sh) for three of them, 30 a round to
 # score 79,168 x 100 passages, 9 to encode Wikipedia, 15 to train the retriever. 150 GB of disk: 32.3 GB of
 # vectors at a time, 7 GB of records with contexts and 7 GB with scores a round, models and states.
 # BM25's index of Wikipedia is made by one process with hundreds of GB of memory (docs/retrieval.md). Not
@@ -49,9 +49,10 @@ MODEL=${MODEL:-bert-base-uncased}
 READER_MODEL=${READER_MODEL:-t5-base}
 QUERY_TEMPLATE=${QUERY_TEMPLATE:-question: {query\}}
 KEY_TEMPLATE=${KEY_TEMPLATE:-title: {title\} context: {text\}}
-READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 --grad_accumulation 4 \
---batch_size_val 4 --epochs 10 --lr 1e-4 --num_warmup_steps 1000 --dropout 0.1 --num_workers 3}
-RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---loss fid-kd --group_size 100 --batch_size 1 --lr 1e-4 \
+READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 \
+--grad_accumulation $(share 32) --batch_size_val 4 --epochs 10 --lr 1e-4 --num_warmup_steps 1000 \
+--dropout 0.1 --num_workers 3}
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---loss fid-kd --group_size 100 $(batch 8) --lr 1e-4 \
 --max_steps 30000 --early_exit_steps 20000 --num_warmup_steps 1000 --pooling_method mean \
 --dense_metric ip --student_temperature 27.7 --query_max_length 40 --key_max_length 200 \
 --num_workers 3}

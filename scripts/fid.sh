@@ -3,7 +3,8 @@
 # SIZE and the PASSAGES (DEV_EM, TEST_EM), and where DPR's passages come from (RESULTS or RETRIEVER).
 #
 #   records     FiD's records of the published questions and passages (scripts/fid_data.py)
-#   contexts-*  with PASSAGES=dpr and no RESULTS: the passages that RETRIEVER finds in their place
+#   contexts-*  with PASSAGES=dpr and no RESULTS: the passages that RETRIEVER finds in their place,
+#               by the vectors in INDEX, where they are kept
 #   reader      training; the checkpoint with the highest EM on dev is kept
 #   test        EM on test
 . "$(dirname "$0")/stages.sh"
@@ -20,13 +21,13 @@ if [ "$TOY" ]; then
 fi
 CONTEXTS=${CONTEXTS:-100}
 MODEL=${MODEL:-t5-$SIZE}
-case $SIZE in
-    base) training="--batch_size 2 --grad_accumulation 4 --epochs 15 --lr 1e-4" gigabytes=8 ;;
-    large) training="--batch_size 1 --grad_accumulation 8 --epochs 12 --lr 5e-5" gigabytes=25 ;;
+case $SIZE in  # 64 questions an update
+    base) training="--batch_size 2 --epochs 15 --lr 1e-4" micro_batches=32 gigabytes=8 ;;
+    large) training="--batch_size 1 --epochs 12 --lr 5e-5" micro_batches=64 gigabytes=25 ;;
 esac
-READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint $training --accumulate sum \
---batch_size_val 4 --num_warmup_steps 1000 --weight_decay 0.01 --clip 1 --dropout 0.1 --seed 42 \
---num_workers 3}
+READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint $training \
+--grad_accumulation $(share $micro_batches) --accumulate sum --batch_size_val 4 \
+--num_warmup_steps 1000 --weight_decay 0.01 --clip 1 --dropout 0.1 --seed 42 --num_workers 3}
 
 train_and_compare() {
     local files=$DATA/$NAME/SPLIT.json split
@@ -43,13 +44,13 @@ train_and_compare() {
             need_file "${files/SPLIT/$split}" "scripts/get_data.sh $FETCH fetches it"
         done
     else
-        need_disk 8 "$DATA"  # FiD's records
+        need_disk 8 "$DATA/$NAME"
         stage records $PYTHON "$ROOT/scripts/fid_data.py" "$DATASET" --data "$DATA"
     fi
     if [ "$files" = "$OUT/contexts.SPLIT.jsonl" ]; then
         for split in train dev test; do
             stage "contexts-$split" $LAUNCH "$ROOT/retrieve.py" --query_encoder "$RETRIEVER" \
-                --corpus "$DATA/psgs_w100.tsv.gz" --index "$OUT/index" --hits "$CONTEXTS" \
+                --corpus "$DATA/psgs_w100.tsv.gz" --index "${INDEX:-$OUT/index}" --hits "$CONTEXTS" \
                 --eval_data "$DATA/$NAME/$split.json" --output "${files/SPLIT/$split}" \
                 --key_template "{title} [SEP] {text}" --num_workers 2 --gpus "$GPUS"
         done

@@ -38,8 +38,8 @@ DATA=${DATA:-/data/llm-embedder}
 OUT=${OUT:-runs/llm-embedder}
 MODEL=${MODEL:-BAAI/bge-base-en}
 LM=${LM:-meta-llama/Llama-2-7b-chat-hf}
-RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---batch_size 100 --gradient_checkpointing --max_steps 30000 \
---early_exit_steps 10000 --save_steps 5000 --lr 5e-6 --bf16}
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---batch_size $(share 800) --gradient_checkpointing \
+--max_steps 30000 --early_exit_steps 10000 --save_steps 5000 --lr 5e-6 --bf16}
 SCORE_FLAGS=${SCORE_FLAGS:---bf16}
 SEARCH_FLAGS=${SEARCH_FLAGS:---bf16}
 need_disk 90 "$OUT"

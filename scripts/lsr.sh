@@ -48,9 +48,10 @@ CONTEXTS=${CONTEXTS:-$HITS}
 MODEL=${MODEL:-facebook/contriever}
 LM=${LM:-meta-llama/Llama-2-7b-hf}
 READER_MODEL=${READER_MODEL:-}
-READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 --grad_accumulation 4 \
---batch_size_val 4 --epochs 10 --lr 1e-4 --num_warmup_steps 1000 --dropout 0.1 --num_workers 3}
-RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---loss kl --group_size 20 --batch_size 8 --lr 2e-5 --max_steps 3000 \
+READER_FLAGS=${READER_FLAGS:---max_length 250 --use_checkpoint --batch_size 2 \
+--grad_accumulation $(share 32) --batch_size_val 4 --epochs 10 --lr 1e-4 --num_warmup_steps 1000 \
+--dropout 0.1 --num_workers 3}
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---loss kl --group_size 20 $(batch 64) --lr 2e-5 --max_steps 3000 \
 --pooling_method mean --dense_metric ip --teacher_temperature 1 --student_temperature 0.1 \
 --num_workers 3}
 . "$ROOT/scripts/rounds.sh"

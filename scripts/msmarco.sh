@@ -33,7 +33,7 @@ MODEL=${MODEL:-facebook/contriever}
 MINED=${MINED:-15}
 LENGTHS=${LENGTHS:---query_max_length 32 --key_max_length 128}
 RETRIEVER_FLAGS=${RETRIEVER_FLAGS:---group_size 16 --pooling_method mean --dense_metric ip \
---batch_size 16 --lr 1e-5 --epochs 1 --warmup_ratio 0.05 --num_workers 2 --eval_steps 1000}
+$(batch 128) --lr 1e-5 --epochs 1 --warmup_ratio 0.05 --num_workers 2 --eval_steps 1000}
 NDCG=40.7 MRR=none TOLERANCE=2.0
 if [ "$TOY" ]; then
     make_published msmarco

@@ -17,10 +17,11 @@
 # nobody has published the spread of several seeds.
 #
 # Recipes: base has minFiD's (15 epochs of 64 questions an update, learning rate 1e-4), large FiD's
-# (15,000 updates of 64 questions, 5e-5). It takes about 425 GPU hours of V100s for base (by summaries
-# of the paper), an estimated 1,500 for large (3.5 times the weights), less on newer GPUs; 8 GB of disk
-# for base and 25 GB for large, beside 6.6 GB of records and 18 GB of Wikipedia in DATA; 13 GB of
-# memory a process (docs/reader.md). Not run here at full size. Written: OUT/reader, OUT/test.jsonl.
+# (15,000 updates of 64 questions, 5e-5). An estimated 790 GPU hours of V100s for base: summaries of the
+# paper give 425 for 100 passages, and its runs have 10,000 updates, these 18,555; 2,200 for large (3.5
+# times the weights); less on newer GPUs. 8 GB of disk for base and 25 GB for large, beside 6.6 GB of
+# records and 18 GB of Wikipedia in DATA; 13 GB of memory a process (docs/reader.md). Not run here at full
+# size. Written: OUT/reader, OUT/test.jsonl.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 DATASET=nq

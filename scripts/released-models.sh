@@ -18,7 +18,9 @@
 # 52.5/72.2/81.3/87.3 (DPR's README), fid-nq -/73.8/84.3/89.3 and fid-tqa -/77.0/83.6/87.7 (FiD's README).
 # The exit code is 0 if every figure is at most 0.3 away, and 2 if not: nothing is trained, so that
 # rounding is all that may differ (minFiD saw 0.03 between two kinds of GPUs, and vectors are stored in
-# float16 here).
+# float16 here). Readers read 200 tokens of a passage and FiD's retrievers 200, and 40 of a question: the
+# READMEs' commands give no lengths, and these are what FiD's and minFiD's scripts then take; readers
+# were trained with 250. DPR's retrievers read 256.
 #
 # It takes minutes per reader and split on 8 GPUs (minFiD: 2 to 5 for nq-base on test), about an hour
 # per retriever (minDPR), 33 GB of disk for the vectors of one retriever at a time, 14 GB for FiD's
@@ -33,7 +35,7 @@ READERS=${READERS-nq-base nq-large tqa-base tqa-large}
 RETRIEVERS=${RETRIEVERS-dpr-nq dpr-nq-hn fid-nq fid-tqa}
 SPLITS=${SPLITS:-test dev}
 CONTEXTS=${CONTEXTS:-100}
-READER_FLAGS=${READER_FLAGS:---max_length 250 --batch_size 12 --num_workers 2}
+READER_FLAGS=${READER_FLAGS:---max_length 200 --batch_size 12 --num_workers 2}
 SEARCH_FLAGS=${SEARCH_FLAGS:---num_workers 2}
 CORPUS=$DATA/psgs_w100.tsv.gz
 TOLERANCE=0.3
@@ -72,50 +74,66 @@ published_top() {  # RETRIEVER: at 1, 5, 20 and 100
     esac
 }
 
-# all names first, so that a misspelt one is reported before anything is run
+reader_folder() {  # READER
+    echo "$DATA/${1%-*}_reader_${1#*-}"
+}
+
+settle_retriever() {  # RETRIEVER: sets its model, the questions, and the flags of its texts
+    local dataset=${1#fid-}
+    questions=$DATA/nq-test.qa.csv
+    texts=(--key_template "{title} [SEP] {text}")
+    case $1 in
+        dpr-nq) model=$DATA/hf_bert_base.cp ;;
+        dpr-nq-hn) model=$DATA/hf_bert_base.hn.cp ;;
+        fid-*)  # their texts have the reader's marks, and the lengths of FiD's code
+            model=$DATA/${dataset}_retriever
+            questions=$DATA/${dataset^^}/test.json
+            texts=(--query_template "question: {query}" --query_max_length 40
+                   --key_template "title: {title} context: {text}" --key_max_length 200) ;;
+    esac
+}
+
+# what is misspelt or missing is reported before anything is run
 for reader in $READERS; do
     published_em "$reader" test > /dev/null
+    need_file "$(reader_folder "$reader")" \
+        "scripts/get_data.sh ${reader%-*}-reader-${reader#*-} fetches it"
 done
 for retriever in $RETRIEVERS; do
     published_top "$retriever" > /dev/null
+    settle_retriever "$retriever"
+    need_file "$model" "scripts/get_data.sh fetches it, see the head of $0"
+    if [[ $retriever == dpr-* ]]; then
+        need_file "$questions" "scripts/get_data.sh dpr-nq-qa fetches it"
+    fi
 done
-need_disk 35 "$OUT"
-need_disk 14 "$DATA"  # FiD's records
+gigabytes=1
+if [ "$RETRIEVERS" ]; then
+    need_file "$CORPUS" "scripts/get_data.sh passages fetches it"
+    gigabytes=35
+fi
+need_disk $gigabytes "$OUT"
 
 for dataset in nq tqa; do
     if [[ " $READERS" == *" $dataset-"* || " $RETRIEVERS" == *" fid-$dataset"* ]]; then
+        need_disk 8 "$DATA/${dataset^^}"
         stage "records-$dataset" $PYTHON "$ROOT/scripts/fid_data.py" $dataset --data "$DATA"
     fi
 done
 
 for reader in $READERS; do
     dataset=${reader%-*}
-    folder=$DATA/${dataset}_reader_${reader#*-}
-    need_file "$folder" "scripts/get_data.sh $dataset-reader-${reader#*-} fetches it"
     for split in $SPLITS; do
-        stage "$reader-$split" $LAUNCH "$ROOT/test.py" "$folder" "$DATA/${dataset^^}/$split.json" \
-            --num_contexts "$CONTEXTS" $READER_FLAGS --measures "$OUT/$reader.$split.json" \
-            --gpus "$GPUS"
+        stage "$reader-$split" $LAUNCH "$ROOT/test.py" "$(reader_folder "$reader")" \
+            "$DATA/${dataset^^}/$split.json" --num_contexts "$CONTEXTS" $READER_FLAGS \
+            --measures "$OUT/$reader.$split.json" --gpus "$GPUS"
         expect "FiD $reader, $split EM" "$OUT/$reader.$split.json" em \
             "$(published_em "$reader" "$split")" $TOLERANCE
     done
 done
 
 for retriever in $RETRIEVERS; do
-    questions=$DATA/nq-test.qa.csv
-    texts=(--key_template "{title} [SEP] {text}")
-    case $retriever in
-        dpr-nq) model=$DATA/hf_bert_base.cp ;;
-        dpr-nq-hn) model=$DATA/hf_bert_base.hn.cp ;;
-        fid-*)  # their texts have the reader's marks
-            dataset=${retriever#fid-}
-            questions=$DATA/${dataset^^}/test.json
-            model=$DATA/${dataset}_retriever
-            texts=(--query_template "question: {query}" --key_template "title: {title} context: {text}")
-            ;;
-    esac
-    need_file "$model" "scripts/get_data.sh fetches it, see the head of $0"
-    need_file "$questions" "scripts/get_data.sh dpr-nq-qa fetches DPR's"
+    settle_retriever "$retriever"
     stage "$retriever" $LAUNCH "$ROOT/retrieve.py" --query_encoder "$model" "${texts[@]}" \
         --corpus "$CORPUS" --index "$OUT/index" --overwrite_index --eval_data "$questions" \
         --hits 100 --metrics nq --cutoffs 1 5 20 100 --measures "$OUT/$retriever.json" \

@@ -12,10 +12,17 @@
 # the disk (need_file, need_disk); at its end it compares what came out with what is published (expect,
 # compare). COMPARE=no leaves that out, for other data.
 
-# how the scripts are launched; on one process without GPUs: LAUNCH=python GPUS=
+# how the scripts are launched: on 4 GPUs with PROCESSES=4 GPUS=0,1,2,3, on one process without a GPU
+# with LAUNCH=python GPUS=. An update is of as many questions as with 8.
 GPUS=${GPUS-0,1,2,3,4,5,6,7}
-PROCESSES=${PROCESSES:-8}
 PYTHON=${PYTHON:-python}
+if [[ ${LAUNCH:-} == torchrun* ]] && [ -z "${PROCESSES:-}" ]; then
+    echo "error: with LAUNCH=torchrun ... give PROCESSES, the number of processes that it starts" >&2
+    exit 1
+elif [ -n "${LAUNCH:-}" ]; then
+    PROCESSES=${PROCESSES:-1}
+fi
+PROCESSES=${PROCESSES:-8}
 LAUNCH=${LAUNCH:-torchrun --standalone --nnodes=1 --nproc_per_node=$PROCESSES}
 ROOT=$(dirname "$0")/..
 
@@ -57,21 +64,47 @@ need_choice() {  # NAME CHOICE...: of a setting
     exit 1
 }
 
+declare -A MISSING=()  # GB that need_disk has asked for so far, by disk
+
 need_disk() {  # GB FOLDER: room for what will be written there, what it holds already counting
-    local needed=${DISK:-${TOY:+1}} folder=$2 free held
+    local needed=${DISK:-${TOY:+1}} folder=$2 free disk held missing
     needed=${needed:-$1}
     if ! [[ $needed =~ ^[0-9]+$ ]]; then
         echo "error: DISK is '$needed'; it must be a number of GB" >&2
         exit 1
     fi
+    if [ -n "${DISK:-}" ] && [ "$folder" != "$OUT" ]; then
+        return  # DISK is what OUT takes
+    fi
     mkdir -p "$folder"
-    free=$(df -Pk "$folder" | awk 'NR == 2 {printf "%d", $4 * 1024 / 1e9}')
-    held=$(du -sk "$folder" | awk '{printf "%d", $1 * 1024 / 1e9}')
-    if ((free + held < needed)); then
-        echo "error: $folder needs $needed GB; it holds $held GB, and its disk has $free GB free:" \
-            "make room, give OUT=FOLDER on another disk, or DISK=GB if less will do" >&2
+    read -r free disk < <(df -Pk "$folder" | awk 'NR == 2 {printf "%d %s\n", $4 * 1024 / 1e9, $6}')
+    held=$(du -sk "$folder/." | awk '{printf "%d", $1 * 1024 / 1e9}')
+    missing=$((needed > held ? needed - held : 0))
+    MISSING[$disk]=$((${MISSING[$disk]:-0} + missing))
+    if ((free < MISSING[$disk])); then
+        echo "error: $folder needs $needed GB; it holds $held GB, and its disk has $free GB free, of" \
+            "which $((MISSING[$disk] - missing)) are for other folders: make room, give OUT=FOLDER or" \
+            "DATA=FOLDER on another disk, or DISK=GB if less will do" >&2
         exit 1
     fi
+}
+
+share() {  # COUNT: what each process takes of it
+    if ! [[ $PROCESSES =~ ^[1-9][0-9]*$ ]] || (($1 % PROCESSES)); then
+        echo "error: PROCESSES is '$PROCESSES', and $1, an update's questions or micro-batches, cannot be" \
+            "shared out to so many: give 1, 2, 4 or 8, or READER_FLAGS or RETRIEVER_FLAGS of your own" >&2
+        exit 1
+    fi
+    echo $(($1 / PROCESSES))
+}
+
+batch() {  # QUERIES of an update: flags of a retriever; on fewer than 8 GPUs in chunks, by GradCache
+    local size chunks=
+    size=$(share "$1")
+    if ((PROCESSES < 8)); then
+        chunks=" --chunk_size 32"
+    fi
+    echo "--batch_size $size$chunks"
 }
 
 need_file() {  # FILE REMEDY

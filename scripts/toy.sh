@@ -6,6 +6,7 @@
 OUT=${OUT:-out/toy/$(basename "$0" .sh)}
 DATA=$OUT/data
 GPUS=
+PROCESSES=1
 if [[ $LAUNCH == torchrun* ]]; then
     LAUNCH=$PYTHON
 fi

@@ -17,7 +17,9 @@
 # published the spread of several seeds).
 #
 # Recipes and cost are those of scripts/nq.sh; with PASSAGES=dpr Wikipedia is encoded, about an hour on
-# 8 GPUs (minDPR's README), and 45 GB of disk are needed beside. Not run here at full size.
+# 8 GPUs (minDPR's README), up to another one goes into looking for answers in 9.9 million passages, by
+# one process, and 45 GB of disk are needed beside. INDEX=FOLDER keeps the vectors for the other SIZE.
+# Not run here at full size.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 DATASET=tqa

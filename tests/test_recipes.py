@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import tarfile
 import threading
@@ -254,6 +255,20 @@ def load_script(path):
     ("federated.sh", {}), ("alternate.sh", {})])
 def test_the_flags_of_every_stage_exist_at_full_size(recipe, settings, tmp_path, monkeypatch):
     """The commands as the recipes have them, which nothing here can run, are at least parsed."""
+    process, commands = note_commands(recipe, tmp_path, PROCESSES="8", **settings)
+    stages = process.stdout.count("== ")
+    assert len(commands) >= stages > 1
+    for script, *arguments in commands:
+        monkeypatch.setattr("sys.argv", [script, *arguments])
+        module = load_script(os.path.normpath(script))
+        description = [""] if "retrieve.py" in script or "train_dense.py" in script else []
+        module.parse_args(*description)  # ends the test where a flag is unknown
+
+
+def note_commands(recipe, tmp_path, **settings):
+    """(The finished process, the command of each stage as words) of a recipe at full size, with
+    empty files for data, none of which is run.
+    """
     note = tmp_path / "note"
     note.write_text(NOTE.format(path=tmp_path / "commands"))
     note.chmod(0o755)
@@ -266,15 +281,26 @@ def test_the_flags_of_every_stage_exist_at_full_size(recipe, settings, tmp_path,
     process = subprocess.run(["sh", ROOT / "scripts" / recipe], env=env, timeout=60,
                              capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    stages = process.stdout.count("== ")
-    commands = (tmp_path / "commands").read_text().splitlines()
-    assert len(commands) >= stages > 1
-    for line in commands:
-        script, *arguments = line.split("\0")[:-1]
-        monkeypatch.setattr("sys.argv", [script, *arguments])
-        module = load_script(os.path.normpath(script))
-        description = [""] if "retrieve.py" in script or "train_dense.py" in script else []
-        module.parse_args(*description)  # ends the test where a flag is unknown
+    lines = (tmp_path / "commands").read_text().splitlines()
+    return process, [line.split("\0")[:-1] for line in lines]
+
+
+@pytest.mark.parametrize("recipe, questions", [("nq.sh", [64]), ("dpr-nq.sh", [128]),
+                                               ("3iter-nq.sh", [64, 64, 32, 64])])
+def test_an_update_has_as_many_questions_on_fewer_gpus(recipe, questions, tmp_path):
+    for processes in (8, 4, 1):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        _, commands = note_commands(recipe, folder, PROCESSES=str(processes))
+        given = []
+        for script, *arguments in commands:
+            if "train_" in script:
+                flags = dict(zip(arguments, arguments[1:]))
+                given.append(int(flags["--batch_size"]) * processes
+                             * int(flags.get("--grad_accumulation", 1)))
+                is_chunked = "--chunk_size" in flags
+                assert is_chunked == (processes < 8 and "train_dense" in script)
+        assert given == questions
 
 
 def test_help_is_the_head_and_no_error():
@@ -285,6 +311,8 @@ def test_help_is_the_head_and_no_error():
 
 @pytest.mark.parametrize("settings, message", [
     ({"SIZE": "huge"}, "SIZE is 'huge'; it must be one of: base large"),
+    ({"PROCESSES": "3"}, "PROCESSES is '3', and 32, an update's questions or micro-batches, cannot be"),
+    ({"LAUNCH": "torchrun -n 4"}, "with LAUNCH=torchrun ... give PROCESSES"),
     ({"DISK": "33G"}, "DISK is '33G'; it must be a number of GB"),
     ({"DISK": "99999999"}, "out needs 99999999 GB; it holds 0 GB, and its disk has "),
     ({"PASSAGES": "dpr"}, "nq-train.json.gz: no such file; scripts/get_data.sh dpr-nq-results"),
@@ -292,6 +320,16 @@ def test_help_is_the_head_and_no_error():
 def test_a_recipe_refuses_in_one_line(run_recipe, tmp_path, settings, message):
     _, errors = run_recipe("nq.sh", code=1, DATA=tmp_path, **settings)
     assert len(errors) == 1 and message in errors[0]
+
+
+def test_folders_on_one_disk_need_room_together(tmp_path):
+    free = shutil.disk_usage(tmp_path).free // 10 ** 9
+    commands = (f". {ROOT}/scripts/stages.sh; OUT={tmp_path}/a; need_disk {free * 2 // 3} $OUT; "
+                f"echo enough; need_disk {free * 2 // 3} {tmp_path}/b")
+    process = subprocess.run(["bash", "-euc", commands, ROOT / "scripts" / "nq.sh"], timeout=30,
+                             capture_output=True, text=True)
+    assert process.returncode == 1 and process.stdout == "enough\n"
+    assert f"which {free * 2 // 3} are for other folders: make room" in process.stderr
 
 
 @pytest.fixture

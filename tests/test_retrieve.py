@@ -284,6 +284,16 @@ def test_measures_from_qrels_equal_trec_eval(world_files, tmp_path):
         assert given[our_name] == pytest.approx(mean, abs=1e-6)
 
 
+def test_qrels_choose_among_the_queries_of_all_splits(world_files, tmp_path):
+    write_rows(tmp_path / "qrels.tsv", ["query-id\tcorpus-id\tscore", "3\td3\t1", "7\td7\t1"])
+    stdout, _ = run("retrieve.py", "--corpus", world_files / "corpus.jsonl", "--queries",
+                    world_files / "queries.jsonl", "--qrels", f"qrels={tmp_path}/qrels.tsv",
+                    "--retrieval_method", "bm25", "--hits", 4, "--index", tmp_path / "index",
+                    "--trec", tmp_path / "run", "--metrics", "mrr", "--cutoffs", 4)
+    assert "note: 2 of 12 queries are named by the qrels; the others are left out" in stdout
+    assert set(ranks(tmp_path / "run")[0]) == {"3", "7"}
+
+
 def test_cutoffs_above_the_hits_are_left_out(corpus, tmp_path):
     rows = [{"question": "text 1", "pos_index": [1]}, {"question": "text 2"}]
     write_rows(tmp_path / "q.json", rows)
