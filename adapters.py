@@ -2,12 +2,17 @@
 packed into 4 bits (QLoRA, arXiv 2305.14314). Both need a package of their own, peft and
 bitsandbytes.
 """
+import copy
+import logging
 import warnings
 
 import torch
 from torch import nn
 
 from utils import InputError, refusing
+
+# on some CPUs bitsandbytes, which peft opens too, asks for a package that is of no use here
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def check_packing(args):
@@ -59,6 +64,8 @@ def pack_weights(transformer, device, bf16):
             packed.weight = bitsandbytes.nn.Params4bit(
                 layer.weight.detach(), requires_grad=False, quant_type="nf4").to(device)
             packed.bias = layer.bias
+            # else some CPUs, at the first evaluation, pack the weights anew and round their scales
+            packed.support_avx512bf16_for_cpu = False
             transformer.base_model.set_submodule(name, packed)
     transformer.is_loaded_in_4bit = True  # peft asks for it
 
@@ -66,6 +73,24 @@ def pack_weights(transformer, device, bf16):
 def is_packed(module):
     """True if weights of the module are packed into 4 bits."""
     return any(hasattr(parameter, "quant_state") for parameter in module.parameters())
+
+
+def copy_to_cpu(module):
+    """A copy of a module on the CPU, whatever device it is on: there a second one may not fit. What
+    is packed into 4 bits stays where it is.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    copies = {id(tensor): copy_tensor(tensor) for tensor in tensors
+              if not hasattr(tensor, "quant_state")}
+    return copy.deepcopy(module, copies)  # a memo of what has been copied already
+
+
+def copy_tensor(tensor):
+    """A copy of a weight or a buffer on the CPU."""
+    copied = tensor.detach().to("cpu", copy=True)
+    if isinstance(tensor, nn.Parameter):
+        copied = nn.Parameter(copied, tensor.requires_grad)
+    return copied
 
 
 def unload_adapters(transformer):
@@ -82,10 +107,10 @@ def merge_packed(layer):
     """The plain linear layer of an adapter and the packed layer that it adapts."""
     from bitsandbytes.functional import dequantize_4bit
     base = layer.base_layer
-    weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
-    weight = weight + layer.get_delta_weight("default").float()
+    weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float().cpu()
+    weight = weight + layer.get_delta_weight("default").float().cpu()
     merged = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-    merged.weight = nn.Parameter(weight.cpu())
+    merged.weight = nn.Parameter(weight)
     if base.bias is not None:
         merged.bias = nn.Parameter(base.bias.detach().cpu())
     return merged

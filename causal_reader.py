@@ -9,7 +9,6 @@ an answer, V of the vocabulary. Training is RA-DIT's of the language model (Lin 
 2310.01352, section 2.3), which FedRAG calls RALT; generation is REPLUG's ensemble (Shi et al. 2023,
 arXiv 2301.12652, eq. 2). CausalReader has the interface of model.FiDT5.
 """
-import copy
 import inspect
 import math
 import os
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapters import add_lora, pack_weights, unload_adapters
+from adapters import add_lora, copy_to_cpu, pack_weights, unload_adapters
 from causal_lm import open_lm
 from checkpoints import check_vocabulary, write_weights
 from data import pad_labels, pad_passages
@@ -413,9 +412,11 @@ class CausalReader(nn.Module):
         output = self.run(prompts, mask, 1, use_cache=True)
         for step in range(max_length):
             log_p = output.logits[:, -1].float().log_softmax(-1)                         # (k, V)
-            # (b, k) x (k, V): a product adds in the same order each time
+            # (b, k) x (k, V): a product adds in the same order each time; in bfloat16 likely tokens
+            # would come out equal
             shares = F.one_hot(owner, len(questions)).T * weights[rows].exp()
-            token = (shares @ log_p.exp()).argmax(-1)                                    # (b)
+            with torch.autocast(device.type, enabled=False):
+                token = (shares @ log_p.exp()).argmax(-1)                                # (b)
             answers[questions, step] = token
             likelihoods[rows] += log_p[torch.arange(len(rows), device=device), token[owner]]
 
@@ -478,5 +479,5 @@ class CausalReader(nn.Module):
             write_weights(folder, self.plain_weights())
             return
         if hasattr(lm, "merge_and_unload"):
-            lm = unload_adapters(copy.deepcopy(lm))
+            lm = unload_adapters(copy_to_cpu(lm))
         lm.save_pretrained(folder)

@@ -72,11 +72,13 @@ def log_disk(run):
     state = trained if is_packed(run.unwrapped) else weights
     if run.optimizer.defaults.get("betas"):
         state += 2 * trained  # AdamW's moments
+    # the larger one is there twice while it is replaced; what an earlier run has left counts
+    needed = weights + state + max(weights, state)
     free = shutil.disk_usage(existing_folder(run.out)).free
     line = (f"cost: {run.out} takes {describe_bytes(weights)} on disk, its state "
-            f"{describe_bytes(state)}, and as much again while they are replaced; "
+            f"{describe_bytes(state)}, and the larger one once more while it is replaced; "
             f"{describe_bytes(free)} are free")
-    if free < 2 * (weights + state):
+    if free + size_on_disk(run.out) + size_on_disk(f"{run.out}.state") < needed:
         line = f"warning: too little room on disk; {line}"
     run.world.log(line)
 
@@ -85,6 +87,14 @@ def count_numbers(parameter):
     """How many numbers a weight stands for; a byte of one that is packed into 4 bits holds two."""
     packing = getattr(parameter, "quant_state", None)
     return packing.shape.numel() if packing else parameter.numel()
+
+
+def size_on_disk(path):
+    """The bytes of a file, or of the files of a folder; 0 where there is none."""
+    if not os.path.isdir(path):
+        return os.path.getsize(path) if os.path.exists(path) else 0
+    return sum(os.path.getsize(os.path.join(folder, name))
+               for folder, _, names in os.walk(path) for name in names)
 
 
 def existing_folder(path):

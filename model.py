@@ -5,7 +5,7 @@ The encoder reads every passage by itself, the decoder attends to all of them at
     input_ids (B, N, L) -> EncoderWrapper -> memory (B, M, D) -> decoder -> logits (B, T, V)
 
 B questions, N passages each, L tokens at most; M is the number of real tokens of the longest
-question. plain_fid says it in three lines; FiDT5 computes the same without padding.
+question. plain_fid says it in a few lines; FiDT5 computes the same without padding.
 """
 import json
 import os

@@ -23,7 +23,7 @@ from utils import InputError, gather_lists, refusing, shorten, wait_for_all
 START_ANEW = "give --overwrite in place of --resume to start anew"
 # {part of a state: its type}
 FORM = {"model": dict, "optimizer": dict, "scheduler": dict, "random": list, "progress": dict,
-        "args": dict, "world_size": int}
+        "args": dict, "world_size": int, "dataset_sizes": list}
 PART_FORM = {"model": dict, "optimizer": dict}
 # the end of a part's name, which tells its update; a killed run may have left it half-written
 PART = re.compile(r"\d+of\d+\.(\d+)(?:\.\d+\.writing)?")
@@ -64,7 +64,8 @@ def save_state(run):
     if world.is_main:
         write_state(f"{run.out}.state", {
             **own, "scheduler": run.scheduler.state_dict(), "random": states,
-            "progress": asdict(run.progress), "args": vars(run.args), "world_size": world.size})
+            "progress": asdict(run.progress), "args": vars(run.args), "world_size": world.size,
+            "dataset_sizes": run.dataset_sizes})
         remove_parts(run.out, update if in_parts else None)
 
 
@@ -119,7 +120,8 @@ def load_state(out, args, world, free_flags):
     path = f"{out}.state"
     if not args.resume or not os.path.exists(path):
         return None
-    state = load_torch_file(path)
+    # on a GPU each weight is copied there out of the file; with many processes all would not fit
+    state = load_torch_file(path, mmap=world.device.type == "cuda")
     check_form(state, FORM, path)
     check_form(state["progress"], {name: type(value) for name, value in asdict(Progress()).items()},
                path)
@@ -176,9 +178,14 @@ def restore_state(run, state):
     """Sets what save_state wrote, but for the progress; the random states come last, building a
     model draws from them.
 
-    Raises InputError for a state of another model, or one with missing or wrong parts.
+    Raises InputError for a state of another model or of other data, or one with missing or wrong
+    parts.
     """
     path = f"{run.out}.state"
+    if state["dataset_sizes"] != run.dataset_sizes:
+        raise InputError(f"{path} is of a run on {describe_sizes(state['dataset_sizes'])} training "
+                         f"examples, now there are {describe_sizes(run.dataset_sizes)}; give the "
+                         f"same data, or {START_ANEW}")
     check_weights(state["model"], path)
     if is_sharded(run.unwrapped):
         with refusing(f"{path}: its parts are not those of this model", START_ANEW):
@@ -195,6 +202,11 @@ def restore_state(run, state):
         load_optimizer(run.optimizer, state["optimizer"])
         load_scheduler(run.scheduler, state["scheduler"], state["progress"]["total_updates"])
         restore_random_states(state["random"][run.world.rank], run.world.device)
+
+
+def describe_sizes(sizes):
+    """The numbers of examples of datasets, in words."""
+    return " + ".join(map(str, sizes))
 
 
 def load_optimizer(optimizer, saved):

@@ -13,7 +13,6 @@ questions only the index is made.
 """
 import os
 import time
-from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +60,7 @@ from retrieval.results import (
 )
 from retrieval.vectors import encode_corpus
 from utils import (
+    LONG_PATIENCE,
     InputError,
     gather_lists,
     progress_bar,
@@ -72,7 +72,6 @@ from utils import (
 )
 
 QUESTIONS = 512  # questions that are encoded at once
-PATIENCE = timedelta(days=2)  # a large BM25 index is made by one process while the others wait
 
 
 # ---------------------------------------------------------------- questions
@@ -464,7 +463,7 @@ def log_table(values, names, cutoffs, log):
 def main(args):
     settle_defaults(args)
     check_args(args)
-    world = start_processes(args.gpus, PATIENCE)
+    world = start_processes(args.gpus, LONG_PATIENCE)
     transformers.utils.logging.disable_progress_bar()
 
     # bad questions, labels and corpora are rejected before the search starts

@@ -15,7 +15,6 @@ scores (LLM-Embedder, arXiv 2310.07554), from a reader's cross-attention (FiD-KD
 or a language model's likelihood (REPLUG, arXiv 2301.12652), graded labels. Written: OUT (a
 sentence-transformers folder), OUT.jsonl (a row per report), OUT.state (for --resume).
 """
-import copy
 import math
 import os
 import time
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from adapters import add_lora, pack_weights, unload_adapters
+from adapters import add_lora, copy_to_cpu, pack_weights, unload_adapters
 from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
 from cost import log_cost, measure_updates, note_cost
 from dense import losses
@@ -69,7 +68,6 @@ FREE_FLAGS = {"resume", "overwrite", "num_workers", "gpus", "tqdm", "logging_ste
 class RetrieverRun(Run):
     """A Run of a retriever (or a ranker); its model is a BiEncoder or a CrossEncoder."""
     corpus: Corpus
-    dataset_sizes: list  # the number of examples of each dataset
     task_flags: dict     # {task: the flags, as a Namespace, that its loss is computed with}
     updates: int         # of the schedule; --early_exit_steps may end the run before
 
@@ -379,8 +377,8 @@ def encoders_of(model, args):
 
 
 def merge_adapters(model, args):
-    """A copy of the model whose LoRA adapters are merged into the weights."""
-    model = copy.deepcopy(model)
+    """A copy of the model, on the CPU, whose LoRA adapters are merged into the weights."""
+    model = copy_to_cpu(model)
     for module in encoders_of(model, args):
         module.model = unload_adapters(module.model)
     return model

@@ -64,6 +64,8 @@ from training import (
     wrap_model,
 )
 from utils import (
+    LONG_PATIENCE,
+    PATIENCE,
     HelpFormatter,
     InputError,
     check_at_least,
@@ -491,7 +493,8 @@ def set_up(args, world, sets=BOTH_SETS):
     log = RunLog(f"{args.model}.jsonl", world.is_main, progress.rows, tensorboard)
     run = Run(args=args, world=world, out=args.model, model=wrap_model(reader, world),
               tokenizer=tokenizer, train_set=TrainSet(train, args.seed, not args.no_shuffle),
-              dev=dev, collator=reader.make_collator(tokenizer, args.num_contexts, args.max_length),
+              dataset_sizes=[len(train)], dev=dev,
+              collator=reader.make_collator(tokenizer, args.num_contexts, args.max_length),
               optimizer=optimizer, scheduler=scheduler, last_update=last_update, log=log,
               progress=progress)
     if state:
@@ -545,7 +548,7 @@ def describe(run):
 
 def main(args):
     check_args(args)
-    world = start_processes(args.gpus)
+    world = start_processes(args.gpus, LONG_PATIENCE if args.retriever else PATIENCE)
     if args.fsdp:
         check_processes(world)
     set_seed(args.seed, world.rank)

@@ -86,6 +86,7 @@ class Run:
     model: torch.nn.Module     # inside DistributedDataParallel if there are several processes
     tokenizer: object
     train_set: torch.utils.data.Dataset
+    dataset_sizes: list        # the number of training examples of each dataset
     dev: object                # what the best checkpoint is chosen on, or None
     collator: object
     optimizer: torch.optim.Optimizer

@@ -148,7 +148,11 @@ class World:
             print(text, flush=True)
 
 
-def start_processes(gpus, patience=timedelta(minutes=30)):
+# how long a process waits for the others; the long one is for an index that one of them makes alone
+PATIENCE, LONG_PATIENCE = timedelta(minutes=30), timedelta(days=2)
+
+
+def start_processes(gpus, patience=PATIENCE):
     """Joins torchrun's processes (NCCL on GPUs, gloo on CPUs) and returns this one's World.
 
     `gpus` is CUDA_VISIBLE_DEVICES, '' for the CPU. A process waits for the others no longer than

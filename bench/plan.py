@@ -97,7 +97,7 @@ def find_words(tokenizer):
 
 
 def make_reader_records(path, words, count):
-    """Records with 100 contexts of 82 to 222 words: with the question 100 to 240 tokens."""
+    """Records with 100 contexts of 80 to 220 words: with the question 96 to 236 tokens."""
     rng = random.Random(0)
 
     def text(length):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, T5EncoderModel
 
-from adapters import add_lora, is_packed, pack_weights, unload_adapters
+from adapters import add_lora, copy_to_cpu, is_packed, pack_weights, unload_adapters
 from causal_helpers import make_causal
 from conftest import killed_script, make_bert, make_records, make_t5, run
 from cost import count_numbers
@@ -42,7 +42,9 @@ def test_the_merged_model_is_the_packed_one(llama):
                 parameter.normal_(std=0.1)
     ids = torch.arange(3, 33)[None]
     packed = model(ids).logits
-    merged = unload_adapters(copy.deepcopy(model))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    merged = unload_adapters(copy_to_cpu(model))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert type(merged) is type(plain) and not is_packed(merged)
     torch.testing.assert_close(merged(ids).logits, packed, atol=1e-4, rtol=1e-4)
     # NF4 rounds: close to the model, but not it

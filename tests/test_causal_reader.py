@@ -140,6 +140,17 @@ def test_probabilities_are_averaged_and_not_logits(folders):
     assert reader.generate(**inputs, max_length=1)[0].tolist() == [7]
 
 
+def test_the_average_is_of_float32_under_autocast(folders):
+    """Tokens that bfloat16 cannot tell apart; of the two the second is the likelier."""
+    reader, tokenizer = open_causal(folders["gpt2"])
+    inputs = make_batch(reader, tokenizer)["inputs"]
+    rows = torch.full((5, 1, reader.config.vocab_size), -50.0)
+    rows[:, 0, [7, 9]] = torch.tensor([0.4995, 0.5005]).log()
+    reader.run = lambda *args, **options: type("Output", (), {"logits": rows})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reader.generate(**inputs, max_length=1)[0].tolist() == [9]
+
+
 def test_a_batch_that_is_not_real_has_a_loss_of_zero(folders):
     reader, tokenizer = open_causal(folders["llama"])
     inputs = make_batch(reader, tokenizer)["inputs"]

@@ -670,7 +670,7 @@ def make_run(out, resume):
     optimizer, scheduler = make_optimizer(model, 1e-3, 0.01, 1e-8, 2, 9)
     args = Namespace(resume=resume, seed=0, lr=1e-3)
     return SimpleNamespace(unwrapped=model, optimizer=optimizer, scheduler=scheduler, world=ALONE,
-                           out=out, args=args, progress=Progress())
+                           dataset_sizes=[3], out=out, args=args, progress=Progress())
 
 
 def take_step(run):

@@ -311,7 +311,7 @@ def test_help_is_the_head_and_no_error():
 
 @pytest.mark.parametrize("settings, message", [
     ({"SIZE": "huge"}, "SIZE is 'huge'; it must be one of: base large"),
-    ({"PROCESSES": "3"}, "PROCESSES is '3', and 32, an update's questions or micro-batches, cannot be"),
+    ({"PROCESSES": "3"}, "PROCESSES is '3', and 32, an update's questions or micro-batches, "),
     ({"LAUNCH": "torchrun -n 4"}, "with LAUNCH=torchrun ... give PROCESSES"),
     ({"DISK": "33G"}, "DISK is '33G'; it must be a number of GB"),
     ({"DISK": "99999999"}, "out needs 99999999 GB; it holds 0 GB, and its disk has "),

@@ -183,6 +183,16 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, records_file, tmp_path, m
     assert "is of a run with --seed 42 (now 7)" in error
 
 
+def test_a_run_does_not_go_on_with_other_data(tiny, tmp_path):
+    data = tmp_path / "r.json"
+    args = [tmp_path / "m", data, data, *FAST, "--t5_name", tiny, "--epochs", 1]
+    data.write_text(json.dumps(make_records(4)))
+    run("train_epoch.py", *args)
+    data.write_text(json.dumps(make_records(5)))
+    _, error = run("train_epoch.py", *args, "--resume", code=1)
+    assert "m.state is of a run on 4 training examples, now there are 5; give the same" in error
+
+
 def test_a_dead_process_ends_the_run(tiny, records_file, tmp_path):
     args = [tmp_path / "m", records_file, records_file, *FAST, "--t5_name", tiny, "--epochs",
             100000]

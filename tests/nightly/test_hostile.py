@@ -60,7 +60,8 @@ def torch_files(bait):
               "in minFiD's args": {"sd": {"weight": good}, "args": Namespace(t5_name=bait)},
               "DPR's": {"model_dict": {"weight": bait}, "encoder_params": {}},
               "a state": {"model": {}, "optimizer": bait, "scheduler": {}, "random": [],
-                          "progress": {}, "args": {}, "world_size": 1}}
+                          "progress": {}, "args": {}, "world_size": 1,
+                          "dataset_sizes": [1]}}
     return {f"{name}, {form}": write for name, value in values.items()
             for form, write in torch_forms(value).items()}
 
