@@ -1,7 +1,8 @@
 r"""Draws recall and exact match round by round, of recipes that go in rounds (fid-kd.sh, lsr.sh).
 
-    ROUNDS=4 scripts/fid-kd.sh --toy
-    python bench/draw_rounds.py docs/rounds.svg FiD-KD=out/toy/fid-kd
+    make demo-loop
+    python bench/draw_rounds.py docs/rounds.svg --measure recall@5 \
+        FiD-KD=out/loop/1/fid-kd LSR=out/loop/1/lsr
 
 A line is LABEL=OUT: of the recipe's OUT the files retrievalN.json and emN.json are read, round 0
 being BM25. Needs matplotlib.
@@ -69,9 +70,7 @@ def draw(lines, measure, path):
             if not points:
                 continue
             axis.plot(list(points), list(points.values()), marker="o", color=color, label=label)
-            for number, value in points.items():
-                axis.annotate(f"{value:.1f}", (number, value), (0, 6), textcoords="offset points",
-                              ha="center", fontsize=8, color=color)
+        write_values(axis, [columns[part] for columns in lines.values()])
         axis.set(title=title, xlabel="round (0: BM25)")
         axis.set_xticks(sorted({number for columns in lines.values() for number in columns[0]}))
         axis.margins(0.12, 0.2)
@@ -79,6 +78,19 @@ def draw(lines, measure, path):
     axes[0].legend(frameon=False)
     with new_file(path, "wb") as file:
         figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def write_values(axis, rows):
+    """Writes the values of each round, of {round: value} of each line, above the highest point and
+    below the others.
+    """
+    for number in sorted({number for row in rows for number in row}):
+        values = {f"{row[number]:.1f}": (row[number], color)
+                  for row, color in zip(rows, itertools.cycle(COLORS)) if number in row}
+        highest = max(value for value, _ in values.values())
+        for text, (value, color) in values.items():
+            axis.annotate(text, (number, value), (0, 6 if value == highest else -14),
+                          textcoords="offset points", ha="center", fontsize=8, color=color)
 
 
 def main(args):
