@@ -417,7 +417,7 @@ def write_outputs(args, questions, results, corpus, labels, log):
         write_contexts(args.output, questions, results, corpus, marks)
         log(f"contexts: {args.output}")
     if names:
-        values = measure(questions, results, labels, marks, names, args.cutoffs, log)
+        values = measure(questions, results, labels, marks, corpus, names, args.cutoffs, log)
         log_table(values, names, args.cutoffs, log)
         if args.measures:
             settings = {"method": args.retrieval_method, "queries": len(questions)}
@@ -440,7 +440,7 @@ def inspect(args, questions, results, corpus, labels, marks, log):
         if any(question.answers for question in questions):
             names.append("nq")
         cutoffs = [k for k in cutoffs if k <= args.hits] or [args.hits]
-    values = measure(questions, results, labels, marks, names, cutoffs, log)
+    values = measure(questions, results, labels, marks, corpus, names, cutoffs, log)
     table = [["", *(f"@{k}" for k in cutoffs)]] if names else []
     table += [[name, *(f"{100 * values[f'{name}@{k}']:.2f}" for k in cutoffs)] for name in names]
     method = args.retrieval_method

@@ -1,5 +1,5 @@
 """Measures of results: by labels of documents (as trec_eval), by answers in passages (as DPR)."""
-from metrics import has_answer, ranking_metrics, topk_accuracy
+from metrics import has_answer, rank_documents, ranking_metrics, topk_accuracy
 from utils import InputError, progress_bar, shorten
 
 
@@ -45,7 +45,18 @@ def read_labels(questions, qrels, corpus, log):
     return [{doc_indices[document_id]: label for document_id, label in row.items()} for row in rows]
 
 
-def measure(questions, results, labels, marks, names, cutoffs, log):
+def trec_ranking(results, i, corpus):
+    """The document indices of one question's results as trec_eval ranks the run: documents with
+    equal scores by falling id, and not in the order in which they were found.
+    """
+    doc_indices, scores = results.row(i)
+    if len(set(scores)) == len(scores):
+        return doc_indices
+    indices = dict(zip(corpus.ids(doc_indices), doc_indices))
+    return [indices[document] for document in rank_documents(dict(zip(indices, scores)))]
+
+
+def measure(questions, results, labels, marks, corpus, names, cutoffs, log):
     """{metric@k: mean over the questions that have a label (nq: an answer)}.
 
     marks: what mark_answers returns; it may be None where names does not hold nq.
@@ -55,7 +66,8 @@ def measure(questions, results, labels, marks, names, cutoffs, log):
     for i, question in enumerate(questions):
         row = {}
         if labels[i]:
-            row |= ranking_metrics(results.row(i)[0], labels[i], ranking_names, cutoffs)
+            row |= ranking_metrics(trec_ranking(results, i, corpus), labels[i], ranking_names,
+                                   cutoffs)
         if "nq" in names and question.answers:
             row |= topk_accuracy(marks[i], cutoffs)
         rows.append(row)

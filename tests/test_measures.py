@@ -21,7 +21,8 @@ def test_labels_of_absent_documents_count_as_not_found(corpus):
     assert logged == ["note: 2 of 4 labelled documents are not in the corpus, 'gone' the first; "
                       "they count as not found"]
     results = make_results([1, 3, 4], [5, 2, -1])
-    given = measure(questions, results, labels, None, ["recall", "ndcg", "map"], [3], print)
+    given = measure(questions, results, labels, None, corpus, ["recall", "ndcg", "map"], [3],
+                    print)
     run = {}
     for i in range(2):
         run[str(i)] = {f"d{doc_index}": -rank for rank, doc_index in enumerate(results.row(i)[0])}
@@ -47,7 +48,8 @@ def test_means_are_over_the_questions_that_have_labels_or_answers(corpus):
     labels, marks = read_labels(questions, None, corpus,
                                 print), mark_answers(questions, results, corpus)
     assert labels == [{}, {2: 1}, {}] and marks == [[False, True], None, [False, False]]
-    values = measure(questions, results, labels, marks, ["nq", "mrr"], [1, 2], logged.append)
+    values = measure(questions, results, labels, marks, corpus, ["nq", "mrr"], [1, 2],
+                     logged.append)
     assert values == {"nq@1": 0, "nq@2": 0.5, "mrr@1": 1, "mrr@2": 1}
     assert logged == ["note: nq is the mean over the 2 of 3 questions that have answers",
                       "note: mrr is the mean over the 1 of 3 questions that have labels"]

@@ -206,8 +206,8 @@ def test_minilm_measures_equal_sentence_transformers_exact_search(world_files, t
         assert scores[query["_id"]] == pytest.approx([hit["score"] for hit in row], abs=1e-5)
         theirs[query["_id"]] = {}
         for hit in row:
-            doc_index = hit["corpus_id"]
-            theirs[query["_id"]][f"d{doc_index}"] = hit["score"] - 1e-6 * doc_index
+            # the same texts have the same score
+            theirs[query["_id"]][f"d{hit['corpus_id']}"] = round(hit["score"], 4)
     qrels = {str(i): {f"d{i}": 1} for i in range(12)}
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.10", "map_cut.10"})
     expected = evaluator.evaluate(theirs)
@@ -273,15 +273,35 @@ def test_measures_from_qrels_equal_trec_eval(world_files, tmp_path):
         "--retrieval_method", "bm25", "--hits", 10, "--index", tmp_path / "index", "--trec",
         tmp_path / "run", "--metrics", "ndcg", "map", "--cutoffs", 10, "--measures",
         tmp_path / "m.json")
-    documents, _ = ranks(tmp_path / "run")
-    ranked = {query: {document: -rank for rank, document in enumerate(row)} for query,
-              row in documents.items()}
+    documents, scores = ranks(tmp_path / "run")
+    found = {query: dict(zip(documents[query], scores[query])) for query in documents}
     qrels = {str(i): {f"d{i}": 1} for i in range(12)}
-    expected = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "map_cut.10"}).evaluate(ranked)
+    expected = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "map_cut.10"}).evaluate(found)
     given = json.load(open(tmp_path / "m.json"))
     for our_name, their_name in (("ndcg@10", "ndcg_cut_10"), ("map@10", "map_cut_10")):
         mean = sum(row[their_name] for row in expected.values()) / 12
         assert given[our_name] == pytest.approx(mean, abs=1e-6)
+
+
+def test_equal_scores_are_measured_in_the_order_of_trec_eval(tmp_path):
+    import pytrec_eval
+    texts = {"a": "red", "b": "red", "c": "blue"}
+    write_rows(tmp_path / "corpus.jsonl", [{"_id": name, "title": "", "text": text}
+                                           for name, text in texts.items()])
+    write_rows(tmp_path / "q.jsonl", [{"_id": "q", "text": "red"}])
+    qrels = {"q": {"a": 1}}
+    write_rows(tmp_path / "qrels.tsv", ["q\td\ts", "q\ta\t1"])
+    run("retrieve.py", "--retrieval_method", "bm25", "--corpus", tmp_path / "corpus.jsonl",
+        "--index", tmp_path / "index", "--queries", tmp_path / "q.jsonl", "--qrels",
+        f"qrels={tmp_path}/qrels.tsv", "--hits", 2, "--metrics", "recall", "mrr", "--cutoffs", 1, 2,
+        "--trec", tmp_path / "run", "--measures", tmp_path / "m.json")
+    documents, scores = ranks(tmp_path / "run")
+    assert documents["q"] == ["a", "b"] and len(set(scores["q"])) == 1
+    found = {"q": dict(zip(documents["q"], scores["q"]))}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"recall.1", "recip_rank"}).evaluate(found)["q"]
+    ours = json.load(open(tmp_path / "m.json"))
+    assert ours["recall@1"] == theirs["recall_1"] == 0
+    assert ours["mrr@2"] == theirs["recip_rank"] == 0.5
 
 
 def test_qrels_choose_among_the_queries_of_all_splits(world_files, tmp_path):
