@@ -14,7 +14,6 @@ import time
 
 START = time.perf_counter()  # importing the libraries is most of the loading time
 
-import argparse
 import html
 import json
 import os
@@ -52,7 +51,7 @@ from retrieve import (
     search_query_vectors,
     search_words,
 )
-from utils import HelpFormatter, InputError, check_at_least, run_script, shorten, start_processes
+from utils import InputError, Parser, check_at_least, run_script, shorten, start_processes
 
 PROMPT = "question: "
 NOTHING_FOUND = "no passage was found; the question was read alone"
@@ -63,7 +62,7 @@ BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[1;32m", "\033[2m", "\033[0m"
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument_group("reader").add_argument
     add("model", help="the reader: checkpoint folder, minFiD file or hub name")
     add("--num_contexts", type=int, help="passages to read; not given: as trained, else 5")

@@ -378,9 +378,10 @@ def check_claim(out, resume, overwrite):
         if not any(holds_mark(path, mark) for mark in marks):
             raise InputError(f"{path}: is no file of a run, and the run would replace it; choose "
                              "another name for the folder")
-    is_used = holds_checkpoint or os.path.exists(f"{out}.state")
-    if is_used and not (resume or overwrite):
-        raise InputError(f"{out}: holds an earlier run; --resume goes on with it, --overwrite "
+    used = [path for path, is_used in ((out, holds_checkpoint),
+                                       (f"{out}.state", os.path.exists(f"{out}.state"))) if is_used]
+    if used and not (resume or overwrite):
+        raise InputError(f"{used[0]}: holds an earlier run; --resume goes on with it, --overwrite "
                          "replaces it, or choose another folder")
 
 

@@ -13,7 +13,6 @@ parties share. Over several hosts the same flags are given to `flwr run`: docs/f
 Written: OUT (the best global model, as the training script writes it), OUT.jsonl (a row per round),
 OUT.state (for --resume), and in a simulation OUT.clients (the clients' records).
 """
-import argparse
 import logging
 import os
 import shlex
@@ -47,8 +46,8 @@ from federated.strategies import AVERAGES, list_strategies, make_strategy
 from federated.task import check_mode
 from federated.transport import CLIENT_FAILED, OpenError
 from utils import (
-    HelpFormatter,
     InputError,
+    Parser,
     call_main,
     check_at_least,
     check_positive,
@@ -70,8 +69,8 @@ def parse_args(arguments=None):
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     own, *script_flags = split_list(arguments, "--")
-    parser = argparse.ArgumentParser(
-        prog="federate.py", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
+    parser = Parser(
+        prog="federate.py", description=__doc__, allow_abbrev=False,
         usage="%(prog)s OUT [flags] -- FLAGS OF train_dense.py OR train_epoch.py")
     add = parser.add_argument
     add("model", metavar="OUT", help="folder to write the best global model to")

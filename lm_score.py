@@ -11,7 +11,6 @@ sequence-to-sequence model, or a reader of train_epoch.py, which then reads one 
 Sources: LLM-Embedder (arXiv 2310.07554, section 3.2), REPLUG (arXiv 2301.12652, section 4). After a
 crash the same command goes on where it was.
 """
-import argparse
 import json
 import math
 import os
@@ -56,8 +55,8 @@ from retrieval.corpus import check_template, format_key, open_corpus
 from retrieval.fingerprint import hash_file, hash_windows, model_files
 from retrieval.mining import check_indices, collated_path
 from utils import (
-    HelpFormatter,
     InputError,
+    Parser,
     check_at_least,
     find_files,
     gather_lists,
@@ -110,7 +109,7 @@ class Scorer(NamedTuple):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--eval_data", required=True, metavar="FILE",
         help="records with answers and keys: pos and neg, history, or ctxs; .json or .jsonl, may "

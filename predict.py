@@ -123,7 +123,8 @@ def write_predictions(path, predictions, records, with_contexts):
         for prediction in predictions:
             record = records[prediction.index]
             if path.endswith(".jsonl"):
-                row = {"index": prediction.index, "id": record["id"], "prediction": prediction.text,
+                row = {"index": prediction.index, "id": record["id"],
+                       "question": record["question"], "prediction": prediction.text,
                        "answers": record["answers"], "em": prediction.em, "f1": prediction.f1}
                 if with_contexts:
                     row |= describe_contexts(record, prediction.context_scores)
@@ -135,13 +136,14 @@ def write_predictions(path, predictions, records, with_contexts):
 
 def describe_contexts(record, scores):
     """{best_context, contexts} of a prediction: the id of the context with the highest score of the
-    reader, and every context's id (or index), score and whether it holds an answer.
+    reader, and every context's id (or index), score and, where there are answers, whether it holds
+    one.
     """
     contexts = []
     for index, (context, score) in enumerate(zip(record["ctxs"], scores)):
-        holds_answer = has_answer(context["text"], record["answers"])
-        contexts.append({"id": context.get("id", index), "score": score,
-                         "has_answer": holds_answer})
+        contexts.append({"id": context.get("id", index), "score": score})
+        if record["answers"]:
+            contexts[-1]["has_answer"] = has_answer(context["text"], record["answers"])
     best = max(contexts, key=lambda context: context["score"], default={"id": None})
     return {"best_context": best["id"], "contexts": contexts}
 

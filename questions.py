@@ -254,8 +254,14 @@ def check_record(record, location, index):
     return record
 
 
-def note_contexts(records, path, log):
-    """Logs a line if records of a file have no contexts: their questions are read alone."""
+def note_contexts(records, path, num_contexts, log):
+    """Logs a line if records of a file have no contexts, so that their questions are read alone, or
+    none has as many as are to be read.
+    """
+    most = max((len(record["ctxs"]) for record in records), default=0)
+    if 0 < most < num_contexts:
+        log(f"note: no record of {path} has more than {most} contexts, fewer than --num_contexts "
+            f"{num_contexts}")
     without = sum(not record["ctxs"] for record in records)
     if without == len(records):
         log(f"warning: 0 of {len(records)} records of {path} have contexts: run retrieve.py first, "
@@ -264,7 +270,7 @@ def note_contexts(records, path, log):
         log(f"note: {without} of {len(records)} records of {path} have no contexts")
 
 
-def note_files(files, log):
+def note_files(files, num_contexts, log):
     """note_contexts of each [(path, records or None)], the first being of training; logs a line
     for another that is the same file.
     """
@@ -276,7 +282,7 @@ def note_files(files, log):
             log(f"note: {path} is the training file too: measures on it do not tell how new "
                 "questions are answered")
         else:
-            note_contexts(records, path, log)
+            note_contexts(records, path, num_contexts, log)
 
 
 # ---------------------------------------------------------------- questions for retrieval
@@ -452,9 +458,8 @@ def parse_two_columns(line, path, location):
     does. Any other line is an id and, as it stands after the first tab, a text. Raises InputError.
     """
     if "\t" not in line:
-        raise InputError(f"{location}: one column instead of two: question and answers, or id and "
-                         "text, with a tab between them; one column, or commas, need a header line "
-                         "such as question,answer")
+        raise InputError(f"{location}: neither a header, such as question,answer, nor question and "
+                         f"answers with a tab between them: {shorten(line)}")
     cells = split_line(line, "\t", location)
     if len(cells) == 2 and holds_answers(cells[1], path):
         return {"question": cells[0], "answers": parse_answers(cells[1], location)}

@@ -9,7 +9,6 @@ OUT is a folder written by train_epoch.py, any T5 folder or hub name, a released
 minFiD's file, or the folder or hub name of a causal language model (causal_reader.py). The number
 of contexts and the lengths default to those that the checkpoint was trained with.
 """
-import argparse
 import os
 import time
 
@@ -30,11 +29,11 @@ from predict import (
 from questions import note_contexts, read_records
 from readers import add_prompt_flags, open_reader, place_reader
 from sharding import check_processes
-from utils import HelpFormatter, InputError, check_at_least, run_script, start_processes
+from utils import InputError, Parser, check_at_least, run_script, start_processes
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument_group("data").add_argument
     add("model", help="checkpoint folder, minFiD file or hub name")
     add("data", help="records to answer: .json or .jsonl, may end in .gz")
@@ -145,7 +144,7 @@ def main(args):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.log(f"{len(records)} questions{note}; {parameters:,} parameters on {world.size} x "
               f"{world.device.type}, length {args.max_length}")
-    note_contexts(records, args.data, world.log)
+    note_contexts(records, args.data, max(args.num_contexts), world.log)
     note_long_passages(records, model.make_collator(tokenizer, max(args.num_contexts),
                                                     args.max_length), world.log)
     kind = choose_score_kind(args)

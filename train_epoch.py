@@ -16,7 +16,6 @@ Written: OUT (the best reader, a folder of transformers), OUT.jsonl (one row per
 OUT.state (everything that --resume needs to end with the weights of a run that was never stopped)
 and, with --retriever, OUT.retrieved (its passages).
 """
-import argparse
 import math
 import os
 import time
@@ -66,8 +65,8 @@ from training import (
 from utils import (
     LONG_PATIENCE,
     PATIENCE,
-    HelpFormatter,
     InputError,
+    Parser,
     check_at_least,
     check_positive,
     check_seed,
@@ -92,8 +91,7 @@ SET_PATHS = {"train": "data_train", "dev": "data_val"}
 def parse_args(arguments=None):
     """The flags as a Namespace, of the command line or of a list of arguments."""
     # no abbreviations: --model would be taken for --model_name_or_path
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("model", nargs="?",
         help="folder to write the best reader to; OUT.jsonl and OUT.state lie beside it")
@@ -561,7 +559,7 @@ def main(args):
             run.unwrapped.check_records(test, args.num_contexts, args.data_test)
         describe(run)
         note_files([(args.data_train, run.train_set.records), (args.data_val, run.dev),
-                    (args.data_test, test)], world.log)
+                    (args.data_test, test)], args.num_contexts, world.log)
         if args.plan:
             plan_cost(run)
             return

@@ -165,13 +165,18 @@ def wrap_model(model, world):
 
 def describe_machine(world, gpus):
     """The line that a run starts with: processes, device, versions."""
-    device = f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    device = f"cpu, {threads} threads"
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     line = f"{world.size} process(es) on {device}; {packages}"
     if gpus == "" and os.path.exists("/dev/nvidia0"):
         line += "; a GPU is here but unused: --gpus 0"
+    if world.device.type == "cpu" and threads > 1 and os.getloadavg()[0] > os.cpu_count():
+        # threads wait for each other in busy loops; of two, one that is kept off its core costs
+        # a step of 0.1 s several seconds
+        line += "; the machine is busy: OMP_NUM_THREADS=1 in front of the command may be faster"
     return line
 
 

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from difflib import get_close_matches
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,22 @@ def refusing(problem, remedy):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows every flag's default, under a description whose lines stay as written."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of flags whose errors are one line, which names the flag that may be meant."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, **options)
+
+    def error(self, message):
+        unknown, hint = [], ""
+        if message.startswith("unrecognized arguments"):
+            unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        for flag in unknown:
+            for likely in get_close_matches(flag, self._option_string_actions, 1):
+                hint += f"; for {flag} is {likely} meant?"
+        self.exit(2, f"error: {message}{hint} (-h explains the flags)\n")
 
 
 def parse_boolean(text):

@@ -32,7 +32,7 @@ from dense.batches import tokenize
 from dense.losses import contrastive
 from dense.model import BiEncoder
 from reader import resident
-from utils import HelpFormatter, InputError, run_script, start_processes
+from utils import InputError, Parser, run_script, start_processes
 
 LENGTH = 256         # tokens per text at most
 ENCODED = 2048       # texts tokenised at a time
@@ -40,7 +40,7 @@ THEIR_BATCH = 32     # texts that sentence-transformers encodes at a time, its d
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", help="bi-encoder folder or hub name; not given: all-MiniLM-L6-v2")
     add("--texts", type=int, default=256, help="passages per round of encoding")

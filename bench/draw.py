@@ -5,7 +5,6 @@ r"""Draws exact match against the number of contexts, from the tables that test.
 
 A line of the picture is LABEL=FILE; of each file the last table counts. Needs matplotlib.
 """
-import argparse
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from files import new_file
-from utils import HelpFormatter, InputError, run_script
+from utils import InputError, Parser, run_script
 
 # contexts, EM, F1, correct/count, questions per second: a row as test.py prints it
 ROW = re.compile(r"\s*(\d+)\s+(\d+\.\d+)\s+\d+\.\d+\s+\d+/(\d+)\s+\d")
@@ -21,7 +20,7 @@ COLORS = ("#1f5fa8", "#c4501b", "#4b7d2a", "#7a4a9e")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("picture", help="file to write, .svg")
     parser.add_argument("lines", nargs="+", metavar="LABEL=FILE",
                         help="a line's label and the file of its table")

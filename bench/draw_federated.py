@@ -8,14 +8,13 @@ The folder is that of a seed, and its files the logs of federate.py and the trai
 training outside of the federation is drawn at the round that has seen the same share of examples.
 Needs matplotlib.
 """
-import argparse
 import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from files import check_paths, new_file, read_json
-from utils import HelpFormatter, InputError, run_script
+from utils import InputError, Parser, run_script
 
 # {model: (the measure in its logs, what makes per cent of it, the panel's title)}
 PANELS = {"retriever": ("recall@5", 100, "retriever: recall@5, %"),
@@ -24,7 +23,7 @@ FEDERATED, CENTRAL, ALONE = "#1f5fa8", "#4b7d2a", "#c4501b"
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("picture", help="file to write, .svg")
     parser.add_argument("folder", help="what make demo-federated made of a seed: out/federated/1")
     return parser.parse_args()

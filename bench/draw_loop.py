@@ -6,21 +6,20 @@ r"""Draws the table of make demo-loop: recall@5 and exact match of every way to 
 A dot is the mean of the seeds, the line through it runs from the lowest to the highest. The file is
 what scripts/table.py --json writes. Needs matplotlib.
 """
-import argparse
 import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from files import check_paths, new_file, read_settings
-from utils import HelpFormatter, InputError, run_script
+from utils import InputError, Parser, run_script
 
 PANELS = {"recall@5": "recall@5, %", "em": "exact match of the reader, %"}
 COLOR, FAINT = "#1f5fa8", "#9a9a9a"
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("picture", help="file to write, .svg")
     parser.add_argument("table", help="file that scripts/table.py --json wrote")
     return parser.parse_args()

@@ -4,7 +4,6 @@ r"""Draws the loop as a diagram: which script makes what, and who reads it.
 
 The picture is plain SVG that takes the page's light or dark colours.
 """
-import argparse
 import html
 import os
 import sys
@@ -13,7 +12,7 @@ from typing import NamedTuple
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from files import check_paths, new_file
-from utils import HelpFormatter, run_script
+from utils import Parser, run_script
 
 WIDTH, HEIGHT = 860, 430
 STYLE = """
@@ -88,7 +87,7 @@ NOTE = "federate.py runs train_epoch.py's and train_dense.py's steps on many par
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("picture", help="file to write, .svg")
     return parser.parse_args()
 

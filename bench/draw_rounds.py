@@ -7,7 +7,6 @@ r"""Draws recall and exact match round by round, of recipes that go in rounds (f
 A line is LABEL=OUT: of the recipe's OUT the files retrievalN.json and emN.json are read, round 0
 being BM25. Needs matplotlib.
 """
-import argparse
 import itertools
 import os
 import sys
@@ -15,13 +14,13 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from files import check_paths, new_file, read_settings
-from utils import HelpFormatter, InputError, run_script
+from utils import InputError, Parser, run_script
 
 COLORS = ("#1f5fa8", "#c4501b", "#4b7d2a", "#7a4a9e")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("picture", help="file to write, .svg")
     add("lines", nargs="+", metavar="LABEL=OUT", help="a line's label and the OUT of its recipe")

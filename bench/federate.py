@@ -23,7 +23,6 @@ starts of Flower's processes, imports, opening the model, waiting, and the trans
 that does nothing else. `processor` is what all processes of a round take, the updates included. The
 share is of a round with --train_seconds of training.
 """
-import argparse
 import importlib.resources
 import json
 import os
@@ -58,7 +57,7 @@ from federated import client as client_side
 from federated.server import aggregate, check_answer, make_messages, save_state, sort_replies
 from federated.task import check_mode
 from federated.transport import count_bytes
-from utils import HelpFormatter, InputError, run_script, start_processes
+from utils import InputError, Parser, run_script, start_processes
 
 TINY = os.path.join(ROOT, "toy", "t5-tiny")
 TRANSPORTS = ["float32", "bf16", "lora"]
@@ -68,7 +67,7 @@ POLL = 0.05  # seconds between looks at OUT.jsonl
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=["tiny", "MiniLM", "t5-base"], default=["MiniLM", "t5-base"],
         help="whose weights travel; tiny: toy/t5-tiny, which has no LoRA")

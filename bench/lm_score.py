@@ -18,7 +18,6 @@ for all.
     answer logits only    the same batches, with the logits of the answers' places alone
     ours                  causal_lm.score_texts
 """
-import argparse
 import json
 import math
 import os
@@ -37,7 +36,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 from bi_encoder import ratio, time_rounds
 from causal_lm import Text, open_causal_lm, score_texts
-from utils import HelpFormatter, InputError, run_script, start_processes
+from utils import InputError, Parser, run_script, start_processes
 
 THEIR_BATCH = 8  # texts
 KEY_TOKENS = 100
@@ -46,7 +45,7 @@ BETWEEN, TAIL = 4, 4  # tokens of the template between the fields, and before th
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", help="causal language model; not given: GPT-2 small's shape, random weights")
     add("--questions", type=int, default=4, help="questions per round")

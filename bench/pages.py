@@ -18,11 +18,11 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import pages
 from browser import CHROMIUM, Browser
 from pages import Inspected, choose_depth, write_inspection
-from utils import HelpFormatter, InputError, run_script
+from utils import InputError, Parser, run_script
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--questions", type=int, default=3610)
     add("--passages", type=int, default=100, help="of a question")

@@ -7,7 +7,6 @@ A row has the batch that one of the recipe's 8 GPUs has, so that its time times 
 updates is the recipe's, but for what the GPUs send each other. Passages have as many tokens as
 NaturalQuestions' have on average: 170 for readers (100 to 240), 150 for retrievers.
 """
-import argparse
 import json
 import os
 import random
@@ -28,7 +27,7 @@ import train_dense
 import train_epoch
 from cost import measure_updates
 from dense.evaluation import encode_texts
-from utils import HelpFormatter, peak_bytes, run_script, start_processes
+from utils import Parser, peak_bytes, run_script, start_processes
 
 T5 = {"vocab_size": 32128, "d_kv": 64, "decoder_start_token_id": 0}
 MODELS = {
@@ -64,7 +63,7 @@ ROWS = {
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which recipes")
     add("--bf16", action="store_true", help="bfloat16 autocast in place of float32")

@@ -38,7 +38,7 @@ from checkpoints import load_tokenizer
 from data import Collator
 from dropout import dropout
 from model import FiDT5
-from utils import HelpFormatter, InputError, progress_bar, run_script, start_processes
+from utils import InputError, Parser, progress_bar, run_script, start_processes
 
 SHAPES = {"small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
           "base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
@@ -62,7 +62,7 @@ class Cell(NamedTuple):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=["small"], help="T5 shapes")
     add("--contexts", type=int, nargs="+", default=[20, 100], metavar="N",

@@ -40,7 +40,7 @@ from retrieval.exact_search import search_vectors
 from retrieval.faiss_index import open_indices, search_indices
 from retrieval.results import Results, write_run
 from retrieval.vectors import encode_corpus
-from utils import HelpFormatter, InputError, World, run_script
+from utils import InputError, Parser, World, run_script
 
 K = 100
 WIKIPEDIA, WIDTH = 21_015_324, 768  # DPR's passages, a base model's vectors
@@ -49,7 +49,7 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--vectors", type=int, default=1_000_000, help="vectors that are searched")
     add("--width", type=int, default=384, help="numbers per vector")

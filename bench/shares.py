@@ -5,7 +5,6 @@ order of the contexts.
 
     python bench/shares.py out/demo toy/data/test.json
 """
-import argparse
 import os
 import sys
 
@@ -15,11 +14,11 @@ from metrics import has_answer
 from model import FiDT5
 from predict import ANSWER_MAXLENGTH, predict, settle_lengths
 from questions import read_records
-from utils import HelpFormatter, run_script, start_processes
+from utils import Parser, run_script, start_processes
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("model", help="the reader's folder")
     add("data", help="records with answers and ctxs")

@@ -70,9 +70,13 @@ def open_encoders(name, key_name=None, pooling=None, dropout=None, trained=False
 def read_stated(name):
     """{metric, temperature, separator} as far as a retriever's args.json states them.
 
-    Raises InputError for values that cannot be.
+    Raises InputError for values that cannot be, and for a reader's args.json.
     """
-    stated = read_args(name).get("retriever", {})
+    args = read_args(name)
+    if "dev_em" in args:
+        raise InputError(f"{name}: is a reader, which train_epoch.py has written; give the folder "
+                         "of a retriever or an encoder")
+    stated = args.get("retriever", {})
     path = os.path.join(name, "args.json")
     with refusing(f"{path}: its 'retriever' is not metric, temperature and separator", "mend it"):
         if stated.get("metric", "cos") not in SIMILARITY:

@@ -1,7 +1,6 @@
 """The flags of train_dense.py, named as in LLM-Embedder's, Trove's and minDPR's commands, and their
 checks.
 """
-import argparse
 import math
 
 from adapters import check_packing
@@ -12,8 +11,8 @@ from retrieval.corpus import check_templates
 from training import BOTH_SETS
 from utils import (
     SWITCH,
-    HelpFormatter,
     InputError,
+    Parser,
     check_at_least,
     check_positive,
     check_seed,
@@ -24,7 +23,7 @@ from utils import (
 
 def parse_args(description, arguments=None):
     """The flags as a Namespace, of the command line or of a list of arguments."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = Parser(description=description)
     add_data_flags(parser)
     add_evaluation_flags(parser)
     add_text_flags(parser)

@@ -1,5 +1,4 @@
 """The flags of retrieve.py, what they default to, and their checks."""
-import argparse
 import math
 
 from dense.instructions import INSTRUCTIONS, named_version
@@ -10,8 +9,8 @@ from retrieval.corpus import check_templates
 from retrieval.mining import COLLATED, collated_paths
 from utils import (
     SWITCH,
-    HelpFormatter,
     InputError,
+    Parser,
     check_at_least,
     check_seed,
     resolve_path,
@@ -25,7 +24,7 @@ DEFAULTS = {"query_max_length": 256, "key_max_length": 256, "query_template": "{
 
 
 def parse_args(description, arguments=None):
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = Parser(description=description)
     add_data_flags(parser)
     add_method_flags(parser)
     add_output_flags(parser)
@@ -200,6 +199,9 @@ def check_args(args):
     check_method(args)
     check_collated(args)
     check_page(args.html)
+    if args.output and args.output.endswith((".csv", ".tsv", ".txt")):
+        raise InputError(f"--output {args.output}: contexts are written as JSON lines if the name "
+                         "ends in .jsonl, else as JSON; choose such a name")
     outputs = [args.output, args.trec, args.measures, args.html]
     outputs += [collated_paths(args)[kind] for kind in list_collated(args)]
     check_paths(outputs, [args.eval_data, *args.queries, *args.results, *args.corpus, args.index,

@@ -10,18 +10,17 @@ is compared with, and the largest difference that passes as noise. It is compare
 per cent, or with the same measure of another file; with `none` it is printed alone. The exit code
 is 0 if all differences pass, and 2 if one does not.
 """
-import argparse
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from files import to_number
 from table import PER_CENT, read_measures
-from utils import HelpFormatter, InputError, run_script, shorten
+from utils import InputError, Parser, run_script, shorten
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--result", nargs=5, action="append", default=[],
                         metavar=("NAME", "FILE", "MEASURE", "OTHER", "TOLERANCE"),
                         help="a measure, the number or file to compare it with, and the largest "

@@ -44,7 +44,7 @@ train_and_compare() {
             need_file "${files/SPLIT/$split}" "scripts/get_data.sh $FETCH fetches it"
         done
     else
-        need_disk 8 "$DATA/$NAME"
+        need_records "$DATASET"
         stage records $PYTHON "$ROOT/scripts/fid_data.py" "$DATASET" --data "$DATA"
     fi
     if [ "$files" = "$OUT/contexts.SPLIT.jsonl" ]; then
@@ -56,7 +56,8 @@ train_and_compare() {
         done
     fi
     stage reader $LAUNCH "$ROOT/train_epoch.py" "$OUT/reader" "${files/SPLIT/train}" \
-        "${files/SPLIT/dev}" --t5_name "$MODEL" --num_contexts "$CONTEXTS" $READER_FLAGS --resume \
+        "${files/SPLIT/dev}" --t5_name "$MODEL" --num_contexts "$CONTEXTS" $READER_FLAGS \
+        ${MORE_FLAGS:-} --resume \
         --gpus "$GPUS"
     stage test $LAUNCH "$ROOT/test.py" "$OUT/reader" "${files/SPLIT/test}" --batch_size 12 \
         --num_workers 2 --pred "$OUT/test.jsonl" --measures "$OUT/test.json" --gpus "$GPUS"

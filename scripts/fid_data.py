@@ -16,7 +16,6 @@ The rules are those of FiD's src/preprocess.py, and so are the files, byte for b
 FiD holds Wikipedia in memory, here it stays on disk. A file that exists is kept: a run that was cut
 off goes on with the first file that is missing.
 """
-import argparse
 import json
 import os
 import re
@@ -30,7 +29,7 @@ sys.path.insert(0, ROOT)
 from files import new_file, open_text, read_json, read_settings
 from questions import gold_answers, question_text
 from retrieval.corpus import Corpus
-from utils import HelpFormatter, InputError, first_line, progress_bar, run_script, shorten
+from utils import InputError, Parser, first_line, progress_bar, run_script, shorten
 
 SPLITS = ("train", "dev", "test")
 
@@ -47,7 +46,7 @@ class Original(NamedTuple):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("datasets", nargs="+", choices=list(DATASETS),
                         help="NaturalQuestions, TriviaQA")
     parser.add_argument("--data", default="data", help="folder that scripts/get_data.sh filled")

@@ -105,9 +105,9 @@ gigabytes() {
     awk -v bytes="$1" 'BEGIN {printf "%.1f GB", bytes / 1e9}'
 }
 
-if [ $# -eq 0 ]; then  # the head of this file
+if [ $# -eq 0 ] || [ "$1" = -h ] || [ "$1" = --help ]; then  # the head of this file
     sed -n '2,/^set /{s/^# \{0,1\}//p}' "$0"
-    exit 1
+    exit $(($# == 0))
 fi
 
 # all addresses first, so that a misspelt name is reported before anything is fetched

@@ -8,10 +8,9 @@
 Reads .txt, .md, .html and, with the package pypdf, .pdf, in the folder and those below it; what
 begins with a dot is left out. A passage, {"id": "sub/file.txt#3", "title", "text"}, ends where a
 sentence does and has at most --words words, which are what blanks separate. The title is that
-of markdown's front matter, or the file's first heading, or its name; all headings stay in the text,
-with the sentence that follows them.
+of markdown's front matter, or the file's first heading (of HTML <title> or <h1>), or its name; all
+headings stay in the text, with the sentence that follows them, and so do markdown's other marks.
 """
-import argparse
 import importlib.util
 import json
 import logging
@@ -23,7 +22,7 @@ from html.parser import HTMLParser
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from files import is_stream, new_file
-from utils import HelpFormatter, InputError, check_at_least, run_script
+from utils import InputError, Parser, check_at_least, run_script
 
 # where sentences end: behind . ! ? and closing quotes unless a small letter follows ("e.g. this"),
 # behind the full stops of Chinese and Japanese, at blank lines, and before an item of a list
@@ -46,7 +45,7 @@ HTML_INLINE = {"a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "del", "d
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("folder", metavar="DIR", help="folder of documents")
     add("--words", type=int, default=100, help="most words of a passage")

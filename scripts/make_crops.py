@@ -10,7 +10,6 @@ questions or labels; distillation starts from it. After Contriever's cropping (a
 section 3.1), with the whole document as the key. Half of the crops begin where the document does,
 with its title.
 """
-import argparse
 import json
 import os
 import random
@@ -20,8 +19,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from files import check_paths, new_file
 from retrieval.corpus import Corpus
 from utils import (
-    HelpFormatter,
     InputError,
+    Parser,
     check_at_least,
     check_seed,
     progress_bar,
@@ -30,7 +29,7 @@ from utils import (
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("corpus", nargs="+", help="documents: .tsv or .csv with a header, or JSON lines")
     add("--output", required=True, metavar="FILE", help="records to write, .json or .jsonl, one a "

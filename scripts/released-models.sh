@@ -113,12 +113,16 @@ if [ "$RETRIEVERS" ]; then
     gigabytes=35
 fi
 need_disk $gigabytes "$OUT"
-
+RECORDS=()
 for dataset in nq tqa; do
     if [[ " $READERS" == *" $dataset-"* || " $RETRIEVERS" == *" fid-$dataset"* ]]; then
-        need_disk 8 "$DATA/${dataset^^}"
-        stage "records-$dataset" $PYTHON "$ROOT/scripts/fid_data.py" $dataset --data "$DATA"
+        need_records $dataset
+        RECORDS+=($dataset)
     fi
+done
+
+for dataset in "${RECORDS[@]}"; do
+    stage "records-$dataset" $PYTHON "$ROOT/scripts/fid_data.py" $dataset --data "$DATA"
 done
 
 for reader in $READERS; do

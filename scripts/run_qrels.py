@@ -9,17 +9,16 @@
 Every document of the run gets the label 0. Positives among them do no harm: a document that is both
 counts as a positive in training; in --eval_qrels give the positives' file behind this one.
 """
-import argparse
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from files import check_paths, decode_line, new_file, read_lines
-from utils import HelpFormatter, InputError, progress_bar, run_script
+from utils import InputError, Parser, progress_bar, run_script
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a TREC run, as retrieve.py --trec writes it")
     parser.add_argument("--output", required=True, metavar="FILE", help="qrels in BEIR's form")
     return parser.parse_args()

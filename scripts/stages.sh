@@ -40,7 +40,7 @@ read_flags() {  # "$@" of the recipe: nothing, or --toy, which runs it on the em
                 exit 0 ;;
             *)
                 echo "error: $flag: the one flag is --toy; settings are given as NAME=VALUE before" \
-                    "the command, and its head names them:" >&2
+                    "the command, see its head and docs/replication.md:" >&2
                 print_head >&2
                 exit 1 ;;
         esac
@@ -87,6 +87,16 @@ need_disk() {  # GB FOLDER: room for what will be written there, what it holds a
             "DATA=FOLDER on another disk, or DISK=GB if less will do" >&2
         exit 1
     fi
+}
+
+need_records() {  # nq or tqa: FiD's records, or what scripts/fid_data.py makes them of
+    local name=${1^^}
+    if [ ! -e "$DATA/$name/test.json" ]; then
+        for file in "$DATA/$name.test.idx.json" "$DATA/psgs_w100.tsv.gz"; do
+            need_file "$file" "scripts/get_data.sh fid-$1 fetches it, DATA names its folder"
+        done
+    fi
+    need_disk 8 "$DATA/$name"
 }
 
 share() {  # COUNT: what each process takes of it

@@ -11,19 +11,18 @@ reader's args.json, which has dev_em and dev_f1 in per cent, is such a file too.
 {seed} in a path stands for each of them: the table has the mean and, behind ±, half the distance
 from the lowest to the highest.
 """
-import argparse
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from files import check_paths, read_settings, to_number, write_json
-from utils import HelpFormatter, InputError, run_script, shorten
+from utils import InputError, Parser, run_script, shorten
 
 PER_CENT = ("dev_em", "dev_f1")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("rows", nargs="*", metavar="NAME=FILE,FILE", help="a row and the files of its measures")
     add("--columns", nargs="+", required=True, metavar="NAME",

@@ -4,6 +4,7 @@ wrong ones are refused.
 import argparse
 import importlib.resources
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,13 @@ def test_folders_with_a_head_and_two_encoders(metric, pooling, tmp_path):
             assert torch.equal(ours, again.encode(tokenize(tokenizer, TEXTS, 64), role))
         theirs = SentenceTransformer(str(tmp_path / "saved" / role), device="cpu")
         torch.testing.assert_close(ours, torch.from_numpy(theirs.encode(TEXTS)), atol=1e-5, rtol=0)
+
+
+def test_a_reader_is_no_retriever(tmp_path):
+    folder = Path(make_bert(tmp_path / "bert"))
+    (folder / "args.json").write_text('{"dev_em": 40.0}')
+    with pytest.raises(InputError, match="bert: is a reader, which train_epoch.py has written"):
+        BiEncoder.open(folder)
 
 
 def test_ranker_folder_opens_in_sentence_transformers(tmp_path):

@@ -3,10 +3,10 @@ import json
 
 from predict import Prediction, count_best_with_answer, write_predictions
 
-RECORDS = [{"id": "q0", "answers": ["Paris"], "ctxs": [
+RECORDS = [{"id": "q0", "question": "where?", "answers": ["Paris"], "ctxs": [
     {"id": "p7", "text": "Lyon is a city."}, {"id": "p3", "text": "The capital is Paris."},
     {"id": "p5", "text": "not read"}]},
-    {"id": "q1", "answers": [], "ctxs": []}]
+    {"id": "q1", "question": "who?", "answers": [], "ctxs": []}]
 
 
 def test_predictions_carry_the_contexts_that_they_are_of(tmp_path):

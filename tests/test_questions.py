@@ -106,11 +106,14 @@ def test_contexts_that_are_missing_are_told(tmp_path):
     with_contexts = [{"ctxs": [CONTEXT]}]
     without = [{"ctxs": []}]
     logged = []
-    note_contexts(without * 20, "q.json", logged.append)
-    note_contexts(with_contexts * 17 + without * 3, "r.json", logged.append)
-    note_contexts(with_contexts, "s.json", logged.append)
+    note_contexts(without * 20, "q.json", 1, logged.append)
+    note_contexts(with_contexts * 17 + without * 3, "r.json", 1, logged.append)
+    note_contexts(with_contexts, "s.json", 1, logged.append)
     assert logged[0].startswith("warning: 0 of 20 records of q.json have contexts: run retrieve.py")
     assert logged[1:] == ["note: 3 of 20 records of r.json have no contexts"]
+    note_contexts(with_contexts, "s.json", 5, logged.append)
+    assert logged[-1] == ("note: no record of s.json has more than 1 contexts, fewer than "
+                          "--num_contexts 5")
 
 
 def test_dev_records_that_are_the_training_records_are_told(tmp_path):
@@ -120,9 +123,9 @@ def test_dev_records_that_are_the_training_records_are_told(tmp_path):
     link.symlink_to(train)
     records = [{"ctxs": [CONTEXT]}]
     logged = []
-    note_files([(train, records), (dev, records), (None, None)], logged.append)
+    note_files([(train, records), (dev, records), (None, None)], 1, logged.append)
     assert not logged
-    note_files([(train, records), (dev, records), (link, records)], logged.append)
+    note_files([(train, records), (dev, records), (link, records)], 1, logged.append)
     line, = logged
     assert line.startswith(f"note: {link} is the training file too")
 
@@ -204,7 +207,7 @@ def test_a_quoted_cell_may_hold_line_ends(tmp_path):
     (b"who was it\tBob\n", "1: the first of two columns is an id, and 'who was it' is none; .*add "
                            "the header line question<TAB>answer"),
     (b"\twho\n", "1: the first of two columns is an id"),
-    (b"who was it,Bob\n", "1: one column instead of two.*a header line such as question,answer"),
+    (b"who was it,Bob\n", "1: neither a header, such as question,answer, nor .*: .who was it,Bob."),
     (b"id\tprompt\n7\twho\n", "1: the header names no column 'question'"),
     (b"question,answer,question\n", "1: the header names 'question' twice"),
     (b"question,answer\n\nwho,Bob,Rob\n", "3: 3 columns, the header names 2"),
@@ -264,7 +267,7 @@ def test_queries_that_qrels_name_need_ids(tmp_path):
     (tmp_path / "one.tsv").write_text("who was it\n")
     with pytest.raises(InputError, match="nq.csv:1: a query that qrels name needs an id"):
         read_queries([tmp_path / "nq.csv"])
-    with pytest.raises(InputError, match="one.tsv:1: one column instead of two"):
+    with pytest.raises(InputError, match="one.tsv:1: neither a header"):
         read_queries([tmp_path / "one.tsv"])
 
 

@@ -313,6 +313,7 @@ def test_help_is_the_head_and_no_error():
     ({"SIZE": "huge"}, "SIZE is 'huge'; it must be one of: base large"),
     ({"PROCESSES": "3"}, "PROCESSES is '3', and 32, an update's questions or micro-batches, "),
     ({"LAUNCH": "torchrun -n 4"}, "with LAUNCH=torchrun ... give PROCESSES"),
+    ({}, "NQ.test.idx.json: no such file; scripts/get_data.sh fid-nq fetches it, DATA names its"),
     ({"DISK": "33G"}, "DISK is '33G'; it must be a number of GB"),
     ({"DISK": "99999999"}, "out needs 99999999 GB; it holds 0 GB, and its disk has "),
     ({"PASSAGES": "dpr"}, "nq-train.json.gz: no such file; scripts/get_data.sh dpr-nq-results"),

@@ -1,10 +1,11 @@
-"""utils.py: what is said of progress where there is no terminal."""
+"""utils.py: what is said of progress where there is no terminal; errors in one line."""
 import time
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from utils import call_main, format_seconds, peak_bytes, progress_bar, shorten
+from utils import Parser, call_main, format_seconds, peak_bytes, progress_bar, shorten
 
 
 def test_lines_take_the_place_of_a_bar(capsys):
@@ -53,3 +54,16 @@ def test_a_full_gpu_is_one_line(capsys):
 
 def test_what_a_message_quotes_is_one_line():
     assert "\n" not in shorten([torch.zeros(30, 5)]) and len(shorten([torch.zeros(30, 5)])) <= 80
+
+
+def test_a_wrong_flag_is_one_line_that_names_the_likely_one(capsys):
+    parser = Parser(allow_abbrev=False)
+    parser.add_argument("--num_contexts", type=int)
+    for arguments, message in ((["--num_context", "3"], "unrecognized arguments: --num_context 3; "
+                                "for --num_context is --num_contexts meant?"),
+                               (["--num_contexts", "x"], "argument --num_contexts: invalid int "
+                                "value: 'x'")):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(arguments)
+        assert end.value.code == 2
+        assert capsys.readouterr().err == f"error: {message} (-h explains the flags)\n"

@@ -16,7 +16,6 @@ three paragraphs with fewer look-alikes, still did not tell names apart after 9,
 the data and the start (`start_matching`) were changed then. The start alone was compared once, on
 the present data over 1,000 updates: training loss 0.60 with it, 0.85 without.
 """
-import argparse
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import world
-from utils import HelpFormatter, progress_bar
+from utils import Parser, progress_bar
 
 NUM_SENTINELS = 20
 NO_ANSWER = "no answer"
@@ -290,7 +289,7 @@ def reading_accuracy(model, tokenizer, seed, count=400):
 # ---------------------------------------------------------------- training
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--out", default="toy/t5-tiny", help="model folder to write")
     add("--steps", type=int, default=9000, help="updates")
