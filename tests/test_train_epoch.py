@@ -226,8 +226,8 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     alone = [json.loads(line) for line in open(tmp_path / "p.0.jsonl")]
     assert len(rows) == len(alone) == 11
     assert all(row["contexts"] == [] and row["best_context"] is None for row in alone)
-    assert set(rows[0]) == {"index", "id", "prediction", "answers", "em", "f1", "best_context",
-                            "contexts"}
+    assert set(rows[0]) == {"index", "id", "question", "prediction", "answers", "em", "f1",
+                            "best_context", "contexts"}
     scores = [context["score"] for context in rows[0]["contexts"]]
     best = rows[0]["contexts"][scores.index(max(scores))]
     assert len(scores) == 2 and rows[0]["best_context"] == best["id"]
