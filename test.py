@@ -180,7 +180,7 @@ def main(args):
                       f"{answerable} questions that have such a context, "
                       f"{100 * best / answerable:.1f} %")
     if args.html and world.is_main:  # before the scores take the retriever's place
-        remark = f"{len(records):,} questions{note}; the {num_contexts} passages that were read"
+        remark = f"{len(records):,} questions{note}; at most {num_contexts} passages of each read"
         write_page(args.html, f"{args.model} on {args.data}", remark, table, predictions, records,
                    num_contexts, is_share=kind == "attention")
         print(f"page: {args.html}")
