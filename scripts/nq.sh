@@ -19,12 +19,13 @@
 # Recipes: base has minFiD's (15 epochs of 64 questions an update, learning rate 1e-4), large FiD's
 # (15,000 updates of 64 questions, 5e-5). An estimated 790 GPU hours of V100s for base: summaries of the
 # paper give 425 for 100 passages, and its runs have 10,000 updates, these 18,555; 2,200 for large (3.5
-# times the weights); of an H100 71 for base, without what the GPUs send each other (bench/plan.py). 8 GB of disk for base and 25 GB for large, beside 6.6 GB of
-# records and 18 GB of Wikipedia in DATA; 13 GB of memory a process (docs/reader.md). Not run here at full
-# size. Written: OUT/reader, OUT/test.jsonl.
+# times the weights). On H100s an estimated 71 for base, without what the GPUs send each other
+# (bench/plan.py). 8 GB of disk for base and 25 GB for large, beside 6.6 GB of records and 18 GB of
+# Wikipedia in DATA; 14 GB of memory a process (docs/reader.md). Not run here at full size. Written:
+# OUT/reader, OUT/test.jsonl.
 #
-# MODEL is t5-base or t5-large from the hub unless it is set, MORE_FLAGS go to the reader's training, such
-# as --bf16; READER_FLAGS take the place of all its settings.
+# MODEL is t5-base or t5-large from the hub unless it is set, MORE_FLAGS go to the reader's training: --bf16,
+# or --plan, which tells what it will cost and stops; READER_FLAGS take the place of all its settings.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 DATASET=nq

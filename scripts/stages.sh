@@ -201,6 +201,11 @@ stage() {  # NAME COMMAND...: runs the command, a program, unless it is done
     fi
     PASSED+="$name "
 
+    if [[ " $* " == *" --plan "* ]]; then  # tells what it would cost: not done by that
+        echo "== $name"
+        "$@" || status=$?
+        exit $status
+    fi
     if [ "$state" = done ] || [ "$state" = running ]; then
         if [ "$then" != "$now" ]; then
             echo "error: stage $name in $OUT was run with other settings" \

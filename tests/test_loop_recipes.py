@@ -15,7 +15,7 @@ RECIPE = """
 set -euo pipefail
 . "$ROOT/scripts/stages.sh"
 stage first ./record.py --lr "${LR:-1}" --gpus "${GPUS-}" --output_dir model --resume "two words"
-stage second ./record.py ${FAIL:+--fail} --index "$OUT/index"
+stage second ./record.py ${FAIL:+--fail} ${PLAN:-} --index "$OUT/index"
 stage third $LAUNCH ./record.py --resume
 """
 # notes how it was called
@@ -65,6 +65,14 @@ def test_a_recipe_goes_on_at_the_stage_that_failed(recipe, tmp_path):
     process, calls = recipe(FAIL="1")
     assert process.stdout.splitlines() == ["== first: done before", "== second", "== third"]
     assert calls == ["--fail --index out/index", "--resume"]
+
+
+def test_a_plan_ends_a_recipe_and_is_no_stage_done(recipe):
+    process, calls = recipe(PLAN="--plan")
+    assert process.stdout.splitlines() == ["== first", "== second"]
+    assert calls[1] == "--plan --index out/index"
+    process, _ = recipe()
+    assert process.stdout.splitlines() == ["== first: done before", "== second", "== third"]
 
 
 def test_a_changed_command_is_told_and_run_anew_on_demand(recipe, tmp_path):
