@@ -132,7 +132,7 @@ def read_piped():
     """Yields the lines of stdin that have text. Raises InputError if none has."""
     count = 0
     for line_number, line in enumerate(sys.stdin.buffer, 1):
-        text = decode_line(line, "stdin", line_number).strip()
+        text = decode_line(line, "stdin", line_number).strip("\ufeff \t\r\n")  # of Windows, say
         if text:
             check_question(text, f"stdin:{line_number}")
             count += 1

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -38,6 +38,11 @@ MOST_LAYERS, MOST = 1000, 10 ** 7
 FILE_BYTES = 5 * 10 ** 9
 
 
+# what is fetched of a model on the hub, beside its weights: settings, vocabularies, the layers of
+# sentence-transformers
+HUB_FILES = ["*.json", "*.model", "vocab*", "merges.txt", "*_Dense/*"]
+
+
 def find_model(path_or_name):
     """(folder with the configuration, weights or None) of a folder, a file of minFiD, minDPR or
     DPR, or a hub name.
@@ -57,14 +62,27 @@ def find_model(path_or_name):
                              "file; put that model's folder beside it")
         return find_model(name)[0], weights
     try:
-        folder = snapshot_download(path, allow_patterns=["*.json", "*.model", "*.safetensors"])
+        folder = snapshot_download(path, allow_patterns=[*HUB_FILES, "*.safetensors"])
         if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
-            folder = snapshot_download(path, allow_patterns=["*.json", "*.model", "pytorch_model*"])
+            folder = snapshot_download(path, allow_patterns=[*HUB_FILES, "pytorch_model*"])
         return folder, None
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(f"{path}: no such folder or file, and no such model could be fetched from "
                          f"the hub ({first_line(error)}); check the path, or fetch the model "
                          "where there is a network and give its folder") from None
+
+
+def find_args(path_or_name):
+    """The folder in which a model's args.json lies, if it has one: of a hub name, that alone is
+    fetched.
+    """
+    path = str(path_or_name)
+    if os.path.exists(path):
+        return path
+    try:
+        return os.path.dirname(hf_hub_download(path, "args.json"))
+    except (OSError, ValueError, HfHubHTTPError):
+        return path  # others' models have none; whoever opens the model tells what is wrong
 
 
 def open_model_file(path):
@@ -224,7 +242,11 @@ def load_tokenizer(path_or_name, fallback):
         # not given, transformers would ask on the terminal whether to run the folder's own code
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer(["a"])  # some wrong settings show only now
-        return tokenizer
+    # transformers opens a folder without a vocabulary, whose every word is unknown then
+    if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:
+        raise InputError(f"{folder}: its tokenizer knows no words; fetch the model's "
+                         "tokenizer.json, vocab.txt or spiece.model")
+    return tokenizer
 
 
 def check_vocabulary(tokenizer, embeddings, remedy):

@@ -13,6 +13,7 @@ import re
 import shutil
 import zlib
 from contextlib import contextmanager
+from itertools import chain
 
 from utils import InputError, first_line
 
@@ -33,31 +34,46 @@ def open_text(path):
 
 
 def read_json(path):
-    """[(object, location)] of a list of objects, or of one object per line; either may be .json.
+    """[(object, location)] of the file that iterate_json reads."""
+    return list(iterate_json(path))
+
+
+def iterate_json(path):
+    """Yields (object, location) of a list of objects, or of one object per line; either may be
+    .json. Lines are read one at a time.
 
     A location is 'FILE:LINE' or 'FILE, record N'. Raises InputError for a missing, unreadable,
     empty or malformed file.
     """
     path = str(path)
-    text = read_text(path)
-    beginning = text.lstrip()[:1]
-    is_lines = path.removesuffix(".gz").endswith(".jsonl") and beginning != "["
-    if is_lines or beginning == "{":  # LLM-Embedder's .json files hold lines
-        return parse_lines(text.split("\n"), path)  # splitlines would also split at U+2028
+    with open_json(path) as file:
+        lines = enumerate(file, 1)
+        line_number, line = next(((number, line) for number, line in lines if line.strip()),
+                                 (1, ""))
+        beginning = line.lstrip()[:1]
+        is_lines = path.removesuffix(".gz").endswith(".jsonl") and beginning != "["
+        if is_lines or beginning == "{":  # LLM-Embedder's .json files hold lines
+            for number, text in chain([(line_number, line)], lines):
+                if text.strip():
+                    yield parse_json(text.rstrip("\n"), path, number), f"{path}:{number}"
+            return
+        text = line + file.read()
     if not beginning:
         raise InputError(f"{path}: the file is empty; it must hold a list of records")
-    objects = parse_json(text, path, 1)
+    objects = parse_json(text, path, line_number)
     if not isinstance(objects, list):
         raise InputError(f"{path}: holds one {type(objects).__name__}, not a list of records or "
                          "one record per line")
-    return [(item, f"{path}, record {index}") for index, item in enumerate(objects)]
+    for index, item in enumerate(objects):
+        yield item, f"{path}, record {index}"
 
 
-def read_text(path):
-    """The text of a file, gunzipped. Raises InputError for a missing or unreadable file."""
+@contextmanager
+def open_json(path):
+    """A text file to read, gunzipped. Raises InputError for a missing or unreadable one."""
     try:
         with open_text(path) as file:
-            return file.read()
+            yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
@@ -72,21 +88,13 @@ def read_settings(path, kind=dict):
     """
     if not os.path.exists(path):
         return kind()
-    settings = parse_json(read_text(path), path, 1)
+    with open_json(path) as file:
+        text = file.read()
+    settings = parse_json(text, path, 1)
     if not isinstance(settings, kind):
         raise InputError(f"{path}: must hold a JSON {'list' if kind is list else 'object'}, it "
                          f"holds a {type(settings).__name__}; fetch the file again")
     return settings
-
-
-def parse_lines(lines, path):
-    """[(object, 'FILE:LINE')] of JSON lines; empty ones are skipped."""
-    parsed = []
-    for line_number, line in enumerate(lines, 1):
-        if line.strip():
-            item = parse_json(line.rstrip("\n"), path, line_number)
-            parsed.append((item, f"{path}:{line_number}"))
-    return parsed
 
 
 def parse_json(text, path, line_number):

@@ -55,6 +55,7 @@ from retrieval.corpus import check_template, format_key, open_corpus
 from retrieval.fingerprint import hash_file, hash_windows, model_files
 from retrieval.mining import check_indices, collated_path
 from utils import (
+    LONG_PATIENCE,
     InputError,
     Parser,
     check_at_least,
@@ -566,8 +567,11 @@ def make_fingerprint(args, world):
     """What the scores depend on, on every process: the data, the model, and the flags."""
     fingerprint = []
     if world.is_main:
-        folder = find_model(args.model_name_or_path)[0]
-        hashes = [hash_windows(path, MODEL_WINDOWS) for path in model_files(folder)]
+        name = args.model_name_or_path
+        paths = model_files(find_model(name)[0])
+        if os.path.isfile(name):  # minFiD's, which holds the weights
+            paths.append(name)
+        hashes = [hash_windows(path, MODEL_WINDOWS) for path in [*paths, *args.corpus]]
         flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
         fingerprint = [{"data": hash_file(args.eval_data), "model": hashes, **flags}]
     return gather_lists(fingerprint, world)[0]
@@ -583,7 +587,7 @@ def write_scored(path, jobs, scores):
 
 def main(args):
     transformers.utils.logging.disable_progress_bar()
-    world = start_processes(args.gpus)
+    world = start_processes(args.gpus, LONG_PATIENCE)  # the fastest waits for the slowest
     check_args(args)
     folder = find_model(args.model_name_or_path)[0]
     config = read_config(folder, "language")

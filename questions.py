@@ -16,6 +16,7 @@ from files import (
     check_quotes,
     choose_delimiter,
     decode_line,
+    iterate_json,
     name_cells,
     read_cells,
     read_json,
@@ -208,16 +209,17 @@ def read_records(path, keep_contexts=None):
     contexts after that many, to save memory. Raises InputError.
     """
     refuse_table(path, "run retrieve.py first, whose --output FILE.jsonl has contexts")
-    records = []
-    for index, (item, location) in enumerate(read_json(path)):
-        records.append(check_record(item, location, index))
-    if not records:
-        raise InputError(f"{path}: holds no records")
-    first_context = next((record["ctxs"][0] for record in records if record["ctxs"]), {})
-    for record in records:
-        if "score" in first_context:
+    records, first_context = [], None
+    for index, (item, location) in enumerate(iterate_json(path)):
+        record = check_record(item, location, index)
+        if record["ctxs"] and first_context is None:
+            first_context = record["ctxs"][0]
+        if record["ctxs"] and "score" in first_context:
             record["ctxs"].sort(key=context_score, reverse=True)
         record["ctxs"] = record["ctxs"][:keep_contexts]
+        records.append(record)
+    if not records:
+        raise InputError(f"{path}: holds no records")
     return records
 
 

@@ -118,7 +118,13 @@ def load_state(out, args, world, free_flags):
     change the weights.
     """
     path = f"{out}.state"
-    if not args.resume or not os.path.exists(path):
+    if not args.resume:
+        return None
+    exists = gather_lists([os.path.exists(path)], world)
+    if any(exists) and not all(exists):
+        raise InputError(f"{path}: only some of the processes see it; let OUT be a folder that all "
+                         "of them share")
+    if not any(exists):
         return None
     # on a GPU each weight is copied there out of the file; with many processes all would not fit
     state = load_torch_file(path, mmap=world.device.type == "cuda")

@@ -246,9 +246,7 @@ def open_retriever(args, corpus, world):
                                metric=args.dense_metric, trained=True)
         encoders = list(model.encoders.values())
         args.pooling_method = model.query_encoder.pooling
-    is_file = os.path.isfile(args.query_encoder)  # minDPR's or DPR's, which has no tokenizer
-    fallback = "bert-base-uncased" if is_file else args.query_encoder
-    tokenizer = load_tokenizer(args.query_encoder, fallback)
+    tokenizer = load_tokenizer(args.query_encoder, args.query_encoder)
     model.check_tokenizer(tokenizer)
     if args.pair_types and not args.ranker:
         for encoder in encoders:

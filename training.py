@@ -159,8 +159,8 @@ def wrap_model(model, world):
     """
     if world.size == 1 or is_sharded(model):
         return model
-    devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+    # without device_ids: the models move their inputs, and DDP would look at each token id alone
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def describe_machine(world, gpus):

@@ -202,7 +202,8 @@ def identity(key, text):
     if isinstance(key, int):
         name = f"document {key}"
     elif isinstance(key, dict):
-        name = str(key.get("passage_id", key.get("id", text)))
+        given = (key.get("passage_id"), key.get("id"))
+        name = next((str(identifier) for identifier in given if identifier not in (None, "")), text)
     else:
         name = text
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()

@@ -49,6 +49,8 @@ def open_encoders(name, key_name=None, pooling=None, dropout=None, trained=False
 
     For the arguments see BiEncoder.open. Raises InputError.
     """
+    if not os.path.isfile(name):
+        name = find_model(name)[0]
     is_pair = os.path.isdir(os.path.join(name, "query"))
     if key_name and (os.path.isfile(name) or is_pair):
         raise InputError(f"--key_encoder {key_name}: {name} has an encoder of the keys already; "
@@ -60,7 +62,7 @@ def open_encoders(name, key_name=None, pooling=None, dropout=None, trained=False
         query_encoder, stated = open_encoder(os.path.join(name, "query"), pooling, dropout, trained)
         key_encoder, _ = open_encoder(os.path.join(name, "key"), pooling, dropout, trained)
     else:
-        query_encoder, stated = open_encoder(find_model(name)[0], pooling, dropout, trained)
+        query_encoder, stated = open_encoder(name, pooling, dropout, trained)
         key_encoder = None
         if key_name:
             key_encoder, _ = open_encoder(find_model(key_name)[0], pooling, dropout, trained)

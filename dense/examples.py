@@ -237,7 +237,8 @@ def reason_to_drop(example, group_size, select_positive, margin, least, in_batch
     positive_from_neg = select_positive == "teacher" and has_scores and bool(example.neg)
     if not example.pos and not positive_from_neg:
         return "no positive"
-    least_negatives = 1 if example.pos else 2  # one of the two becomes the positive
+    is_taken = positive_from_neg and choose_positive(example, "teacher", None) >= len(example.pos)
+    least_negatives = 2 if is_taken else 1  # one of them becomes the positive
     if group_size > 1 and not in_batch_only and len(example.neg) < least_negatives:
         return "no negative"
     return reason_by_scores(example.scores, margin, least) if has_scores else None

@@ -83,15 +83,17 @@ class BiEncoder(nn.Module):
         """The retriever of a folder or hub name (ours, sentence-transformers', transformers',
         FiD's), or of minDPR's or DPR's file; key_name opens a second encoder for the keys.
 
-        What is None is as the checkpoint states, else cos, cls, 1 and its own dropout. Raises
-        InputError, with `trained` also for a folder without weights.
+        What is None is as the checkpoint states, else cos, cls, 1 and its own dropout; the
+        temperature of another metric is 1. Raises InputError, with `trained` also for a folder
+        without weights.
         """
         encoders = open_encoders(str(name), key_name, pooling, dropout, trained)
         query_encoder, key_encoder, stated = encoders
+        stated_metric = stated.get("metric", "cos")
         if metric is None:
-            metric = stated.get("metric", "cos")
-        if temperature is None:
-            temperature = stated.get("temperature", 1.0)
+            metric = stated_metric
+        if temperature is None:  # that of cosines is not one of inner products
+            temperature = stated.get("temperature", 1.0) if metric == stated_metric else 1.0
         model = cls(query_encoder, key_encoder, metric, temperature)
         for encoder in model.encoders.values():
             encoder.separator = stated.get("separator")

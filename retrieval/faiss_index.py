@@ -42,6 +42,7 @@ def open_indices(folder, vectors, factory, metric, train_sample, seed, world):
             index = build_index(vectors, first, last, factory, metric, train_sample, seed,
                                 world.is_main)
             write_index(index, path)
+            del index  # it is read back, mapped where faiss can
         indices.append((first, read_index(path, last - first)))
     return indices
 

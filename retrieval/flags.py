@@ -1,6 +1,7 @@
 """The flags of retrieve.py, what they default to, and their checks."""
 import math
 
+from checkpoints import find_args
 from dense.instructions import INSTRUCTIONS, named_version
 from files import check_paths, read_args
 from metrics import METRICS
@@ -172,7 +173,7 @@ def read_stated_flags(model):
 
     Raises InputError for one of those that are defaults here and of a wrong type.
     """
-    stated = read_args(model).get("args", {})
+    stated = read_args(find_args(model)).get("args", {})
     if not isinstance(stated, dict):
         raise InputError(f"{model}/args.json: 'args' must be an object, it is {shorten(stated)}; "
                          "mend it")

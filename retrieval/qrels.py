@@ -102,6 +102,9 @@ def parse_spec(spec):
     unknown = options.keys() - {"qrels", "query_subset", "score", *LIMITS, *CUTS}
     if unknown:
         raise InputError(f"'{spec}': unknown filter {min(unknown)}")
+    negative = next((name for name, count in cuts.items() if count < 0), None)
+    if negative:
+        raise InputError(f"'{spec}': {negative} is {cuts[negative]}; it must be 0 or more")
     if "qrels" not in options:
         raise InputError(f"'{spec}': qrels=FILE is missing")
     return options, limits, cuts

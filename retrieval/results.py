@@ -59,7 +59,7 @@ def write_contexts(path, questions, results, corpus, marks):
         for i, question in enumerate(questions):
             ctxs = read_contexts(results, i, corpus, marks[i])
             record = {"id": question.id, "question": question.text, **question.record, "ctxs": ctxs}
-            if not any(record.get(field) for field in ("pos", "neg", "history")):
+            if not any(record.get(field) for field in ("pos", "neg", "history", "positive_ctxs")):
                 record.pop("teacher_scores", None)  # they were of earlier ctxs
             line = json.dumps(record, ensure_ascii=False)
             if is_list:

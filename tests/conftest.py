@@ -12,6 +12,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
 import pytest
 import torch
 from transformers import (
@@ -27,7 +29,6 @@ import world
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "toy" / "t5-tiny"
-os.environ["HF_HUB_OFFLINE"] = "1"  # of the scripts that the tests run
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # what the small BERT's vocabulary holds, beside letters

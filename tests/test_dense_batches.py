@@ -7,9 +7,15 @@ import pytest
 
 from checkpoints import load_tokenizer
 from conftest import make_bert
-from dense.batches import GroupCollator, GroupSet, plan_batches, tokenize
+from dense.batches import GroupCollator, GroupSet, identity, plan_batches, tokenize
 from dense.examples import Example, GroupRule
 from utils import InputError
+
+
+def test_an_empty_id_is_none():
+    for key in ({"passage_id": None}, {"passage_id": ""}, {"id": ""}):
+        assert identity(key, "a text") == identity("a text", "a text") != identity(key, "another")
+    assert identity({"passage_id": 0}, "a text") == identity({"id": "0"}, "another")
 
 
 @pytest.mark.parametrize("same", [None, "epoch", "random"])

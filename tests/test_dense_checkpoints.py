@@ -72,6 +72,23 @@ def test_folders_with_a_head_and_two_encoders(metric, pooling, tmp_path):
         torch.testing.assert_close(ours, torch.from_numpy(theirs.encode(TEXTS)), atol=1e-5, rtol=0)
 
 
+def test_a_temperature_is_of_its_metric(tmp_path):
+    folder = Path(make_bert(tmp_path / "bert"))
+    stated = {"retriever": {"metric": "cos", "temperature": 0.01}}
+    (folder / "args.json").write_text(json.dumps(stated))
+    assert BiEncoder.open(folder).temperature == 0.01
+    assert BiEncoder.open(folder, metric="ip").temperature == 1.0
+    assert BiEncoder.open(folder, metric="ip", temperature=2.0).temperature == 2.0
+
+
+def test_a_tokenizer_without_words_is_refused(tmp_path):
+    folder = Path(make_bert(tmp_path / "bert"))
+    for name in ("tokenizer.json", "vocab.txt"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="its tokenizer knows no words; fetch|no usable tokenizer"):
+        load_tokenizer(folder, folder)
+
+
 def test_a_reader_is_no_retriever(tmp_path):
     folder = Path(make_bert(tmp_path / "bert"))
     (folder / "args.json").write_text('{"dev_em": 40.0}')

@@ -96,6 +96,10 @@ def test_filters_by_teacher_scores():
     assert len(filter_examples([EXAMPLE._replace(pos=[])], 3, "first")[0]) == 0
     assert len(filter_examples([EXAMPLE._replace(pos=[], scores=[1, 2, 3.0])], 3,
                                "teacher")[0]) == 1
+    # the one negative that there is would become the positive
+    one = EXAMPLE._replace(pos=["p"], neg=["n"], scores=[0.1, 0.9])
+    assert not filter_examples([one], 2, "teacher")[0] and filter_examples([one], 2, "first")[0]
+    assert filter_examples([one._replace(scores=[0.9, 0.1])], 2, "teacher")[0]
 
 
 @pytest.mark.parametrize("record, message", [({"query": "q", "pos": ["a"], "neg": ["b"],

@@ -792,13 +792,14 @@ def refuse(message, function, *args):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_files_of_another_kind_are_called_what_they_are(work_folder, tiny):
+def test_files_of_another_kind_are_called_what_they_are(work_folder, tiny, monkeypatch):
     make_state(work_folder)
     (work_folder / "run.jsonl").write_text('{"epoch": 0}\n')
     for function in (FiDT5.from_pretrained, read_training_args, BiEncoder.open):
         refuse("run.state: is a run's resume state", function, "run.state")
         refuse("run.jsonl: holds text", function, "run.jsonl")
     refuse("NO_SUCH_FOLDER: no such folder or file", load_tokenizer, "NO_SUCH_FOLDER", tiny)
+    monkeypatch.setattr("resume.gather_lists", lambda items, world: items)
     two = make_run("run", resume=True)
     two.world = World(0, 0, 2, torch.device("cpu"))
     refuse("run.state is of a run of 1 process(es), this one has 2; start as many processes as "

@@ -66,6 +66,14 @@ def test_contexts_of_both_forms(corpus, tmp_path):
     assert records[1]["ctxs"] == [{"id": "d2", "title": "t2", "text": "text 2", "score": 0.0}]
 
 
+def test_scores_of_what_a_record_keeps_are_kept(corpus, tmp_path):
+    for fields in ({"pos": ["a"]}, {"positive_ctxs": [{"text": "a"}]}, {}):
+        questions = make_questions({"teacher_scores": [1.0], **fields})
+        write_contexts(tmp_path / "out.jsonl", questions, make_results([3]), corpus, [None])
+        record = json.loads((tmp_path / "out.jsonl").read_text())
+        assert ("teacher_scores" in record) == bool(fields)
+
+
 def test_gzipped_outputs_open(corpus, tmp_path):
     question = make_question({"id": "7", "question": "who"}, "f:1", 0)
     write_contexts(tmp_path / "out.json.gz", [question], make_results([3]), corpus, [None])
