@@ -210,6 +210,7 @@ def check_args(args, sets=BOTH_SETS):
     check_templates(args)
     check_metrics(args)
     check_training_data(args, sets)
+    check_unused(args)
     check_evaluation(args)
     args.output_dir = args.output_dir.rstrip("/")
     args.stop_at = args.early_exit_steps or math.inf
@@ -264,6 +265,17 @@ def check_training_data(args, sets):
     if args.graded and (args.positives or args.train_data or args.loss == "infonce"):
         raise InputError("--graded trains by KL on labels of its own; leave out --positives, "
                          "--train_data and --loss infonce")
+
+
+def check_unused(args):
+    """Raises InputError for flags that others leave without effect."""
+    if args.ranker and args.mask_duplicates:
+        raise InputError("--mask_duplicates masks other queries' negatives, which a ranker does "
+                         "not read; leave it out")
+    if args.ranker and args.query_template != "{query}":
+        raise InputError("--query_template is of encoders; a ranker reads the query itself")
+    if args.stable_distill and args.student_temperature != 1:
+        raise InputError("--stable_distill has no --student_temperature; leave one of them out")
 
 
 def check_evaluation(args):

@@ -223,6 +223,11 @@ def test_resume_after_kill_gives_the_same_weights(files, tmp_path, monkeypatch):
                                            (["--train_data", "qa.json", "--eval_data", "dpr.json",
                                              "--best_metric", "mrr@10"],
                                             "--best_metric mrr@10 is not measured"),
+                                           (["--train_data", "qa.json", "--ranker",
+                                             "--mask_duplicates"], "which a ranker does"),
+                                           (["--train_data", "qa.json", "--stable_distill",
+                                             "--student_temperature", "0.1"],
+                                            "--stable_distill has no --student_temperature"),
                                            ([], "nothing to train on")])
 def test_bad_input_is_one_line(flags, message, bert, files, tmp_path):
     flags = [f"{files}/{flag}" if flag.endswith(".json") else flag for flag in flags]
