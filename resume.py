@@ -133,6 +133,8 @@ def load_state(out, args, world, free_flags):
                path)
     with refusing(f"{path}: its losses are not (sum, weight) of each update", START_ANEW):
         sum(loss_sum / weight for loss_sum, weight in state["progress"]["losses"])
+    with refusing(f"{path}: its dataset_sizes are not numbers of examples", START_ANEW):
+        state["dataset_sizes"] = [int(size) for size in state["dataset_sizes"]]
     if state["world_size"] != world.size:
         raise InputError(f"{path} is of a run of {state['world_size']} process(es), this one has "
                          f"{world.size}; start as many processes as then, {state['world_size']}, "
