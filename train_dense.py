@@ -514,6 +514,12 @@ def describe(run):
         f"groups of {run.train_set.group_rules[0].group_size}; {trained:,} trained parameters; "
         f"{kind}; batch {args.batch_size * run.world.size} x {args.grad_accumulation}; "
         f"{run.updates} updates, {count_warmup(args, run.updates)} of warm-up")
+    tasks = [task for task in run.task_flags if any(run.collator.instruction(task))]
+    if tasks:
+        log(f"{args.version}'s instructions are put before the texts of {', '.join(tasks)} "
+            "(--version none leaves them out)")
+    elif args.version not in ("bge", "none") and args.add_instruction:  # not the default: asked for
+        log(f"note: no example names a task, so that {args.version}'s instructions are not used")
     if run.progress.total_updates:
         log(f"resuming after {run.progress.total_updates} updates")
 

@@ -82,9 +82,12 @@ def qrels_flags(files, *more):
                                                   "--mask_duplicates"])])
 def test_tasks_learn_what_they_are_shown(task, flags, bert, files, tmp_path):
     flags = [files / flag if flag.endswith(".json") else flag for flag in flags]
-    curve, rows, _, _ = train(tmp_path / "out", bert, "--train_data", files / f"{task}.json",
-                              "--max_steps", 12, "--train_group_size", 4, *flags)
+    curve, rows, stdout, _ = train(tmp_path / "out", bert, "--train_data", files / f"{task}.json",
+                                   "--max_steps", 12, "--train_group_size", 4, *flags)
     assert len(curve) == 12 and sum(curve[-3:]) < sum(curve[:3])
+    version = "llm-embedder" if "llm-embedder" in flags else "bge"
+    is_told = f"{version}'s instructions are put before the texts of {task}" in stdout
+    assert is_told == ("--add_instruction" not in flags)
     if "--eval_data" in flags:
         # above chance
         assert {"nq@1", "recall@5"} <= rows[-1].keys() and rows[-1]["recall@5"] > 5 / 40
