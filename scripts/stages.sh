@@ -110,7 +110,7 @@ share() {  # COUNT: what each process takes of it
 
 batch() {  # QUERIES of an update: flags of a retriever; on fewer than 8 GPUs in chunks, by GradCache
     local size chunks=
-    size=$(share "$1")
+    size=$(share "$1") || exit 1  # set -e does not reach in here
     if ((PROCESSES < 8)); then
         chunks=" --chunk_size 32"
     fi

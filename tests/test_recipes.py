@@ -285,6 +285,12 @@ def note_commands(recipe, tmp_path, **settings):
     return process, [line.split("\0")[:-1] for line in lines]
 
 
+def test_an_update_that_cannot_be_shared_out_ends_a_retrievers_recipe_too(run_recipe, tmp_path):
+    lines, errors = run_recipe("dpr-nq.sh", code=1, DATA=tmp_path, PROCESSES=3)
+    assert not lines and len(errors) == 1
+    assert errors[0].startswith("error: PROCESSES is '3', and 128, an update's questions")
+
+
 @pytest.mark.parametrize("recipe, questions", [("nq.sh", [64]), ("dpr-nq.sh", [128]),
                                                ("3iter-nq.sh", [64, 64, 32, 64])])
 def test_an_update_has_as_many_questions_on_fewer_gpus(recipe, questions, tmp_path):
