@@ -36,8 +36,6 @@ from utils import InputError, first_line, refusing, shorten
 MOST_LAYERS, MOST = 1000, 10 ** 7
 # of weights in one file, and in memory while sharded ones are written
 FILE_BYTES = 5 * 10 ** 9
-
-
 # what is fetched of a model on the hub, beside its weights: settings, vocabularies, the layers of
 # sentence-transformers
 HUB_FILES = ["*.json", "*.model", "vocab*", "merges.txt", "*_Dense/*"]
@@ -400,10 +398,9 @@ def check_claim(out, resume, overwrite):
         if not any(holds_mark(path, mark) for mark in marks):
             raise InputError(f"{path}: is no file of a run, and the run would replace it; choose "
                              "another name for the folder")
-    used = [path for path, is_used in ((out, holds_checkpoint),
-                                       (f"{out}.state", os.path.exists(f"{out}.state"))) if is_used]
-    if used and not (resume or overwrite):
-        raise InputError(f"{used[0]}: holds an earlier run; --resume goes on with it, --overwrite "
+    used = out if holds_checkpoint else f"{out}.state"
+    if os.path.exists(used) and not (resume or overwrite):
+        raise InputError(f"{used}: holds an earlier run; --resume goes on with it, --overwrite "
                          "replaces it, or choose another folder")
 
 

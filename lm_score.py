@@ -81,7 +81,7 @@ TEMPLATES = {
     "tool": "Tool: {key}\n\nRequest: {query}\n\nAnswer: {answer}",
 }
 STRIPPED = ("qa", "convsearch", "tool")  # tasks whose texts lose the blanks around them
-MODEL_WINDOWS = 256  # windows of a model's files that tell it from another
+FILE_WINDOWS = 256  # windows of a model's or a corpus's files that tell it from another
 FREE_FLAGS = {"gpus", "data_root", "output", "eval_data", "model_name_or_path"}  # see Journal
 SEQ2SEQ_TOKENS = {"cpu": 4096, "cuda": 16384}  # of prompts, encoded at a time, with padding
 
@@ -571,9 +571,10 @@ def make_fingerprint(args, world):
         paths = model_files(find_model(name)[0])
         if os.path.isfile(name):  # minFiD's, which holds the weights
             paths.append(name)
-        hashes = [hash_windows(path, MODEL_WINDOWS) for path in [*paths, *args.corpus]]
         flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-        fingerprint = [{"data": hash_file(args.eval_data), "model": hashes, **flags}]
+        fingerprint = [{**flags, "data": hash_file(args.eval_data),
+                        "model": [hash_windows(path, FILE_WINDOWS) for path in paths],
+                        "documents": [hash_windows(path, FILE_WINDOWS) for path in args.corpus]}]
     return gather_lists(fingerprint, world)[0]
 
 

@@ -108,15 +108,21 @@ def matches_regex(pattern, text):
 
 # ------------------------------------------------------------------------------------- ranked lists
 
-def rank_documents(scores):
-    """The documents of {id: score} by falling score, as trec_eval ranks them.
+def trec_order(ids, scores):
+    """The positions of documents by falling score, as trec_eval ranks them.
 
     Scores are compared as float32; equal ones are ranked by falling id.
     """
-    def sort_key(document):
-        return np.float32(scores[document]), str(document)
+    def sort_key(position):
+        return np.float32(scores[position]), str(ids[position])
 
-    return sorted(scores, key=sort_key, reverse=True)
+    return sorted(range(len(ids)), key=sort_key, reverse=True)
+
+
+def rank_documents(scores):
+    """The documents of {id: score} in trec_order."""
+    ids = list(scores)
+    return [ids[position] for position in trec_order(ids, list(scores.values()))]
 
 
 def ranking_metrics(ranking, labels, names, cutoffs):

@@ -165,7 +165,8 @@ class World:
             print(text, flush=True)
 
 
-# how long a process waits for the others; the long one is for an index that one of them makes alone
+# how long a process waits for the others; the long one is for an index that one of them makes
+# alone, and for long work whose shares are not equal
 PATIENCE, LONG_PATIENCE = timedelta(minutes=30), timedelta(days=2)
 
 

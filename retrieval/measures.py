@@ -1,5 +1,5 @@
 """Measures of results: by labels of documents (as trec_eval), by answers in passages (as DPR)."""
-from metrics import has_answer, ranking_metrics, topk_accuracy
+from metrics import has_answer, ranking_metrics, topk_accuracy, trec_order
 from utils import InputError, progress_bar, shorten
 
 
@@ -52,8 +52,8 @@ def trec_ranking(results, i, corpus):
     doc_indices, scores = results.row(i)
     if len(set(scores)) == len(scores):
         return doc_indices
-    ids = corpus.ids(doc_indices) if corpus else map(str, doc_indices)
-    return [doc_index for *_, doc_index in sorted(zip(scores, ids, doc_indices), reverse=True)]
+    ids = corpus.ids(doc_indices) if corpus else doc_indices
+    return [doc_indices[position] for position in trec_order(ids, scores)]
 
 
 def measure(questions, results, labels, marks, corpus, names, cutoffs, log):

@@ -57,8 +57,7 @@ train_and_compare() {
     fi
     stage reader $LAUNCH "$ROOT/train_epoch.py" "$OUT/reader" "${files/SPLIT/train}" \
         "${files/SPLIT/dev}" --t5_name "$MODEL" --num_contexts "$CONTEXTS" $READER_FLAGS \
-        ${MORE_FLAGS:-} --resume \
-        --gpus "$GPUS"
+        ${MORE_FLAGS:-} --resume --gpus "$GPUS"
     stage test $LAUNCH "$ROOT/test.py" "$OUT/reader" "${files/SPLIT/test}" --batch_size 12 \
         --num_workers 2 --pred "$OUT/test.jsonl" --measures "$OUT/test.json" --gpus "$GPUS"
 
