@@ -4,6 +4,7 @@ layout, and the folder that a run writes.
 import argparse
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -39,6 +40,9 @@ FILE_BYTES = 5 * 10 ** 9
 # what is fetched of a model on the hub, beside its weights: settings, vocabularies, the layers of
 # sentence-transformers
 HUB_FILES = ["*.json", "*.model", "vocab*", "merges.txt", "*_Dense/*"]
+
+# buffers, equal in every model, that older versions of transformers saved with the weights
+CONSTANTS = r"rotary_emb\.inv_freq$|attn\.masked_bias$|(^|\.)position_ids$"
 
 
 def find_model(path_or_name):
@@ -214,10 +218,16 @@ def split_weights(weights):
     return parts
 
 
-def announce_random_start(name):
-    """Says, on the main process, that a model starts from random weights."""
+def log_on_main(text):
+    """Print a line on the main process."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{name}: no weights there, starting from random initialisation", flush=True)
+        print(text, flush=True)
+
+
+def announce_random_start(name):
+    """Print, on the main process, that a model starts from random weights."""
+    log_on_main(f"WARNING: {name} holds no weights: starting from random initialisation, nothing "
+                "that it computes means anything before it is trained")
 
 
 def load_tokenizer(path_or_name, fallback):
@@ -299,17 +309,75 @@ def is_size(name, value):
 
 
 def check_shapes(model, weights, source):
-    """Raises InputError that names the first weight that is missing, unknown or of another shape
+    """Raise InputError that names the first weight that is missing, unknown or of another shape
     than the model's.
     """
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in weights.items() if value.numel()}
-    for key in sorted(expected.keys() | given.keys()):
-        if expected.get(key) != given.get(key):
-            raise InputError(f"{source}: weights do not match config.json: {key} is "
-                             f"{given.get(key, 'missing')} in the file, "
-                             f"{expected.get(key, 'unknown')} by the configuration; give the "
-                             "folder that the weights came with")
+    fit_weights(weights, model.state_dict(), source)
+
+
+def fit_weights(weights, expected, source, optional="", unused_is_fine=False):
+    """Return a file's {name: weight} under the names of the model, which `expected` {name: weight}
+    lists.
+
+    A prefix that a wrapper has put before all names (find_wrapper) is left out, and a line is
+    printed. Raise InputError that names the first weight that the file lacks, holds in another
+    shape, or that the model does not have. `optional` is a regular expression: a weight that it
+    finds may be missing. With `unused_is_fine` weights that the model does not have are left out,
+    and a line names the first.
+    """
+    given = {name: weight for name, weight in weights.items() if weight.numel()}
+    wrapper = find_wrapper(given, expected)
+    if wrapper:
+        log_on_main(f"note: {source}: the names of its weights begin with {wrapper!r}, which is "
+                    "left out")
+        given = {name.removeprefix(wrapper): weight for name, weight in given.items()}
+    missing = [name for name, weight in expected.items() if name not in given and weight.numel()]
+    mismatched = [(name, tuple(given[name].shape), tuple(weight.shape))
+                  for name, weight in expected.items()
+                  if name in given and weight.shape != given[name].shape]
+    unused = [name for name in given if name not in expected]
+    check_fit(missing, mismatched, unused, source, optional, unused_is_fine)
+    return {name: weight for name, weight in given.items() if name in expected}
+
+
+def find_wrapper(names, expected):
+    """Return the prefix that a wrapper has put before the model's own names, "" if none has:
+    DataParallel's `module.`, sentence-transformers' `0.auto_model.`, a class's `model.`.
+    """
+    prefixes = {""}
+    for name in names:
+        parts = name.split(".")
+        prefixes |= {".".join(parts[:count]) + "." for count in range(1, 4)}
+
+    def count_known(prefix):
+        return sum(name.startswith(prefix) and name.removeprefix(prefix) in expected
+                   for name in names)
+    return max(sorted(prefixes, key=len), key=count_known)
+
+
+def check_fit(missing, mismatched, unused, source, optional="", unused_is_fine=False):
+    """Raise InputError for weights that a file lacks, holds in another shape, or that the model
+    does not have.
+
+    missing, unused: lists of names; mismatched: a list of (name, shape in the file, shape by the
+    configuration), as transformers' loading info has them; the others are those of fit_weights.
+    This is the one place that decides it, for readers, encoders, rankers and language models.
+    """
+    missing = [name for name in missing if not (optional and re.search(optional, name))]
+    unused = [name for name in unused if not re.search(CONSTANTS, name)]
+    problems = [(name, "is missing in the file") for name in sorted(missing)]
+    problems += [(name, f"is {given} in the file, {expected} by the configuration")
+                 for name, given, expected in sorted(mismatched)]
+    if not unused_is_fine:
+        problems += [(name, "is unknown by the configuration") for name in sorted(unused)]
+    if problems:
+        name, problem = problems[0]
+        others = f" ({len(problems) - 1} others do not fit either)" if len(problems) > 1 else ""
+        raise InputError(f"{source}: weights do not match config.json: {name} {problem}{others}; "
+                         "give the folder that the weights came with")
+    if unused:
+        log_on_main(f"note: {source}: {len(unused)} weights of the file are not used, "
+                    f"{min(unused)} the first")
 
 
 def versions():
