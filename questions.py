@@ -23,12 +23,9 @@ from files import (
     read_lines,
     to_number,
 )
+from names import ANSWERS, DOCUMENT_IDS, QUESTION_IDS, QUESTIONS, find_name, find_value
 from utils import InputError, shorten
 
-ID_FIELDS = ("id", "_id", "query_id", "qid")
-TEXT_FIELDS = ("question", "query", "text")
-ID_COLUMNS = (*ID_FIELDS, "docid", "doc_id", "passage_id")  # of a table's header
-ANSWER_COLUMNS = ("answers", "answer")
 TABLE_ENDINGS = (".csv", ".tsv", ".txt")
 LIST_FIELDS = ("pos", "neg", "pos_index", "neg_index", "positive_ctxs", "negative_ctxs",
                "hard_negative_ctxs")
@@ -37,20 +34,24 @@ LIST_FIELDS = ("pos", "neg", "pos_index", "neg_index", "positive_ctxs", "negativ
 # ---------------------------------------------------------------- fields of a record
 
 def question_text(record, location):
-    """The question's text. Raises InputError for a record that is no object or has none."""
+    """Return the question's text. Raise InputError for a record that is no object or has none."""
     if not isinstance(record, dict):
         raise InputError(f"{location}: a record must be a JSON object, this is a "
                          f"{type(record).__name__}")
-    text = next((record[name] for name in TEXT_FIELDS if record.get(name) is not None), None)
-    if not isinstance(text, str) or not text.strip():
+    text = find_value(record, QUESTIONS)
+    if text is not None and not isinstance(text, str):
+        name = next(name for name in record if record[name] is text)
+        raise InputError(f"{location}: '{name}' must be a text, it is {shorten(text)} (a "
+                         f"{type(text).__name__}); put it in quotes if it is the question")
+    if text is None or not text.strip():
         raise InputError(f"{location}: no 'question' (or 'query', 'text') text; its fields are "
                          f"{shorten(sorted(record))}")
     return text
 
 
 def record_id(record, location):
-    """The identifier that a record carries, or None. Raises InputError for one of a wrong type."""
-    identifier = next((record[name] for name in ID_FIELDS if record.get(name) is not None), None)
+    """Return the identifier that a record carries, or None. Raise InputError for a wrong type."""
+    identifier = find_value(record, QUESTION_IDS)
     if identifier is not None and type(identifier) not in (str, int, float):
         raise InputError(f"{location}: the id must be a text or a number, it is "
                          f"{shorten(identifier)}")
@@ -398,8 +399,10 @@ def split_header(line, location):
     """
     separator = choose_delimiter(line)
     names = [cell.strip().lower() for cell in split_line(line, separator, location)]
-    has_question = any(name in TEXT_FIELDS for name in names)
-    has_others = any(name in ID_COLUMNS + ANSWER_COLUMNS for name in names)
+    if len(names) > 1 and names[0].isdecimal():
+        return None, separator  # an id: no column is named by a number
+    has_question = find_name(names, QUESTIONS) is not None
+    has_others = find_name(names, (*QUESTION_IDS, *DOCUMENT_IDS, *ANSWERS)) is not None
     if has_others and not has_question:
         raise InputError(f"{location}: the header names no column 'question' (or 'query', 'text'); "
                          "rename the one that holds the questions")
@@ -442,10 +445,10 @@ def make_record(row, location):
     Raises InputError.
     """
     record = {name: cell.strip() for name, cell in row.items() if name and cell.strip()}
-    identifier = next((record[name] for name in ID_FIELDS if name in record), None)
+    identifier = find_value(record, QUESTION_IDS)
     if identifier is not None:
         record["id"] = identifier
-    answers = next((record[name] for name in ANSWER_COLUMNS if name in record), None)
+    answers = find_value(record, ANSWERS)
     record.pop("answer", None)
     if answers is not None:
         is_list = answers.startswith("[")

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 
 from dense.examples import Example, choose_group
+from names import DOCUMENT_IDS, find_value
 from retrieval.corpus import format_key
+
+KEY_IDS = ("passage_id", *DOCUMENT_IDS)  # of DPR's contexts, which may have an `id` too
 
 # ---------------------------------------------------------------- plan
 
@@ -202,8 +205,9 @@ def identity(key, text):
     if isinstance(key, int):
         name = f"document {key}"
     elif isinstance(key, dict):
-        given = (key.get("passage_id"), key.get("id"))
-        name = next((str(identifier) for identifier in given if identifier not in (None, "")), text)
+        given = {field: value for field, value in key.items() if value not in (None, "")}
+        identifier = find_value(given, KEY_IDS)
+        name = text if identifier is None else str(identifier)
     else:
         name = text
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from files import new_file, write_json
+from names import DOCUMENT_IDS, TEXTS, find_name
 from retrieval.tables import (
-    ID_COLUMNS,
-    TEXT_COLUMNS,
     NotPlain,
     parse_row,
     plain_lines,
@@ -48,8 +47,9 @@ class Corpus:
 
     Files: tables with a header, such as psgs_w100.tsv (id, text, title), with tabs or commas;
     BEIR's corpus.jsonl (_id, title, text), or JSON lines with any columns. Where no column is named
-    as in ID_COLUMNS, the ids are the indices. What is not one document per line is written out once
-    as FILE.lines (see retrieval/tables.py); a large file's table of lines is kept in FILE.table.
+    as in names.DOCUMENT_IDS, the ids are the indices. What is not one document per line is written
+    out once as FILE.lines (see retrieval/tables.py); a large file's table of lines is kept in
+    FILE.table.
     `template` is the text of a document, with columns in braces. Raises InputError for a line that
     is no document, lacks a column or repeats an id.
     """
@@ -125,7 +125,7 @@ class Corpus:
             row = parse_row(line, header, path, line_number)
             is_first = not starts
             if is_first:
-                id_column = next((name for name in ID_COLUMNS if name in row), None)
+                id_column = find_name(row, DOCUMENT_IDS)
             if is_first or header is None:  # all lines of a table have the columns of the first
                 format_key(row, self.template, f"{path}:{line_number}")
             starts.append(start)
@@ -175,7 +175,7 @@ class Corpus:
     def passage(self, doc_index):
         """{id, title, text} of a document; answers are searched in the text alone."""
         row, location = self.row(doc_index)
-        column = next((name for name in TEXT_COLUMNS if name in row), None)
+        column = next((name for name in TEXTS if name in row), None)
         if column is None:
             text = format_key(row, self.template, location)
         else:
@@ -311,7 +311,7 @@ def format_key(key, template, location):
         reason = first_line(error)
     message = (f"{location}: {reason} for --key_template '{template}'; its columns are "
                f"{shorten(sorted(key))}")
-    other = next((name for name in TEXT_COLUMNS if name in key), None)
+    other = find_name(key, TEXTS)
     if other:
         message += f"; --key_template '{{title}} {{{other}}}' is for '{other}'"
     raise InputError(message)

@@ -8,6 +8,7 @@ import json
 import os
 
 from files import new_file
+from names import DOCUMENT_IDS, find_value
 from questions import LIST_FIELDS, check_types, labelled_keys
 from retrieval.corpus import format_key
 from retrieval.results import stack
@@ -233,7 +234,7 @@ def keep_negatives(question, hits, corpus, labels, template, filter_answers):
     positive_indices.update(question.record.get("pos_index") or [])
     if corpus:
         contexts = question.record.get("positive_ctxs") or []
-        ids = [context.get("passage_id", context.get("psg_id")) for context in contexts]
+        ids = [find_value(context, DOCUMENT_IDS) for context in contexts]
         ids = [str(passage_id) for passage_id in ids if passage_id is not None]
         positive_indices.update(corpus.indices(ids))
     answers = [answer.lower() for answer in question.answers] if filter_answers else []

@@ -21,11 +21,10 @@ from files import (
     read_cells,
     read_lines,
 )
+from names import DOCUMENT_IDS, TEXTS, find_name, fold
 from utils import InputError, progress_bar, shorten
 
-ID_COLUMNS = ("_id", "id", "docid", "doc_id", "passage_id")
-TEXT_COLUMNS = ("text", "contents", "content", "body")
-READ_COLUMNS = ("title", *TEXT_COLUMNS)  # whose values must be texts
+READ_COLUMNS = ("title", "text", "contents", "content", "body")  # whose values must be texts
 BEGINNING = 65536     # bytes that a table's header fits into
 
 
@@ -91,9 +90,13 @@ def split_row(text):
 
 
 def name_columns(header):
-    """A header's cells, those that have a meaning here in small letters."""
-    known = (*ID_COLUMNS, *READ_COLUMNS)
-    return [name.strip().lower() if name.strip().lower() in known else name for name in header]
+    """Return a header's cells, those of texts and titles spelled as names.py has them."""
+    known = {fold(name): name for name in (*TEXTS, "title")}
+    names = []
+    for cell in header:
+        is_id = find_name([cell.strip()], DOCUMENT_IDS) is not None
+        names.append(cell.strip() if is_id else known.get(fold(cell), cell))
+    return names
 
 
 # ---------------------------------------------------------------- plain lines

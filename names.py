@@ -1,0 +1,67 @@
+"""The names that files of the field give to the same field: one list for every reader of files.
+
+A name matches whatever its case, hyphens, underscores and blanks: `query-id`, `Query_ID` and
+`queryId` are one name.
+"""
+from functools import lru_cache
+
+# The first of these names that a record has is used, so the order decides where it has several.
+# A passage's own id goes before that of the document that it was cut from (MS MARCO v2 has both).
+QUESTION_IDS = ("id", "_id", "query_id", "qid", "question_id", "uid")
+DOCUMENT_IDS = ("_id", "id", "passage_id", "psg_id", "pid", "paragraph_id", "chunk_id", "docid",
+                "docno", "document_id", "corpus_id", "uid", "did")
+QUESTIONS = ("question", "query", "text", "query_text", "question_text", "anchor")
+TEXTS = ("text", "contents", "content", "body", "passage", "segment", "passage_text", "paragraph",
+         "page_content", "document", "document_text", "doc_text")
+TITLES = ("title", "page_title", "wikipedia_title", "doc_title", "document_title", "passage_title",
+          "article_title")
+ANSWERS = ("answers", "golden_answers", "gold_answers", "answer", "gold_answer", "response")
+POSITIVES = ("pos", "positive_ctxs", "positive_passages", "positives", "positive",
+             "positive_contexts", "positive_docs", "positive_documents")
+HARD_NEGATIVES = ("neg", "hard_negative_ctxs", "negative_passages", "hard_negative_passages",
+                  "hard_negatives", "negatives", "negative", "hard_negative_contexts",
+                  "negative_docs", "negative_documents")
+OTHER_NEGATIVES = ("negative_ctxs", "negative_contexts")  # used where there are no hard ones
+SCORES = ("score", "label", "relevance", "rel", "grade")
+CONTEXTS = ("ctxs", "contexts", "passages", "retrieved_passages")
+
+# columns of qrels and of runs, whose rows name a query and a document: `id` would be ambiguous
+PAIR_QUERIES = ("query_id", "qid", "question_id", "topic_id", "topic", "query")
+PAIR_DOCUMENTS = ("corpus_id", "docid", "docno", "document_id", "passage_id", "psg_id", "pid",
+                  "did", "doc", "document", "corpus")
+
+
+@lru_cache(maxsize=4096)
+def fold(name):
+    """Return a name's letters and digits in lower case, by which names are compared."""
+    return "".join(character for character in str(name).lower() if character.isalnum())
+
+
+def find_name(fields, names):
+    """Return the field that one of the names matches, in the order of the names, or None.
+
+    A field spelled exactly as the name goes before others that match it.
+    """
+    for name in names:
+        if name in fields:
+            return name
+        for field in fields:
+            if field is not None and fold(field) == fold(name):
+                return field
+    return None
+
+
+def find_value(record, names):
+    """Return the first value that is not None among a record's fields of these names, or None."""
+    value = next((record[name] for name in names if record.get(name) is not None), None)
+    if value is not None or not record:
+        return value
+    given = {name: value for name, value in record.items() if value is not None}
+    name = find_name(given, names)
+    return None if name is None else given[name]
+
+
+def list_unknown(fields, *lists):
+    """Return the fields that none of the lists of names matches, in their order."""
+    known = {fold(name) for names in lists for name in names}
+    return [field for field in fields if fold(field) not in known]
