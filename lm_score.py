@@ -46,6 +46,7 @@ from packed_attention import split_by_length
 from questions import (
     check_types,
     gold_answers,
+    has_text,
     is_context,
     labelled_keys,
     read_questions,
@@ -239,11 +240,13 @@ def to_context(key, template, location):
 def choose_answers(question, how):
     """The answers whose likelihood is asked for. Raises InputError where there is none."""
     answers, target = gold_answers(question.record, question.location)
-    target = question.record.get("target") or target
+    own_target = question.record.get("target")
+    if isinstance(own_target, str) and has_text(own_target):
+        target = own_target
     if how == "first" and target is not None:
         answers = [target]
     answers = answers[:1] if how == "first" else list(dict.fromkeys(answers))
-    if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+    if not answers:
         raise InputError(f"{question.location}: no answer, whose likelihood could be computed; add "
                          "'answers', or drop the record")
     return answers

@@ -1,6 +1,5 @@
 """Measures of answers, as DPR and FiD define them, and of ranked lists, as in trec_eval."""
 import math
-import re
 import string
 import unicodedata
 from collections import Counter
@@ -16,20 +15,29 @@ DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]",
 # ------------------------------------------------------------------------------------------ answers
 
 def normalize_answer(text):
-    """Lower case, no ASCII punctuation, no articles, single spaces, in this order (SQuAD v1.1)."""
+    """Return a text in lower case, without ASCII punctuation and articles, with single blanks.
+
+    The steps are SQuAD v1.1's in its order. As in FiD and DPR, the module regex finds the articles:
+    a combining mark belongs to its word there, while SQuAD's module re ends a word before it.
+    """
     text = text.lower().translate(PUNCTUATION)
-    text = re.sub(r"\b(a|an|the)\b", " ", text)
+    text = regex.sub(r"\b(a|an|the)\b", " ", text)
     return " ".join(text.split())
 
 
 def exact_match(prediction, answers):
-    """1.0 if the normalised prediction equals one of the normalised gold answers, else 0.0."""
+    """Return 1.0 if the normalised prediction equals a normalised gold answer (FiD), else 0.0.
+
+    As in FiD, texts are not brought to one Unicode form: NFC and NFD of a letter differ.
+    """
     prediction = normalize_answer(prediction)
     return float(any(prediction == normalize_answer(answer) for answer in answers))
 
 
 def f1(prediction, answers):
-    """The largest F1 between the words of the prediction and of one gold answer (SQuAD v1.1)."""
+    """Return the largest F1 between the words of the prediction and of one gold answer (SQuAD
+    v1.1), both as normalize_answer returns them.
+    """
     predicted_words = Counter(normalize_answer(prediction).split())
     best = 0.0
     for answer in answers:

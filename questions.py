@@ -10,6 +10,7 @@ import ast
 import csv
 import json
 import os
+import unicodedata
 from typing import NamedTuple
 
 from files import (
@@ -23,12 +24,13 @@ from files import (
     read_lines,
     to_number,
 )
-from names import ANSWERS, DOCUMENT_IDS, QUESTION_IDS, QUESTIONS, find_name, find_value
+from names import ANSWERS, DOCUMENT_IDS, QUESTION_IDS, QUESTIONS, find_name, find_value, fold
 from utils import InputError, shorten
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt")
 LIST_FIELDS = ("pos", "neg", "pos_index", "neg_index", "positive_ctxs", "negative_ctxs",
                "hard_negative_ctxs")
+UNKNOWN_VALUE = "<unk>"  # the answers of TriviaQA's test set are not published
 
 
 # ---------------------------------------------------------------- fields of a record
@@ -59,37 +61,56 @@ def record_id(record, location):
 
 
 def gold_answers(record, location):
-    """(answers, target or None) of `answers`, of `answer`: a text, NQ-open's list or TriviaQA's
-    object, or of FedRAG's `response`.
+    """Return (answers, target or None) of a record's answers, without those that hold no text.
 
-    TriviaQA's target is the value, in title case if it is all upper case; every alias is right
-    (FiD, src/preprocess.py). Raises InputError.
+    They are a list of texts, one text (`answer`, `response`), TriviaQA's object or SQuAD's. Raise
+    InputError for anything else.
     """
-    answers, answer, target = record.get("answers"), record.get("answer"), None
-    if answer is None:
-        answer = record.get("gold_answer")  # LocalRQA's
-    if answer is None and isinstance(record.get("response"), str):
-        answer = record["response"]
-    if isinstance(answer, dict):
-        value = answer.get("Value", answer.get("value"))
-        if isinstance(value, str):
-            target = value.title() if value.isupper() else value
-            aliases = answer.get("Aliases", answer.get("aliases"))
-            if aliases is None:
-                answer = [value]
-            elif isinstance(aliases, list):
-                answer = aliases
-    if answers is None:
-        if isinstance(answer, str):
-            answers = [answer]
-        elif isinstance(answer, (list, dict)):
-            answers = answer
-        else:
+    name, target = find_name(drop_missing(record), ANSWERS), None
+    answers = record[name] if name else []
+    if isinstance(answers, dict):
+        answers, target = read_answer_object(answers)
+    if name is not None and not fold(name).endswith("s"):  # one answer
+        if isinstance(answers, str):
+            answers = [answers]
+        elif not isinstance(answers, (list, dict)) or name == "response":
             answers = []  # a number or true is the index of a choice, no text to look for
     if not isinstance(answers, list) or not all(isinstance(item, str) for item in answers):
         raise InputError(f"{location}: 'answers' must be a list of strings (or 'answer' one, or "
                          f"TriviaQA's object), it is {shorten(answers)}")
-    return answers, target
+    return [answer for answer in answers if has_text(answer)], target
+
+
+def read_answer_object(answer):
+    """Return (answers, target or None) of TriviaQA's object, SQuAD's {text: [text]}, or any other
+    object as it is.
+
+    The value and every alias of TriviaQA's are right; where it has no aliases, its normalised ones
+    are. The target is the value, in title case if it is all upper case (FiD, src/preprocess.py).
+    The value of its test set, <unk>, is no answer.
+    """
+    if isinstance(find_value(answer, ("text",)), list):
+        return find_value(answer, ("text",)), None
+    value, aliases = find_value(answer, ("Value",)), find_value(answer, ("Aliases",))
+    if not isinstance(value, str) or not isinstance(aliases, (list, type(None))):
+        return answer, None
+    aliases = aliases or find_value(answer, ("NormalizedAliases",)) or []
+    if value == UNKNOWN_VALUE or not has_text(value):
+        return aliases, None
+    target = value.title() if value.isupper() else value
+    is_repeated = value.lower() in [alias.lower() for alias in aliases if isinstance(alias, str)]
+    return (aliases if is_repeated else [value, *aliases]), target
+
+
+def drop_missing(record):
+    """Return the fields of a record that are not None."""
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def has_text(text):
+    """Return True for a text with a character that is neither white space nor a control character.
+    """
+    return any(unicodedata.category(character)[0] not in "ZC" for character in text)
 
 
 def list_field(record, name, location):
@@ -240,8 +261,10 @@ def check_record(record, location, index):
     identifier = record_id(record, location)
     record["id"] = index if identifier is None else identifier
     record["answers"], target = gold_answers(record, location)
-    if target is not None:
-        record.setdefault("target", target)
+    if isinstance(record.get("target"), str) and not has_text(record["target"]):
+        del record["target"]
+    if target is not None and record.get("target") is None:
+        record["target"] = target
     if not isinstance(record.get("target", ""), (str, type(None))):
         raise InputError(f"{location}: 'target' must be a text, it is {shorten(record['target'])}")
     check_types(record, location, ["ctxs"])

@@ -123,7 +123,9 @@ def read_tqa(path):
         if target is None or not isinstance(item.get("QuestionId"), str):
             raise InputError(f"{location}: no 'QuestionId' or no 'Answer' with a 'Value', which "
                              f"TriviaQA's questions have; its fields are {shorten(sorted(item))}")
-        record = {"question": question, "answers": answers, "target": target}
+        # FiD's files have the aliases alone, without the value
+        aliases, _ = gold_answers({"answers": item["Answer"].get("Aliases")}, location)
+        record = {"question": question, "answers": aliases or answers, "target": target}
         originals.append(Original(record, item["QuestionId"]))
     return originals
 

@@ -18,6 +18,8 @@ from transformers import (
 from causal_helpers import make_causal, make_tokenizer
 from conftest import ENVIRONMENT, command, make_records, make_t5, run
 from data import format_passage
+from lm_score import choose_answers
+from questions import make_question
 from readers import open_reader
 
 KEYS = ["Mira baked bread in the old town.", "The baker of Oslo is Tom",
@@ -322,6 +324,17 @@ def test_goes_on_after_kill(models, tmp_path):
     assert "journal.0 is of other data, another model or other flags; starting anew" in output
     assert read_scores(path) != expected
     assert not list(tmp_path.glob("*.journal*"))
+
+
+@pytest.mark.parametrize("fields, first, all_answers", [
+    ({"answers": ["", "a", "b"]}, ["a"], ["a", "b"]),
+    ({"answer": {"Value": "A b", "Aliases": ["", "b"]}, "target": " "}, ["A b"], ["A b", "b"]),
+])
+def test_blank_answers_are_left_out(fields, first, all_answers):
+    """E15: the first answer with a text is scored; a blank target is none."""
+    question = make_question({"query": "who?", "pos": ["a key"], **fields}, "r.jsonl:1", 0)
+    assert choose_answers(question, "first") == first
+    assert choose_answers(question, "best") == all_answers
 
 
 # ---------------------------------------------------------------- errors

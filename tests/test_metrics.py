@@ -25,6 +25,7 @@ from metrics import (
     ("14 December, 1972\tUTC", "14 december 1972 utc"),
     ("it’s", "it’s"),               # only ASCII punctuation is removed
     ("the", ""),
+    ("a\u0301 the\u0300 an", "a\u0301 the\u0300"),  # A29: a mark belongs to its word (FiD, DPR)
 ])
 def test_normalize_answer(text, normal):
     assert normalize_answer(text) == normal

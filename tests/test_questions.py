@@ -158,6 +158,33 @@ def test_answers_of_every_form():
                 read({"question": "who", **bad}, "f:1", 0)
 
 
+@pytest.mark.parametrize("answer, answers, target", [
+    ({"Value": "West Brask", "Aliases": ["Brask"]}, ["West Brask", "Brask"], "West Brask"),
+    ({"Value": "WEST BRASK", "Aliases": ["west brask"]}, ["west brask"], "West Brask"),
+    ({"Value": "Brask", "Aliases": [], "NormalizedAliases": ["brask", "old brask"]},
+     ["brask", "old brask"], "Brask"),
+    ({"value": "Brask", "aliases": [], "normalized_value": "brask"}, ["Brask"], "Brask"),
+    ({"value": "<unk>", "aliases": [], "normalized_value": "<unk>"}, [], None),
+    ({"Value": "<unk>", "Aliases": ["Brask"]}, ["Brask"], None),
+    ({"Value": "Brask", "Aliases": ["", " \u200b", "Old Brask"]}, ["Brask", "Old Brask"], "Brask"),
+    ({"Value": " ", "Aliases": ["", "Old Brask"]}, ["Old Brask"], None),
+    ({"text": ["Brask", "Brask"], "answer_start": [3, 9]}, ["Brask", "Brask"], None),
+])
+def test_value_of_trivia_qa_is_an_answer(answer, answers, target):
+    """A21, E15: what is trained on is right; answers without text are dropped."""
+    record = {"question": "where", "answer": answer}
+    assert make_question(record, "f:1", 0).answers == answers
+    checked = check_record(record, "f:1", 0)
+    assert (checked["answers"], checked.get("target")) == (answers, target)
+
+
+def test_blank_answers_are_none():
+    """E15: a blank answer is no answer, and a blank target no target."""
+    record = check_record({"question": "q", "answers": ["", "\t", "a"], "target": " "}, "f:1", 0)
+    assert record["answers"] == ["a"] and "target" not in record
+    assert check_record({"question": "q", "answers": ["\u200b"]}, "f:1", 0)["answers"] == []
+
+
 def test_questions_of_every_form(tmp_path):
     (tmp_path / "nq.csv").write_text("who was it\t['a', \"b's\"]\nwhere\t['c']\n")
     questions = read_questions(tmp_path / "nq.csv")
