@@ -24,7 +24,8 @@ from adapters import add_lora, copy_to_cpu, pack_weights, unload_adapters
 from causal_lm import open_lm
 from checkpoints import check_vocabulary, write_weights
 from data import pad_labels, pad_passages
-from questions import context_score, history_turns
+from files import to_number
+from questions import history_turns, retrieval_score
 from sharding import any_question, is_sharded, shard
 from utils import InputError, refusing, shorten
 
@@ -126,7 +127,10 @@ def read_scores(contexts, prompts):
     """
     if prompts.passage_weights == "equal":
         return [0.0] * len(contexts)
-    scores = [context_score(context) for context in contexts]
+    scores = [retrieval_score(context) for context in contexts]
+    if None in scores:
+        raise ValueError("a context has no score")
+    scores = [to_number(score) for score in scores]
     if not all(math.isfinite(score) for score in scores):
         raise ValueError("a context has no finite score")
     return scores

@@ -2,6 +2,7 @@
 files that hold them.
 """
 import json
+import re
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,12 @@ from data import eval_loader
 from files import new_file, to_number
 from metrics import exact_match, f1, has_answer
 from pages import SAMPLE, Inspected, choose_depth, write_inspection
+from questions import retrieval_score
 from sharding import is_sharded
 from utils import gather_lists, progress_bar
 
+# what ends a line or a cell of a table, for one program or another, with the blanks around it
+BREAKS = re.compile(r"\s*[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 ANSWER_MAXLENGTH = 50  # most tokens of an answer, where no flag says otherwise
 # minFiD's defaults, for checkpoints that do not say
 UNKNOWN = {"num_contexts": 5, "max_length": 200}
@@ -116,8 +120,11 @@ def summarize(predictions):
 
 
 def write_predictions(path, predictions, records, with_contexts):
-    """Writes minFiD's tab-separated lines (index, prediction, answers, em), or JSONL if the path
+    """Write minFiD's tab-separated lines (index, prediction, answers, em), or JSONL if the path
     ends in .jsonl; `with_contexts`, with the reader's scores of the contexts that it read.
+
+    A tab-separated line has a blank where a prediction has line ends or tabs, so that each question
+    takes one line.
     """
     with new_file(path) as file:
         for prediction in predictions:
@@ -131,7 +138,8 @@ def write_predictions(path, predictions, records, with_contexts):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             else:
                 em = "nan" if prediction.em is None else prediction.em
-                file.write(f"{prediction.index}\t{prediction.text}\t{record['answers']}\t{em}\n")
+                text = BREAKS.sub(" ", prediction.text)
+                file.write(f"{prediction.index}\t{text}\t{record['answers']}\t{em}\n")
 
 
 def describe_contexts(record, scores):
@@ -165,14 +173,22 @@ def count_best_with_answer(predictions, records):
 
 
 def write_scores(path, predictions, records):
-    """Writes the records with the reader's score of each context that was read; the contexts keep
-    their order.
+    """Write the records with the reader's scores of their contexts, which keep their order.
+
+    A context that was read has the reader's score as `score` and the retriever's as
+    `retrieval_score`. A context that was not read has no `score`, so that it stays behind those
+    that were read wherever contexts are sorted.
     """
     for prediction in predictions:
         contexts = records[prediction.index]["ctxs"]
-        for context, score in zip(contexts, prediction.context_scores):
-            context["retrieval_score"] = context.get("score")
+        scores = prediction.context_scores[:len(contexts)]
+        for context, score in zip(contexts, scores):
+            context["retrieval_score"] = retrieval_score(context)
             context["score"] = score
+        for context in contexts[len(scores):]:
+            if "score" in context:
+                context["retrieval_score"] = retrieval_score(context)
+                del context["score"]
     with new_file(path) as file:
         if path.endswith(".jsonl"):
             for record in records:
@@ -203,7 +219,7 @@ def inspect(prediction, record, num_contexts, is_share):
         scores = scores.softmax(0)
     shown = []
     for context, score in zip(contexts, scores.tolist()):
-        given = context.get("score")
+        given = retrieval_score(context)
         shown.append({"id": context.get("id", len(shown)), "title": context.get("title"),
                       "text": context["text"], "reader": score,
                       "score": None if given is None else to_number(given),

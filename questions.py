@@ -246,9 +246,17 @@ def read_records(path, keep_contexts=None):
 
 
 def context_score(context):
-    """A context's score as a number; -inf for one without. Raises ValueError for another."""
+    """Return a context's score as a number, -inf for one without."""
     score = context.get("score")
     return float("-inf") if score is None else to_number(score)
+
+
+def retrieval_score(context):
+    """Return the score that a retriever gave a context, or None.
+
+    test.py --scores keeps it as `retrieval_score`, where the reader's takes its place as `score`.
+    """
+    return context.get("retrieval_score" if "retrieval_score" in context else "score")
 
 
 def check_record(record, location, index):
@@ -272,12 +280,19 @@ def check_record(record, location, index):
     history_turns(record, location)
     record["ctxs"] = list(record.get("ctxs") or [])
     for context in record["ctxs"]:
-        try:
-            context_score(context)
-        except ValueError:
-            raise InputError(f"{location}: a context's score {shorten(context['score'])} is not a "
-                             "number") from None
+        for name in ("score", "retrieval_score"):
+            check_score(context, name, location)
     return record
+
+
+def check_score(context, name, location):
+    """Raise InputError for a context whose score of this name is given and is no number."""
+    try:
+        if context.get(name) is not None:
+            to_number(context[name])
+    except ValueError:
+        raise InputError(f"{location}: a context's {name} {shorten(context[name])} is not a "
+                         "number") from None
 
 
 def note_contexts(records, path, num_contexts, log):
@@ -294,6 +309,17 @@ def note_contexts(records, path, num_contexts, log):
             "else each question is read alone")
     elif without:
         log(f"note: {without} of {len(records)} records of {path} have no contexts")
+
+
+def note_unscored(records, path, log):
+    """Log how many records of a file have no answers, so that no measure counts them."""
+    unscored = sum(not record["answers"] for record in records)
+    if unscored and unscored == len(records):
+        log(f"note: no record of {path} has answers: nothing is measured on it; test.py OUT {path} "
+            "--pred FILE writes what the reader answers")
+    elif unscored:
+        log(f"note: {unscored} of {len(records)} records of {path} have no answers: they are not "
+            "scored")
 
 
 def note_files(files, num_contexts, log):

@@ -40,7 +40,7 @@ from data import (
     plan_epoch,
 )
 from predict import ANSWER_MAXLENGTH, predict, summarize
-from questions import note_files, read_records
+from questions import note_files, note_unscored, read_records
 from readers import add_prompt_flags, open_reader, place_reader
 from resume import forget_replaced_state, load_state, restore_state, save_state
 from retrieval.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
@@ -457,6 +457,7 @@ def set_up(args, world, sets=BOTH_SETS):
     if "dev" in sets and not any(record["answers"] for record in dev):
         raise InputError(f"{args.data_val}: no record has 'answers', so no checkpoint can be "
                          "chosen by it")
+    note_unscored(dev, args.data_val, world.log)
     tokenizer = load_tokenizer(args.t5_name, args.t5_name)
     check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
 
@@ -557,6 +558,7 @@ def main(args):
         test = read_records(data_path(args, "test"), args.num_contexts) if args.data_test else None
         if test:
             run.unwrapped.check_records(test, args.num_contexts, args.data_test)
+            note_unscored(test, args.data_test, world.log)
         describe(run)
         note_files([(args.data_train, run.train_set.records), (args.data_val, run.dev),
                     (args.data_test, test)], args.num_contexts, world.log)
@@ -574,7 +576,7 @@ def main(args):
         world.log("warning: no dev question was answered right, so that the checkpoint was chosen "
                   "by F1 or as the last: train longer or with a higher --lr, and look at what "
                   "test.py --pred writes")
-    if test:
+    if test and any(record["answers"] for record in test):
         best_reader = open_reader(run.out, spread=args.fsdp)
         place_reader(best_reader, world, args.fsdp)
         summary = answer(run, best_reader, test)

@@ -175,16 +175,19 @@ def score_contexts(record, location, reader_scores):
     """(contexts, their scores or None) of a reader's record, a group to distil as it stands.
 
     The scores are the record's `teacher_scores`, one per context, or the contexts' own `score`. A
-    retriever must not learn from its own scores: `score` counts only where test.py --scores has set
-    it, which keeps the retriever's as `retrieval_score` and leaves contexts that the reader has not
-    read without one, or where the caller knows by `reader_scores` that it is the reader's, as in
-    the files that FiD's code writes. Raises InputError for a context without such a score.
+    retriever must not learn from its own scores. So `score` counts only where test.py --scores has
+    set it, which keeps the retriever's as `retrieval_score` and leaves a context that was not read
+    without a `score`. With `reader_scores` each `score` is known to be a reader's, as in FiD's own
+    files. Raise InputError for a context without such a score.
     """
     contexts = record["ctxs"]
     if record.get("teacher_scores") is not None:
         return contexts, record["teacher_scores"]
     if not reader_scores:
-        contexts = [context for context in contexts if "retrieval_score" in context]
+        contexts = [context for context in contexts if "retrieval_score" in context
+                    and context.get("score") is not None]
+    elif any("retrieval_score" in context for context in contexts):
+        contexts = [context for context in contexts if context.get("score") is not None]
     if not contexts:
         return record["ctxs"], None
     scores = [context.get("score") for context in contexts]

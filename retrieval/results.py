@@ -184,17 +184,36 @@ def context_lines(path, texts):
             raise InputError(f"{location}: question {shorten(question.id)} is "
                              f"{shorten(question.text)} here and {shorten(expected)} in the "
                              "questions; give theirs")
-        for rank, context in enumerate(list_field(record, "ctxs", location)):
-            yield context_line(context, rank, question.id, location)
+        lines = [context_line(context, rank, question.id, location)
+                 for rank, context in enumerate(list_field(record, "ctxs", location))]
+        yield from rank_unscored_last(lines)
+
+
+def rank_unscored_last(lines):
+    """Return RunLines of which those without a score come last, in their order.
+
+    test.py --scores leaves contexts that its reader has not read without a score.
+    """
+    scores = [line.score for line in lines if line.score is not None]
+    lowest = min(scores, default=1)
+    step = max(1, abs(lowest))  # one that a float32 of this size can hold
+    ranked, unscored = [], 0
+    for line in lines:
+        if line.score is None:
+            unscored += 1
+            line = line._replace(score=lowest - unscored * step)
+        ranked.append(line)
+    return ranked
 
 
 def context_line(context, rank, query_id, location):
-    """The RunLine of a record's context. Raises InputError."""
+    """Return the RunLine of a record's context; its score is None if it has none. Raise InputError.
+    """
     try:
         if type(context["id"]) not in (str, int):
             raise TypeError("no id")
         score = context.get("score")
-        score = -rank if score is None else to_number(score)
+        score = None if score is None else to_number(score)
         return RunLine(query_id, str(context["id"]), score, location)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{location}: ctxs[{rank}] is no object with an id and, if any, a score "

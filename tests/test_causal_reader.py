@@ -268,6 +268,11 @@ def test_weights_are_the_softmax_of_the_scores(folders):
     want = (torch.tensor([3.0, 1.5, 1.0]) / 0.7).softmax(0)
     torch.testing.assert_close(weights[0].exp(), want)
     assert weights[1:].exp().tolist() == [[1, 0, 0], [1, 0, 0]]
+    # A22: a reader's score does not take the place of the retriever's
+    scored = [dict(context, score=-i, retrieval_score=context["score"])
+              for i, context in enumerate(RECORDS[0]["ctxs"])]
+    collator = reader.make_collator(tokenizer, 3, 100)
+    assert torch.equal(collator.log_weights({"ctxs": scored}), weights[0])
     reader.check_records(RECORDS, 3, "f.json")
     for score in (None, float("inf")):
         record = {"id": "r7", "ctxs": [{"text": "x", "score": 2}, {"text": "x", "score": score}]}

@@ -16,6 +16,7 @@ from dense.examples import (
     qrels_examples,
     read_examples,
     read_training,
+    score_contexts,
 )
 from retrieval.corpus import Corpus
 from retrieval.qrels import select_qrels
@@ -133,6 +134,16 @@ def scored_record(scores, **fields):
     return {"question": "q", "answers": ["a"], "ctxs": contexts} | fields
 
 
+def test_contexts_that_were_not_read_are_left_out():
+    """A22: a context with the retriever's score alone has not been read, nor with --reader_scores.
+    """
+    record = scored_record([-1.0, 2.0])
+    record["ctxs"].append({"id": "2", "title": "T", "text": "c2", "retrieval_score": 7.0})
+    for reader_scores in (False, True):
+        contexts, scores = score_contexts(record, "f:1", reader_scores)
+        assert [context["id"] for context in contexts] == ["0", "1"] and scores == [-1.0, 2.0]
+
+
 def read_scored(path, records, **changes):
     """(training data, logged lines) of a distillation from these records, groups of two."""
     logged = []
@@ -212,9 +223,9 @@ def test_scored_records_that_cannot_be_distilled(tmp_path):
     broken = scored_record([1.0, "high"])
     with pytest.raises(InputError, match="r.jsonl:1: teacher scores must be finite numbers"):
         read_scored(tmp_path / "r.jsonl", [broken])
-    del broken["ctxs"][1]["score"]
+    broken["ctxs"] = [{"text": "a", "score": 1.0}, {"text": "b"}]
     with pytest.raises(InputError, match="r.jsonl:1: context 1 has no 'score' of a reader"):
-        read_scored(tmp_path / "r.jsonl", [broken])
+        read_scored(tmp_path / "r.jsonl", [broken], reader_scores=True)
 
 
 def training_flags(*paths, **changes):

@@ -1,7 +1,10 @@
 """predict.py: the files of predictions."""
 import json
 
-from predict import Prediction, count_best_with_answer, write_predictions
+import pytest
+
+from predict import Prediction, count_best_with_answer, write_predictions, write_scores
+from questions import read_records
 
 RECORDS = [{"id": "q0", "question": "where?", "answers": ["Paris"], "ctxs": [
     {"id": "p7", "text": "Lyon is a city."}, {"id": "p3", "text": "The capital is Paris."},
@@ -35,3 +38,38 @@ def test_how_often_the_highest_score_is_of_a_passage_with_an_answer():
     scores = [[-2.0, -1.0], [-1.0, -2.0], [-1.0, -2.0], [float("-inf")]]
     predictions = [Prediction(index, "", None, None, row) for index, row in enumerate(scores)]
     assert count_best_with_answer(predictions, records) == (1, 2)
+
+
+@pytest.mark.parametrize("text, cell", [
+    ("Open at seven\nClosed at nine", "Open at seven Closed at nine"),
+    ("a \t b\r\n\u2028c\x85d\x0be", "a b c d e"), ("two  blanks", "two  blanks"),
+])
+def test_a_question_takes_one_line(text, cell, tmp_path):
+    """B6, E9: no line end or tab of a prediction, or of a gold answer, breaks the table."""
+    records = [{"id": 0, "question": "q", "answers": ["a\tb\u2028c\n"], "ctxs": []}]
+    write_predictions(str(tmp_path / "p.tsv"), [Prediction(0, text, 1.0, 1.0, None)], records,
+                      False)
+    line, = (tmp_path / "p.tsv").read_text().splitlines()
+    assert line == f"0\t{cell}\t{records[0]['answers']}\t1.0"
+
+
+def scored_again(path, out, scores):
+    """The contexts of the only record of a file, after a reader has scored the first of them."""
+    records = read_records(path)
+    predictions = [Prediction(0, "", None, None, scores)]
+    write_scores(str(out), predictions, records)
+    return read_records(out)[0]["ctxs"]
+
+
+def test_a_score_has_one_meaning_in_a_file(tmp_path):
+    """A22: a context that was not read keeps no score of the retriever, and stays behind the others
+    when the file is read, or scored, again.
+    """
+    contexts = [{"id": str(i), "text": "t", "score": 9 - i} for i in range(4)]
+    (tmp_path / "r.json").write_text(json.dumps([{"question": "q", "ctxs": contexts}]))
+    once = scored_again(tmp_path / "r.json", tmp_path / "s.jsonl", [-3.0, -1.0])
+    assert [(c["id"], c.get("score"), c["retrieval_score"]) for c in once] == [
+        ("1", -1.0, 8), ("0", -3.0, 9), ("2", None, 7), ("3", None, 6)]
+    twice = scored_again(tmp_path / "s.jsonl", tmp_path / "t.jsonl", [-5.0])
+    assert [(c["id"], c.get("score"), c["retrieval_score"]) for c in twice] == [
+        ("1", -5.0, 8), ("0", None, 9), ("2", None, 7), ("3", None, 6)]

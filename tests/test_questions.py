@@ -11,6 +11,7 @@ from questions import (
     make_question,
     note_contexts,
     note_files,
+    note_unscored,
     read_queries,
     read_questions,
     read_records,
@@ -331,3 +332,12 @@ def test_wrong_ground_truth_and_history_are_refused_with_file_and_line(tmp_path,
         with pytest.raises(InputError, match=f"r.jsonl:2: '{name}' must be a text") as error:
             read_records(path)
         assert "\n" not in str(error.value)
+
+
+def test_records_without_answers_are_counted():
+    """A27: what leaves the mean is said."""
+    logged = []
+    for answers in ([["a"], ["b"]], [["a"], []], [[], []]):
+        note_unscored([{"answers": answer} for answer in answers], "f.json", logged.append)
+    assert len(logged) == 2 and "1 of 2 records of f.json have no answers" in logged[0]
+    assert "no record of f.json has answers" in logged[1]

@@ -6,7 +6,16 @@ import pytest
 
 from questions import make_question, read_questions
 from retrieval.corpus import Corpus
-from retrieval.results import Results, from_dictionaries, fuse, read_run, write_contexts, write_run
+from retrieval.results import (
+    Results,
+    RunLine,
+    from_dictionaries,
+    fuse,
+    rank_unscored_last,
+    read_run,
+    write_contexts,
+    write_run,
+)
 from retrieval_helpers import make_questions, make_results, write_corpus
 from utils import InputError
 
@@ -14,6 +23,15 @@ from utils import InputError
 @pytest.fixture
 def corpus(tmp_path):
     return Corpus(write_corpus(tmp_path / "corpus.jsonl"), "{title} {text}")
+
+
+def test_contexts_without_a_score_come_last():
+    """A22: test.py --scores leaves contexts that its reader has not read without a score."""
+    lines = [RunLine("q", str(i), score, "f:1") for i, score in enumerate([-7.0, None, -9.5, None])]
+    ranked = sorted(rank_unscored_last(lines), key=lambda line: -line.score)
+    assert [line.document_id for line in ranked] == ["0", "2", "1", "3"]
+    unscored = [line._replace(score=None) for line in lines]
+    assert [line.score for line in rank_unscored_last(unscored)] == [0, -1, -2, -3]
 
 
 def test_a_run_without_scores_keeps_its_order(corpus, tmp_path):

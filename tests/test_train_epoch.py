@@ -212,8 +212,12 @@ def test_a_dead_process_ends_the_run(tiny, records_file, tmp_path):
 # ---------------------------------------------------------------- evaluation
 
 def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"question": f"who {i}"}) + "\n" for i in range(5)))
     out, _ = run("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST, "--t5_name",
-                 tiny, "--epochs", 1, "--warmup_ratio", 0.3)
+                 tiny, "--epochs", 1, "--warmup_ratio", 0.3, "--data_test", questions)
+    # A27: what has no answers is not scored
+    assert f"note: no record of {questions} has answers" in out and "test EM" not in out
     assert "11 in all, 4 of warm-up" in out
     assert "warning: no dev question was answered right" in out
     assert f"note: {records_file} is the training file too" in out
@@ -238,11 +242,15 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
         assert [c["text"] for c in after["ctxs"]] == [c["text"] for c in before["ctxs"]]
         given_scores = [c["score"] for c in before["ctxs"][:2]]
         assert [c["retrieval_score"] for c in after["ctxs"][:2]] == given_scores
-        assert after["ctxs"][2] == before["ctxs"][2]  # not read, not scored
+        unread = dict(before["ctxs"][2])
+        assert after["ctxs"][2] == unread | {"retrieval_score": unread.pop("score")}
         assert all(-100 < c["score"] < 100 for c in after["ctxs"][:2])
+    # A22: the same command reads the same contexts of its own output
+    run("test.py", tmp_path / "m", tmp_path / "s.jsonl", "--num_contexts", 2, "--max_length", 50,
+        "--num_beams", 2, "--pred", tmp_path / "q.jsonl")
+    assert [json.loads(line)["prediction"] for line in open(tmp_path / "q.jsonl")] == [
+        row["prediction"] for row in rows]
     # without answers: a look at the first predictions
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(json.dumps({"question": f"who {i}"}) + "\n" for i in range(5)))
     out, _ = run("test.py", tiny, questions)
     assert "does not tell its num_contexts; taking 5" in out
     assert "warning: 0 of 5 records" in out
