@@ -30,6 +30,11 @@ PAIR_QUERIES = ("query_id", "qid", "question_id", "topic_id", "topic", "query")
 PAIR_DOCUMENTS = ("corpus_id", "docid", "docno", "document_id", "passage_id", "psg_id", "pid",
                   "did", "doc", "document", "corpus")
 
+# further fields of records that have a meaning here
+OTHER_FIELDS = ("target", "task", "passage", "gold_docs", "chat_history", "key", "key_index",
+                "history", "history_index", "pos_index", "neg_index", "teacher_scores",
+                "pos_scores", "neg_scores", "prompt", "context")
+
 
 @lru_cache(maxsize=4096)
 def fold(name):

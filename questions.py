@@ -24,7 +24,22 @@ from files import (
     read_lines,
     to_number,
 )
-from names import ANSWERS, DOCUMENT_IDS, QUESTION_IDS, QUESTIONS, find_name, find_value, fold
+from names import (
+    ANSWERS,
+    CONTEXTS,
+    DOCUMENT_IDS,
+    HARD_NEGATIVES,
+    OTHER_FIELDS,
+    OTHER_NEGATIVES,
+    POSITIVES,
+    QUESTION_IDS,
+    QUESTIONS,
+    TITLES,
+    find_name,
+    find_value,
+    fold,
+    list_unknown,
+)
 from utils import InputError, shorten
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt")
@@ -551,6 +566,25 @@ def parse_answers(text, location):
 
 
 # ---------------------------------------------------------------- queries of qrels
+
+def require_ids(questions, purpose, log):
+    """Raise InputError, for a purpose that goes by ids, if only some Questions have ids, or if a
+    field might hold the ids and is not known by its name; log a line where positions are the ids.
+    """
+    without = [question for question in questions
+               if record_id(question.record, question.location) is None]
+    if not without:
+        return
+    first = without[0]
+    unknown = list_unknown(first.record, QUESTIONS, ANSWERS, TITLES, POSITIVES, HARD_NEGATIVES,
+                           OTHER_NEGATIVES, CONTEXTS, OTHER_FIELDS)
+    if unknown or len(without) < len(questions):
+        raise InputError(f"{first.location}: {purpose} by the questions' ids, and no field of this "
+                         f"one is known to hold its id; its fields are "
+                         f"{shorten(sorted(first.record))}; rename the one with the id to 'id', or "
+                         "add one")
+    log("note: the questions have no ids; a question's id is its position, 0 for the first")
+
 
 def read_unique_questions(paths, task=""):
     """{id: Question} of the questions that qrels name, which need ids of their own.

@@ -24,7 +24,7 @@ from dense.batches import GroupCollator
 from dense.instructions import INSTRUCTIONS
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from files import lock, write_json
-from questions import read_questions, read_unique_questions
+from questions import read_questions, read_unique_questions, require_ids
 from retrieval import bm25
 from retrieval.corpus import open_corpus
 from retrieval.exact_search import merge_processes, part_range, search_vectors
@@ -106,6 +106,8 @@ def check_records(questions, labels, corpus, args):
     if "collate_pos" in args.metrics and not any(question.answers for question in questions):
         raise InputError("collate_pos finds positives by their answers: no query has 'answers'")
     check_question_ids(questions, args)
+    if args.trec:
+        corpus.refuse_blanks(args.trec)
     mines = "collate_neg" in args.metrics
     by_pos_index = not args.qrels and any(name != "nq" for name in list_measures(args))
     for question in questions:
@@ -126,6 +128,16 @@ def check_question_ids(questions, args):
         if len(question.id.split()) != 1 and args.trec:
             raise InputError(f"{question.location}: a TREC run cannot hold the question id "
                              f"{shorten(question.id)}; take the blanks out, or use --output")
+
+
+def require_all_ids(corpus, questions, args, log):
+    """Raise InputError if qrels, runs or results go by ids that cannot be found in the files."""
+    needed = {"the qrels go": args.qrels, "--trec writes a run": args.trec,
+              "--results are read": args.results}
+    purpose = next((purpose for purpose, is_given in needed.items() if is_given), None)
+    if purpose and questions:
+        corpus.require_ids(purpose)
+        require_ids(questions, purpose, log)
 
 
 def limit_hits(args, corpus, questions, log):
@@ -467,6 +479,7 @@ def main(args):
     # bad questions, labels and corpora are rejected before the search starts
     corpus = open_corpus(args.corpus, args.key_template, world)
     questions = open_questions(args)
+    require_all_ids(corpus, questions, args, world.log)
     qrels = merge_qrels(args.qrels) if args.qrels else None
     if args.queries and qrels:
         questions = keep_judged(questions, qrels, world.log)

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from files import new_file, write_json
-from names import DOCUMENT_IDS, TEXTS, find_name
+from names import DOCUMENT_IDS, TEXTS, TITLES, find_name, list_unknown
+from retrieval.ids import IdPacker, PackedIds, find_repeated
 from retrieval.tables import (
+    Layout,
     NotPlain,
     parse_row,
     plain_lines,
-    read_header,
+    read_layout,
     table_rows,
     write_plain_lines,
 )
@@ -28,22 +30,21 @@ CHUNK = 65536  # documents after which a scan packs their ids and moves its bar
 # 5.2 us a passage (measured on 400,000), which is 110 s for 21 million passages, at every start;
 # opening the kept one takes 0.02 s.
 KEEP_TABLE = 2 ** 26
-TABLE_VERSION = 2  # of what counts as a line of a table
+TABLE_VERSION = 3  # of what a table holds and what counts as one of its lines
 
 
 class Part(NamedTuple):
     """One file of a corpus, N documents."""
     path: str           # as the user gave it
     content: mmap.mmap  # its bytes, mapped
-    header: list        # the names of its columns if it is a table, None for JSON lines
+    layout: Layout      # how its lines hold columns
     starts: np.ndarray  # (N + 1): the byte at which each document starts, and the file's end
-    ids: np.ndarray     # (N) as bytes; empty where no column holds ids
-    order: np.ndarray   # (N): the sort order of the ids
+    ids: PackedIds      # of its documents; empty where no column holds ids
     first: int          # the index, in the corpus, of its first document
 
 
 class Corpus:
-    """Documents by index or id; in memory are 16 bytes and the id per document.
+    """Documents by index or id; in memory are 24 bytes and the id per document.
 
     Files: tables with a header, such as psgs_w100.tsv (id, text, title), with tabs or commas;
     BEIR's corpus.jsonl (_id, title, text), or JSON lines with any columns. Where no column is named
@@ -61,14 +62,13 @@ class Corpus:
         paths = [paths] if isinstance(paths, str) else paths
         for path in paths:
             self.open_part(path)
-        self.has_ids = len(self.parts[0].ids) > 0
+        self.has_ids = self.parts[0].ids.count > 0
         names = ", ".join(map(str, paths))
-        if any((len(part.ids) > 0) != self.has_ids for part in self.parts):
+        if any((part.ids.count > 0) != self.has_ids for part in self.parts):
             raise InputError(f"{names}: some files name ids, others do not; give all of them an id "
                              "column")
         if len(self.parts) > 1 and self.has_ids:  # within a part, scan has checked it
-            all_ids = np.concatenate([part.ids[part.order] for part in self.parts])
-            check_unique(np.sort(all_ids, kind="stable"), names)
+            check_unique([part.ids for part in self.parts], names)
 
     def __len__(self):
         return self.size
@@ -90,9 +90,9 @@ class Corpus:
         with open(plain_path, "rb") as file:
             is_empty = os.path.getsize(plain_path) == 0  # an empty file cannot be mapped
             content = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        header, is_plain = read_header(path, content)
-        if header is not None:
-            self.check_header(header, path)
+        layout, is_plain = read_layout(path, content)
+        if layout.header is not None:
+            self.check_header(layout, path)
         if not is_plain:
             raise NotPlain
 
@@ -100,33 +100,34 @@ class Corpus:
         stamp = {"version": TABLE_VERSION, "size": len(content),
                  "changed": os.stat(plain_path).st_mtime_ns}
         if read_stamp(table_folder) == stamp:
-            starts, ids, order = open_table(table_folder, len(content))
+            starts, ids = open_table(table_folder, len(content))
         else:
-            starts, ids, order = self.scan(path, content, header)
+            starts, ids = self.scan(path, content, layout)
             if len(content) >= KEEP_TABLE:
-                keep_table(table_folder, stamp, starts=starts, ids=ids, order=order)
-        self.parts.append(Part(path, content, header, starts, ids, order, self.size))
+                keep_table(table_folder, stamp, starts, ids)
+        self.parts.append(Part(path, content, layout, starts, ids, self.size))
         self.size += len(starts) - 1
 
-    def scan(self, path, content, header):
-        """(starts, ids, order) of a file, each line of which is checked."""
+    def scan(self, path, content, layout):
+        """Return (starts, PackedIds) of a file, each line of which is checked."""
         starts = array("q")
         id_column = None
-        ids, packed_ids = [], []  # numpy packs ids into a fraction of a list's memory
+        ids, packer = [], IdPacker()
         end = 0
         bar = progress_bar(total=len(content), unit="B", unit_scale=True,
                            desc=f"reading {os.path.basename(path)}",
                            is_main=len(content) >= KEEP_TABLE)  # a small file is read at once
         lines = iter(content.readline, b"") if content else ()
+        is_json = layout.header is None
         for line_number, line in enumerate(lines, 1):
             start, end = end, end + len(line)
-            if line.isspace() or (header and line_number == 1):
+            if line.isspace() or (line_number == 1 and layout.has_header and not is_json):
                 continue
-            row = parse_row(line, header, path, line_number)
+            row = parse_row(line, layout, path, line_number)
             is_first = not starts
             if is_first:
                 id_column = find_name(row, DOCUMENT_IDS)
-            if is_first or header is None:  # all lines of a table have the columns of the first
+            if is_first or is_json:  # all lines of a table have the columns of the first
                 format_key(row, self.template, f"{path}:{line_number}")
             starts.append(start)
             if id_column is not None:
@@ -138,22 +139,21 @@ class Corpus:
                                      f"integer, it is {shorten(row[id_column])}")
                 ids.append(str(row[id_column]).encode())
             if len(starts) % CHUNK == 0:
-                packed_ids.append(np.array(ids, "S"))
+                packer.add(ids)
                 ids = []
                 bar.update(end - bar.n)
         bar.close()
         if not starts:
             raise InputError(f"{path}: holds no documents")
         starts.append(end)
-        packed_ids.append(np.array(ids, "S"))
-        all_ids = np.concatenate(packed_ids)
-        order = np.argsort(all_ids, kind="stable")
-        check_unique(all_ids[order], path)
-        return np.frombuffer(starts, np.int64), all_ids, order
+        packer.add(ids)
+        packed = packer.pack()
+        check_unique([packed], path)
+        return np.frombuffer(starts, np.int64), packed
 
-    def check_header(self, header, path):
-        """Raises InputError if a table's header lacks a column of the template."""
-        format_key(dict.fromkeys(header, ""), self.template,
+    def check_header(self, layout, path):
+        """Raise InputError if a table's header lacks a column of the template."""
+        format_key(dict.fromkeys(layout.columns, ""), self.template,
                    f"{path}:1: neither JSON lines nor a table whose header names these columns")
 
     # ---------------------------------------------------------------- documents
@@ -164,8 +164,9 @@ class Corpus:
         index = doc_index - part.first
         lines = part.content[part.starts[index]:part.starts[index + 1]]
         line = lines.split(b"\n", 1)[0]  # blank lines may follow it
-        line_number = index + 2 if part.header else index + 1
-        return parse_row(line, part.header, part.path, line_number), f"{part.path}:{line_number}"
+        has_header = part.layout.header is not None and part.layout.has_header
+        line_number = index + 2 if has_header else index + 1
+        return parse_row(line, part.layout, part.path, line_number), f"{part.path}:{line_number}"
 
     def text(self, doc_index):
         """The key text of a document, by the template."""
@@ -175,7 +176,8 @@ class Corpus:
     def passage(self, doc_index):
         """{id, title, text} of a document; answers are searched in the text alone."""
         row, location = self.row(doc_index)
-        column = next((name for name in TEXTS if name in row), None)
+        column = next((name for name in TEXTS if isinstance(row.get(name, 0), (str, type(None)))),
+                      None)
         if column is None:
             text = format_key(row, self.template, location)
         else:
@@ -191,27 +193,60 @@ class Corpus:
         doc_indices = np.asarray(doc_indices, np.int64)
         ids = np.empty(len(doc_indices), object)
         for part in self.parts:
-            in_part = (part.first <= doc_indices) & (doc_indices < part.first + len(part.ids))
-            ids[in_part] = np.asarray(part.ids)[doc_indices[in_part] - part.first]
-        return [document_id.decode() for document_id in ids]
+            in_part = (part.first <= doc_indices) & (doc_indices < part.first + part.ids.count)
+            ids[in_part] = part.ids.ids(doc_indices[in_part] - part.first)
+        return ids.tolist()
 
     def indices(self, ids):
         """The indices of documents (a list) by their ids, -1 for an unknown id."""
         if not self.has_ids:
             return [self.index_of_number(document_id) for document_id in ids]
-        if not ids:
-            return []
-        expected = np.array([document_id.encode() for document_id in ids])
+        expected = [document_id.encode() for document_id in ids]
         indices = np.full(len(ids), -1)
         for part in self.parts:
-            # numpy searches values of one width only and would widen a copy of all the part's ids,
-            # so that the few searched for are cut instead; one that loses letters is unequal below
-            cut = expected.astype(part.ids.dtype)
-            rank = np.searchsorted(part.ids, cut, sorter=part.order).clip(max=len(part.ids) - 1)
-            nearest = part.order[rank]
-            is_equal = part.ids[nearest] == expected
-            indices[is_equal] = nearest[is_equal] + part.first
+            found = part.ids.indices(expected)
+            indices[found >= 0] = found[found >= 0] + part.first
         return indices.tolist()
+
+    def require_ids(self, purpose):
+        """Raise InputError, for a purpose that goes by ids, if a column might hold the ids and is
+        not known by its name.
+        """
+        unknown = [] if self.has_ids else self.unknown_columns()
+        if unknown:
+            raise InputError(f"{self.parts[0].path}: {purpose} by documents' ids, and no column is "
+                             f"known to hold them; its columns are "
+                             f"{shorten(list(self.parts[0].layout.columns))}; rename the one with "
+                             "the ids to 'id', or add one")
+
+    def refuse_blanks(self, path):
+        """Raise InputError, for a TREC run that will be written, if a document's id has a blank."""
+        for part in self.parts if self.has_ids else ():
+            index = part.ids.find_blank()
+            if index is not None:
+                identifier, = part.ids.ids(np.array([index]))
+                raise InputError(f"{path}: a TREC run cannot hold the blank in the id "
+                                 f"{shorten(identifier)} of {part.path}; use --output, or take "
+                                 "blanks out of the ids")
+
+    def unknown_columns(self):
+        """Return the columns of the first file that are no text, title or part of the template."""
+        in_template = [name for _, name, _, _ in Formatter().parse(self.template) if name]
+        return list_unknown(self.parts[0].layout.columns, TEXTS, TITLES, in_template)
+
+    def note_columns(self, log):
+        """Log how columns are read where their names do not settle it."""
+        for part in self.parts:
+            layout = part.layout
+            if not layout.has_header:
+                log(f"note: {part.path} has no header; its columns are read as "
+                    f"{', '.join(layout.columns)}")
+            for name, field in layout.aliases:
+                log(f"note: {part.path}: '{field}' is read as the {name}")
+        if not self.has_ids:
+            log(f"note: {self.parts[0].path} has no column of ids (its columns are "
+                f"{', '.join(map(str, self.parts[0].layout.columns))[:200]}): a document's id is "
+                "its position, 0 for the first")
 
     def index_of_number(self, text):
         """The index that a text spells as str() does, or -1 if it is none of a document."""
@@ -220,7 +255,7 @@ class Corpus:
 
 
 def open_corpus(paths, template, world):
-    """The Corpus on every process, or None without paths."""
+    """Return the Corpus on every process, or None without paths; log how its columns are read."""
     if not paths:
         return None
     # the main process goes first: what it writes beside the files serves the others
@@ -228,35 +263,40 @@ def open_corpus(paths, template, world):
     wait_for_all(world)
     if corpus is None:
         corpus = Corpus(paths, template)
+    corpus.note_columns(world.log)
     return corpus
 
 
-def check_unique(sorted_ids, location):
-    """Raises InputError if two of the ids are equal."""
-    repeated = sorted_ids[1:][sorted_ids[1:] == sorted_ids[:-1]]
-    if len(repeated):
-        raise InputError(f"{location}: the id {shorten(repeated[0].decode())} occurs twice in the "
-                         "corpus; make ids unique")
+def check_unique(parts, location):
+    """Raise InputError if an id occurs twice in these PackedIds."""
+    repeated = find_repeated(parts)
+    if repeated is not None:
+        raise InputError(f"{location}: the id {shorten(repeated)} occurs twice in the corpus; make "
+                         "ids unique")
 
 
 # ---------------------------------------------------------------- kept tables of lines
 
 def open_table(folder, size):
-    """(starts, ids, order), mapped, of a table that keep_table saved of a file of so many bytes.
+    """Return (starts, PackedIds), mapped, of a table that keep_table saved of a file of so many
+    bytes.
 
     Raises InputError if it is broken.
     """
     with refusing(f"{folder}: is broken", "delete it; the next run makes it anew"):
-        starts, ids, order = arrays = [open_memmap(os.path.join(folder, f"{name}.npy"), "r")
-                                       for name in ("starts", "ids", "order")]
-        kinds = [values.dtype.kind for values in (starts, order)]
+        arrays = [open_memmap(os.path.join(folder, f"{name}.npy"), "r")
+                  for name in ("starts", *PackedIds._fields)]
+        starts, *packed = arrays
+        ids = PackedIds(*map(np.asarray, packed))
+        kinds = [values.dtype.kind for values in arrays]
         is_whole = all(values.offset + values.nbytes == os.path.getsize(values.filename)
                        for values in arrays)
         count = len(starts) - 1
-        if kinds != ["i", "i"] or not is_whole or starts[count] != size or not (
-                len(ids) == len(order) and len(ids) in (0, count)):
+        if kinds != ["i", "u", "u", "u", "u"] or not is_whole or starts[count] != size or not (
+                len(ids.hashes) == len(ids.order) == len(ids.offsets) - 1
+                and ids.count in (0, count) and ids.offsets[-1] == len(ids.letters)):
             raise ValueError("its parts do not belong together")
-        return starts, ids, order
+        return starts, ids
 
 
 def read_stamp(folder):
@@ -268,8 +308,8 @@ def read_stamp(folder):
         return None
 
 
-def keep_table(folder, stamp, **arrays):
-    """Saves a file's table of lines, the stamp last: it makes the table valid.
+def keep_table(folder, stamp, starts, ids):
+    """Save a file's table of lines, the stamp last: it makes the table valid.
 
     A table that cannot be written is made again next time.
     """
@@ -277,7 +317,7 @@ def keep_table(folder, stamp, **arrays):
     try:
         if os.path.exists(stamp_path):
             os.remove(stamp_path)
-        for name, values in arrays.items():
+        for name, values in {"starts": starts, **ids._asdict()}.items():
             with new_file(os.path.join(folder, f"{name}.npy"), "wb") as file:
                 # not np.save: it does not notice a full disk
                 header = np.lib.format.header_data_from_array_1_0(values)

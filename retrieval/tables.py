@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 from itertools import chain
+from typing import NamedTuple
 
 from files import (
     check_quotes,
@@ -21,10 +22,11 @@ from files import (
     read_cells,
     read_lines,
 )
-from names import DOCUMENT_IDS, TEXTS, find_name, fold
+from names import DOCUMENT_IDS, TEXTS, TITLES, find_name, fold
 from utils import InputError, progress_bar, shorten
 
 READ_COLUMNS = ("title", "text", "contents", "content", "body")  # whose values must be texts
+COLLECTION = ("id", "text", "title")  # the columns of a table without a header
 BEGINNING = 65536     # bytes that a table's header fits into
 
 
@@ -41,8 +43,16 @@ class NotPlain(Exception):
 
 # ---------------------------------------------------------------- one line
 
-def read_header(path, content):
-    """(column names, whether its line is plain) of a table; (None, True) for JSON lines.
+class Layout(NamedTuple):
+    """How the lines of a file hold the columns of documents."""
+    header: list | None      # the names of a table's columns; None: JSON lines
+    has_header: bool = True  # a table's first line is its header, not a document
+    columns: tuple = ()      # the names of the first document's columns, aliases included
+    aliases: tuple = ()      # (name, field): a field that is read by that name too
+
+
+def read_layout(path, content):
+    """Return (Layout, whether its lines are plain) of a file's bytes.
 
     Raises InputError for an empty file.
     """
@@ -51,30 +61,77 @@ def read_header(path, content):
     # blank lines come first where table_rows has left out a header
     beginning = content[:BEGINNING]
     if beginning.lstrip()[:1] in (b"{", b""):
-        return None, True
+        return read_json_layout(content, path), True
     text = beginning.split(b"\n")[0].decode("utf-8", "replace").rstrip("\r")
+    if lacks_header(text):
+        columns = COLLECTION[:text.count("\t") + 1]
+        return Layout(list(columns), has_header=False, columns=columns), True
     delimiter = choose_delimiter(text)
     header = name_columns(next(read_cells(io.StringIO(text, newline=""), delimiter), []))
-    return header, delimiter == "\t" and "\r" not in text
+    aliases = find_aliases(header)
+    columns = (*header, *(name for name, _ in aliases))
+    return Layout(header, columns=columns, aliases=aliases), delimiter == "\t" and "\r" not in text
 
 
-def parse_row(line, header, path, line_number):
-    """The columns {name: value} of a line of bytes.
+def read_json_layout(content, path):
+    """Return the Layout of JSON lines, whose first object names the columns."""
+    lines = enumerate(iter(io.BytesIO(content[:BEGINNING]).readline, b""), 1)
+    line_number, line = next(((number, line) for number, line in lines if line.strip()), (1, b""))
+    if not line.endswith(b"\n") and len(content) > BEGINNING:  # the first document is longer
+        start = content[:BEGINNING].index(line)
+        end = content.find(b"\n", start)
+        line = content[start:end if end >= 0 else len(content)]
+    row = parse_row(line, Layout(None), path, line_number) if line.strip() else {}
+    aliases = find_aliases(row)
+    columns = (*row, *(name for name, _ in aliases))
+    return Layout(None, columns=columns, aliases=aliases)
+
+
+def lacks_header(first_line):
+    """Return True for the first line of a table without a header, as MS MARCO's collection.tsv: an
+    id that is a number, a text and perhaps a title, and no name of a column.
+    """
+    cells = first_line.split("\t")
+    is_known = find_name([cell.strip() for cell in cells], (*DOCUMENT_IDS, *TEXTS, *TITLES))
+    return 2 <= len(cells) <= len(COLLECTION) and cells[0].strip().isdecimal() and not is_known
+
+
+def find_aliases(fields):
+    """Return ((name, field), ...) of fields that are a title or a text by another spelling."""
+    aliases = []
+    title = None if "title" in fields else find_name(fields, TITLES)
+    if title is not None:
+        aliases.append(("title", title))
+    for name in READ_COLUMNS:
+        field = None if name in fields else find_name(fields, [name])
+        if field is not None and (name, field) not in aliases:
+            aliases.append((name, field))
+    return tuple(aliases)
+
+
+def parse_row(line, layout, path, line_number):
+    """Return the columns {name: value} of a line of bytes.
 
     Raises InputError, or NotPlain for a table's row that is not just this line.
     """
     text = decode_line(line, path, line_number)
-    if header is None:
+    if layout.header is None:
         row = parse_json(text, path, line_number)
         if not isinstance(row, dict):
             raise InputError(f"{path}:{line_number}: a document must be a JSON object, this is a "
                              f"{type(row).__name__}")
+    elif layout.has_header:
+        row = name_cells(split_row(text), layout.header, f"{path}:{line_number}")
+    else:
+        row = name_cells(text.split("\t"), layout.header, f"{path}:{line_number}")
+    for name, field in layout.aliases:
+        row[name] = row.get(field)
+    if layout.header is None:
         for name in READ_COLUMNS:
             if not isinstance(row.get(name, ""), (str, type(None))):
                 raise InputError(f"{path}:{line_number}: '{name}' must be a text, it is "
                                  f"{shorten(row[name])}")
-        return row
-    return name_cells(split_row(text), header, f"{path}:{line_number}")
+    return row
 
 
 def split_row(text):

@@ -654,7 +654,7 @@ def make_table(folder):
     scanned = Corpus([str(path)], TEMPLATE).parts[0]
     os.utime(path, ns=(0, 0))  # a copy of the folder keeps it
     stamp = {"version": TABLE_VERSION, "size": len(scanned.content), "changed": 0}
-    keep_table(f"{path}.table", stamp, starts=scanned.starts, ids=scanned.ids, order=scanned.order)
+    keep_table(f"{path}.table", stamp, scanned.starts, scanned.ids)
 
 
 def read_kept_table(path):
