@@ -10,12 +10,13 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import zlib
 from contextlib import contextmanager
 from itertools import chain
 
-from utils import InputError, first_line
+from utils import InputError, first_line, shorten
 
 # every escape of a JSON text, from left to right; the group is a half of a character that stands
 # alone: no text file can hold it, and no tokenizer reads it
@@ -23,6 +24,25 @@ ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|
 CELL_LIMIT = 2 ** 24  # characters: a quote that nothing closes must not take in a file of gigabytes
 LARGEST = 3.4e38  # of the numbers that float32 holds, in which scores are computed
 
+# how files of other forms begin, and what makes JSON lines of them
+PARQUET = ('python -c "import json, sys, pyarrow.parquet as p; [print(json.dumps(r, default=str)) '
+           'for r in p.read_table(sys.argv[1]).to_pylist()]" {path} > {stem}.jsonl')
+ARROW = ('python -c "import json, sys, datasets as d; [print(json.dumps(r, default=str)) for r in '
+         'd.Dataset.from_file(sys.argv[1])]" {path} > {stem}.jsonl')
+OTHER_FORMS = {
+    b"PAR1": ("a parquet file", f"make JSON lines of it (with the package pyarrow): {PARQUET}"),
+    b"ARROW1": ("an Arrow file", f"make JSON lines of it (with the package datasets): {ARROW}"),
+    b"\xff\xff\xff\xff": ("an Arrow file",
+                           f"make JSON lines of it (with the package datasets): {ARROW}"),
+    b"PK\x03\x04": ("a zip file or a spreadsheet's own form", "unpack it, or save the table as "
+                    "\"CSV UTF-8\""),
+    b"BZh": ("packed by bzip2", "unpack it: bunzip2 {path}"),
+    b"\xfd7zXZ": ("packed by xz", "unpack it: unxz {path}"),
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", "unpack it: unzstd {path}"),
+    b"\x1f\x8b": ("gzipped", "its name must end in .gz: mv {path} {path}.gz"),
+}
+
+BLANKS = re.compile(r"\s*")
 STREAM = re.compile(r"/dev/std(?:out|err)|/(?:dev|proc/self)/fd/\d+")
 
 # ---------------------------------------------------------------- reading
@@ -39,11 +59,12 @@ def read_json(path):
 
 
 def iterate_json(path):
-    """Yields (object, location) of a list of objects, or of one object per line; either may be
+    """Yield (object, location) of a list of objects, or of one object per line; either may be
     .json. Lines are read one at a time.
 
-    A location is 'FILE:LINE' or 'FILE, record N'. Raises InputError for a missing, unreadable,
-    empty or malformed file.
+    Objects that take several lines, one after another, are read, too, and so is one object whose
+    values are the records, as pyserini writes runs. A location is 'FILE:LINE' or 'FILE, record N'.
+    Raises InputError for a missing, unreadable, empty or malformed file.
     """
     path = str(path)
     with open_json(path) as file:
@@ -54,8 +75,14 @@ def iterate_json(path):
         is_lines = path.removesuffix(".gz").endswith(".jsonl") and beginning != "["
         if is_lines or beginning == "{":  # LLM-Embedder's .json files hold lines
             for number, text in chain([(line_number, line)], lines):
-                if text.strip():
-                    yield parse_json(text.rstrip("\n"), path, number), f"{path}:{number}"
+                if is_unfinished(text):
+                    yield from iterate_objects(text + file.read(), path, number)
+                    return
+                item = parse_json(text.rstrip("\n"), path, number) if text.strip() else None
+                if number == line_number and holds_records(item):
+                    yield from iterate_records(item, path)
+                elif text.strip():
+                    yield item, f"{path}:{number}"
             return
         text = line + file.read()
     if not beginning:
@@ -68,17 +95,118 @@ def iterate_json(path):
         yield item, f"{path}, record {index}"
 
 
+def is_unfinished(line):
+    """Return True for the first line of a JSON object that goes on in the next line."""
+    if not line.rstrip().endswith(("{", "[", ",", ":")):  # saves parsing every line twice
+        return False
+    try:
+        json.loads(line)
+        return False
+    except json.JSONDecodeError as error:
+        return line.endswith("\n") and error.pos >= len(line.rstrip())
+    except (RecursionError, ValueError):
+        return False
+
+
+def goes_on(line):
+    """Return True for a line of bytes that is_unfinished, or an object that holds_records."""
+    try:
+        text = line.decode()
+        return is_unfinished(text) or holds_records(json.loads(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def iterate_objects(text, path, first_line):
+    """Yield (object, 'FILE:LINE') of JSON objects that take several lines, one after another.
+
+    Raises InputError.
+    """
+    decoder = json.JSONDecoder()
+    offset = 0
+    while True:
+        begin = BLANKS.match(text, offset).end()
+        if begin == len(text):
+            return
+        line_number = first_line + text.count("\n", 0, begin)
+        try:
+            _, offset = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError):
+            offset = len(text)  # parse_json words the error
+        item = parse_json(text[begin:offset], path, line_number)
+        if holds_records(item):
+            yield from iterate_records(item, path)
+        else:
+            yield item, f"{path}:{line_number}"
+
+
+def holds_records(item):
+    """Return True for an object that is no record but holds them: by their ids, as pyserini writes
+    runs, or as a list under `data`.
+    """
+    if not isinstance(item, dict) or not item:
+        return False
+    if isinstance(item.get("data"), list) and all(isinstance(row, dict) for row in item["data"]):
+        return True
+    return all(isinstance(row, dict) and not all(isinstance(value, (int, float))
+                                                 for value in row.values())
+               for row in item.values())
+
+
+def iterate_records(item, path):
+    """Yield (record, location) of an object that holds_records; an id that is the record's name
+    becomes its `id`.
+    """
+    if isinstance(item.get("data"), list):
+        for index, row in enumerate(item["data"]):
+            yield row, f"{path}, record {index}"
+        return
+    for name, row in item.items():
+        yield {"id": name} | row, f"{path}, record {shorten(name)}"
+
+
 @contextmanager
 def open_json(path):
-    """A text file to read, gunzipped. Raises InputError for a missing or unreadable one."""
+    """Yield a text file to read, gunzipped. Raises InputError for one that cannot be read."""
+    refuse_other_forms(path)
     try:
         with open_text(path) as file:
             yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except UnicodeDecodeError:
+        raise find_wrong_byte(path) from None
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)}); is it a whole .json or "
                          ".jsonl file in UTF-8, or one gzipped?") from None
+
+
+def find_wrong_byte(path):
+    """Return the InputError that names the first line that is not UTF-8."""
+    with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+        for line_number, line in enumerate(file, 1):
+            try:
+                decode_line(line, path, line_number)
+            except InputError as error:
+                return error
+    return InputError(f"{path}: is not UTF-8; save the file in UTF-8")
+
+
+def refuse_other_forms(path):
+    """Raise InputError, which says how to convert it, for a file of a form that is not read."""
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, "rb") as file:
+            beginning = file.read(8)
+    except OSError:
+        return  # the caller words the error
+    for start, (form, remedy) in OTHER_FORMS.items():
+        is_named = start == b"\x1f\x8b" and str(path).endswith(".gz")
+        if beginning.startswith(start) and not is_named:
+            stem = shlex.quote(os.path.splitext(str(path))[0])
+            raise InputError(f"{path}: is {form}, which is not read; "
+                             f"{remedy.format(path=shlex.quote(str(path)), stem=stem)}")
 
 
 def read_settings(path, kind=dict):
@@ -107,7 +235,7 @@ def parse_json(text, path, line_number):
     except json.JSONDecodeError as error:
         line = line_number + error.lineno - 1
         raise InputError(f"{path}:{line}: not valid JSON at column {error.colno} ({error.msg}); "
-                         "the file may be cut off there: fetch it again or mend the line") from None
+                         f"{cut_off_or_wrong(text, error)}") from None
     except RecursionError:
         raise InputError(f"{path}:{line_number}: the JSON from here on is nested a thousand deep; "
                          "mend it") from None
@@ -117,6 +245,13 @@ def parse_json(text, path, line_number):
     if "\\ud" in text or "\\uD" in text:
         check_escapes(text, path, line_number)
     return value
+
+
+def cut_off_or_wrong(text, error):
+    """Return the remedy for a text that is no JSON: it ends too early, or is wrong where it is."""
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+        return "the file may be cut off there: fetch it again or correct the line"
+    return "correct the line: in JSON texts are in double quotes, and null, true and false are bare"
 
 
 def check_escapes(text, path, line_number):
@@ -142,17 +277,22 @@ def decode_line(line, path, line_number, keep_end=False):
 
 
 def read_lines(path):
-    """Yields the lines of a file as bytes, gunzipped; a JSON list yields one line per item.
+    """Yield the lines of a file as bytes, gunzipped; a JSON list, or JSON objects of several lines,
+    yield one line per item.
 
     Raises InputError.
     """
+    refuse_other_forms(path)
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             beginning = file.peek(4)[:4].removeprefix(codecs.BOM_UTF8)
-            if beginning.startswith(b"["):
-                for item, _ in read_json(path):
+            first = file.readline().removeprefix(codecs.BOM_UTF8) if beginning[:1] == b"{" else b""
+            if beginning.startswith(b"[") or goes_on(first):
+                for item, _ in iterate_json(path):
                     yield json.dumps(item).encode() + b"\n"
                 return
+            if first:
+                yield first
             for index, line in enumerate(file):
                 yield line.removeprefix(codecs.BOM_UTF8) if index == 0 else line
     except (OSError, EOFError, zlib.error) as error:

@@ -22,7 +22,7 @@ HARD_NEGATIVES = ("neg", "hard_negative_ctxs", "negative_passages", "hard_negati
                   "hard_negatives", "negatives", "negative", "hard_negative_contexts",
                   "negative_docs", "negative_documents")
 OTHER_NEGATIVES = ("negative_ctxs", "negative_contexts")  # used where there are no hard ones
-SCORES = ("score", "label", "relevance", "rel", "grade")
+SCORES = ("score", "label", "relevance", "relevancy", "rel", "grade", "rating", "judgment")
 CONTEXTS = ("ctxs", "contexts", "passages", "retrieved_passages")
 
 # columns of qrels and of runs, whose rows name a query and a document: `id` would be ambiguous

@@ -58,8 +58,8 @@ def question_text(record, location):
     text = find_value(record, QUESTIONS)
     if text is not None and not isinstance(text, str):
         name = next(name for name in record if record[name] is text)
-        raise InputError(f"{location}: '{name}' must be a text, it is {shorten(text)} (a "
-                         f"{type(text).__name__}); put it in quotes if it is the question")
+        raise InputError(f"{location}: '{name}' must be a text, it is {shorten(text)} "
+                         f"({type(text).__name__}); put it in quotes if it is the question")
     if text is None or not text.strip():
         raise InputError(f"{location}: no 'question' (or 'query', 'text') text; its fields are "
                          f"{shorten(sorted(record))}")
@@ -85,6 +85,8 @@ def gold_answers(record, location):
     answers = record[name] if name else []
     if isinstance(answers, dict):
         answers, target = read_answer_object(answers)
+    if isinstance(answers, str) and answers.startswith("[") and fold(name).endswith("s"):
+        answers = parse_answers(answers, location)  # pyserini writes a list's text
     if name is not None and not fold(name).endswith("s"):  # one answer
         if isinstance(answers, str):
             answers = [answers]
@@ -290,6 +292,7 @@ def check_record(record, location, index):
         record["target"] = target
     if not isinstance(record.get("target", ""), (str, type(None))):
         raise InputError(f"{location}: 'target' must be a text, it is {shorten(record['target'])}")
+    take_contexts(record)
     check_types(record, location, ["ctxs"])
     gold_passages(record, location)
     history_turns(record, location)
@@ -308,6 +311,25 @@ def check_score(context, name, location):
     except ValueError:
         raise InputError(f"{location}: a context's {name} {shorten(context[name])} is not a "
                          "number") from None
+
+
+def take_contexts(record):
+    """Make contexts of another name (names.CONTEXTS) the record's `ctxs`, and their ids `id`."""
+    name = find_name(record, CONTEXTS)
+    if record.get("ctxs") is None and name is not None:
+        contexts = record[name]
+        if isinstance(contexts, list) and all(map(is_context, contexts)):
+            record["ctxs"] = record.pop(name)
+    if isinstance(record.get("ctxs"), list):
+        record["ctxs"] = [name_id(context) for context in record["ctxs"]]
+
+
+def name_id(context):
+    """Return a context whose id is called `id`, whatever name it had."""
+    if not isinstance(context, dict) or context.get("id") is not None:
+        return context
+    identifier = find_value(context, DOCUMENT_IDS)
+    return context if identifier is None else {"id": identifier} | context
 
 
 def note_contexts(records, path, num_contexts, log):
@@ -524,15 +546,20 @@ def parse_two_columns(line, path, location):
     """The record of a line without a header: question and answers, or id and text.
 
     A second column that is a list holds answers, as in DPR's files, whose cells are quoted as csv
-    does. Any other line is an id and, as it stands after the first tab, a text. Raises InputError.
+    does. Any other line is an id and, as it stands after the first tab, a text; so is one that
+    begins with a number, or with a word before brackets that are no list. Raises InputError.
     """
     if "\t" not in line:
         raise InputError(f"{location}: neither a header, such as question,answer, nor question and "
                          f"answers with a tab between them: {shorten(line)}")
     cells = split_line(line, "\t", location)
-    if len(cells) == 2 and holds_answers(cells[1], path):
-        return {"question": cells[0], "answers": parse_answers(cells[1], location)}
     identifier, _, question = line.partition("\t")
+    if len(cells) == 2 and holds_answers(cells[1], path) and not identifier.strip().isdecimal():
+        try:
+            return {"question": cells[0], "answers": parse_answers(cells[1], location)}
+        except InputError:
+            if len(identifier.split()) != 1 or cells[1].startswith(("['", '["')):
+                raise
     if len(identifier.split()) != 1:
         raise InputError(f"{location}: the first of two columns is an id, and "
                          f"{shorten(identifier)} is none; if it is a question, add the header line "

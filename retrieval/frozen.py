@@ -14,6 +14,7 @@ import transformers
 
 import retrieval.flags
 from files import read_settings, write_json
+from names import DOCUMENT_IDS, find_value
 from questions import Question, gold_passages, read_records
 from retrieval.corpus import open_corpus
 from retrieval.fingerprint import fingerprint
@@ -214,9 +215,10 @@ def find_passage(passage, others, by_id):
     """The first of others that is this passage, or None: one with its id or its text, white space
     apart. Not by_id: the corpus's ids are but positions.
     """
-    identifier = passage.get("id") if by_id else None
+    identifier = find_value(passage, DOCUMENT_IDS) if by_id else None
     for other in others:
-        has_same_id = identifier is not None and str(identifier) == str(other.get("id"))
+        has_same_id = (identifier is not None
+                       and str(identifier) == str(find_value(other, DOCUMENT_IDS)))
         if has_same_id or passage["text"].split() == other["text"].split():
             return other
     return None

@@ -3,58 +3,126 @@ import math
 import random
 from collections import defaultdict
 
-from files import decode_line, parse_json, read_lines, to_number
-from utils import InputError
+from files import (
+    choose_delimiter,
+    decode_line,
+    parse_json,
+    read_cells,
+    read_lines,
+    to_number,
+)
+from names import PAIR_DOCUMENTS, PAIR_QUERIES, QUESTION_IDS, SCORES, find_name, find_value
+from utils import InputError, shorten
 
 LIMITS = ("min_score", "max_score")
 CUTS = ("first_k", "random_k", "top_k", "bottom_k")
 
 
 def read_qrels(path):
-    """{query id: {document id: score}} of a file. Raises InputError for a line that is no qrel.
+    """Return {query id: {document id: score}} of a file.
 
-    Forms: TREC's (query, 0, document, score), BEIR's (a header and three columns), or JSON lines
-    with qid, docid and score.
+    Forms: TREC's (query, 0, document, score), BEIR's (a header and three columns), either with
+    blanks, tabs, commas or semicolons, or JSON lines; names.py has the names of the columns. The
+    same judgment may come twice. Raises InputError for a line that is no qrel, and for a document
+    that is judged twice with different labels, which trec_eval refuses, too.
     """
     qrels = defaultdict(dict)
+    delimiter, columns = None, None
+    is_first = True
     for line_number, line in enumerate(read_lines(path), 1):
+        location = f"{path}:{line_number}"
         text = decode_line(line, path, line_number).strip()
         if not text:
             continue
         if text.startswith("{"):
-            cells = split_json(text, path, line_number)
+            cells = read_pair(parse_json(text, path, line_number), location)
         else:
-            cells = split_line(text)
-        if line_number == 1 and len(cells) == 3 and not any(map(str.isdigit, text)):
-            continue  # a header
+            if is_first:
+                delimiter = choose_separator(text)
+            cells = split_line(text, delimiter)
+            if is_first:
+                columns = read_header(cells, location)
+                if columns:
+                    is_first = False
+                    continue
+            cells = pick_columns(cells, columns)
+        is_first = False
         try:
             query, document, score = cells
-            qrels[query][document] = to_number(score)
+            score = to_number(score)
         except ValueError:
-            raise InputError(f"{path}:{line_number}: not a qrel; it must be query, 0, document, "
-                             "score, or the same without the 0 (a header: three names without "
-                             "digits)") from None
+            raise InputError(f"{location}: not a qrel; it must be query, 0, document, score, or "
+                             "the same without the 0 (a header names the columns, such as "
+                             "query-id, corpus-id, score)") from None
+        given = qrels[query].setdefault(document, score)
+        if given != score:
+            raise InputError(f"{location}: document {shorten(document)} of query {shorten(query)} "
+                             f"has the label {score:g} here and {given:g} before; keep one of them")
     if not qrels:
         raise InputError(f"{path}: holds no qrels")
     return dict(qrels)
 
 
-def split_json(text, path, line_number):
-    """[query, document, score] of a JSON object. Raises InputError for ids of other types."""
-    row = parse_json(text, path, line_number)
-    for name in ("qid", "docid"):
-        if type(row.get(name)) not in (str, int):
-            raise InputError(f"{path}:{line_number}: not a qrel; '{name}' must be a text or a "
-                             "number")
-    return [str(row["qid"]), str(row["docid"]), row.get("score")]
+def read_pair(row, location):
+    """Return [query, document, score] of a JSON object. Raises InputError."""
+    if not isinstance(row, dict):
+        raise InputError(f"{location}: not a qrel; a JSON object is needed")
+    names = find_columns(list(row), location)
+    for name in names[:2]:
+        if type(row[name]) not in (str, int):
+            raise InputError(f"{location}: not a qrel; '{name}' must be a text or a number")
+    query, document, score = (row[name] for name in names)
+    return [str(query), str(document), score]
 
 
-def split_line(text):
-    """The cells of a line: query, document and score."""
-    cells = text.split("\t") if "\t" in text else text.split()
+def find_columns(fields, location):
+    """Return the names of the columns of query, document and score. Raises InputError."""
+    found = [find_name(fields, names) for names in (PAIR_QUERIES, PAIR_DOCUMENTS, SCORES)]
+    if None in found:
+        missing = ("query-id", "corpus-id", "score")[found.index(None)]
+        raise InputError(f"{location}: not a qrel; no column '{missing}' (or another name for it), "
+                         f"its columns are {shorten(fields)}; rename the one that holds it")
+    return found
+
+
+def choose_separator(first_line):
+    """Return what separates the cells of a file: a tab, None for blanks, a comma or semicolon."""
+    if "\t" in first_line:
+        return "\t"
+    return None if len(first_line.split()) > 2 else choose_delimiter(first_line)
+
+
+def read_header(cells, location):
+    """Return the positions of query, document and score among the columns that a header names, or
+    None for a line that is no header: its last cell is a number.
+
+    Raises InputError for a header without these columns.
+    """
+    try:
+        to_number(cells[-1])
+        return None
+    except ValueError:
+        pass
+    is_known = any(find_name(cells, names) for names in (PAIR_QUERIES, PAIR_DOCUMENTS, SCORES))
+    if not is_known or len(cells) < 3:
+        return None
+    return [cells.index(name) for name in find_columns(cells, location)]
+
+
+def pick_columns(cells, columns):
+    """Return the cells of query, document and score, by position where no header names them."""
+    if columns:
+        return [cells[column] for column in columns] if max(columns) < len(cells) else cells[:1]
     if len(cells) == 4:
-        del cells[1]  # TREC's second column, which means nothing
+        return [cells[0], *cells[2:]]  # TREC's second column, which means nothing, is left out
     return cells
+
+
+def split_line(text, delimiter):
+    """Return the cells of a line, without the blanks around them."""
+    if delimiter in (",", ";"):
+        return [cell.strip() for cell in next(read_cells([text], delimiter), [])]
+    return [cell.strip() for cell in (text.split("\t") if "\t" in text else text.split())]
 
 
 def select_qrels(spec, seed=0):
@@ -82,11 +150,21 @@ def select_qrels(spec, seed=0):
 
 
 def read_subset(path):
-    """The queries that a file of ids, or of qrels, names first in its lines. Raises InputError."""
+    """Return the queries that a file of ids, of qrels or of queries names first in its lines.
+
+    Raises InputError.
+    """
     queries = set()
+    delimiter = None
     for line_number, line in enumerate(read_lines(path), 1):
-        cells = decode_line(line, path, line_number).split()
-        queries.update(cells[:1])
+        text = decode_line(line, path, line_number).strip()
+        if text.startswith("{"):
+            row = parse_json(text, path, line_number)
+            identifier = find_value(row, (*PAIR_QUERIES[:-1], *QUESTION_IDS))
+            queries.update([] if identifier is None else [str(identifier)])
+        elif text:
+            delimiter = delimiter if queries else choose_separator(text)
+            queries.update(split_line(text, delimiter)[:1])
     return queries
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from files import decode_line, new_file, read_json, read_lines, to_number
+from names import CONTEXTS, DOCUMENT_IDS, find_name, find_value
 from pages import SAMPLE, Inspected, choose_depth, write_inspection
 from questions import list_field, make_question
 from utils import InputError, shorten
@@ -137,16 +138,20 @@ def read_run(path, questions, corpus, log=print):
     else:
         lines = run_lines(path)
     others = 0  # lines of other questions
+    repeated = []  # lines of a document that the question already has
     while chunk := list(itertools.islice(lines, READ)):
         doc_indices = corpus.indices([line.document_id for line in chunk])
         for line, doc_index in zip(chunk, doc_indices):
             if doc_index < 0:
                 raise InputError(f"{line.location}: document {shorten(line.document_id)} is not "
                                  "in the corpus; is it a result of another one?")
-            if line.query_id in scores:
-                scores[line.query_id][doc_index] = line.score
-            else:
+            if line.query_id not in scores:
                 others += 1
+            elif doc_index in scores[line.query_id]:
+                repeated.append(line)
+                scores[line.query_id][doc_index] = max(scores[line.query_id][doc_index], line.score)
+            else:
+                scores[line.query_id][doc_index] = line.score
     shared = len([row for row in scores.values() if row])
     if shared < len(questions):
         log(f"note: {path} has documents for {shared} of the {len(questions)} questions")
@@ -155,21 +160,43 @@ def read_run(path, questions, corpus, log=print):
                          f"{shorten(questions[0].id)}); is it of others?")
     if others:
         log(f"note: {others} documents in {path} are of questions that are not asked here")
+    if repeated:
+        log(f"note: {len(repeated)} lines of {path} name a document that their question already "
+            f"has, {repeated[0].location} the first; a document's best score counts")
     return from_dictionaries([scores[question.id] for question in questions], corpus.size)
 
 
 def run_lines(path):
-    """Yields the RunLines of a TREC run. Raises InputError."""
+    """Yield the RunLines of a TREC run, or of MS MARCO's (query, document, rank), whose ranks
+    stand in for scores.
+
+    Raises InputError.
+    """
+    has_ranks = None  # the first line decides
     for line_number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         location = f"{path}:{line_number}"
         cells = decode_line(line, path, line_number).split()
+        if has_ranks is None:
+            has_ranks = len(cells) == 3
         try:
-            yield RunLine(cells[0], cells[2], to_number(cells[4]), location)
+            if has_ranks:
+                query_id, document_id, rank = cells
+                yield RunLine(query_id, document_id, -read_rank(rank), location)
+            else:
+                yield RunLine(cells[0], cells[2], to_number(cells[4]), location)
         except (IndexError, ValueError):
             raise InputError(f"{location}: not a line of a TREC run (query Q0 document rank score "
-                             "name)") from None
+                             "name), nor of MS MARCO's (query document rank, from 1 on)") from None
+
+
+def read_rank(text):
+    """Return the rank, 1 or more, that a text spells. Raises ValueError."""
+    rank = int(text)
+    if rank < 1:
+        raise ValueError(f"{rank} is no rank")
+    return rank
 
 
 def context_lines(path, texts):
@@ -181,8 +208,9 @@ def context_lines(path, texts):
             raise InputError(f"{location}: question {shorten(question.id)} is "
                              f"{shorten(question.text)} here and {shorten(expected)} in the "
                              "questions; give theirs")
+        name = find_name(record, CONTEXTS) or "ctxs"
         lines = [context_line(context, rank, question.id, location)
-                 for rank, context in enumerate(list_field(record, "ctxs", location))]
+                 for rank, context in enumerate(list_field(record, name, location))]
         yield from rank_unscored_last(lines)
 
 
@@ -207,11 +235,12 @@ def context_line(context, rank, query_id, location):
     """Return the RunLine of a record's context; its score is None if it has none. Raise InputError.
     """
     try:
-        if type(context["id"]) not in (str, int):
+        identifier = find_value(context, DOCUMENT_IDS)
+        if type(identifier) not in (str, int):
             raise TypeError("no id")
         score = context.get("score")
         score = None if score is None else to_number(score)
-        return RunLine(query_id, str(context["id"]), score, location)
+        return RunLine(query_id, str(identifier), score, location)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{location}: ctxs[{rank}] is no object with an id and, if any, a score "
                          "that is a number") from None

@@ -16,11 +16,13 @@ from files import (
     check_quotes,
     choose_delimiter,
     decode_line,
+    goes_on,
     name_cells,
     new_file,
     parse_json,
     read_cells,
     read_lines,
+    refuse_other_forms,
 )
 from names import DOCUMENT_IDS, TEXTS, TITLES, find_name, fold
 from utils import InputError, progress_bar, shorten
@@ -167,6 +169,7 @@ def plain_lines(path):
     try:
         with open(path, "rb") as file:
             beginning = file.peek(3)
+            is_object = beginning.startswith(b"{") and goes_on(file.readline())
         changed = os.stat(path).st_mtime_ns
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; scripts/make_corpus.py makes a corpus of its "
@@ -174,10 +177,12 @@ def plain_lines(path):
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     refuse_pickle(path, beginning)
+    refuse_other_forms(path)
     unpacked = f"{path}.lines"
     if os.path.exists(unpacked) and os.stat(unpacked).st_mtime_ns == changed:
         return unpacked
-    if str(path).endswith(".gz") or beginning.startswith((b"[", codecs.BOM_UTF8)):
+    is_list = is_object or beginning.startswith((b"[", codecs.BOM_UTF8))
+    if str(path).endswith(".gz") or is_list:
         return write_plain_lines(path, read_lines(path))
     return path
 

@@ -13,13 +13,16 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from files import check_paths, decode_line, new_file, read_lines
+from files import check_paths, new_file
+from retrieval.results import run_lines
 from utils import InputError, Parser, progress_bar, run_script
 
 
 def parse_args():
     parser = Parser(description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="a TREC run, as retrieve.py --trec writes it")
+    parser.add_argument("run", metavar="RUN",
+                        help="a TREC run, as retrieve.py --trec writes it, or MS MARCO's of query, "
+                        "document and rank")
     parser.add_argument("--output", required=True, metavar="FILE", help="qrels in BEIR's form")
     return parser.parse_args()
 
@@ -29,12 +32,8 @@ def main(args):
     count = 0
     with new_file(args.output) as file:
         file.write("query-id\tcorpus-id\tscore\n")
-        for line_number, line in enumerate(progress_bar(read_lines(args.run), desc="run"), 1):
-            cells = decode_line(line, args.run, line_number).split()
-            if len(cells) != 6:
-                raise InputError(f"{args.run}:{line_number}: not a line of a run; it must be "
-                                 "query, Q0, document, rank, score, name")
-            file.write(f"{cells[0]}\t{cells[2]}\t0\n")
+        for line in progress_bar(run_lines(args.run), desc="run"):
+            file.write(f"{line.query_id}\t{line.document_id}\t0\n")
             count += 1
     if not count:
         raise InputError(f"{args.run}: holds no results")

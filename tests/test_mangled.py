@@ -309,9 +309,22 @@ def read_earlier(path):
 
 
 def count_lines(content):
-    """The lines with text of a file."""
+    """Return the number of a file's lines with text or, if it is JSON, of its objects: one may
+    take several lines.
+    """
     content = content.removeprefix(b"\xef\xbb\xbf")
-    return sum(bool(line.strip()) for line in content.split(b"\n"))
+    lines = sum(bool(line.strip()) for line in content.split(b"\n"))
+    if not content.startswith(b"{"):
+        return lines
+    text, offset, count = content.decode("utf-8", "replace").strip(), 0, 0
+    try:
+        while offset < len(text):
+            _, offset = json.JSONDecoder().raw_decode(text, offset)
+            offset = len(text) - len(text[offset:].lstrip())
+            count += 1
+    except (ValueError, RecursionError):
+        return lines
+    return count
 
 
 def count_rows(content):
@@ -385,7 +398,8 @@ READERS = {
     "measures": ("m.json", [{"em": 0.5, "recall@5": 1}],
                  lambda path: read_measures([path], ["em", "recall@5"]), None),
     "JSON": ("r.jsonl", RECORDS, lambda path: count_writable(read_json(path)), count_lines),
-    "lines": ("r.jsonl", RECORDS, lambda path: len(list(read_lines(path))), count_lines),
+    "lines": ("r.jsonl", RECORDS, lambda path: len(list(read_lines(path))),
+              lambda content: min(count_lines(content), content.strip().count(b"\n") + 1)),
     "lines of a list": ("r.json", [RECORDS], lambda path: list(read_lines(path)), None),
     "corpus": ("c.jsonl", DOCUMENTS, read_whole_corpus, count_lines),
     "corpus list": ("c.json", [DOCUMENTS], read_whole_corpus, count_items),

@@ -388,7 +388,7 @@ def test_a_run_becomes_qrels(tmp_path):
         "query-id\tcorpus-id\tscore", "q1\td7\t0", "q1\td3\t0"]
     (tmp_path / "a.trec").write_text("q1 0 d7 1\n")
     _, errors = run("scripts/run_qrels.py", "a.trec", "--output", "b.tsv", cwd=tmp_path, code=1)
-    assert "a.trec:1: not a line of a run" in errors and not (tmp_path / "b.tsv").exists()
+    assert "a.trec:1: not a line of a TREC run" in errors and not (tmp_path / "b.tsv").exists()
 
 
 def test_a_toy_that_was_killed_goes_on(run_recipe):
