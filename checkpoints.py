@@ -41,6 +41,23 @@ FILE_BYTES = 5 * 10 ** 9
 # sentence-transformers
 HUB_FILES = ["*.json", "*.model", "vocab*", "merges.txt", "*_Dense/*"]
 
+# names of weights in the formats of other libraries, and files of a run that are none
+WEIGHT_NAMES = (r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|npz|t7)(\.index(\.json)?)?$"
+                r"|\.ckpt[-.]|\.data-\d+-of-\d+$")
+RUN_FILES = (r"^(optimizer|scheduler|scaler|trainer|rng_state|training_args|training_state|"
+             r"random_states)[\w-]*\.")
+REMEDIES = (
+    ("^adapter_model", "merge the adapter into its base model (peft: merge_and_unload, then "
+                       "save_pretrained) and give that folder"),
+    (r"\.msgpack", "convert them with transformers 4 (from_pretrained(FOLDER, from_flax=True), then "
+                   "save_pretrained)"),
+    (r"\.h5|\.ckpt|\.data-|\.npz", "convert them with transformers 4 "
+                                  "(from_pretrained(FOLDER, from_tf=True), then save_pretrained)"),
+    (r"\.gguf", "convert them with transformers (from_pretrained(FOLDER, gguf_file=NAME), then "
+                "save_pretrained)"),
+    ("", "name the file so if that is what it is, or save the model again with save_pretrained"),
+)
+
 # buffers, equal in every model, that older versions of transformers saved with the weights
 CONSTANTS = r"rotary_emb\.inv_freq$|attn\.masked_bias$|(^|\.)position_ids$"
 
@@ -133,10 +150,11 @@ def load_torch_file(path, mmap=False):
 
 
 def find_weights(folder, required=False):
-    """The paths of a folder's weights (.safetensors or .bin, whole or in shards), [] if it holds
-    none.
+    """Return the paths of a folder's weights (.safetensors or .bin, whole or in shards), [] if it
+    holds none.
 
-    Raises InputError if it holds none and they are required.
+    Raise InputError if it holds none and they are required, or if it holds weights under a name
+    that is not read: a model must not start from random ones then.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = os.path.join(folder, name)
@@ -146,16 +164,34 @@ def find_weights(folder, required=False):
             with refusing(f"{path}.index.json: names no shards", "fetch it again"):
                 shards = set(read_settings(path + ".index.json")["weight_map"].values())
                 return [os.path.join(folder, shard) for shard in sorted(shards)]
+    refuse_other_weights(folder)
     if required:
         raise InputError(f"{folder}: has no model.safetensors or pytorch_model.bin; give the "
                          "folder of a trained model")
     return []
 
 
+def refuse_other_weights(folder):
+    """Raise InputError, with the way out, for a folder that holds weights under a name that is not
+    read, and for a model of the hub without weights that are.
+    """
+    if not os.path.isdir(folder):
+        return
+    others = [name for name in sorted(os.listdir(folder)) if re.search(WEIGHT_NAMES, name)
+              and not re.search(RUN_FILES, name)]
+    for name in others:
+        remedy = next(text for pattern, text in REMEDIES if re.search(pattern, name))
+        raise InputError(f"{os.path.join(folder, name)}: looks like weights, which are read from "
+                         f"model.safetensors and pytorch_model.bin alone; {remedy}")
+    if os.path.basename(os.path.dirname(os.path.abspath(folder))) == "snapshots":
+        raise InputError(f"{folder}: the hub has no model.safetensors or pytorch_model.bin of this "
+                         "model; convert its weights, and give the folder")
+
+
 def read_weights(folder):
-    """All weights of a folder, or None if it holds none. Raises InputError."""
-    weights = {}
-    for path in find_weights(folder):
+    """Return all weights of a folder, or None if it holds none. Raise InputError."""
+    weights, paths = {}, find_weights(folder)
+    for path in paths:
         if path.endswith(".safetensors"):
             with refusing(f"{path}: cannot be read", "the file may be cut off, fetch it again"):
                 part = load_file(path)
@@ -163,6 +199,8 @@ def read_weights(folder):
             part = load_torch_file(path, mmap=True)
             check_weights(part, path)
         weights |= part
+    if paths and not weights:
+        raise InputError(f"{paths[0]}: holds no weights; fetch it again")
     return weights or None
 
 
@@ -250,11 +288,17 @@ def load_tokenizer(path_or_name, fallback):
         # not given, transformers would ask on the terminal whether to run the folder's own code
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer(["a"])  # some wrong settings show only now
-    # transformers opens a folder without a vocabulary, whose every word is unknown then
+    check_words(tokenizer, folder)
+    return tokenizer
+
+
+def check_words(tokenizer, folder):
+    """Raise InputError for a tokenizer without words: transformers opens a folder without a
+    vocabulary, whose every word is unknown then.
+    """
     if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:
         raise InputError(f"{folder}: its tokenizer knows no words; fetch the model's "
                          "tokenizer.json, vocab.txt or spiece.model")
-    return tokenizer
 
 
 def check_vocabulary(tokenizer, embeddings, remedy):
@@ -326,11 +370,7 @@ def fit_weights(weights, expected, source, optional="", unused_is_fine=False):
     and a line names the first.
     """
     given = {name: weight for name, weight in weights.items() if weight.numel()}
-    wrapper = find_wrapper(given, expected)
-    if wrapper:
-        log_on_main(f"note: {source}: the names of its weights begin with {wrapper!r}, which is "
-                    "left out")
-        given = {name.removeprefix(wrapper): weight for name, weight in given.items()}
+    given = drop_wrapper(given, expected, source)
     missing = [name for name, weight in expected.items() if name not in given and weight.numel()]
     mismatched = [(name, tuple(given[name].shape), tuple(weight.shape))
                   for name, weight in expected.items()
@@ -338,6 +378,18 @@ def fit_weights(weights, expected, source, optional="", unused_is_fine=False):
     unused = [name for name in given if name not in expected]
     check_fit(missing, mismatched, unused, source, optional, unused_is_fine)
     return {name: weight for name, weight in given.items() if name in expected}
+
+
+def drop_wrapper(weights, expected, source):
+    """Return {name: weight} without the prefix that a wrapper has put before all names, which a
+    line names (find_wrapper).
+    """
+    wrapper = find_wrapper(weights, expected)
+    if not wrapper:
+        return weights
+    log_on_main(f"note: {source}: the names of its weights begin with {wrapper!r}, which is left "
+                "out")
+    return {name.removeprefix(wrapper): weight for name, weight in weights.items()}
 
 
 def find_wrapper(names, expected):

@@ -9,22 +9,24 @@ question. plain_fid says it in a few lines; FiDT5 computes the same without padd
 """
 import json
 import os
-import re
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
+from transformers import GenerationConfig, MT5ForConditionalGeneration, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from checkpoints import (
     announce_random_start,
-    check_shapes,
     check_vocabulary,
+    drop_wrapper,
     find_model,
+    find_weights,
+    fit_weights,
+    log_on_main,
     read_config,
     read_weights,
     write_weights,
@@ -34,13 +36,25 @@ from files import read_settings
 from layers import decode, encode, encode_by_block
 from packed_attention import group_texts, split_by_length
 from sharding import any_question, is_sharded, shard
+from t5_folder import (
+    CROSS_BIAS,
+    CROSS_BIAS_MARK,
+    EMBEDDINGS,
+    GREEDY_SETTINGS,
+    has_cross_bias,
+    list_ends,
+    list_settings,
+    plain_key,
+    read_generation,
+    read_start,
+    settle_ids,
+    share_embeddings,
+)
 from utils import InputError, refusing, shorten
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time, counted with padding
 # a finite mask: a question without a token attends to all of its padding
 LOWEST = torch.finfo(torch.float32).min
-CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # v1.1, Flan and ByT5 are one of them
 CLASSES = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
 
@@ -202,11 +216,15 @@ class BiasedCrossAttention(T5Attention):
 class FiDT5(nn.Module):
     """A T5 whose encoder reads N passages per question; see the module's docstring for shapes."""
 
-    def __init__(self, t5):
+    def __init__(self, t5, stated_start=None):
+        """`stated_start`: the id that targets begin with by the files of the T5, if they name one.
+        """
         super().__init__()
         self.t5 = t5
         self.t5.encoder = EncoderWrapper(t5.encoder)
         self.config = t5.config
+        self.stated_start = stated_start
+        self.id_notes = {}  # {"</s>", ...: what config.json says in place of the tokenizer's id}
 
     @property
     def cross_bias(self):
@@ -221,6 +239,11 @@ class FiDT5(nn.Module):
         return self.config.pad_token_id if start is None else start
 
     @property
+    def end_tokens(self):
+        """The ids that end an answer."""
+        return list_ends(self.config, self.t5.generation_config)
+
+    @property
     def use_checkpoint(self):
         return self.t5.encoder.encoder.use_checkpoint
 
@@ -229,9 +252,30 @@ class FiDT5(nn.Module):
         self.t5.encoder.encoder.use_checkpoint = use_checkpoint
 
     def check_tokenizer(self, tokenizer):
-        """Raises InputError if the tokenizer has ids that the model has no embedding for."""
+        """Make the ids of the reader those of its tokenizer, see settle_ids.
+
+        Raise InputError if the tokenizer has ids that the model has no embedding for, or no end.
+        """
         check_vocabulary(tokenizer, self.t5.shared, "name the model that the tokenizer belongs to "
-                         "with --t5_name")
+                         "with --tokenizer")
+        before = self.end_tokens[0], self.config.pad_token_id
+        ids = settle_ids(self.stated_start, self.end_tokens, self.config.pad_token_id, tokenizer)
+        after = {"</s>": tokenizer.eos_token_id, "<pad>": ids.pad}
+        self.id_notes = {name: old for (name, new), old in zip(after.items(), before) if new != old}
+        ends = ids.ends if len(ids.ends) > 1 else ids.ends[0]
+        for config in (self.config, self.t5.generation_config):
+            config.decoder_start_token_id, config.pad_token_id = ids.start, ids.pad
+            config.eos_token_id = ends
+
+    def forget_generation(self):
+        """Return the settings of generation_config.json, {name: value}, and answer greedily without
+        them from now on, as a reader that is trained here does.
+        """
+        generation = self.t5.generation_config
+        settings = list_settings(generation)
+        for name in settings:
+            setattr(generation, name, None)
+        return settings
 
     def prepare(self, max_length, answer_maxlength):
         """Tells the model the length that the originals padded passages to; only the position bias
@@ -318,7 +362,7 @@ class FiDT5(nn.Module):
         if return_scores:
             kind = "logits" if return_scores is True else return_scores
             scores = self.crossattention_scores(memory, attention_mask, kind)
-        if num_beams == 1:
+        if num_beams == 1 and not self.is_steered:
             ids = self.greedy(memory, max_length)
         else:
             ids = self.t5.generate(encoder_outputs=BaseModelOutput(memory.states),
@@ -327,10 +371,16 @@ class FiDT5(nn.Module):
                                    decoder_start_token_id=self.start_token)
         return (ids, scores) if return_scores else ids
 
+    @property
+    def is_steered(self):
+        """True if generation_config.json holds settings that change greedy answers."""
+        return any(name in GREEDY_SETTINGS for name in list_settings(self.t5.generation_config))
+
     def greedy(self, memory, max_length):
         """The likeliest token at each step, (B, <= max_length); questions that have ended leave the
         batch.
         """
+        ends = torch.tensor(self.end_tokens, device=memory.mask.device)
         B, device = len(memory.mask), memory.mask.device
         ids = torch.full((B, max_length), self.config.pad_token_id, device=device)
         ids[:, 0] = self.start_token
@@ -342,7 +392,7 @@ class FiDT5(nn.Module):
 
             # questions that have ended leave; their number is the one value per step that the host
             # waits for
-            alive = token != self.config.eos_token_id
+            alive = ~torch.isin(token, ends)
             remaining = int(alive.sum())
             if not any_question(self, remaining):
                 return ids[:, :step + 1]
@@ -390,14 +440,14 @@ class FiDT5(nn.Module):
     # ---------------------------------------------------------------- files
 
     @classmethod
-    def from_pretrained(cls, path_or_name, dropout=None, dtype=torch.float32):
-        """A reader from any of: a T5 folder or hub name, our folder, a released FiD reader,
+    def from_pretrained(cls, path_or_name, dropout=None, dtype=torch.float32, trained=False):
+        """Return a reader from any of: a T5 folder or hub name, our folder, a released FiD reader,
         minFiD's file.
 
         `dropout` replaces the configuration's rate; with the dtype None the weights stay in the
-        file, as they are, till they are used. A folder without weights gives random ones and says
-        so. Raises InputError where nothing fits: unknown name, unreadable file, other architecture,
-        other shapes.
+        file, as they are, until they are used. A folder without weights gives random ones and says
+        so, or is refused if it must be `trained`. Raise InputError where nothing fits: unknown
+        name, unreadable file, other architecture, other shapes.
         """
         folder, weights = find_model(path_or_name)
         config = read_config(folder)
@@ -407,16 +457,23 @@ class FiDT5(nn.Module):
         if dropout is not None:
             config.dropout_rate = dropout
         if weights is None:
+            find_weights(folder, required=trained)
             weights = read_weights(folder)
-        if getattr(config, "decoder_start_token_id", None) is None:
-            config.decoder_start_token_id = config.pad_token_id
-        check_special_tokens(config, folder)
+        generation = read_generation(folder, config)
+        stated_start = read_start(folder, config, generation)
+        start = config.pad_token_id if stated_start is None else stated_start
+        config.decoder_start_token_id = generation.decoder_start_token_id = start
+        check_special_tokens(config, generation, folder)
         with refusing(f"{path_or_name}: no T5 can be built of its config.json and weights",
                       "give the folder of a trained model, or of a T5"):
             if weights is None:
                 announce_random_start(path_or_name)
-                return cls(build_random_t5(config, folder))
-            return cls(build_t5(config, weights, path_or_name, dtype))
+                t5 = build_random_t5(config, folder)
+            else:
+                settings = read_settings(os.path.join(folder, "config.json"))
+                t5 = build_t5(config, weights, path_or_name, dtype, settings)
+        t5.generation_config = generation
+        return cls(t5, stated_start)
 
     @property
     def is_tied(self):
@@ -424,21 +481,26 @@ class FiDT5(nn.Module):
         return self.t5.lm_head.weight is self.t5.shared.weight
 
     def plain_weights(self):
-        """{plain T5 name: weight}, each once."""
-        weights = {plain_key(key): value for key, value in self.t5.state_dict().items()}
-        copies = [*EMBEDDINGS[1:], "lm_head.weight"] if self.is_tied else EMBEDDINGS[1:]
-        for key in copies:
-            del weights[key]
-        return weights
+        """Return {plain T5 name: weight}, each once."""
+        weights = {plain_key(key): value for key, value in self.t5.state_dict(keep_vars=True).items()}
+        copies = [key for key in EMBEDDINGS[1:] if weights[key] is weights[EMBEDDINGS[0]]]
+        return {key: value.detach() for key, value in weights.items() if key not in copies}
 
     def save_pretrained(self, folder):
-        """Writes config.json, generation_config.json and model.safetensors with plain T5 names, as
+        """Write config.json, generation_config.json and model.safetensors with plain T5 names, as
         transformers does.
         """
         os.makedirs(folder, exist_ok=True)
         write_weights(folder, self.plain_weights())
         config = self.config.to_dict() | {"architectures": [type(self.t5).__name__],
                                           "tie_word_embeddings": self.is_tied, "dtype": "float32"}
+        if self.config.model_type == "t5":  # T5's name for scaling what goes into the output layer
+            config["tie_word_embeddings"] = self.config.scale_decoder_outputs
+        if self.cross_bias is not None:
+            config[CROSS_BIAS_MARK] = True
+        else:
+            config.pop("passage_stride", None)
+            config.pop(CROSS_BIAS_MARK, None)
         with open(os.path.join(folder, "config.json"), "w") as file:
             json.dump(config, file, indent=2, sort_keys=True)
         self.t5.generation_config.save_pretrained(folder)
@@ -454,21 +516,16 @@ def in_product_dtype(x):
 
 # ---------------------------------------------------------------- building a T5
 
-def plain_key(key):
-    """The T5 name of a weight in FiD's (`encoder.encoder`, `.module.`) or minFiD's (`t5.`,
-    `.t5block.`) wrapping.
-    """
-    key = re.sub(r"^encoder\.encoder\.", "encoder.", key.removeprefix("t5."))
-    return re.sub(r"\.(module|t5block)\.", ".", key)
-
-
-def check_special_tokens(config, folder):
-    """Raises InputError for a start, padding or end token that is none of the vocabulary."""
-    for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
-        token = getattr(config, name)
+def check_special_tokens(config, generation, folder):
+    """Raise InputError for a start, padding or end token that is not in the vocabulary."""
+    named = [("decoder_start_token_id", config.decoder_start_token_id),
+             ("pad_token_id", config.pad_token_id)]
+    named += [("eos_token_id", end) for end in list_ends(config, generation)]
+    for name, token in named:
         if type(token) is not int or not 0 <= token < config.vocab_size:
-            raise InputError(f"{folder}: config.json says {name} {shorten(token)}, which is no id "
-                             "of its vocabulary; give the folder of a trained model, or of a T5")
+            raise InputError(f"{folder}: config.json or generation_config.json has {name} "
+                             f"{shorten(token)}, which is no id of its vocabulary; give the folder "
+                             "of a trained model, or of a T5")
 
 
 def build_random_t5(config, folder):
@@ -484,27 +541,27 @@ def build_random_t5(config, folder):
     return t5
 
 
-def build_t5(config, weights, source, dtype=torch.float32):
-    """The T5 of a configuration with these weights (any wrapping), as they are if dtype is None.
+def build_t5(config, weights, source, dtype=torch.float32, settings=None):
+    """Return the T5 of a configuration with these weights (any wrapping), as they are if dtype is
+    None; `settings` are config.json's.
 
-    Raises InputError, which names `source`, where names or shapes differ.
+    Raise InputError, which names `source`, where names or shapes differ.
     """
-    weights = {plain_key(key): value.to(dtype or value.dtype) for key, value in weights.items()}
-    cross_bias = weights.pop(CROSS_BIAS, None)
-    embeddings = next((weights[key] for key in EMBEDDINGS if key in weights), torch.empty(0))
-    is_tied = "lm_head.weight" not in weights or torch.equal(weights["lm_head.weight"], embeddings)
-    for key in EMBEDDINGS:
-        weights[key] = embeddings
-    if is_tied:
-        weights["lm_head.weight"] = embeddings
-
     with torch.device("meta"):  # no time goes into random weights
         t5 = CLASSES[config.model_type](config)
-    check_shapes(t5, weights, source)
+    with_bias = has_cross_bias(weights, settings or {})
+    weights = {plain_key(key): value.to(dtype or value.dtype) for key, value in weights.items()}
+    weights = drop_wrapper(weights, t5.state_dict(), source)
+    cross_bias = weights.pop(CROSS_BIAS, None)
+    if cross_bias is not None and not with_bias:
+        log_on_main(f"note: {source}: {CROSS_BIAS} is left out, as in transformers: it is a "
+                    "leftover of T5's first release, which only FiD's readers use")
+        cross_bias = None
+    weights = fit_weights(share_embeddings(weights), t5.state_dict(), source)
     t5.load_state_dict(weights, assign=True)
-    t5.encoder.embed_tokens.weight = t5.decoder.embed_tokens.weight = t5.shared.weight
-    if is_tied:
-        t5.lm_head.weight = t5.shared.weight
+    for name in EMBEDDINGS[1:]:
+        if weights[name] is weights[EMBEDDINGS[0]]:
+            t5.get_submodule(name.removesuffix(".weight")).weight = t5.shared.weight
     if cross_bias is not None:
         attention = t5.decoder.block[0].layer[1].EncDecAttention
         attention.__class__ = BiasedCrossAttention
