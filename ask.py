@@ -27,13 +27,12 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from checkpoints import load_tokenizer
 from data import note_long_passages
 from files import check_paths, decode_line, new_file
 from pages import END, begin_page, check_page, clean, cut_excerpt, plain, split_at_answers
 from predict import add_answer_flags, predict, settle_lengths
 from questions import make_question
-from readers import add_prompt_flags, open_reader
+from readers import add_prompt_flags, describe_reader, open_reader, open_reader_tokenizer
 from retrieval import bm25
 from retrieval.corpus import open_corpus
 from retrieval.flags import (
@@ -175,9 +174,10 @@ def load_reader(args, world):
     """(model, tokenizer) of the reader; settles the number of contexts and the lengths as in its
     training, where no flag does.
     """
-    model = open_reader(args.model, args=args).to(world.device)
-    tokenizer = load_tokenizer(args.model, args.t5_name)
+    tokenizer, origin = open_reader_tokenizer(args.model, args.tokenizer, args.t5_name)
+    model = open_reader(args.model, args=args, trained=True).to(world.device)
     model.check_tokenizer(tokenizer)
+    world.log(describe_reader(args.model, model, tokenizer, origin))
     settle_lengths(args, world.log)
     model.prepare(args.max_length, args.answer_maxlength)
     return model, tokenizer

@@ -303,7 +303,7 @@ class CausalReader(nn.Module):
         """
         name, eos = tokenizer.name_or_path, tokenizer.eos_token_id
         check_vocabulary(tokenizer, self.lm.get_input_embeddings(), "name the model that the "
-                         "tokenizer belongs to with --t5_name")
+                         "tokenizer belongs to with --tokenizer")
         if eos is None:
             raise InputError(f"{name}: the tokenizer has no end-of-sequence token, which every "
                              "answer ends with; set eos_token in its tokenizer_config.json")
@@ -319,6 +319,10 @@ class CausalReader(nn.Module):
         """The ids that end an answer; chat models have several."""
         ends = self.config.eos_token_id
         return ends if isinstance(ends, list) else [ends]
+
+    def forget_generation(self):
+        """Return the settings of generation_config.json that training leaves out: none is used."""
+        return {}
 
     def prepare(self, max_length, answer_maxlength):
         """Raises InputError if prompts and answers of these lengths are more than the model reads.

@@ -49,12 +49,12 @@ RUN_FILES = (r"^(optimizer|scheduler|scaler|trainer|rng_state|training_args|trai
 REMEDIES = (
     ("^adapter_model", "merge the adapter into its base model (peft: merge_and_unload, then "
                        "save_pretrained) and give that folder"),
-    (r"\.msgpack", "convert them with transformers 4 (from_pretrained(FOLDER, from_flax=True), then "
-                   "save_pretrained)"),
-    (r"\.h5|\.ckpt|\.data-|\.npz", "convert them with transformers 4 "
-                                  "(from_pretrained(FOLDER, from_tf=True), then save_pretrained)"),
-    (r"\.gguf", "convert them with transformers (from_pretrained(FOLDER, gguf_file=NAME), then "
-                "save_pretrained)"),
+    (r"\.msgpack", "convert them with transformers 4: from_pretrained(FOLDER, from_flax=True), "
+                   "then save_pretrained"),
+    (r"\.h5|\.ckpt|\.data-|\.npz", "convert them with transformers 4: "
+                                  "from_pretrained(FOLDER, from_tf=True), then save_pretrained"),
+    (r"\.gguf", "convert them with transformers: from_pretrained(FOLDER, gguf_file=NAME), then "
+                "save_pretrained"),
     ("", "name the file so if that is what it is, or save the model again with save_pretrained"),
 )
 
@@ -284,7 +284,7 @@ def load_tokenizer(path_or_name, fallback):
         folder = query_folder
     if not has_tokenizer(folder):
         folder = find_model(fallback)[0]
-    with refusing(f"{folder}: no usable tokenizer", "name a model that carries one with --t5_name"):
+    with refusing(f"{folder}: no usable tokenizer", "name a model that has one"):
         # not given, transformers would ask on the terminal whether to run the folder's own code
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer(["a"])  # some wrong settings show only now
@@ -332,6 +332,12 @@ def read_config(folder, kind="T5"):
 
     Raises InputError where there is none that transformers knows, or one with absurd sizes.
     """
+    adapter = read_settings(os.path.join(folder, "adapter_config.json"))
+    if adapter and not os.path.exists(os.path.join(folder, "config.json")):
+        raise InputError(f"{folder}: holds an adapter of "
+                         f"{shorten(adapter.get('base_model_name_or_path'))}, not a model; merge "
+                         "the two (peft: merge_and_unload, then save_pretrained) and give that "
+                         "folder")
     with refusing(f"{folder}: no usable config.json", f"give a {kind} model folder"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for name, value in config.to_dict().items():

@@ -43,6 +43,7 @@ from files import check_paths, new_file
 from journal import Journal
 from model import CLASSES, FiDT5, Memory
 from packed_attention import split_by_length
+from predict import add_tokenizer_flags
 from questions import (
     check_types,
     gold_answers,
@@ -52,6 +53,7 @@ from questions import (
     read_questions,
     refuse_table,
 )
+from readers import describe_reader, open_reader_tokenizer
 from retrieval.corpus import check_template, format_key, open_corpus
 from retrieval.fingerprint import hash_file, hash_windows, model_files
 from retrieval.mining import check_indices, collated_path
@@ -130,8 +132,7 @@ def parse_args():
     add("--reader", action="store_true",
         help="the model is a reader, which has prompts of its own, though its folder does not say "
         "so, as those of train_epoch.py do")
-    add("--t5_name", default="t5-base",
-        help="whose tokenizer to use if a reader carries none")
+    add_tokenizer_flags(add)
     add("--bf16", action="store_true", help="compute in bfloat16; not given: float32")
     add = parser.add_argument_group("texts").add_argument
     add("--template",
@@ -266,9 +267,14 @@ def open_scorer(args, is_reader, trained, config, world):
         limit = trained.get("max_length") or limit  # of a prompt
     prompts, is_packed = None, False
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    tokenizer = load_tokenizer(name, args.t5_name)
+    if is_reader or config.model_type in CLASSES:
+        tokenizer, origin = open_reader_tokenizer(name, args.tokenizer, args.t5_name)
+    else:
+        tokenizer = load_tokenizer(args.tokenizer or name, name)
     if config.model_type in CLASSES:
-        kind, model = "t5", FiDT5.from_pretrained(name).to(world.device).eval()
+        kind, model = "t5", FiDT5.from_pretrained(name, trained=True).to(world.device).eval()
+        model.check_tokenizer(tokenizer)
+        world.log(describe_reader(name, model, tokenizer, origin))
         if is_reader:
             # the originals padded to it; only a released reader's bias sees it
             model.config.passage_stride = limit

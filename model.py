@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, MT5ForConditionalGeneration, T5ForConditionalGeneration
+from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -482,7 +482,8 @@ class FiDT5(nn.Module):
 
     def plain_weights(self):
         """Return {plain T5 name: weight}, each once."""
-        weights = {plain_key(key): value for key, value in self.t5.state_dict(keep_vars=True).items()}
+        weights = {plain_key(key): value
+                   for key, value in self.t5.state_dict(keep_vars=True).items()}
         copies = [key for key in EMBEDDINGS[1:] if weights[key] is weights[EMBEDDINGS[0]]]
         return {key: value.detach() for key, value in weights.items() if key not in copies}
 

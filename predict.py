@@ -25,11 +25,20 @@ UNKNOWN = {"num_contexts": 5, "max_length": 200}
 
 def add_answer_flags(add):
     """Adds what the answers of a reader depend on, by the function of a group."""
-    add("--t5_name", default="t5-base",
-        help="whose tokenizer to use if the checkpoint carries none")
+    add_tokenizer_flags(add)
     add("--answer_maxlength", type=int, default=ANSWER_MAXLENGTH,
         help="most tokens to generate")
     add("--num_beams", type=int, default=1, help="beams; 1 is greedy")
+
+
+def add_tokenizer_flags(add):
+    """Add the flags that say whose tokenizer a reader has, by the function of a group."""
+    add("--tokenizer", metavar="NAME",
+        help="folder or hub name of the model whose tokenizer is used; default: the checkpoint's "
+        "own")
+    add("--t5_name", metavar="NAME",
+        help="whose tokenizer is used if the checkpoint has none; default: that of the model that "
+        "the checkpoint names as trained from, else t5-base's if the sizes fit")
 
 
 def settle_lengths(args, log):

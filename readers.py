@@ -1,13 +1,28 @@
-"""Which reader a checkpoint is: a T5 becomes a FiDT5, a causal language model a CausalReader."""
+"""Which reader a checkpoint is: a T5 becomes a FiDT5, a causal language model a CausalReader; and
+whose tokenizer it reads with.
+"""
 import os
+from typing import NamedTuple
 
 import torch
 
 from causal_lm import is_causal
 from causal_reader import PASSAGE_WEIGHTS, TEMPLATE, CausalReader, Prompts, choose_prompts
-from checkpoints import find_model, read_config, read_training_args
+from checkpoints import (
+    find_model,
+    find_weights,
+    has_tokenizer,
+    load_tokenizer,
+    read_config,
+    read_training_args,
+)
+from files import read_args
 from model import CLASSES, FiDT5
-from utils import InputError
+from t5_folder import carries_tokenizer, list_settings, open_t5_tokenizer
+from utils import InputError, shorten
+
+FALLBACK = "t5-base"         # all of T5, v1.1 and Flan-T5 have its vocabulary
+FALLBACK_SIZES = (32100, 32128)  # the embeddings of a model that may
 
 
 def add_prompt_flags(parser):
@@ -26,37 +41,39 @@ def add_prompt_flags(parser):
         help="the scores are divided by T before the softmax; not given: as trained, else 1")
 
 
-def open_reader(path_or_name, dropout=None, args=None, spread=False):
-    """The reader of a checkpoint, by its configuration: FiDT5 or CausalReader.
+def open_reader(path_or_name, dropout=None, args=None, spread=False, trained=False):
+    """Return the reader of a checkpoint, by its configuration: FiDT5 or CausalReader.
 
     `dropout` replaces the configuration's rates; `args` may hold the values of add_prompt_flags;
-    the weights of one that will be spread over the processes stay in the file till place_reader.
-    Raises InputError for any other model, and for what the readers refuse.
+    the weights of one that will be spread over the processes stay in the file until place_reader.
+    Raise InputError for any other model, for what the readers refuse and, if it must be `trained`,
+    for one without weights.
     """
     dtype = None if spread else torch.float32
     given = {name: getattr(args, name, None) for name in Prompts._fields}
     given = {name: value for name, value in given.items() if value is not None}
     if os.path.isfile(path_or_name):  # minFiD's
-        return open_fid(path_or_name, dropout, given, dtype)
+        return open_fid(path_or_name, dropout, given, dtype, trained)
     folder, _ = find_model(path_or_name)
     config = read_config(folder, "T5 or causal language")
     if config.model_type in CLASSES:
-        return open_fid(path_or_name, dropout, given, dtype)
+        return open_fid(path_or_name, dropout, given, dtype, trained)
     if not is_causal(config):
         raise InputError(f"{folder}: is a {config.model_type} model; the reader needs T5, T5 v1.1, "
                          "Flan-T5, mT5 or ByT5, or a causal language model (GPT-2, Llama, Qwen2, "
                          "...)")
     stated = read_training_args(path_or_name).get("prompts", {})
     prompts = choose_prompts(given, stated, path_or_name)
+    find_weights(folder, required=trained)
     return CausalReader.from_pretrained(path_or_name, dropout, prompts, dtype)
 
 
-def open_fid(path_or_name, dropout, given, dtype):
+def open_fid(path_or_name, dropout, given, dtype, trained):
     """A FiDT5. Raises InputError if flags of causal language models are given."""
     if given:
         raise InputError(f"--{min(given)} is for causal language models, {path_or_name} is a T5; "
                          "leave it out")
-    return FiDT5.from_pretrained(path_or_name, dropout, dtype)
+    return FiDT5.from_pretrained(path_or_name, dropout, dtype, trained)
 
 
 def place_reader(reader, world, spread):
@@ -67,3 +84,111 @@ def place_reader(reader, world, spread):
         reader.shard(world)
     else:
         reader.to(world.device)
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+class Origin(NamedTuple):
+    """Where a reader's tokenizer is from."""
+    name: str
+    reason: str     # why it is not the checkpoint's own, "" if it is
+    ignored: list   # settings of its files that are not followed, in words
+
+
+def open_reader_tokenizer(path_or_name, chosen=None, fallback=None):
+    """Return (tokenizer, Origin) of a reader's checkpoint.
+
+    The tokenizer is that of the model `chosen` or, where that is None, the checkpoint's own; for a
+    checkpoint without any it is that of `fallback`, of the model that it was trained from, or
+    t5-base's if the size fits. Inputs are cut on the right and answers decoded without clean-up,
+    whatever its files say. Raise InputError, which lists what was tried, if there is none.
+    """
+    path = str(path_or_name)
+    folder = find_model(path)[0]
+    config = read_config(folder, "T5 or causal language")
+    is_t5 = config.model_type in CLASSES
+    carries = carries_tokenizer if is_t5 else has_tokenizer
+    if chosen:
+        candidates = [(chosen, "--tokenizer")]
+    elif carries(folder) and not os.path.isfile(path):
+        candidates = [(folder, "")]
+    else:
+        candidates = list_candidates(path, folder, fallback, config)
+    tried = []
+    for name, reason in candidates:
+        try:
+            source = find_model(name)[0]
+        except InputError as error:
+            tried.append(f"{name} ({reason}) cannot be opened: {str(error).split(';')[0]}")
+            continue
+        if carries(source):
+            tokenizer = (open_t5_tokenizer(source, config.vocab_size) if is_t5
+                         else load_tokenizer(source, source))
+            name = name if reason else path
+            return tokenizer, Origin(name, reason, settle_settings(tokenizer))
+        tried.append(f"{name} ({reason}) has none")
+    raise InputError(f"{path}: has no tokenizer{''.join(f'; {text}' for text in tried)}; name the "
+                     "model whose tokenizer it was trained with: --tokenizer NAME")
+
+
+def list_candidates(path, folder, fallback, config):
+    """Return [(model, why)] whose tokenizer a checkpoint without one may have been trained with,
+    the likeliest first.
+    """
+    candidates = []
+    if fallback:
+        beside = os.path.join(os.path.dirname(path), fallback)
+        is_beside = os.path.isfile(path) and os.path.isdir(beside)
+        candidates.append((beside if is_beside else fallback, "--t5_name"))
+    if os.path.isfile(path):
+        candidates.append((folder, "the checkpoint's t5_name"))
+    else:
+        flags = read_args(path).get("args", {})
+        name = flags.get("t5_name") if isinstance(flags, dict) else None
+        if isinstance(name, str):
+            candidates.append((name, "the checkpoint's t5_name"))
+    lowest, highest = FALLBACK_SIZES
+    if config.model_type == "t5" and lowest <= config.vocab_size <= highest and not fallback:
+        candidates.append((FALLBACK, "the vocabulary of T5 is assumed"))
+    return candidates
+
+
+def settle_settings(tokenizer):
+    """Set how a reader's tokenizer cuts and decodes; return what its files have instead, in words.
+    """
+    ignored = []
+    if tokenizer.truncation_side != "right":
+        ignored.append(f"truncation_side {tokenizer.truncation_side}")
+    if tokenizer.clean_up_tokenization_spaces:
+        ignored.append("clean_up_tokenization_spaces")
+    tokenizer.truncation_side, tokenizer.clean_up_tokenization_spaces = "right", False
+    return ignored
+
+
+def describe_reader(path, reader, tokenizer, origin):
+    """Return the line that says how a reader's folder was read."""
+    whose = "its own tokenizer" if not origin.reason else (
+        f"the tokenizer of {origin.name} ({origin.reason})")
+    ids = [name_id(tokenizer, end, reader.id_notes.get("</s>") if number == 0 else None)
+           for number, end in enumerate(reader.end_tokens)]
+    line = f"reader {path}: {reader.config.model_type}, {whose}; answers end with {', '.join(ids)}"
+    if isinstance(reader, FiDT5):
+        pad = name_id(tokenizer, reader.config.pad_token_id, reader.id_notes.get("<pad>"))
+        line += f", begin with {name_id(tokenizer, reader.start_token)}, padding {pad}"
+    if origin.ignored:
+        line += f"; not followed: {', '.join(origin.ignored)}"
+    settings = list_settings(reader.t5.generation_config) if isinstance(reader, FiDT5) else {}
+    if settings:
+        line += f"; generation_config.json: {describe_settings(settings)}"
+    return line
+
+
+def describe_settings(settings):
+    """Return {name: value} in words."""
+    return ", ".join(f"{name} {shorten(value)}" for name, value in settings.items())
+
+
+def name_id(tokenizer, token, before=None):
+    """Return a token and its id in words, with the id that config.json has in its place."""
+    text = f"{tokenizer.convert_ids_to_tokens(token)} {token}"
+    return text if before is None else f"{text} (config.json: {before})"

@@ -1,5 +1,5 @@
-"""What the files of a T5 reader's folder mean: its tokenizer, the ids that begin, end and pad texts,
-how answers are generated, and which of its weights share an embedding.
+"""What the files of a T5 reader's folder mean: its tokenizer, the ids that begin, end and pad
+texts, how answers are generated, and which of its weights share an embedding.
 
 tokenizer.json is taken as it is, without the class of transformers that would build its parts from
 scratch, and spiece.model is read without the sentencepiece package. The tokenizer decides which
@@ -98,8 +98,8 @@ class Pieces(NamedTuple):
 
 
 def read_sentencepiece(path, settings, vocab_size):
-    """Return the tokenizer of a sentencepiece file, with the sentinels that T5's class adds, and the
-    tokens that `settings`, tokenizer_config.json's, and added_tokens.json add.
+    """Return the tokenizer of a sentencepiece file, with the sentinels that T5's class adds, and
+    the tokens that `settings`, tokenizer_config.json's, and added_tokens.json add.
 
     Its ids are those of transformers' T5Tokenizer. Raise InputError for a file that is no unigram
     model of sentencepiece.
@@ -189,8 +189,8 @@ def parse_sentencepiece(data, path):
 
 
 def read_fields(data):
-    """Return [(number, value)] of the fields of a protocol buffer's message: integers, and the bytes
-    of everything else. Raise ValueError if it is cut off.
+    """Return [(number, value)] of the fields of a protocol buffer's message: integers, and the
+    bytes of everything else. Raise ValueError if it is cut off.
     """
     def read_integer(start):
         value, shift = 0, 0
@@ -229,8 +229,8 @@ class SpecialIds(NamedTuple):
 
 
 def read_generation(folder, config):
-    """Return the GenerationConfig of generation_config.json or, where there is none, of config.json,
-    with the settings that are obeyed: the ids, and those of GREEDY_SETTINGS and BEAM_SETTINGS.
+    """Return the GenerationConfig of generation_config.json or, where there is none, of
+    config.json, with what is obeyed: the ids, and those of GREEDY_SETTINGS and BEAM_SETTINGS.
 
     Raise InputError for a file that transformers cannot read.
     """
@@ -301,8 +301,9 @@ def settle_ids(start, ends, pad, tokenizer):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(named[0])
     end = tokenizer.eos_token_id
     if tokenizer.pad_token_id is None:
-        # nothing attends to padding, and none of it is decoded
-        tokenizer.pad_token = (tokenizer.convert_ids_to_tokens(pad) if pad in special
+        # nothing attends to padding, and special tokens are not decoded
+        is_known = pad in special - {tokenizer.unk_token_id}
+        tokenizer.pad_token = (tokenizer.convert_ids_to_tokens(pad) if is_known
                                else tokenizer.eos_token)
     if end not in ends:
         others = special - {tokenizer.pad_token_id, tokenizer.unk_token_id}

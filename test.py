@@ -12,7 +12,6 @@ of contexts and the lengths default to those that the checkpoint was trained wit
 import os
 import time
 
-from checkpoints import load_tokenizer
 from data import note_long_passages
 from files import check_paths, is_stream, write_json
 from pages import check_page
@@ -27,7 +26,13 @@ from predict import (
     write_scores,
 )
 from questions import note_contexts, read_records
-from readers import add_prompt_flags, open_reader, place_reader
+from readers import (
+    add_prompt_flags,
+    describe_reader,
+    open_reader,
+    open_reader_tokenizer,
+    place_reader,
+)
 from sharding import check_processes
 from utils import InputError, Parser, check_at_least, run_script, start_processes
 
@@ -130,10 +135,11 @@ def main(args):
     choose_lengths(args, world.log)
     check_outputs(args)
     records = read_records(args.data)
-    model = open_reader(args.model, args=args, spread=args.fsdp)
+    tokenizer, origin = open_reader_tokenizer(args.model, args.tokenizer, args.t5_name)
+    model = open_reader(args.model, args=args, spread=args.fsdp, trained=True)
     place_reader(model, world, args.fsdp)
-    tokenizer = load_tokenizer(args.model, args.t5_name)
     model.check_tokenizer(tokenizer)
+    world.log(describe_reader(args.model, model, tokenizer, origin))
     model.check_records(records, max(args.num_contexts), args.data)
     model.prepare(args.max_length, args.answer_maxlength)
 

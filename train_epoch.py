@@ -27,7 +27,6 @@ from adapters import check_packing
 from checkpoints import (
     claim_folder,
     find_model,
-    load_tokenizer,
     save_checkpoint,
     send_weights,
     versions,
@@ -41,7 +40,14 @@ from data import (
 )
 from predict import ANSWER_MAXLENGTH, predict, summarize
 from questions import note_files, note_unscored, read_records
-from readers import add_prompt_flags, open_reader, place_reader
+from readers import (
+    add_prompt_flags,
+    describe_reader,
+    describe_settings,
+    open_reader,
+    open_reader_tokenizer,
+    place_reader,
+)
 from resume import forget_replaced_state, load_state, restore_state, save_state
 from retrieval.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
 from sharding import check_processes
@@ -125,6 +131,9 @@ def parse_args(arguments=None):
     add = parser.add_argument_group("model").add_argument
     add("--t5_name", "--model_name_or_path", default="t5-base",
         help="checkpoint to start from, a T5 or a causal language model: hub name or folder")
+    add("--tokenizer", metavar="NAME",
+        help="folder or hub name of the model whose tokenizer is used; default: that of --t5_name "
+        "or, for a released FiD reader and minFiD's file, of the model that it was trained from")
     add("--dropout", type=float, default=0.1, help="dropout rate")
     add("--use_checkpoint", action="store_true",
         help="recompute the encoder's activations in the backward pass to save memory")
@@ -222,7 +231,8 @@ def check_retriever(args):
         raise InputError(f"--corpus {args.corpus}: no such file; check the path")
     if args.retriever != "bm25":
         find_model(args.retriever)
-    find_model(args.t5_name)  # opened after retrieval, which may take hours
+    # opened after retrieval, which may take hours
+    open_reader_tokenizer(args.t5_name, args.tokenizer)
 
 
 def check_args(args, sets=BOTH_SETS):
@@ -458,7 +468,7 @@ def set_up(args, world, sets=BOTH_SETS):
         raise InputError(f"{args.data_val}: no record has 'answers', so no checkpoint can be "
                          "chosen by it")
     note_unscored(dev, args.data_val, world.log)
-    tokenizer = load_tokenizer(args.t5_name, args.t5_name)
+    tokenizer, origin = open_reader_tokenizer(args.t5_name, args.tokenizer)
     check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
 
     # model
@@ -466,6 +476,11 @@ def set_up(args, world, sets=BOTH_SETS):
         set_seed(args.seed)  # every process draws the same weights, where the checkpoint has none
     reader = open_reader(args.t5_name, args.dropout, args, spread=args.fsdp)
     reader.check_tokenizer(tokenizer)
+    settings = reader.forget_generation()
+    world.log(describe_reader(args.t5_name, reader, tokenizer, origin))
+    if settings:
+        world.log(f"note: {args.t5_name}: generation_config.json's {describe_settings(settings)} "
+                  "are not used in training, and not saved: answers are greedy")
     reader.check_records(train, args.num_contexts, args.data_train)
     reader.check_records(dev, args.num_contexts, args.data_val)
     reader.prepare(args.max_length, ANSWER_MAXLENGTH)
@@ -577,7 +592,7 @@ def main(args):
                   "by F1 or as the last: train longer or with a higher --lr, and look at what "
                   "test.py --pred writes")
     if test and any(record["answers"] for record in test):
-        best_reader = open_reader(run.out, spread=args.fsdp)
+        best_reader = open_reader(run.out, spread=args.fsdp, trained=True)
         place_reader(best_reader, world, args.fsdp)
         summary = answer(run, best_reader, test)
         world.log(f"test EM {summary.em:.2f} ({summary.correct}/{summary.count}), F1 "

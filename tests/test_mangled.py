@@ -365,7 +365,8 @@ def read_index_json(path):
 
 # {name: (file's name, rows, function of its path, count of the records in its content or None)}
 def lm_score_args(path):
-    return Namespace(eval_data=path, model_name_or_path=path, t5_name="tokenizer", corpus=None,
+    return Namespace(eval_data=path, model_name_or_path=path, t5_name="tokenizer", tokenizer=None,
+                     corpus=None,
                      key_template=TEMPLATE, template=None, answer="mean", likelihood="sum",
                      bf16=False, context_max_length=60, key_max_length=20)
 

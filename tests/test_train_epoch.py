@@ -290,8 +290,9 @@ def test_bad_input_is_one_line_and_exit_code_1(tiny, records_file, tmp_path):
     config = json.load(open(f"{tiny}/config.json"))
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 384}))
-    assert "the model embeds 384" in refuse("test.py", tmp_path / "small", records_file,
-                                            "--t5_name", tiny)
+    assert "the model embeds 384" in train("--tokenizer", tiny, t5=tmp_path / "small")
+    assert "has no model.safetensors" in refuse("test.py", tmp_path / "small", records_file,
+                                                "--t5_name", tiny)  # A12
     assert "cannot be written" in refuse("test.py", tiny, records_file, "--pred",
                                          tmp_path / "file" / "p.tsv")
 
