@@ -258,10 +258,12 @@ class FiDT5(nn.Module):
         """
         check_vocabulary(tokenizer, self.t5.shared, "name the model that the tokenizer belongs to "
                          "with --tokenizer")
-        before = self.end_tokens[0], self.config.pad_token_id
-        ids = settle_ids(self.stated_start, self.end_tokens, self.config.pad_token_id, tokenizer)
-        after = {"</s>": tokenizer.eos_token_id, "<pad>": ids.pad}
-        self.id_notes = {name: old for (name, new), old in zip(after.items(), before) if new != old}
+        ends, pad = self.end_tokens, self.config.pad_token_id
+        ids = settle_ids(self.stated_start, ends, pad, tokenizer)
+        if tokenizer.eos_token_id not in ends:
+            self.id_notes["</s>"] = ends[0]
+        if ids.pad != pad:
+            self.id_notes["<pad>"] = pad
         ends = ids.ends if len(ids.ends) > 1 else ids.ends[0]
         for config in (self.config, self.t5.generation_config):
             config.decoder_start_token_id, config.pad_token_id = ids.start, ids.pad

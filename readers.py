@@ -169,11 +169,12 @@ def describe_reader(path, reader, tokenizer, origin):
     """Return the line that says how a reader's folder was read."""
     whose = "its own tokenizer" if not origin.reason else (
         f"the tokenizer of {origin.name} ({origin.reason})")
-    ids = [name_id(tokenizer, end, reader.id_notes.get("</s>") if number == 0 else None)
+    notes = reader.id_notes if isinstance(reader, FiDT5) else {}
+    ids = [name_id(tokenizer, end, notes.get("</s>") if number == 0 else None)
            for number, end in enumerate(reader.end_tokens)]
     line = f"reader {path}: {reader.config.model_type}, {whose}; answers end with {', '.join(ids)}"
     if isinstance(reader, FiDT5):
-        pad = name_id(tokenizer, reader.config.pad_token_id, reader.id_notes.get("<pad>"))
+        pad = name_id(tokenizer, reader.config.pad_token_id, notes.get("<pad>"))
         line += f", begin with {name_id(tokenizer, reader.start_token)}, padding {pad}"
     if origin.ignored:
         line += f"; not followed: {', '.join(origin.ignored)}"
