@@ -16,6 +16,7 @@ START = time.perf_counter()  # importing the libraries is most of the loading ti
 
 import html
 import json
+import math
 import os
 import shutil
 import sys
@@ -30,7 +31,7 @@ import transformers
 from data import note_long_passages
 from files import check_paths, decode_line, new_file
 from pages import END, begin_page, check_page, clean, cut_excerpt, plain, split_at_answers
-from predict import add_answer_flags, predict, settle_lengths
+from predict import add_answer_flags, describe_best, predict, settle_beams, settle_lengths
 from questions import make_question
 from readers import add_prompt_flags, describe_reader, open_reader, open_reader_tokenizer
 from retrieval import bm25
@@ -53,6 +54,7 @@ from retrieve import (
 from utils import InputError, Parser, check_at_least, run_script, shorten, start_processes
 
 PROMPT = "question: "
+EMPTY = "(an empty answer)"
 NOTHING_FOUND = "no passage was found; the question was read alone"
 EXCERPT = 300        # characters of a passage on the terminal
 LONG_EXCERPT = 1500  # and on the page
@@ -107,8 +109,8 @@ def check_args(args):
         check_question(question, "--question")
     settle_defaults(args)
     check_search(args)
-    check_at_least(args, {"num_contexts": 1, "max_length": 1, "answer_maxlength": 2, "num_beams": 1,
-                          "show": 0})
+    check_at_least(args, {"num_contexts": 1, "max_length": 1, "answer_maxlength": 2, "show": 0})
+    settle_beams(args)
     check_page(args.html)
     check_paths([args.html], [*args.corpus, args.index, args.model, args.query_encoder,
                               args.key_encoder])
@@ -201,6 +203,7 @@ class Answer(NamedTuple):
     # those that were read, in the retriever's order: {id, title, text, score, share (per cent)}
     contexts: list
     seconds: dict  # {part: seconds}
+    n_best: object = None  # [(text, log probability)] of the best answers, or None
 
 
 def answer_question(args, text, corpus, index, model, tokenizer, world):
@@ -212,12 +215,12 @@ def answer_question(args, text, corpus, index, model, tokenizer, world):
         prediction, = predict(model, [record], tokenizer, world, batch_size=1,
                               num_contexts=args.num_contexts, max_length=args.max_length,
                               answer_maxlength=args.answer_maxlength, num_beams=args.num_beams,
-                              with_scores="attention")
+                              with_scores="attention", n_best=args.n_best)
     # the scores are logarithms of shares; a question that is read alone has one of its own
     shares = 100 * torch.tensor(prediction.context_scores).softmax(0)
     for context, share in zip(contexts, shares.tolist()):
         context["share"] = share
-    return Answer(text, prediction.text, contexts, seconds)
+    return Answer(text, prediction.text, contexts, seconds, prediction.n_best)
 
 
 def find_contexts(args, text, corpus, index, world, seconds):
@@ -287,7 +290,8 @@ def print_answer(answer, count, in_colour):
     width = min(shutil.get_terminal_size().columns, WIDEST)
     shown, num_others, others_share = choose_shown(answer, count, EXCERPT)
     lines = [paint(clean(answer.question), BOLD),
-             f"  {paint(clean(answer.text) or '(an empty answer)', GREEN)}", ""]
+             f"  {paint(clean(answer.text) or EMPTY, GREEN)}",
+             *(f"  {line}" for line in best_lines(answer)), ""]
     if shown:
         lines.append(paint("  share  rank      score", DIM))
     elif not answer.contexts:
@@ -307,10 +311,18 @@ def print_answer(answer, count, in_colour):
     print("\n".join(lines), flush=True)
 
 
+def best_lines(answer):
+    """Return a line for each of the n best answers, with its probability."""
+    return [f"{100 * math.exp(log_probability):5.1f} %  {clean(text) or EMPTY}"
+            for text, log_probability in answer.n_best or []]
+
+
 def print_record(answer, index):
     """Prints an answer as a record for other scripts, in one line."""
     record = {"id": index, "question": answer.question, "prediction": answer.text,
               "ctxs": answer.contexts, "seconds": answer.seconds}
+    if answer.n_best:
+        record |= describe_best(answer.n_best)
     print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
@@ -359,8 +371,10 @@ def make_section(answer, count):
         remarks = f"{others_share:.1f} % in {num_others} more; {remarks}"
     if not answer.contexts:
         remarks = f"{NOTHING_FOUND}; {remarks}"
+    if answer.n_best:
+        remarks = "<br>".join([*map(html.escape, best_lines(answer)), remarks])
     return SECTION.format(question=html.escape(clean(answer.question)),
-                          answer=html.escape(clean(answer.text) or "(an empty answer)"),
+                          answer=html.escape(clean(answer.text) or EMPTY),
                           passages="\n".join(passages), remarks=remarks)
 
 

@@ -324,6 +324,10 @@ class CausalReader(nn.Module):
         """Return the settings of generation_config.json that training leaves out: none is used."""
         return {}
 
+    def count_answer_tokens(self, max_length):
+        """Return how many tokens of an answer generate() can give."""
+        return max_length
+
     def prepare(self, max_length, answer_maxlength):
         """Raises InputError if prompts and answers of these lengths are more than the model reads.
         """
@@ -390,15 +394,16 @@ class CausalReader(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, log_weights, max_length=50, num_beams=1,
-                 return_scores=False):
+                 return_scores=False, n_best=None):
         """Ids (B, <= max_length) of the answers, greedy, </s> and what follows it included.
 
         The token is the likeliest under sum_n w_n p(. | prompt n, tokens before), an average of
         probabilities, not of logits (REPLUG, arXiv 2301.12652, eq. 2). Each prompt is run once,
         then one token a step; questions that have ended leave the batch. With `return_scores` also
         scores (B, N): log of w_n p(answer | prompt n), normalised over n, which is the posterior of
-        the passage given the answer; -inf where there is no passage. Raises InputError for more
-        than one beam.
+        the passage given the answer; -inf where there is no passage. With `n_best` 1 the ids are
+        (B, 1, T), and the answers' log probabilities (B, 1) under that average come last. Raises
+        InputError for more than one beam.
         """
         if num_beams > 1:
             raise InputError(f"--num_beams {num_beams}: a causal language model answers greedily "
@@ -413,6 +418,7 @@ class CausalReader(nn.Module):
         ends = torch.tensor(self.end_tokens, device=device)
         answers = torch.full((B, max_length), ends[-1], device=device)
         likelihoods = torch.zeros_like(weights)  # (K) log p(tokens so far | prompt)
+        log_probabilities = torch.zeros(B, dtype=torch.float64, device=device)  # of the average
         # of the questions (b) and the prompts (k) that are still at it: their numbers
         questions, rows = torch.arange(B, device=device), torch.arange(len(prompts), device=device)
         owner = is_real.nonzero()[:, 0]          # (k) each prompt's place in `questions`
@@ -424,7 +430,11 @@ class CausalReader(nn.Module):
             # would come out equal
             shares = F.one_hot(owner, len(questions)).T * weights[rows].exp()
             with torch.autocast(device.type, enabled=False):
-                token = (shares @ log_p.exp()).argmax(-1)                                # (b)
+                average = shares @ log_p.exp()                                           # (b, V)
+                token = average.argmax(-1)                                               # (b)
+            if n_best:
+                chosen = average.gather(1, token[:, None])[:, 0]                         # (b)
+                log_probabilities[questions] += chosen.double().log()
             answers[questions, step] = token
             likelihoods[rows] += log_p[torch.arange(len(rows), device=device), token[owner]]
 
@@ -444,12 +454,15 @@ class CausalReader(nn.Module):
             mask = F.pad(mask, (0, 1), value=True)
             output = self.run(token[owner, None], mask, 1, output.past_key_values, True)
 
-        answers = answers[:, :step + 1]
-        if not return_scores:
-            return answers
-        scores = torch.full(is_real.shape, -torch.inf, device=device)
-        scores[is_real] = weights + likelihoods
-        return answers, scores.log_softmax(1)
+        answers, others = answers[:, :step + 1], []
+        if return_scores:
+            scores = torch.full(is_real.shape, -torch.inf, device=device)
+            scores[is_real] = weights + likelihoods
+            others.append(scores.log_softmax(1))
+        if n_best:
+            answers = answers[:, None]                                   # (B, T) -> (B, 1, T)
+            others.append(log_probabilities[:, None])
+        return (answers, *others) if others else answers
 
     def accompany(self, token, steps):
         """Computes with other processes, whose questions go on for `steps` steps at most: sharded

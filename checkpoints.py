@@ -320,7 +320,7 @@ def read_training_args(path):
     minFiD's args; else {}. Raises InputError.
     """
     trained = open_model_file(str(path))[2] if os.path.isfile(path) else read_args(path)
-    for name in ("num_contexts", "max_length"):
+    for name in ("num_contexts", "max_length", "eval_answer_maxlength"):
         if type(trained.get(name, 1)) is not int or not 0 < trained.get(name, 1) < MOST:
             raise InputError(f"{path}: its args.json (or args) says {name} "
                              f"{shorten(trained[name])}, which is no count; mend it")

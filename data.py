@@ -87,12 +87,17 @@ def choose_target(record, seed=None):
     return random.Random(seed).choice(record["answers"])
 
 
+def list_targets(record):
+    """Return the texts that a record may be trained on: its `target`, else its answers."""
+    return [record["target"]] if record.get("target") is not None else record["answers"]
+
+
 def check_targets(records, tokenizer, max_length, path):
     """Raises InputError for a training record without an answer or, with max_length > 0, with a
     longer one in tokens.
     """
     for record in records:
-        targets = [record["target"]] if record.get("target") is not None else record["answers"]
+        targets = list_targets(record)
         if not targets:
             raise InputError(f"{path}: record {shorten(record['id'])} has neither 'target' nor "
                              "'answers'; drop it from the training file")

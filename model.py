@@ -243,6 +243,10 @@ class FiDT5(nn.Module):
         """The ids that end an answer."""
         return list_ends(self.config, self.t5.generation_config)
 
+    def count_answer_tokens(self, max_length):
+        """Return how many tokens of an answer generate() can give: the start token is not one."""
+        return max_length - 1
+
     @property
     def use_checkpoint(self):
         return self.t5.encoder.encoder.use_checkpoint
@@ -353,25 +357,48 @@ class FiDT5(nn.Module):
     # ---------------------------------------------------------------- generation
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask, max_length=50, num_beams=1, return_scores=False):
-        """Ids (B, <= max_length), greedy or by beam search: the start token first, padding after
-        </s>.
+    def generate(self, input_ids, attention_mask, max_length=50, num_beams=1, return_scores=False,
+                 n_best=None):
+        """Return ids (B, <= max_length), greedy or by beam search: the start token first, padding
+        after </s>.
 
-        With `return_scores`, the kind of crossattention_scores (True: logits), also the scores
-        (B, N) of the passages; the ids are the same.
+        With `return_scores`, the kind of crossattention_scores (True: logits), also return the
+        scores (B, N) of the passages; the ids are the same. With `n_best` n the ids are (B, n, T),
+        the n best answers in beam search's order, and their log probabilities (B, n) come last.
         """
-        memory = self.encode(input_ids, attention_mask)
+        memory, others = self.encode(input_ids, attention_mask), []
         if return_scores:
             kind = "logits" if return_scores is True else return_scores
-            scores = self.crossattention_scores(memory, attention_mask, kind)
+            others.append(self.crossattention_scores(memory, attention_mask, kind))
         if num_beams == 1 and not self.is_steered:
             ids = self.greedy(memory, max_length)
         else:
             ids = self.t5.generate(encoder_outputs=BaseModelOutput(memory.states),
                                    attention_mask=memory.mask, max_length=max_length,
                                    num_beams=num_beams, do_sample=False,
+                                   num_return_sequences=n_best or 1,
                                    decoder_start_token_id=self.start_token)
-        return (ids, scores) if return_scores else ids
+        if n_best:
+            ids = ids.view(len(input_ids), n_best, -1)                   # (B * n, T) -> (B, n, T)
+            others.append(self.log_probabilities(ids, memory))
+        return (ids, *others) if others else ids
+
+    def log_probabilities(self, ids, memory):
+        """Return log p (B, n) of generated ids (B, n, T): the sum over their tokens after the start
+        token, the first </s> included.
+        """
+        if self.cross_bias is not None:
+            self.cross_bias.memory_offsets = memory.offsets  # greedy leaves those of its last step
+        ends = torch.tensor(self.end_tokens, device=ids.device)
+        columns = []
+        for answers in ids.unbind(1):                                                    # (B, T)
+            log_p = self.decode(answers[:, :-1], memory).float().log_softmax(-1)  # (B, T - 1, V)
+            targets = answers[:, 1:]
+            is_end = torch.isin(targets, ends).long()
+            is_padding = is_end.cumsum(1) > is_end  # what follows an end
+            log_p = log_p.gather(2, targets[..., None])[..., 0]                      # (B, T - 1)
+            columns.append(log_p.masked_fill(is_padding, 0).double().sum(1))
+        return torch.stack(columns, 1)
 
     @property
     def is_steered(self):

@@ -2,6 +2,7 @@
 files that hold them.
 """
 import json
+import math
 import re
 from typing import NamedTuple
 
@@ -14,21 +15,36 @@ from metrics import exact_match, f1, has_answer
 from pages import SAMPLE, Inspected, choose_depth, write_inspection
 from questions import retrieval_score
 from sharding import is_sharded
-from utils import gather_lists, progress_bar
+from utils import InputError, check_at_least, gather_lists, progress_bar, shorten
 
 # what ends a line or a cell of a table, for one program or another, with the blanks around it
 BREAKS = re.compile(r"\s*[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
-ANSWER_MAXLENGTH = 50  # most tokens of an answer, where no flag says otherwise
+ANSWER_MAXLENGTH = 50  # most tokens of an answer, where no flag and no checkpoint sets it
 # minFiD's defaults, for checkpoints that do not say
 UNKNOWN = {"num_contexts": 5, "max_length": 200}
+CHECKED = 10_000  # questions whose answers check_answers looks at: a second or two
 
 
 def add_answer_flags(add):
     """Adds what the answers of a reader depend on, by the function of a group."""
     add_tokenizer_flags(add)
-    add("--answer_maxlength", type=int, default=ANSWER_MAXLENGTH,
-        help="most tokens to generate")
-    add("--num_beams", type=int, default=1, help="beams; 1 is greedy")
+    add("--answer_maxlength", type=int,
+        help="most tokens to generate; default: as evaluated in training, else "
+        f"{ANSWER_MAXLENGTH}")
+    add("--num_beams", type=int, help="beams; 1 is greedy; default: 1, or N with --n_best N")
+    add("--n_best", type=int, metavar="N",
+        help="also give the N best answers of beam search with their probabilities; 1: the "
+        "probability of the answer; default: none")
+
+
+def settle_beams(args):
+    """Set args.num_beams where it is not given. Raise InputError for fewer beams than answers."""
+    check_at_least(args, {"num_beams": 1, "n_best": 1})
+    if args.num_beams is None:
+        args.num_beams = args.n_best or 1
+    if args.n_best and args.n_best > args.num_beams:
+        raise InputError(f"--n_best {args.n_best} needs as many beams, --num_beams is "
+                         f"{args.num_beams}; raise it, or leave it out")
 
 
 def add_tokenizer_flags(add):
@@ -42,13 +58,15 @@ def add_tokenizer_flags(add):
 
 
 def settle_lengths(args, log):
-    """Sets args.num_contexts (a number, or a list of them) and args.max_length: as given, else as
-    in the training of args.model, else minFiD's; logs where given and trained differ, or the
-    checkpoint does not tell.
+    """Set args.num_contexts (a number, or a list of them), args.max_length and
+    args.answer_maxlength: as given, else as in the training of args.model, else the defaults.
 
-    Raises InputError for a broken args.json.
+    Log where a given and a trained value differ, and where the checkpoint stores none. Raise
+    InputError for a broken args.json.
     """
     trained_args = read_training_args(args.model)
+    if args.answer_maxlength is None:
+        args.answer_maxlength = trained_args.get("eval_answer_maxlength") or ANSWER_MAXLENGTH
     for name, default in UNKNOWN.items():
         given, trained = getattr(args, name), trained_args.get(name)
         if given is None:
@@ -70,20 +88,23 @@ class Prediction(NamedTuple):
     em: object
     f1: object
     context_scores: object  # the reader's score of each context, or None if not asked for
+    is_cut: bool = False    # the answer had as many tokens as it may have, and no end
+    n_best: object = None   # [(text, log probability)] of the best answers, or None
 
 
 class Summary(NamedTuple):
-    """Means in per cent over the records that have answers."""
+    """Means in per cent over the records that have answers, and how many answers were cut."""
     em: float
     f1: float
     correct: int
     count: int
+    cut: int
 
 
 def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch_size,
             num_workers=0, answer_maxlength=ANSWER_MAXLENGTH, num_beams=1, bf16=False,
-            with_scores=False):
-    """The Predictions for all records, in their order, on every process.
+            with_scores=False, n_best=None):
+    """Return the Predictions for all records, in their order, on every process.
 
     Every record is answered once, in the same batch for any number of processes.
     """
@@ -91,41 +112,114 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
     loader = eval_loader(records, batch_size, collator, num_workers, world.rank, world.size,
                          is_sharded(model))
     model.eval()
+    ends = torch.tensor(model.end_tokens, device=world.device)
     predictions = []
     for batch in progress_bar(loader, desc=f"answering, {num_contexts} contexts",
                               is_main=world.is_main):
         inputs = {name: tensor.to(world.device) for name, tensor in batch["inputs"].items()}
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-            output = model.generate(**inputs, max_length=answer_maxlength, num_beams=num_beams,
-                                    return_scores=with_scores)
+            outputs = model.generate(**inputs, max_length=answer_maxlength, num_beams=num_beams,
+                                     return_scores=with_scores, n_best=n_best)
+        ids, *others = outputs if with_scores or n_best else (outputs,)
+        scores = best_answers = [None] * len(ids)
         if with_scores:
             # without contexts the question alone has a score
-            generated, scores = output[0], output[1][:, :num_contexts].tolist()
-        else:
-            generated, scores = output, [None] * len(output)
-        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-        for index, text, context_scores in zip(batch["indices"], texts, scores):
-            predictions.append(score_prediction(index, text.strip(), records[index]["answers"],
-                                                context_scores))
+            scores = others[0][:, :num_contexts].tolist()
+        if n_best:
+            best_answers = list_best(tokenizer, ids, others[-1])
+            ids = ids[:, 0]                                              # (B, n, T) -> (B, T)
+        is_cut = ~torch.isin(ids, ends).any(1)                                           # (B)
+        rows = zip(batch["indices"], decode_answers(tokenizer, ids), scores, is_cut.tolist(),
+                   best_answers)
+        for index, text, *others in rows:
+            predictions.append(score_prediction(index, text, records[index]["answers"], *others))
     # a batch that was answered twice, by a sharded model, counts once
     answered = {prediction.index: prediction for prediction in gather_lists(predictions, world)}
     return [answered[index] for index in sorted(answered)]
 
 
-def score_prediction(index, text, answers, context_scores):
-    """The Prediction with its exact match and F1, where there are answers."""
-    if not answers:
-        return Prediction(index, text, None, None, context_scores)
-    return Prediction(index, text, exact_match(text, answers), f1(text, answers), context_scores)
+def decode_answers(tokenizer, rows):
+    """Return the texts of rows of generated ids, without special tokens and blanks around them."""
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def list_best(tokenizer, ids, log_probabilities):
+    """Return, for each question, [(text, log probability)] of ids (B, n, T)."""
+    texts = iter(decode_answers(tokenizer, ids.flatten(0, 1)))           # (B, n, T) -> (B * n, T)
+    return [[(next(texts), value) for value in row] for row in log_probabilities.tolist()]
+
+
+def score_prediction(index, text, answers, context_scores, is_cut, n_best):
+    """Return the Prediction with its exact match and F1, where there are answers."""
+    em = exact_match(text, answers) if answers else None
+    f1_score = f1(text, answers) if answers else None
+    return Prediction(index, text, em, f1_score, context_scores, is_cut, n_best)
 
 
 def summarize(predictions):
-    """The Summary of predictions."""
+    """Return the Summary of predictions."""
     scored = [prediction for prediction in predictions if prediction.em is not None]
     count = len(scored)
     correct = sum(prediction.em for prediction in scored)
     f1_sum = sum(prediction.f1 for prediction in scored)
-    return Summary(100 * correct / max(count, 1), 100 * f1_sum / max(count, 1), int(correct), count)
+    return Summary(100 * correct / max(count, 1), 100 * f1_sum / max(count, 1), int(correct), count,
+                   sum(prediction.is_cut for prediction in predictions))
+
+
+# ---------------------------------------------------------------- answers that cannot be given
+
+class AnswerCheck(NamedTuple):
+    """How many of the questions (or targets) that were looked at can be answered right."""
+    checked: int
+    unspelled: int     # those whose answers all come back as another text from their tokens
+    example: tuple     # (such an answer, the text that its tokens decode to), or ()
+    too_long: int      # those whose answers all take more tokens than are generated
+    needed: int        # the most tokens that a question's shortest answer takes
+
+
+def check_answers(answer_lists, collator, room):
+    """Return the AnswerCheck of questions with these lists of answers; room: the most tokens of an
+    answer that are generated.
+
+    An answer can be given if its tokens decode to an exact match of it.
+    """
+    unspelled, example, too_long, needed = 0, (), 0, 0
+    answer_lists = [answers for answers in answer_lists if answers][:CHECKED]
+    for answers in answer_lists:
+        rows = [collator.target_ids(answer) for answer in answers]
+        texts = decode_answers(collator.tokenizer, rows)
+        if not any(exact_match(text, [answer]) for text, answer in zip(texts, answers)):
+            unspelled += 1
+            example = example or (answers[0], texts[0])
+        length = min(map(len, rows)) - 1  # without the end of sequence
+        too_long += length > room
+        needed = max(needed, length)
+    return AnswerCheck(len(answer_lists), unspelled, example, too_long, needed)
+
+
+def note_unspelled(check, what, log):
+    """Log a warning if the tokens of answers decode to other answers; what: such as "targets of
+    FILE".
+    """
+    if not check.unspelled:
+        return
+    answer, text = map(shorten, check.example)
+    why = f"the tokenizer turns {answer} into tokens that decode to {text}"
+    if check.unspelled == check.checked:
+        log(f"WARNING: NONE of the {check.checked} {what} can be answered right: {why}; EM will be "
+            "0 however long the training: take a checkpoint whose vocabulary has these characters, "
+            "such as mT5 or ByT5")
+    else:
+        log(f"warning: {check.unspelled} of {check.checked} {what} cannot be answered right: "
+            f"{why}")
+
+
+def note_too_long(check, what, limit, room, flag, log):
+    """Log how many questions have longer answers than are generated with the flag's limit."""
+    if check.too_long:
+        log(f"note: {check.too_long} of {check.checked} {what} have no answer of at most {room} "
+            f"tokens, so that --{flag} {limit} cuts every right one; --{flag} "
+            f"{check.needed + limit - room + 1} would do for all")
 
 
 def write_predictions(path, predictions, records, with_contexts):
@@ -142,6 +236,8 @@ def write_predictions(path, predictions, records, with_contexts):
                 row = {"index": prediction.index, "id": record["id"],
                        "question": record["question"], "prediction": prediction.text,
                        "answers": record["answers"], "em": prediction.em, "f1": prediction.f1}
+                if prediction.n_best is not None:
+                    row |= describe_best(prediction.n_best)
                 if with_contexts:
                     row |= describe_contexts(record, prediction.context_scores)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -149,6 +245,13 @@ def write_predictions(path, predictions, records, with_contexts):
                 em = "nan" if prediction.em is None else prediction.em
                 text = BREAKS.sub(" ", prediction.text)
                 file.write(f"{prediction.index}\t{text}\t{record['answers']}\t{em}\n")
+
+
+def describe_best(n_best):
+    """Return {probability, n_best} of a prediction's best answers, for a row of JSON."""
+    answers = [{"prediction": text, "probability": math.exp(log_probability)}
+               for text, log_probability in n_best]
+    return {"probability": answers[0]["probability"], "n_best": answers}
 
 
 def describe_contexts(record, scores):

@@ -111,12 +111,15 @@ def read_answer_object(answer):
     value, aliases = find_value(answer, ("Value",)), find_value(answer, ("Aliases",))
     if not isinstance(value, str) or not isinstance(aliases, (list, type(None))):
         return answer, None
-    aliases = aliases or find_value(answer, ("NormalizedAliases",)) or []
+    aliases = [alias for alias in aliases or [] if isinstance(alias, str)]
+    normalised = find_value(answer, ("NormalizedAliases",)) or []
     if value == UNKNOWN_VALUE or not has_text(value):
-        return aliases, None
+        return aliases or normalised, None
     target = value.title() if value.isupper() else value
-    is_repeated = value.lower() in [alias.lower() for alias in aliases if isinstance(alias, str)]
-    return (aliases if is_repeated else [value, *aliases]), target
+    if value.lower() in [alias.lower() for alias in aliases]:
+        return aliases, target
+    others = aliases or [alias for alias in normalised if alias != value.lower()]
+    return [value, *others], target
 
 
 def drop_missing(record):

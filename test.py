@@ -17,8 +17,12 @@ from files import check_paths, is_stream, write_json
 from pages import check_page
 from predict import (
     add_answer_flags,
+    check_answers,
     count_best_with_answer,
+    note_too_long,
+    note_unspelled,
     predict,
+    settle_beams,
     settle_lengths,
     summarize,
     write_page,
@@ -89,7 +93,7 @@ def choose_lengths(args, log):
         args.num_contexts = [args.num_contexts]
     if min(args.num_contexts) < 0:
         raise InputError("--num_contexts must be 0 or more")
-    check_at_least(args, {"max_length": 1, "batch_size": 1, "num_beams": 1, "num_workers": 0,
+    check_at_least(args, {"max_length": 1, "batch_size": 1, "num_workers": 0,
                           "answer_maxlength": 2})
 
 
@@ -107,6 +111,9 @@ def check_outputs(args):
     if args.scores == "" and not (args.pred or "").endswith(".jsonl"):
         raise InputError("--scores: name a FILE for the records, or let the name of --pred end in "
                          ".jsonl: the scores then go into the predictions")
+    if args.n_best and not (args.pred or "").endswith(".jsonl"):
+        raise InputError(f"--n_best {args.n_best}: give --pred a FILE.jsonl, which the answers and "
+                         "their probabilities go into")
 
 
 def prediction_path(args, num_contexts):
@@ -125,8 +132,18 @@ def choose_score_kind(args):
     return args.html is not None and (args.score_kind or "attention")
 
 
+def note_answers(args, records, model, collator, log):
+    """Log how many questions cannot be answered right, by the tokenizer or the limit of tokens."""
+    room = model.count_answer_tokens(args.answer_maxlength)
+    check = check_answers([record["answers"] for record in records], collator, room)
+    what = f"questions of {args.data}"
+    note_unspelled(check, what, log)
+    note_too_long(check, what, args.answer_maxlength, room, "answer_maxlength", log)
+
+
 def main(args):
     world = start_processes(args.gpus)
+    settle_beams(args)
     if args.fsdp:
         check_processes(world)
         if args.num_beams > 1:
@@ -151,8 +168,9 @@ def main(args):
     world.log(f"{len(records)} questions{note}; {parameters:,} parameters on {world.size} x "
               f"{world.device.type}, length {args.max_length}")
     note_contexts(records, args.data, max(args.num_contexts), world.log)
-    note_long_passages(records, model.make_collator(tokenizer, max(args.num_contexts),
-                                                    args.max_length), world.log)
+    collator = model.make_collator(tokenizer, max(args.num_contexts), args.max_length)
+    note_long_passages(records, collator, world.log)
+    note_answers(args, records, model, collator, world.log)
     kind = choose_score_kind(args)
     table = [["contexts", "EM", "F1", "correct"]]  # of the page
     world.log(f"{'contexts':>8} {'EM':>6} {'F1':>6} {'correct':>13} {'questions/s':>12}")
@@ -162,8 +180,8 @@ def main(args):
                               max_length=args.max_length, batch_size=args.batch_size,
                               num_workers=args.num_workers, num_beams=args.num_beams,
                               answer_maxlength=args.answer_maxlength, bf16=args.bf16,
-                              with_scores=kind)
-        em, f1, correct, count = summarize(predictions)
+                              with_scores=kind, n_best=args.n_best)
+        em, f1, correct, count, cut = summarize(predictions)
         speed = len(records) / (time.time() - start)
         if count:
             bar = "█" * round(em / 2.5)
@@ -175,6 +193,9 @@ def main(args):
             for prediction in predictions[:3]:
                 question = records[prediction.index]["question"]
                 world.log(f"         {question[:60]} -> {prediction.text!r}")
+        if cut:
+            world.log(f"         {cut} answers were cut at {args.answer_maxlength} tokens "
+                      "(--answer_maxlength)")
         if args.pred and world.is_main:
             path = prediction_path(args, num_contexts)
             write_predictions(path, predictions, records, args.scores is not None)

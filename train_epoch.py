@@ -35,10 +35,19 @@ from cost import log_cost, measure_updates, note_cost
 from data import (
     TrainSet,
     check_targets,
+    list_targets,
     note_long_passages,
     plan_epoch,
 )
-from predict import ANSWER_MAXLENGTH, predict, summarize
+from predict import (
+    ANSWER_MAXLENGTH,
+    CHECKED,
+    check_answers,
+    note_too_long,
+    note_unspelled,
+    predict,
+    summarize,
+)
 from questions import note_files, note_unscored, read_records
 from readers import (
     add_prompt_flags,
@@ -115,6 +124,9 @@ def parse_args(arguments=None):
         help="tokens per question and passage, truncated on the right")
     add("--answer_maxlength", type=int, default=-1,
         help="refuse targets of more tokens; -1 allows any length")
+    add("--eval_answer_maxlength", type=int, metavar="N",
+        help="most tokens to generate for an answer in evaluation, which test.py and ask.py take "
+        f"over; default: {ANSWER_MAXLENGTH}")
     add("--num_workers", type=int, default=0, help="processes that tokenise")
     add("--no_shuffle", action="store_true",
         help="keep the file's order and each record's first answer")
@@ -245,7 +257,8 @@ def check_args(args, sets=BOTH_SETS):
     check_at_least(args, {"num_retrieved": 1, "num_contexts": 1, "max_length": 1, "batch_size": 1,
                           "batch_size_val": 1, "grad_accumulation": 1, "epochs": 1,
                           "num_workers": 0, "num_warmup_steps": 0, "eval_every": 0,
-                          "save_every": 0, "logging_steps": 1, "weight_decay": 0, "lora": 1})
+                          "save_every": 0, "logging_steps": 1, "weight_decay": 0, "lora": 1,
+                          "eval_answer_maxlength": 2})
     check_positive(args, ["lr", "clip"])
     check_seed(args)
     if not 0 <= args.dropout < 1:
@@ -364,14 +377,14 @@ def train_epoch(run):
 # ---------------------------------------------------------------- evaluation
 
 def evaluate(run):
-    """{dev_em, dev_f1, correct, count, eval_seconds} of the reader as it is; training goes on
-    afterwards.
+    """Return {dev_em, dev_f1, correct, count, cut, eval_seconds} of the reader as it is, which is
+    back in training mode then; cut: how many answers had no end within the limit of tokens.
     """
     start = time.time()
     summary = answer(run, run.unwrapped, run.dev)
     run.model.train()
     return {"dev_em": summary.em, "dev_f1": summary.f1, "correct": summary.correct,
-            "count": summary.count, "eval_seconds": time.time() - start}
+            "count": summary.count, "cut": summary.cut, "eval_seconds": time.time() - start}
 
 
 def plan_cost(run):
@@ -394,8 +407,45 @@ def answer(run, reader, records):
     args = run.args
     predictions = predict(reader, records, run.tokenizer, run.world, num_contexts=args.num_contexts,
                           max_length=args.max_length, batch_size=args.batch_size_val,
-                          num_workers=args.num_workers, bf16=args.bf16)
+                          num_workers=args.num_workers, bf16=args.bf16,
+                          answer_maxlength=answer_limit(args))
     return summarize(predictions)
+
+
+def answer_limit(args):
+    """Return the most tokens that are generated for an answer in evaluation."""
+    return args.eval_answer_maxlength or ANSWER_MAXLENGTH
+
+
+def check_dev_answers(run):
+    """Return the AnswerCheck of the dev questions."""
+    room = run.unwrapped.count_answer_tokens(answer_limit(run.args))
+    return check_answers([record["answers"] for record in run.dev], run.collator, room)
+
+
+def note_answers(run):
+    """Log which targets and answers the tokenizer or the limit of tokens makes unreachable."""
+    args, log = run.args, run.world.log
+    limit = answer_limit(args)
+    room = run.unwrapped.count_answer_tokens(limit)
+    targets = [[target] for record in run.train_set.records[:CHECKED]
+               for target in list_targets(record)]
+    note_unspelled(check_answers(targets, run.collator, room), f"targets of {args.data_train}", log)
+    check, what = check_dev_answers(run), f"questions of {args.data_val}"
+    note_unspelled(check, what, log)
+    note_too_long(check, what, limit, room, "eval_answer_maxlength", log)
+
+
+def explain_zero(run):
+    """Return why no dev question may have been answered right, and what to do."""
+    check = check_dev_answers(run)
+    if check.unspelled == check.checked:
+        return ("the tokenizer cannot spell any of their answers (see the first lines); take "
+                "another --t5_name")
+    if check.too_long == check.checked:
+        return ("all of their answers are longer than --eval_answer_maxlength "
+                f"{answer_limit(run.args)} allows; raise it")
+    return "train longer or with a higher --lr, and look at what test.py --pred writes"
 
 
 def report(run, measures):
@@ -406,11 +456,12 @@ def report(run, measures):
     summary = progress.summary()
     is_best = keep_measures(run, measures)
     lr = run.scheduler.get_last_lr()[0]
+    cut = f" | {measures['cut']} answers cut" if measures["cut"] else ""
     line = (f"epoch {progress.epoch:3d} | update {progress.total_updates:6d} | loss "
             f"{summary['loss']:.4f} | dev EM {measures['dev_em']:6.2f} "
             f"({measures['correct']}/{measures['count']}) | lr {lr:.2e} | "
             f"{summary['examples_per_second']:.1f} questions/s | {summary['seconds']:.0f} s + "
-            f"{measures['eval_seconds']:.0f} s")
+            f"{measures['eval_seconds']:.0f} s{cut}")
     run.world.log(line + " | best" if is_best else line)
     row = {"epoch": progress.epoch, "update": progress.total_updates, "lr": lr, **summary,
            **measures, "best": is_best}
@@ -442,6 +493,7 @@ def save_best(run):
     info = {"dev_em": dev_em, "dev_f1": dev_f1, "epoch": progress.epoch,
             "update": progress.total_updates, "num_contexts": args.num_contexts,
             "max_length": args.max_length, "answer_maxlength": args.answer_maxlength,
+            "eval_answer_maxlength": answer_limit(args),
             **run.unwrapped.describe(), "args": vars(args), "versions": versions()}
     save_checkpoint(run.out, info, run.unwrapped.save_pretrained, run.tokenizer.save_pretrained)
 
@@ -483,7 +535,7 @@ def set_up(args, world, sets=BOTH_SETS):
                   "are not used in training, and not saved: answers are greedy")
     reader.check_records(train, args.num_contexts, args.data_train)
     reader.check_records(dev, args.num_contexts, args.data_val)
-    reader.prepare(args.max_length, ANSWER_MAXLENGTH)
+    reader.prepare(args.max_length, answer_limit(args))
     reader.set_checkpoint(args.use_checkpoint)
     if args.lora:
         reader.add_adapters(args.lora, world.device if args.load_in_4bit else None, args.bf16)
@@ -513,6 +565,7 @@ def set_up(args, world, sets=BOTH_SETS):
               progress=progress)
     if state:
         restore_state(run, state)
+    note_answers(run)
     return run
 
 
@@ -589,8 +642,7 @@ def main(args):
               f"({run.progress.best_at}) in {run.out}")
     if dev_em == 0:
         world.log("warning: no dev question was answered right, so that the checkpoint was chosen "
-                  "by F1 or as the last: train longer or with a higher --lr, and look at what "
-                  "test.py --pred writes")
+                  f"by F1 or as the last: {explain_zero(run)}")
     if test and any(record["answers"] for record in test):
         best_reader = open_reader(run.out, spread=args.fsdp, trained=True)
         place_reader(best_reader, world, args.fsdp)

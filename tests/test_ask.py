@@ -77,6 +77,20 @@ def test_answers_are_those_of_test_py_on_the_contexts_of_retrieve_py(files, meth
     assert "3 questions: the first took" in stderr
 
 
+def test_the_best_answers_have_probabilities(files):
+    """D: --n_best N prints the N best, the answer first, and writes them with --json."""
+    question = ["--question", read_questions(files)[0], "--n_best", 3]
+    stdout, _ = ask(files, "--json", *question)
+    record = json.loads(stdout)
+    best = record["n_best"]
+    assert len(best) == 3 and best[0] == {"prediction": record["prediction"],
+                                          "probability": record["probability"]}
+    assert sum(answer["probability"] for answer in best) <= 1
+    stdout, _ = ask(files, *question)
+    for answer in best:
+        assert f"{100 * answer['probability']:5.1f} %  {answer['prediction']}" in stdout
+
+
 def test_the_passage_of_the_highest_share_is_printed_first(files):
     question = read_questions(files)[0]
     stdout, _ = ask(files, "--question", question, "--json")

@@ -70,19 +70,23 @@ def plain_loss(lm, inputs, labels):
 
 @torch.no_grad()
 def plain_generation(lm, inputs, max_length, ends):
-    """([ids], [scores]) of the answers: at each step every prompt is run whole."""
-    answers, scores = [], []
+    """([ids], [scores], [log p under the mean]) of the answers: at each step every prompt is run
+    whole.
+    """
+    answers, scores, means = [], [], []
     for prompts in plain_prompts(inputs):
-        answer, likelihoods = [], [weight.log() for _, weight in prompts]
+        answer, log_p, likelihoods = [], 0.0, [weight.log() for _, weight in prompts]
         while len(answer) < max_length and not (answer and answer[-1] in ends):
             rows = [lm(input_ids=torch.tensor([ids + answer])).logits[0, -1].softmax(-1)
                     for ids, _ in prompts]
             mean = sum(weight * row for row, (_, weight) in zip(rows, prompts))
             answer.append(int(mean.argmax()))
+            log_p += float(mean.max().log())
             likelihoods = [value + row[answer[-1]].log() for value, row in zip(likelihoods, rows)]
         answers.append(answer)
         scores.append(torch.stack(likelihoods).log_softmax(0))
-    return answers, scores
+        means.append(log_p)
+    return answers, scores, means
 
 
 @pytest.mark.parametrize("prompts", [None, SCORES], ids=["equal", "score"])
@@ -116,7 +120,7 @@ def test_answers_and_scores_equal_a_plain_loop(folders, family, prompts):
     first = plain_generation(reader.lm, inputs, 12, [])[0]
     # one question ends early, another later, the third never
     reader.config.eos_token_id = [first[0][2], first[2][5]]
-    want, want_scores = plain_generation(reader.lm, inputs, 12, reader.end_tokens)
+    want, want_scores, want_log_p = plain_generation(reader.lm, inputs, 12, reader.end_tokens)
     assert len({len(answer) for answer in want}) > 1
     answers, scores = reader.generate(**inputs, max_length=12, return_scores=True)
     for answer, row in zip(want, answers.tolist()):
@@ -126,6 +130,10 @@ def test_answers_and_scores_equal_a_plain_loop(folders, family, prompts):
         torch.testing.assert_close(row[real], score, atol=1e-4, rtol=0)
         assert row[~real].tolist() == [-torch.inf] * int((~real).sum())
     assert torch.equal(reader.generate(**inputs, max_length=12), answers)
+    # D: the answer's likelihood under the average of the prompts
+    again, log_p = reader.generate(**inputs, max_length=12, n_best=1)
+    assert torch.equal(again[:, 0], answers)
+    assert log_p[:, 0].tolist() == pytest.approx(want_log_p, abs=1e-4)
 
 
 def test_probabilities_are_averaged_and_not_logits(folders):

@@ -19,7 +19,7 @@ from transformers import (
 
 import model as model_file
 from checkpoints import load_tokenizer, read_training_args
-from conftest import ROOT, make_t5
+from conftest import ROOT, TOKENIZER, make_t5
 from model import CROSS_BIAS, FiDT5, plain_fid, plain_key
 from utils import InputError
 
@@ -198,6 +198,29 @@ def test_families_equal_a_plain_padded_t5_and_survive_saving(name, tmp_path):
                               attention_mask=mask.view(3, 36), max_length=12, num_beams=beams,
                               do_sample=False)
         assert torch.equal(reader.generate(ids, mask, 12, beams), want)
+
+
+@pytest.mark.parametrize("beams, max_length", [(1, 12), (3, 12), (1, 2), (3, 3)])
+def test_probabilities_equal_those_of_transformers(beams, max_length):
+    """D: the n best answers' log probabilities, for answers that end and that are cut."""
+    ids, mask, _ = random_batch()
+    reader = FiDT5.from_pretrained(TOKENIZER).eval()
+    plain = T5ForConditionalGeneration.from_pretrained(TOKENIZER).eval()
+    states = plain.encoder(input_ids=ids.view(9, 12),
+                           attention_mask=mask.view(9, 12)).last_hidden_state.view(3, 36, -1)
+    want = plain.generate(encoder_outputs=model_file.BaseModelOutput(states),
+                          attention_mask=mask.view(3, 36), max_length=max_length, num_beams=beams,
+                          do_sample=False, num_return_sequences=beams, output_scores=True,
+                          return_dict_in_generate=True)
+    steps = plain.compute_transition_scores(want.sequences, want.scores,
+                                            want.get("beam_indices"), normalize_logits=beams == 1)
+    steps = steps.masked_fill(want.sequences[:, 1:1 + steps.shape[1]] == 0, 0)  # padding
+    answers, log_probabilities = reader.generate(ids, mask, max_length, beams, n_best=beams)
+    assert torch.equal(answers.flatten(0, 1), want.sequences)
+    torch.testing.assert_close(log_probabilities.flatten().float(), steps.sum(1), atol=1e-4, rtol=0)
+    is_cut = ~(answers == reader.config.eos_token_id).any(2)
+    assert is_cut.any() if max_length < 4 else not is_cut.all()
+    assert torch.equal(reader.generate(ids, mask, max_length, beams), answers[:, 0])
 
 
 def test_checkpointing_replays_dropout(tiny):

@@ -2,8 +2,19 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
-from predict import Prediction, count_best_with_answer, write_predictions, write_scores
+from conftest import TOKENIZER
+from data import Collator
+from predict import (
+    Prediction,
+    check_answers,
+    count_best_with_answer,
+    note_too_long,
+    note_unspelled,
+    write_predictions,
+    write_scores,
+)
 from questions import read_records
 
 RECORDS = [{"id": "q0", "question": "where?", "answers": ["Paris"], "ctxs": [
@@ -73,3 +84,36 @@ def test_a_score_has_one_meaning_in_a_file(tmp_path):
     twice = scored_again(tmp_path / "s.jsonl", tmp_path / "t.jsonl", [-5.0])
     assert [(c["id"], c.get("score"), c["retrieval_score"]) for c in twice] == [
         ("1", -5.0, 8), ("0", None, 9), ("2", None, 7), ("3", None, 6)]
+
+
+@pytest.fixture(scope="module")
+def collator():
+    return Collator(AutoTokenizer.from_pretrained(TOKENIZER), 1, 100)
+
+
+def test_answers_that_the_tokenizer_cannot_spell_are_counted(collator):
+    """A31: an answer counts if its tokens decode to an exact match of it; a question needs one."""
+    lists = [["baker"], ["9 m²", "The Baker!"], ["9 m²"], ["H₂O"], []]
+    check = check_answers(lists, collator, 48)
+    assert check[:3] == (4, 2, ("9 m²", "9 m"))
+    logged = []
+    note_unspelled(check, "targets of f.json", logged.append)
+    note_unspelled(check_answers(lists[2:], collator, 48), "targets of f.json", logged.append)
+    note_unspelled(check_answers(lists[:2], collator, 48), "targets of f.json", logged.append)
+    assert len(logged) == 2 and "decode to '9 m'" in logged[0]
+    assert "2 of 4 targets of f.json cannot be answered right" in logged[0]
+    assert "NONE of the 2 targets of f.json can be answered right" in logged[1]
+
+
+def test_answers_longer_than_the_limit_are_counted(collator):
+    """A30: a question counts as too long if its shortest answer takes more tokens than the limit.
+    """
+    lengths = [len(collator.target_ids(text)) - 1 for text in ("Ada Brisk", "a b c d e f g h")]
+    lists = [["Ada Brisk", "a b c d e f g h"], ["a b c d e f g h"]]
+    assert check_answers(lists, collator, max(lengths))[3] == 0
+    check = check_answers(lists, collator, max(lengths) - 1)
+    assert check[3:] == (1, max(lengths)) and lengths[0] < lengths[1]
+    logged = []
+    note_too_long(check, "questions of f", max(lengths), max(lengths) - 1, "limit", logged.append)
+    assert "1 of 2 questions of f have no answer of at most" in logged[0]
+    assert f"--limit {max(lengths) + 2} would do for all" in logged[0]

@@ -163,7 +163,7 @@ def test_answers_of_every_form():
     ({"Value": "West Brask", "Aliases": ["Brask"]}, ["West Brask", "Brask"], "West Brask"),
     ({"Value": "WEST BRASK", "Aliases": ["west brask"]}, ["west brask"], "West Brask"),
     ({"Value": "Brask", "Aliases": [], "NormalizedAliases": ["brask", "old brask"]},
-     ["brask", "old brask"], "Brask"),
+     ["Brask", "old brask"], "Brask"),
     ({"value": "Brask", "aliases": [], "normalized_value": "brask"}, ["Brask"], "Brask"),
     ({"value": "<unk>", "aliases": [], "normalized_value": "<unk>"}, [], None),
     ({"Value": "<unk>", "Aliases": ["Brask"]}, ["Brask"], None),

@@ -142,7 +142,7 @@ def test_rounds_can_be_driven_from_outside(tiny, records_file, tmp_path, monkeyp
     before = script.evaluate(driven)
     # evaluating advances nothing
     assert driven.progress.epoch == 0 and driven.progress.total_updates == 0
-    assert set(before) == {"dev_em", "dev_f1", "correct", "count", "eval_seconds"}
+    assert set(before) == {"dev_em", "dev_f1", "correct", "count", "cut", "eval_seconds"}
     for round_index in range(2):
         script.train_epoch(driven)
         assert driven.progress.epoch == round_index + 1
@@ -215,7 +215,8 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"question": f"who {i}"}) + "\n" for i in range(5)))
     out, _ = run("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST, "--t5_name",
-                 tiny, "--epochs", 1, "--warmup_ratio", 0.3, "--data_test", questions)
+                 tiny, "--epochs", 1, "--warmup_ratio", 0.3, "--data_test", questions,
+                 "--eval_answer_maxlength", 3)
     # A27: what has no answers is not scored
     assert f"note: no record of {questions} has answers" in out and "test EM" not in out
     assert "11 in all, 4 of warm-up" in out
@@ -223,7 +224,9 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     assert f"note: {records_file} is the training file too" in out
     out, _ = run("test.py", tmp_path / "m", records_file, "--num_contexts", 0, 2, "--max_length",
                  50, "--pred", tmp_path / "p.jsonl", "--scores", tmp_path / "s.jsonl",
-                 "--num_beams", 2)
+                 "--num_beams", 2, "--n_best", 2)
+    # A30: the limit of training's evaluation is test.py's
+    assert "11 answers were cut at 3 tokens (--answer_maxlength)" in out
     assert "warning: --num_contexts 0, 2, but the checkpoint was trained with 3" in out
     assert "warning: --max_length 50, but the checkpoint was trained with 60" in out
     rows = [json.loads(line) for line in open(tmp_path / "p.2.jsonl")]
@@ -231,7 +234,9 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     assert len(rows) == len(alone) == 11
     assert all(row["contexts"] == [] and row["best_context"] is None for row in alone)
     assert set(rows[0]) == {"index", "id", "question", "prediction", "answers", "em", "f1",
-                            "best_context", "contexts"}
+                            "probability", "n_best", "best_context", "contexts"}
+    assert [best["prediction"] for best in rows[0]["n_best"]][0] == rows[0]["prediction"]
+    assert 0 < rows[0]["n_best"][0]["probability"] == rows[0]["probability"] < 1
     scores = [context["score"] for context in rows[0]["contexts"]]
     best = rows[0]["contexts"][scores.index(max(scores))]
     assert len(scores) == 2 and rows[0]["best_context"] == best["id"]
