@@ -47,6 +47,7 @@ from predict import add_tokenizer_flags
 from questions import (
     check_types,
     gold_answers,
+    has_keys,
     has_text,
     is_context,
     labelled_keys,
@@ -215,8 +216,8 @@ def list_keys(question, corpus):
     """
     record = question.record
     check_types(record, question.location, ["key", "history", "ctxs"])
-    if all(record.get(name) is None for name in ("positive_ctxs", "pos", "neg", "history", "ctxs",
-                                                 "key", "pos_index", "neg_index")):
+    fields = ("positive_ctxs", "pos", "neg", "history", "ctxs", "key", "pos_index", "neg_index")
+    if all(record.get(name) is None for name in fields) and not has_keys(record):
         raise InputError(f"{question.location}: no keys: neither 'pos' and 'neg', nor 'history', "
                          "nor 'ctxs'; retrieve.py --output, or --metrics collate_neg, adds some")
     positives, negatives = labelled_keys(record)

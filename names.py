@@ -22,8 +22,15 @@ HARD_NEGATIVES = ("neg", "hard_negative_ctxs", "negative_passages", "hard_negati
                   "hard_negatives", "negatives", "negative", "hard_negative_contexts",
                   "negative_docs", "negative_documents")
 OTHER_NEGATIVES = ("negative_ctxs", "negative_contexts")  # used where there are no hard ones
+POSITIVE_IDS = ("positive_document_ids", "positive_passage_ids", "positive_docids", "positive_ids",
+                "positive_pids")
+NEGATIVE_IDS = ("negative_document_ids", "negative_passage_ids", "negative_docids", "negative_ids",
+                "negative_pids")
 SCORES = ("score", "label", "relevance", "relevancy", "rel", "grade", "rating", "judgment")
 CONTEXTS = ("ctxs", "contexts", "passages", "retrieved_passages")
+
+# fields of known formats that change training there and are not used here
+UNUSED = ("type", "weight", "weights", "margin", "label", "labels", "score", "scores")
 
 # columns of qrels and of runs, whose rows name a query and a document: `id` would be ambiguous
 PAIR_QUERIES = ("query_id", "qid", "question_id", "topic_id", "topic", "query")
@@ -47,12 +54,14 @@ def find_name(fields, names):
 
     A field spelled exactly as the name goes before others that match it.
     """
+    by_fold = {}
+    for field in fields:
+        by_fold.setdefault(fold(field), field)
     for name in names:
         if name in fields:
             return name
-        for field in fields:
-            if field is not None and fold(field) == fold(name):
-                return field
+        if fold(name) in by_fold:
+            return by_fold[fold(name)]
     return None
 
 

@@ -43,6 +43,7 @@ from names import (
 from utils import InputError, shorten
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt")
+KEY_FOLDS = {fold(name) for name in (*POSITIVES, *HARD_NEGATIVES, *OTHER_NEGATIVES)}
 LIST_FIELDS = ("pos", "neg", "pos_index", "neg_index", "positive_ctxs", "negative_ctxs",
                "hard_negative_ctxs")
 UNKNOWN_VALUE = "<unk>"  # the answers of TriviaQA's test set are not published
@@ -173,24 +174,70 @@ def check_types(record, location, names=LIST_FIELDS):
             if not is_right(item):
                 raise InputError(f"{location}: every entry of '{name}' must be {kind}, one is "
                                  f"{shorten(item)}")
+    if names is LIST_FIELDS:
+        check_keys(record, location)
     if not isinstance(record.get("task", ""), (str, type(None))):
         raise InputError(f"{location}: 'task' must be a text such as 'qa', it is "
                          f"{shorten(record['task'])}")
 
 
+def check_keys(record, location):
+    """Raise InputError for positives and negatives, by any of their names, that are no keys."""
+    for name in record:
+        if name in LIST_FIELDS or fold(name) not in KEY_FOLDS:
+            continue
+        items = record[name] if isinstance(record[name], list) else []
+        for item in items:
+            if not is_key(item):
+                raise InputError(f"{location}: every entry of '{name}' must be a text or an "
+                                 f"object, one is {shorten(item)}")
+
+
 def labelled_keys(record):
-    """(positives, negatives) of a record, which its teacher_scores belong to in this order.
+    """Return (positives, negatives) of a record, which its teacher_scores belong to in this order.
 
     Of DPR's form they are the first of positive_ctxs, and the hard_negative_ctxs or else the
     negative_ctxs. All of a `history` (LLM-Embedder's chat and lrlm) is negative: the teacher will
-    choose the positive. Other records have pos and neg.
+    choose the positive. Other records have pos and neg, or the names that names.py has for them.
     """
     if record.get("positive_ctxs") is not None:
         negatives = record.get("hard_negative_ctxs") or record.get("negative_ctxs")
         return record["positive_ctxs"][:1], negatives or []
     if record.get("history") is not None:
         return [], record["history"]
-    return record.get("pos") or [], record.get("neg") or []
+    negatives = find_keys(record, HARD_NEGATIVES) or find_numbered_keys(record, "negative")
+    return find_keys(record, POSITIVES), negatives or find_keys(record, OTHER_NEGATIVES)
+
+
+def find_keys(record, names):
+    """Return the keys of the first of these fields that holds some; a text is one key."""
+    by_fold = {fold(field): value for field, value in record.items()}
+    for name in names:
+        value = record.get(name) or by_fold.get(fold(name))
+        if isinstance(value, str) and value:
+            return [value]
+        if isinstance(value, list) and value:
+            return value
+    return []
+
+
+def find_numbered_keys(record, name):
+    """Return the texts of NAME_1, NAME_2 ..., as sentence-transformers has several negatives."""
+    values = []
+    for number in range(1, len(record) + 1):
+        value = find_value(record, [f"{name}_{number}"])
+        if not isinstance(value, str):
+            break
+        values.append(value)
+    return values
+
+
+def has_keys(record):
+    """Return True for a record with keys to train on or to rank."""
+    if record.get("positive_ctxs") or record.get("history"):
+        return True
+    negatives = [name for name in HARD_NEGATIVES if not name.endswith("_ctxs")]
+    return bool(find_keys(record, POSITIVES) or find_keys(record, negatives))
 
 
 def gold_passages(record, location=""):

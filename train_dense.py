@@ -81,11 +81,12 @@ def compute_loss(run, batch):
     flags = run.task_flags[batch["task"]]
     # a batch that is not real takes part in the gather with no rows
     count = len(batch["indices"]) if batch["is_real"] else 0
-    teacher = gather_rows(batch["teacher"][:count].to(run.world.device))                 # (Q, G)
+    sizes = gather_sizes(batch["sizes"][:count], run.world)                              # (Q)
+    teacher = gather_teacher(batch["teacher"][:count].to(run.world.device), sizes)       # (Q, G)
     if flags.ranker:
         scores, groups, zero = score_with_ranker(run, batch, count)
     else:
-        scores, groups, zero = score_with_retriever(run, batch, count)
+        scores, groups, zero = score_with_retriever(run, batch, count, sizes)
     positives = groups[:, 0]
 
     weighted_losses = []
@@ -105,20 +106,42 @@ def compute_loss(run, batch):
     return combine_losses(weighted_losses) + zero, len(teacher)
 
 
-def score_with_retriever(run, batch, count):
-    """(scores (Q, K) of all processes' queries and keys, groups (Q, G): the columns of each query's
-    own keys, a zero).
+def gather_sizes(sizes, world):
+    """Return the sizes (Q) of all processes' groups, on the CPU."""
+    return gather_rows(sizes.to(world.device)).cpu() if world.size > 1 else sizes
 
-    K = Q * G: every other query's keys are in-batch negatives. The zero depends on all weights: a
-    process whose batch is not real still takes part in the exchange of gradients.
+
+def gather_teacher(teacher, sizes):
+    """Return the teacher scores (Q, G) of all processes; those of one whose own groups are all
+    smaller than G are padded with nan.
+    """
+    width = int(sizes.max()) if len(sizes) else teacher.shape[1]
+    padding = teacher.new_full((len(teacher), max(width - teacher.shape[1], 0)), math.nan)
+    return gather_rows(torch.cat([teacher[:, :width], padding], 1))
+
+
+def score_with_retriever(run, batch, count, sizes):
+    """Return (scores (Q, K) of all processes' queries and keys, groups (Q, G): the columns of each
+    query's own keys, a zero).
+
+    sizes (Q) are those of the queries' groups, K their sum: every other query's keys are in-batch
+    negatives. The zero depends on all weights: a process whose batch is not real still takes part
+    in the exchange of gradients.
     """
     queries, keys = run.model(batch["queries"], batch["keys"], run.args.chunk_size)
-    G = len(keys) // len(queries)
     all_queries = gather_rows(queries[:count])  # (Q, D)
-    all_keys = gather_rows(keys[:count * G])  # (Q * G, D)
+    all_keys = gather_rows(keys[:int(batch["sizes"][:count].sum())])  # (K, D)
     scores = run.unwrapped.score(all_queries, all_keys)
-    groups = torch.arange(len(all_keys), device=scores.device).view(-1, G)  # (Q * G) -> (Q, G)
-    return scores, groups, (queries.sum() + keys.sum()) * 0
+    return scores, list_columns(sizes).to(scores.device), (queries.sum() + keys.sum()) * 0
+
+
+def list_columns(sizes):
+    """Return the columns (Q, G) of each query's own keys, of groups of these sizes (Q), one after
+    another; a group smaller than G ends in copies of its first column.
+    """
+    first = (sizes.cumsum(0) - sizes)[:, None]                                           # (Q, 1)
+    offsets = torch.arange(int(sizes.max()), device=sizes.device)[None]                  # (1, G)
+    return first + offsets.where(offsets < sizes[:, None], 0)
 
 
 def score_with_ranker(run, batch, count):
@@ -134,8 +157,8 @@ def duplicate_mask(flags, batch, count, positives):
     """(Q, K) bool, True at copies of a query's positive, or None if they are not looked for."""
     if not flags.mask_duplicates or flags.ranker:
         return None
-    G = batch["teacher"].shape[1]
-    identities = gather_rows(batch["identities"][:count * G].to(positives.device))       # (Q * G)
+    own_keys = int(batch["sizes"][:count].sum())
+    identities = gather_rows(batch["identities"][:own_keys].to(positives.device))        # (K)
     return losses.duplicates(identities, positives)
 
 
@@ -368,6 +391,9 @@ def sentence_transformers_prompts(run):
     if len(instructions) != 1:
         return {}
     before_query, before_key = instructions.pop()
+    own = {example.instruction for example in run.train_set.examples}
+    if own != {None}:
+        before_query = own.pop() if len(own) == 1 else ""
     return {"query": before_query, "document": before_key}
 
 
@@ -459,6 +485,7 @@ def set_up(args, world, sets=BOTH_SETS):
     data = TrainingData([], [], [], {})
     if "train" in sets:
         data = read_training(args, corpus, queries, world.log)
+    check_lone_queries(data, args, world)
     dev = read_dev(args, corpus, queries, world.log) if "dev" in sets else None
 
     # model
@@ -490,6 +517,18 @@ def set_up(args, world, sets=BOTH_SETS):
     return run
 
 
+def check_lone_queries(data, args, world):
+    """Raise InputError for examples without negatives in batches of one query: nothing would be
+    contrasted.
+    """
+    if args.batch_size * world.size > 1 or args.train_group_size == 1:
+        return
+    for example, rule in zip(data.examples, data.group_rules):
+        if example.pos and not example.neg and rule.group_size > 1:
+            raise InputError(f"{example.location}: has no negatives, and a batch of one query has "
+                             "no others' passages; give --batch_size 2 or more, or mine negatives")
+
+
 def count_updates(args, dataset_sizes, world):
     """The updates of the schedule; 0 where there is nothing to train on."""
     if not dataset_sizes:
@@ -516,6 +555,7 @@ def describe(run):
         f"groups of {run.train_set.group_rules[0].group_size}; {trained:,} trained parameters; "
         f"{kind}; batch {args.batch_size * run.world.size} x {args.grad_accumulation}; "
         f"{run.updates} updates, {count_warmup(args, run.updates)} of warm-up")
+    note_prompts(run)
     tasks = [task for task in run.task_flags if any(run.collator.instruction(task))]
     if tasks:
         log(f"{args.version}'s instructions are put before the texts of {', '.join(tasks)} "
@@ -524,6 +564,19 @@ def describe(run):
         log(f"note: no example names a task, so that {args.version}'s instructions are not used")
     if run.progress.total_updates:
         log(f"resuming after {run.progress.total_updates} updates")
+
+
+def note_prompts(run):
+    """Log how the records' own instructions, their `prompt`, are used."""
+    examples = run.train_set.examples
+    own = [example.instruction for example in examples if example.instruction is not None]
+    if own and run.args.ranker:
+        run.world.log(f"note: 'prompt' of {len(own)} records is not used: a ranker has none")
+    elif own:
+        saved = "it is saved as the retriever's prompt"
+        if len(own) < len(examples) or len(set(own)) > 1:
+            saved = "records differ in it, so that no prompt is saved with the retriever"
+        run.world.log(f"'prompt' of {len(own)} records is put before their queries; {saved}")
 
 
 def main(args):

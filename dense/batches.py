@@ -105,16 +105,18 @@ class GroupSet(torch.utils.data.Dataset):
 # ---------------------------------------------------------------- collator
 
 class GroupCollator:
-    """Turns B visits with groups of G keys into a batch:
+    """Turns B visits, each with a group of keys, into a batch of B queries and K keys:
 
     indices     of the examples (B)
     is_real     False if this process only takes part in the batch
     task        of the first example, whose flags hold for the batch
     queries     token ids of B queries
-    keys        token ids of B * G keys; for a ranker `pairs` (B * G) of (token ids, types) replace
-                queries and keys
-    teacher     scores (B, G), nan in the rows of examples without any
-    identities  (B * G) int64, equal for equal documents
+    keys        token ids of K keys, group after group; for a ranker `pairs` (K) of (token ids,
+                types) replace queries and keys
+    sizes       of the groups (B) int64, with sum K; G, or 1 for an example without negatives
+    teacher     scores (B, G), G being the largest size; nan in the rows of examples without any,
+                and after the keys of a smaller group
+    identities  (K) int64, equal for equal documents
     """
 
     def __init__(self, tokenizer, args, corpus=None, instructions=None):
@@ -127,23 +129,27 @@ class GroupCollator:
     def __call__(self, visits):
         queries = [visit.example.query for visit in visits]
         tasks = [visit.example.task for visit in visits]
-        keys = list(chain.from_iterable(visit.keys for visit in visits))  # (B, G) -> (B * G)
+        keys = list(chain.from_iterable(visit.keys for visit in visits))  # (K)
         key_texts = [self.key_text(key) for key in keys]
-        group_size = len(visits[0].keys)
-        no_scores = [math.nan] * group_size
+        sizes = [len(visit.keys) for visit in visits]
+        teacher = []
+        for visit in visits:
+            scores = visit.teacher_scores or [math.nan] * len(visit.keys)
+            teacher.append(scores + [math.nan] * (max(sizes) - len(scores)))
         batch = {
             "indices": [visit.index for visit in visits],
             "is_real": visits[0].is_real,
             "task": tasks[0],
-            "teacher": torch.tensor([visit.teacher_scores or no_scores for visit in visits],
-                                    dtype=torch.float32),
+            "sizes": torch.tensor(sizes),
+            "teacher": torch.tensor(teacher, dtype=torch.float32),
             "identities": torch.tensor([identity(key, text) for key, text in zip(keys, key_texts)]),
         }
         if self.args.ranker:
-            batch["pairs"] = self.pairs(repeat_each(queries, group_size), key_texts)
+            batch["pairs"] = self.pairs(repeat_each(queries, sizes), key_texts)
         else:
-            batch["queries"] = self.queries(queries, tasks)
-            batch["keys"] = self.keys(key_texts, repeat_each(tasks, group_size))
+            instructions = [visit.example.instruction for visit in visits]
+            batch["queries"] = self.queries(queries, tasks, instructions)
+            batch["keys"] = self.keys(key_texts, repeat_each(tasks, sizes))
         return batch
 
     def instruction(self, task):
@@ -155,11 +161,13 @@ class GroupCollator:
         for_other_tasks = self.instructions.get("", ("", ""))
         return self.instructions.get(task, for_other_tasks)
 
-    def queries(self, texts, tasks):
-        """Token ids of queries, each with its task's instruction and in the query template."""
+    def queries(self, texts, tasks, instructions=None):
+        """Return token ids of queries, each in the query template and after the record's own
+        instruction, if that is not None, or its task's.
+        """
         prompted = []
-        for text, task in zip(texts, tasks):
-            before_query, _ = self.instruction(task)
+        for text, task, own in zip(texts, tasks, instructions or [None] * len(texts)):
+            before_query = self.instruction(task)[0] if own is None else own
             prompted.append(before_query + self.args.query_template.format(query=text))
         return self.tokenize(prompted, self.args.query_max_length)
 
@@ -193,9 +201,9 @@ class GroupCollator:
         return format_key(key, self.args.key_template, "a training key")
 
 
-def repeat_each(items, count):
-    """[a, b] to [a, a, b, b]."""
-    return [item for item in items for _ in range(count)]
+def repeat_each(items, counts):
+    """Return each item as often as its count: [a, b] by [2, 1] becomes [a, a, b]."""
+    return [item for item, count in zip(items, counts) for _ in range(count)]
 
 
 def identity(key, text):

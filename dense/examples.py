@@ -8,10 +8,35 @@ key template, or the index of a document whose text stays in the corpus's file.
 """
 import argparse
 import math
+from collections import Counter
+from itertools import chain
 from typing import NamedTuple
 
-from files import read_json, to_number
-from questions import LIST_FIELDS, check_types, labelled_keys, question_text, refuse_table
+from files import choose_delimiter, decode_line, iterate_json, read_cells, read_lines, to_number
+from names import (
+    HARD_NEGATIVES,
+    NEGATIVE_IDS,
+    OTHER_NEGATIVES,
+    POSITIVE_IDS,
+    POSITIVES,
+    QUESTIONS,
+    UNUSED,
+    find_name,
+    find_value,
+    fold,
+)
+from questions import (
+    KEY_FOLDS,
+    check_types,
+    decode_lines,
+    find_keys,
+    has_keys,
+    holds_json,
+    labelled_keys,
+    question_text,
+    read_named_columns,
+    refuse_table,
+)
 from retrieval.corpus import format_key
 from retrieval.qrels import merge_qrels
 from utils import InputError, first_line, shorten
@@ -42,7 +67,8 @@ class Example(NamedTuple):
     """A query with its pools of keys.
 
     scores: one per key, those of pos first, or None. They are a teacher's, or relevance labels; pos
-    is empty where nobody has said which keys are right.
+    is empty where nobody has said which keys are right. instruction: what the record itself puts
+    before its query, None where it names none.
     """
     query: str
     pos: list
@@ -50,6 +76,7 @@ class Example(NamedTuple):
     scores: list | None = None
     task: str = ""
     location: str = ""
+    instruction: str | None = None
 
 
 class GroupRule(NamedTuple):
@@ -128,36 +155,177 @@ def graded_examples(corpus, queries, graded, group_size, source="the qrels"):
 
 # ---------------------------------------------------------------- records
 
-def read_examples(path, template="{title} {text}", reader_scores=False, distills=False):
-    """The examples of a file of LLM-Embedder's, DPR's or scored reader's records.
+class Source(NamedTuple):
+    """What the keys of a file's records may refer to, and how they are read."""
+    template: str = "{title} {text}"
+    reader_scores: bool = False  # see score_contexts
+    distills: bool = False       # see trains_on_contexts
+    corpus: object = None        # for records that name documents by their ids
+    queries: dict | None = None  # {id: text}, for triples of ids
 
-    reader_scores, distills: see trains_on_contexts. Raises InputError with the location of a wrong
-    field, or of a key that lacks a column of the template.
+
+NO_SOURCE = Source()
+
+
+def read_examples(path, source=NO_SOURCE, log=print):
+    """Return the examples of a file of LLM-Embedder's, DPR's, Tevatron's or scored reader's
+    records, of triplets, or of a table of triples; log which fields are not used.
+
+    Raises InputError with the location of a wrong field, or of a key that lacks a column of the
+    template.
     """
-    refuse_table(path, MAKE_POSITIVES)
-    examples = [make_example(record, location, template, reader_scores, distills)
-                for record, location in read_json(path)]
+    triples = read_triples(path, source)
+    if triples is not None:
+        rows = triples
+    else:
+        refuse_table(path, MAKE_POSITIVES)
+        rows = iterate_json(path)
+    examples, unused = [], Counter()
+    for record, location in rows:
+        examples.append(make_example(record, location, source))
+        unused.update(unused_fields(record))
     if not examples:
         raise InputError(f"{path}: holds no records")
+    if unused:
+        fields = ", ".join(f"'{name}' ({count})" for name, count in unused.items())
+        log(f"note: {path}: fields that training does not use, and the records that have them: "
+            f"{fields}")
     return examples
 
 
-def make_example(record, location, template, reader_scores=False, distills=False):
-    """The Example of a record. Raises InputError."""
+def make_example(record, location, source=NO_SOURCE):
+    """Return the Example of a record. Raises InputError."""
     query = question_text(record, location)
-    check_types(record, location, [*LIST_FIELDS, "history", "ctxs"])
-    if trains_on_contexts(record, reader_scores, distills):
+    check_types(record, location)
+    check_types(record, location, ["history", "ctxs"])
+    if trains_on_contexts(record, source.reader_scores, source.distills):
         pos = []  # nobody says which one is right
-        neg, scores = score_contexts(record, location, reader_scores)
+        neg, scores = score_contexts(record, location, source.reader_scores)
     else:
         pos, neg = labelled_keys(record)
-        scores = record.get("teacher_scores")
+        if not pos and not neg:
+            pos, neg = named_documents(record, location, source.corpus)
+        scores = teacher_scores(record)
     for key in pos + neg:
-        format_key(key, template, location)
+        if not isinstance(key, int):
+            format_key(key, source.template, location)
     if scores is not None:
         scores = read_scores(scores, pos, neg, location)
-    return Example(query, pos, neg, scores, record.get("task") or "", location)
+    instruction = record.get("prompt")
+    if not isinstance(instruction, (str, type(None))):
+        raise InputError(f"{location}: 'prompt', the instruction before the query, must be a text, "
+                         f"it is {shorten(instruction)}")
+    return Example(query, pos, neg, scores, record.get("task") or "", location, instruction)
 
+
+def teacher_scores(record):
+    """Return a record's teacher_scores, or FlagEmbedding's pos_scores and neg_scores, or None."""
+    if record.get("teacher_scores") is not None:
+        return record["teacher_scores"]
+    parts = [record.get(name) for name in ("pos_scores", "neg_scores")]
+    if all(isinstance(part, list) for part in parts) and any(parts):
+        return parts[0] + parts[1]
+    return None
+
+
+def named_documents(record, location, corpus):
+    """Return (positives, negatives) of a record that names documents by their ids, as indices.
+
+    Raises InputError for an id that the corpus does not have.
+    """
+    lists = []
+    for names in (POSITIVE_IDS, NEGATIVE_IDS):
+        ids = find_value(record, names) or []
+        if ids and corpus is None:
+            raise InputError(f"{location}: '{find_name(record, names)}' names documents by their "
+                             "ids; give the corpus with --corpus")
+        if not isinstance(ids, list):
+            raise InputError(f"{location}: '{find_name(record, names)}' must be a list of ids, it "
+                             f"is {shorten(ids)}")
+        lists.append(find_documents(list(map(str, ids)), corpus, location))
+    return lists
+
+
+def find_documents(ids, corpus, location):
+    """Return the indices of documents by their ids. Raises InputError for an unknown id."""
+    indices = corpus.indices(ids) if ids else []
+    for identifier, index in zip(ids, indices):
+        if index < 0:
+            raise InputError(f"{location}: document {shorten(identifier)} is not in the corpus; "
+                             "give its file with --corpus")
+    return indices
+
+
+def unused_fields(record):
+    """Return the fields of a record that change training where its format is from, and not here."""
+    names = [name for name in UNUSED if record.get(name) is not None]
+    scores = [name for name in ("pos_scores", "neg_scores") if record.get(name)]
+    if len(scores) == 1 or record.get("teacher_scores") is not None:
+        names += scores
+    hard = find_keys(record, HARD_NEGATIVES)
+    if hard:
+        names += [name for name in OTHER_NEGATIVES if find_keys(record, [name])]
+    used = {id(keys) for keys in (find_keys(record, POSITIVES), hard)}
+    for name in record:
+        keys = record[name]
+        if (fold(name) in KEY_FOLDS and name not in names and isinstance(keys, (list, dict))
+                and keys and id(keys) not in used):
+            names.append(name)
+    return names
+
+
+# ---------------------------------------------------------------- triples
+
+def read_triples(path, source):
+    """Return [(record, location)] of a table of triples (query, positive, negative): texts or, with
+    --queries and --corpus, ids as in MS MARCO; or of a table whose header names these columns. None
+    for a file that is neither.
+
+    Raises InputError.
+    """
+    if holds_json(path):
+        return None
+    lines = enumerate(read_lines(path), 1)
+    line_number, line = next(((number, line) for number, line in lines if line.strip()), (1, b""))
+    text = decode_line(line, path, line_number)
+    delimiter = choose_delimiter(text)
+    names = [name.strip() for name in next(read_cells([text], delimiter), [])]
+    if find_name(names, QUESTIONS) and find_name(names, POSITIVES):
+        return read_named_columns(path, decode_lines(path), names, delimiter)
+    cells = text.split("\t") if "\t" in text else text.split()
+    if len(cells) != 3 or ("\t" not in text and not all(map(str.isdecimal, cells))):
+        return None
+    are_ids = all(cell.strip().isdecimal() for cell in cells) or (source.queries
+                                                                  and cells[0] in source.queries)
+    if are_ids and not (source.queries and source.corpus):
+        raise InputError(f"{path}:{line_number}: triples of ids; give the texts with --queries and "
+                         "--corpus")
+    rows = []
+    for number, row in chain([(line_number, line)], lines):
+        if row.strip():
+            location = f"{path}:{number}"
+            text = decode_line(row, path, number)
+            rows.append((make_triple(text, are_ids, source, location), location))
+    return rows
+
+
+def make_triple(text, are_ids, source, location):
+    """Return the record of a line of three cells. Raises InputError."""
+    cells = text.split("\t") if "\t" in text else text.split()
+    if len(cells) != 3 or not all(cell.strip() for cell in cells):
+        raise InputError(f"{location}: not a triple; it must be query, positive and negative, with "
+                         "tabs between them")
+    if not are_ids:
+        return dict(zip(("query", "positive", "negative"), cells))
+    query_id, *document_ids = (cell.strip() for cell in cells)
+    if query_id not in source.queries:
+        raise InputError(f"{location}: query {shorten(query_id)} is in none of the query files; "
+                         "give its file with --queries")
+    return {"query": source.queries[query_id], "positive_ids": document_ids[:1],
+            "negative_ids": document_ids[1:]}
+
+
+# ---------------------------------------------------------------- contexts with a reader's scores
 
 def trains_on_contexts(record, reader_scores, distills):
     """True if a record's keys are its `ctxs`: it has no others, or they have a reader's scores to
@@ -165,7 +333,7 @@ def trains_on_contexts(record, reader_scores, distills):
     """
     if not record.get("ctxs"):
         return False
-    if not any(record.get(name) for name in ("positive_ctxs", "history", "pos", "neg")):
+    if not has_keys(record):
         return True
     is_scored = reader_scores or any("retrieval_score" in context for context in record["ctxs"])
     return distills and is_scored and record.get("teacher_scores") is None
@@ -278,8 +446,8 @@ def read_training(args, corpus, queries, log):
     Raises InputError if nothing is left, or teacher scores are missing.
     """
     if args.train_data:
-        datasets = [read_examples(path, args.key_template, args.reader_scores, distills_only(args))
-                    for path in args.train_data]
+        source = Source(args.key_template, args.reader_scores, distills_only(args), corpus, queries)
+        datasets = [read_examples(path, source, log) for path in args.train_data]
     else:
         datasets = [read_qrels_examples(args, corpus, queries)]
     tasks = {examples[0].task for examples in datasets if examples}
@@ -342,6 +510,14 @@ def has_only_in_batch_negatives(args):
     return not (args.train_data or args.negatives or args.graded)
 
 
+def uses_others(args, flags):
+    """Return True if the loss contrasts a query with the other queries' keys, as InfoNCE does, so
+    that a record needs no negatives of its own (DPR, section 3.2). A ranker reads its own only.
+    """
+    contrasts = flags.loss == "infonce" or (not flags.loss and flags.contrastive_weight)
+    return bool(contrasts) and not args.ranker
+
+
 def drop_examples(examples, args, flags, log):
     """The examples of a dataset that are trained on, at most --max_sample_num; logs why others are
     dropped.
@@ -349,10 +525,15 @@ def drop_examples(examples, args, flags, log):
     if not args.graded:
         examples, dropped = filter_examples(examples, args.train_group_size, flags.select_positive,
                                             flags.teacher_scores_margin, flags.teacher_scores_min,
-                                            has_only_in_batch_negatives(args),
+                                            has_only_in_batch_negatives(args)
+                                            or uses_others(args, flags),
                                             not distills_only(flags))
         for reason, (count, first_location) in dropped.items():
             log(f"{count} records dropped: {reason}, first {first_location}")
+        lone = [example for example in examples if example.pos and not example.neg]
+        if lone and args.train_group_size > 1 and not has_only_in_batch_negatives(args):
+            log(f"note: records without negatives: {len(lone)} of {len(examples)}, first "
+                f"{lone[0].location}; the other questions' passages are theirs")
     return examples[:flags.max_sample_num]
 
 
@@ -405,7 +586,8 @@ def choose_group(example, rule, rng):
         if rule.stable and scores is not None:
             negatives.sort(key=lambda index: scores[index], reverse=True)
         group = [positive] + negatives
-    group_scores = None if scores is None else [scores[index] for index in group]
+    is_lone = len(group) == 1 < rule.group_size  # nothing to distil: no negatives of its own
+    group_scores = None if scores is None or is_lone else [scores[index] for index in group]
     return [keys[index] for index in group], group_scores
 
 

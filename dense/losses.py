@@ -1,6 +1,7 @@
 """The losses of retriever training: pure functions of scores, each with the paper it comes from.
 
-Q queries; K keys of all queries side by side; G keys in a query's own group (K = Q * G). The scores
+Q queries; K keys of all queries side by side; G keys in a query's own group. K is Q * G, or less
+where queries without negatives of their own have a positive only. The scores
 are already divided by the temperature of the metric. Every loss is a scalar, the mean over the
 queries.
 """

@@ -8,8 +8,18 @@ import json
 import os
 
 from files import new_file
-from names import DOCUMENT_IDS, find_value
-from questions import LIST_FIELDS, check_types, labelled_keys
+from names import (
+    DOCUMENT_IDS,
+    HARD_NEGATIVES,
+    OTHER_NEGATIVES,
+    POSITIVE_IDS,
+    POSITIVES,
+    TEXTS,
+    find_name,
+    find_value,
+    fold,
+)
+from questions import LIST_FIELDS, check_types, find_keys, has_keys, labelled_keys
 from retrieval.corpus import format_key
 from retrieval.results import stack
 from utils import InputError, shorten
@@ -17,6 +27,7 @@ from utils import InputError, shorten
 # {what --metrics asks for: the middle of the file's name}
 COLLATED = {"collate_pos": "pos", "collate_neg": "neg", "collate_key": "key",
             "collate_score": "scored"}
+OLD_SCORES = ("pos_scores", "neg_scores")  # FlagEmbedding's, of keys that are replaced
 
 
 # ---------------------------------------------------------------- candidates
@@ -33,7 +44,7 @@ def list_candidates(record, scored=False):
     The indices are None unless every candidate has one. With `scored` the candidates are those
     that teacher_scores belong to in training: `key` then comes last.
     """
-    has_others = any(record.get(field) for field in ("positive_ctxs", "history", "pos", "neg"))
+    has_others = has_keys(record)
     if record.get("key") is not None and not (scored and has_others):
         fields = ["key"]
     elif record.get("positive_ctxs") is not None:
@@ -45,14 +56,19 @@ def list_candidates(record, scored=False):
         fields = ["pos", "neg"]
     keys, doc_indices = [], []
     for field in fields:
-        keys += record.get(field) or []
         doc_indices += record.get(f"{field}_index") or []
+    if fields == ["pos", "neg"]:
+        positives, negatives = labelled_keys(record)
+        keys = [*positives, *negatives]
+    else:
+        keys = record.get(fields[0]) or []
     return keys, doc_indices if len(doc_indices) == len(keys) else None
 
 
 def check_candidates(questions, corpus, template, need_indices, scored=False):
     """Raises InputError for candidates that are no keys, or lack a document index they need."""
-    if questions and not any(has_candidates(question.record) for question in questions):
+    if questions and not any(question.record.get("key") or has_keys(question.record)
+                             for question in questions):
         raise InputError("no question has candidates, in 'key', 'positive_ctxs', 'history', or "
                          "'pos' and 'neg'; give some, or rank an earlier result with --results")
     for question in questions:
@@ -66,11 +82,6 @@ def check_candidates(questions, corpus, template, need_indices, scored=False):
                              "can do without, or rank an earlier result with --results")
         if need_indices or corpus:
             check_indices(question, doc_indices or [], corpus)
-
-
-def has_candidates(record):
-    """True if one of the fields of list_candidates holds some."""
-    return any(record.get(field) for field in ("key", "positive_ctxs", "history", "pos", "neg"))
 
 
 def check_indices(question, doc_indices, corpus):
@@ -88,8 +99,8 @@ def key_texts(question, keys, template):
 
 
 def list_positives(record):
-    """The keys that a record names as its positives, LLM-Embedder's or DPR's."""
-    return [*(record.get("pos") or []), *(record.get("positive_ctxs") or [])]
+    """Return all keys that a record names as its positives, under any of their names."""
+    return [key for name in POSITIVES for key in find_keys(record, [name])]
 
 
 def to_documents(questions, results):
@@ -162,7 +173,9 @@ def write_positives(path, questions, results, corpus, marks, max_neg_num, log):
     with new_file(path) as file:
         for i, question in enumerate(questions):
             doc_indices, _ = results.row(i)
-            marked = list(zip(doc_indices, marks[i] or []))
+            own_text = normalise(question.text)
+            marked = [(doc_index, mark) for doc_index, mark in zip(doc_indices, marks[i] or [])
+                      if own_text not in spell_document(doc_index, "", corpus)]
             positives = [doc_index for doc_index, holds_answer in marked if holds_answer]
             negatives = [doc_index for doc_index, holds_answer in marked if not holds_answer]
             if not positives:
@@ -202,10 +215,19 @@ def put_hits(record, field, hits):
 
 
 def put_negatives(record, negatives, corpus):
-    """Sets a record's negatives, in LLM-Embedder's form or, if the record is in it, in DPR's."""
+    """Set a record's negatives in the form that it is in: DPR's, Tevatron's or LLM-Embedder's."""
     record.pop("teacher_scores", None)  # they were of the old negatives
     if "positive_ctxs" in record:
         record["hard_negative_ctxs"] = [dpr_context(*negative, corpus) for negative in negatives]
+        return
+    positives = find_name(record, POSITIVES)
+    for name in list(record):
+        if find_name([name], (*HARD_NEGATIVES, *OTHER_NEGATIVES, *OLD_SCORES)):
+            del record[name]
+    if positives is not None and fold(positives) == fold("positive_passages"):
+        contexts = [dpr_context(*negative, corpus) for negative in negatives]
+        record["negative_passages"] = [{("docid" if name == "passage_id" else name): value
+                                        for name, value in context.items()} for context in contexts]
     else:
         put_hits(record, "neg", negatives)
 
@@ -224,24 +246,55 @@ def corpus_context(doc_index, corpus):
 
 
 def keep_negatives(question, hits, corpus, labels, template, filter_answers):
-    """The hits [(document index, text)] that are no positives; with filter_answers, hold no answer.
+    """Return the hits [(document index, text)] that are no positives nor the question's own text;
+    with filter_answers, only those that hold no answer.
 
-    A positive is known by its text, its index in `pos_index`, its label or its passage_id. A text
-    holds an answer, as in LLM-Embedder, if the answer is a substring of it, both in lower case.
+    A positive is known by its text, its index in `pos_index`, its label or its id, by any of the
+    names of either. A text holds an answer, as in LLM-Embedder, if the answer is a substring of it,
+    both in lower case.
     """
-    positive_texts = set(key_texts(question, list_positives(question.record), template))
+    positives = list_positives(question.record)
+    own_texts = {normalise(question.text)}
+    for key, text in zip(positives, key_texts(question, positives, template)):
+        own_texts.update(map(normalise, (text, plain_text(key))))
+    own_texts.discard("")
     positive_indices = {doc_index for doc_index, label in labels.items() if label > 0}
     positive_indices.update(question.record.get("pos_index") or [])
     if corpus:
-        contexts = question.record.get("positive_ctxs") or []
-        ids = [find_value(context, DOCUMENT_IDS) for context in contexts]
-        ids = [str(passage_id) for passage_id in ids if passage_id is not None]
+        ids = [find_value(key, DOCUMENT_IDS) for key in positives if isinstance(key, dict)]
+        named = find_value(question.record, POSITIVE_IDS)
+        ids += named if isinstance(named, list) else []
+        ids = [str(document_id) for document_id in ids if document_id is not None]
         positive_indices.update(corpus.indices(ids))
     answers = [answer.lower() for answer in question.answers] if filter_answers else []
     kept = []
     for doc_index, text in hits:
-        is_positive = doc_index in positive_indices or text in positive_texts
+        is_positive = doc_index in positive_indices or not own_texts.isdisjoint(
+            spell_document(doc_index, text, corpus))
         holds_answer = any(answer in text.lower() for answer in answers)
         if not is_positive and not holds_answer:
             kept.append((doc_index, text))
     return kept
+
+
+def normalise(text):
+    """Return a text by which equal ones are known: its words, in small letters, with one blank."""
+    return " ".join(text.split()).casefold()
+
+
+def plain_text(key):
+    """Return the text of a key without its title, "" for an object without a text."""
+    if isinstance(key, str):
+        return key
+    text = find_value(key, TEXTS) if isinstance(key, dict) else None
+    return text if isinstance(text, str) else ""
+
+
+def spell_document(doc_index, text, corpus):
+    """Return {normalised text} of a hit: as the template has it, and without and with its title."""
+    spellings = {normalise(text)}
+    if corpus and doc_index is not None:
+        passage = corpus.passage(doc_index)
+        spellings |= {normalise(passage["text"]),
+                      normalise(f"{passage['title']} {passage['text']}")}
+    return spellings

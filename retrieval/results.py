@@ -9,7 +9,7 @@ import numpy as np
 from files import decode_line, new_file, read_json, read_lines, to_number
 from names import CONTEXTS, DOCUMENT_IDS, find_name, find_value
 from pages import SAMPLE, Inspected, choose_depth, write_inspection
-from questions import list_field, make_question
+from questions import has_keys, list_field, make_question
 from utils import InputError, shorten
 
 READ = 2 ** 20      # lines of a run whose documents are looked up in the corpus at once
@@ -60,7 +60,7 @@ def write_contexts(path, questions, results, corpus, marks):
         for i, question in enumerate(questions):
             ctxs = read_contexts(results, i, corpus, marks[i])
             record = {"id": question.id, "question": question.text, **question.record, "ctxs": ctxs}
-            if not any(record.get(field) for field in ("pos", "neg", "history", "positive_ctxs")):
+            if not has_keys(record):
                 record.pop("teacher_scores", None)  # they were of earlier ctxs
             line = json.dumps(record, ensure_ascii=False)
             if is_list:

@@ -234,7 +234,7 @@ def training_flags(*paths, **changes):
              "contrastive_weight": 0.2, "stable_distill": False, "select_positive": "first",
              "select_negative": "random", "teacher_scores_margin": None, "teacher_scores_min": None,
              "max_sample_num": None, "teacher_temperature": 1.0, "positives": [],
-             "key_template": "{title} {text}", "reader_scores": False}
+             "key_template": "{title} {text}", "reader_scores": False, "ranker": False}
     return Namespace(**flags | changes)
 
 
@@ -267,7 +267,7 @@ def test_records_without_positives_are_told_the_way(tmp_path):
         read_training(training_flags(table), None, {}, print)
     few = lines(tmp_path / "few.json", [{"question": "q", "pos": ["a"]}])
     with pytest.raises(InputError, match="few.json: no example is left to train on"):
-        read_training(training_flags(few), None, {}, print)
+        read_training(training_flags(few, ranker=True), None, {}, print)
 
 
 def test_flags_without_llm_embedders_settings_are_those_given():

@@ -257,7 +257,7 @@ FLAGS = Namespace(negatives=[], positives=[], graded=[], loss=None, use_train_co
                   stable_distill=False, select_positive="teacher", select_negative="random",
                   teacher_scores_margin=0.1, teacher_scores_min=-5, max_sample_num=None,
                   teacher_temperature=1.0, train_data=[], seed=0, key_template=TEMPLATE,
-                  reader_scores=False)
+                  reader_scores=False, ranker=False)
 
 
 class Log(list):
