@@ -27,7 +27,7 @@ def encode_by_block(stack, chunks, use_checkpoint=False):
     backward pass.
     """
     p = dropout_rate(stack)
-    bias = encoder_bias(stack, [group for _, groups in chunks for group in groups])
+    longest = max((group.L for _, groups in chunks for group in groups), default=1)
     xs = [dropout(stack.embed_tokens(ids), p) for ids, _ in chunks]  # [(S, D)]
 
     def encode_chunks(block, xs, bias):
@@ -37,14 +37,11 @@ def encode_by_block(stack, chunks, use_checkpoint=False):
         return [encode_block(block, x, bias, groups, p) for x, (_, groups) in zip(xs, chunks)]
 
     for block in stack.block:
+        attention = block.layer[0].SelfAttention
+        if attention.has_relative_attention_bias:  # T5's first block, each of umT5's
+            bias = attention.compute_bias(longest, longest)[0]  # (H, L, L)
         xs = run_block(block, encode_chunks, xs, bias)
     return [dropout(stack.final_layer_norm(x), p) for x in xs]
-
-
-def encoder_bias(stack, groups):
-    """(H, L, L): the relative position bias of the longest passage, which all blocks share."""
-    longest = max((group.L for group in groups), default=1)
-    return stack.block[0].layer[0].SelfAttention.compute_bias(longest, longest)[0]
 
 
 def encode_block(block, x, bias, groups, p):
@@ -97,11 +94,13 @@ def decode(stack, ids, memory, memory_bias, cache=None, raw_scores=None, use_che
     """
     p = dropout_rate(stack)
     past = cache[0][0].shape[2] if cache else 0
-    causal_bias = make_causal_bias(stack, past, ids.shape[1], ids.device)  # (1, H, T, past + T)
     x = dropout(stack.embed_tokens(ids), p)  # (B, T, D)
     for i, block in enumerate(stack.block):
         # of a sharded block (sharding.py) nothing is kept: under autocast that would be its weights
         is_recomputed = use_checkpoint and hasattr(block, "run")
+        attention = block.layer[0].SelfAttention
+        if attention.has_relative_attention_bias:  # T5's first block, each of umT5's
+            causal_bias = make_causal_bias(attention, past, ids.shape[1], ids.device)
         x = run_block(block, recompute_block if is_recomputed else decode_block, x, memory,
                       memory_bias, causal_bias, cache, i, p, raw_scores,
                       use_checkpoint and not is_recomputed)
@@ -137,11 +136,11 @@ def decode_block(block, x, memory, memory_bias, causal_bias, cache, index, p, ra
     return x + feed_forward(feed_forward_layer, x, p)
 
 
-def make_causal_bias(stack, past, T, device):
-    """(1, H, T, past + T): relative position bias of T targets after `past` ones, -inf at later
-    targets.
+def make_causal_bias(attention, past, T, device):
+    """Return (1, H, T, past + T): relative position bias of T targets after `past` ones, -inf at
+    later targets.
     """
-    bias = stack.block[0].layer[0].SelfAttention.compute_bias(T, past + T, past_seen_tokens=past)
+    bias = attention.compute_bias(T, past + T, past_seen_tokens=past)
     later = torch.full((T, past + T), float("-inf"), device=device).triu(past + 1)
     return bias + later
 

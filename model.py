@@ -15,7 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
+from transformers import (
+    MT5ForConditionalGeneration,
+    T5ForConditionalGeneration,
+    UMT5ForConditionalGeneration,
+)
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -42,7 +46,6 @@ from t5_folder import (
     EMBEDDINGS,
     GREEDY_SETTINGS,
     has_cross_bias,
-    list_ends,
     list_settings,
     plain_key,
     read_generation,
@@ -56,7 +59,9 @@ CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time, counted with p
 # a finite mask: a question without a token attends to all of its padding
 LOWEST = torch.finfo(torch.float32).min
 # v1.1, Flan and ByT5 are one of them
-CLASSES = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
+CLASSES = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration,
+           "umt5": UMT5ForConditionalGeneration}
+NEEDED = "the reader needs T5, T5 v1.1, Flan-T5, mT5, umT5 or ByT5"
 
 
 def plain_fid(t5, input_ids, attention_mask, labels):
@@ -241,7 +246,8 @@ class FiDT5(nn.Module):
     @property
     def end_tokens(self):
         """The ids that end an answer."""
-        return list_ends(self.config, self.t5.generation_config)
+        ends = self.config.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
 
     def count_answer_tokens(self, max_length):
         """Return how many tokens of an answer generate() can give: the start token is not one."""
@@ -348,11 +354,19 @@ class FiDT5(nn.Module):
         use_checkpoint = self.training and self.use_checkpoint
         states = decode(self.t5.decoder, ids, in_product_dtype(memory.states), bias, cache,
                         raw_scores, use_checkpoint)
-        if self.config.model_type == "t5" and self.config.scale_decoder_outputs:
+        if self.scales_states:
             states = states * self.config.d_model ** -0.5
         # rounding would make likely tokens equal
         with torch.autocast(ids.device.type, enabled=False):
             return self.t5.lm_head(states)
+
+    @property
+    def scales_states(self):
+        """True if the decoder's states are scaled before the output layer, as in transformers."""
+        config = self.config
+        if config.model_type == "umt5":
+            return config.tie_word_embeddings
+        return config.model_type == "t5" and config.scale_decoder_outputs
 
     # ---------------------------------------------------------------- generation
 
@@ -377,7 +391,9 @@ class FiDT5(nn.Module):
                                    attention_mask=memory.mask, max_length=max_length,
                                    num_beams=num_beams, do_sample=False,
                                    num_return_sequences=n_best or 1,
-                                   decoder_start_token_id=self.start_token)
+                                   decoder_start_token_id=self.start_token,
+                                   eos_token_id=self.end_tokens,
+                                   pad_token_id=self.config.pad_token_id)
         if n_best:
             ids = ids.view(len(input_ids), n_best, -1)                   # (B * n, T) -> (B, n, T)
             others.append(self.log_probabilities(ids, memory))
@@ -481,8 +497,7 @@ class FiDT5(nn.Module):
         folder, weights = find_model(path_or_name)
         config = read_config(folder)
         if config.model_type not in CLASSES:
-            raise InputError(f"{folder}: is a {config.model_type} model; the reader needs T5, T5 "
-                             "v1.1, Flan-T5, mT5 or ByT5")
+            raise InputError(f"{folder}: is a {config.model_type} model; {NEEDED}")
         if dropout is not None:
             config.dropout_rate = dropout
         if weights is None:
@@ -492,7 +507,9 @@ class FiDT5(nn.Module):
         stated_start = read_start(folder, config, generation)
         start = config.pad_token_id if stated_start is None else stated_start
         config.decoder_start_token_id = generation.decoder_start_token_id = start
-        check_special_tokens(config, generation, folder)
+        if generation.eos_token_id is not None:  # which transformers' generate goes by
+            config.eos_token_id = generation.eos_token_id
+        check_special_tokens(config, folder)
         with refusing(f"{path_or_name}: no T5 can be built of its config.json and weights",
                       "give the folder of a trained model, or of a T5"):
             if weights is None:
@@ -546,11 +563,12 @@ def in_product_dtype(x):
 
 # ---------------------------------------------------------------- building a T5
 
-def check_special_tokens(config, generation, folder):
+def check_special_tokens(config, folder):
     """Raise InputError for a start, padding or end token that is not in the vocabulary."""
+    ends = config.eos_token_id
     named = [("decoder_start_token_id", config.decoder_start_token_id),
              ("pad_token_id", config.pad_token_id)]
-    named += [("eos_token_id", end) for end in list_ends(config, generation)]
+    named += [("eos_token_id", end) for end in (ends if isinstance(ends, list) else [ends])]
     for name, token in named:
         if type(token) is not int or not 0 <= token < config.vocab_size:
             raise InputError(f"{folder}: config.json or generation_config.json has {name} "

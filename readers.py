@@ -17,7 +17,7 @@ from checkpoints import (
     read_training_args,
 )
 from files import read_args
-from model import CLASSES, FiDT5
+from model import CLASSES, NEEDED, FiDT5
 from t5_folder import carries_tokenizer, list_settings, open_t5_tokenizer
 from utils import InputError, shorten
 
@@ -59,9 +59,8 @@ def open_reader(path_or_name, dropout=None, args=None, spread=False, trained=Fal
     if config.model_type in CLASSES:
         return open_fid(path_or_name, dropout, given, dtype, trained)
     if not is_causal(config):
-        raise InputError(f"{folder}: is a {config.model_type} model; the reader needs T5, T5 v1.1, "
-                         "Flan-T5, mT5 or ByT5, or a causal language model (GPT-2, Llama, Qwen2, "
-                         "...)")
+        raise InputError(f"{folder}: is a {config.model_type} model; {NEEDED}, or a causal "
+                         "language model (GPT-2, Llama, Qwen2, ...)")
     stated = read_training_args(path_or_name).get("prompts", {})
     prompts = choose_prompts(given, stated, path_or_name)
     find_weights(folder, required=trained)

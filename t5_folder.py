@@ -253,16 +253,6 @@ def list_settings(generation):
             if value is not None and value != defaults.get(name)}
 
 
-def list_ends(config, generation):
-    """Return the ids that end an answer by generation_config.json or, where it has none, by
-    config.json.
-    """
-    ends = generation.eos_token_id
-    if ends is None:
-        ends = config.eos_token_id
-    return ends if isinstance(ends, list) else [ends]
-
-
 def read_start(folder, config, generation):
     """Return the id that the targets begin with, None if the files of the folder name none: the
     padding id then, as config.json has it.

@@ -14,6 +14,8 @@ from transformers import (
     MT5ForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
     get_linear_schedule_with_warmup,
 )
 
@@ -151,7 +153,9 @@ FAMILIES = {"t5": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "
                      {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
             "flan-relu": (T5ForConditionalGeneration, T5Config,
                           {"feed_forward_proj": "gated-relu", "num_decoder_layers": 1}),
-            "mt5": (MT5ForConditionalGeneration, MT5Config,
+            "umt5": (UMT5ForConditionalGeneration, UMT5Config,
+             {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mt5": (MT5ForConditionalGeneration, MT5Config,
                     {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),}
 
 
