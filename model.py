@@ -380,6 +380,10 @@ class FiDT5(nn.Module):
         scores (B, N) of the passages; the ids are the same. With `n_best` n the ids are (B, n, T),
         the n best answers in beam search's order, and their log probabilities (B, n) come last.
         """
+        if self.is_steered and is_sharded(self):
+            raise InputError("generation_config.json has settings that --fsdp cannot follow, such "
+                             f"as {min(list_settings(self.t5.generation_config))}; leave --fsdp "
+                             "out, or take them out of the file")
         memory, others = self.encode(input_ids, attention_mask), []
         if return_scores:
             kind = "logits" if return_scores is True else return_scores
