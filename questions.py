@@ -170,6 +170,8 @@ def check_types(record, location, names=LIST_FIELDS):
             is_right, kind = is_index, "the index of a document"
         else:
             is_right, kind = is_key, "a text or an object"
+        if name in ("pos", "neg") and isinstance(record.get(name), str):
+            continue  # one text
         for item in list_field(record, name, location):
             if not is_right(item):
                 raise InputError(f"{location}: every entry of '{name}' must be {kind}, one is "

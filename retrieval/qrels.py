@@ -150,21 +150,27 @@ def select_qrels(spec, seed=0):
 
 
 def read_subset(path):
-    """Return the queries that a file of ids, of qrels or of queries names first in its lines.
+    """Return the queries that a file names, of ids, of qrels or of queries: in the column that its
+    header has for them, else in the first one.
 
     Raises InputError.
     """
     queries = set()
-    delimiter = None
+    delimiter, column = None, None
     for line_number, line in enumerate(read_lines(path), 1):
         text = decode_line(line, path, line_number).strip()
         if text.startswith("{"):
             row = parse_json(text, path, line_number)
             identifier = find_value(row, (*PAIR_QUERIES[:-1], *QUESTION_IDS))
             queries.update([] if identifier is None else [str(identifier)])
+        elif text and column is None:  # the first line
+            delimiter = choose_separator(text)
+            cells = split_line(text, delimiter)
+            name = find_name(cells, (*PAIR_QUERIES, *QUESTION_IDS)) if len(cells) > 1 else None
+            column = 0 if name is None else cells.index(name)
+            queries.update([] if name else cells[:1])
         elif text:
-            delimiter = delimiter if queries else choose_separator(text)
-            queries.update(split_line(text, delimiter)[:1])
+            queries.update(split_line(text, delimiter)[column:column + 1])
     return queries
 
 
