@@ -45,6 +45,7 @@ from federated.split import split_file
 from federated.strategies import AVERAGES, list_strategies, make_strategy
 from federated.task import check_mode
 from federated.transport import CLIENT_FAILED, OpenError
+from resume import hash_inputs
 from utils import (
     InputError,
     Parser,
@@ -311,10 +312,24 @@ def open_server(args, task, out, arguments, world, grid, simulated):
     strategy, noise_multiplier = make_strategy(args)
     sets = ["dev"] if task.measures_on(task.parse(out, arguments)) else []
     run = task.open(out, arguments, world, sets)
-    server = Server(args, task, run, strategy, grid, simulated, noise_multiplier)
+    server = Server(args, task, run, strategy, grid, simulated, noise_multiplier,
+                    inputs=hash_inputs(list_inputs(args, task, out), world))
     restore_state(server)
     describe(server)
     return server
+
+
+def list_inputs(args, task, out):
+    """Return {path: whether all of it is hashed} of the server's files and of the records of
+    simulated clients.
+    """
+    files = task.list_inputs(out)
+    if args.data:
+        files[args.data] = True
+    for text in args.client or []:
+        client = dict(word.split("=", 1) for word in split_words("--client", text))
+        files |= dict.fromkeys(filter(None, [client.get("data")]), True)
+    return files
 
 
 def describe(server):

@@ -16,6 +16,7 @@ import torch
 from adapters import is_packed
 from checkpoints import check_weights, load_torch_file
 from files import new_file
+from retrieval.fingerprint import CORPUS_WINDOWS, hash_file, hash_windows
 from sharding import is_sharded, join_state, local_state
 from training import Progress
 from utils import InputError, gather_lists, refusing, shorten, wait_for_all
@@ -23,7 +24,7 @@ from utils import InputError, gather_lists, refusing, shorten, wait_for_all
 START_ANEW = "give --overwrite in place of --resume to start anew"
 # {part of a state: its type}
 FORM = {"model": dict, "optimizer": dict, "scheduler": dict, "random": list, "progress": dict,
-        "args": dict, "world_size": int, "dataset_sizes": list}
+        "args": dict, "world_size": int, "dataset_sizes": list, "inputs": dict}
 PART_FORM = {"model": dict, "optimizer": dict}
 # the end of a part's name, which tells its update; a killed run may have left it half-written
 PART = re.compile(r"\d+of\d+\.(\d+)(?:\.\d+\.writing)?")
@@ -65,7 +66,7 @@ def save_state(run):
         write_state(f"{run.out}.state", {
             **own, "scheduler": run.scheduler.state_dict(), "random": states,
             "progress": asdict(run.progress), "args": vars(run.args), "world_size": world.size,
-            "dataset_sizes": run.dataset_sizes})
+            "dataset_sizes": run.dataset_sizes, "inputs": run.inputs})
         remove_parts(run.out, update if in_parts else None)
 
 
@@ -111,11 +112,12 @@ def forget_replaced_state(run):
         remove_parts(run.out)
 
 
-def load_state(out, args, world, free_flags):
-    """The resume state of this command, or None where there is none or --resume is not given.
+def load_state(out, args, world, free_flags, inputs):
+    """Return the resume state of this command, or None where there is none or --resume is not
+    given.
 
-    Raises InputError if it is of a run with other flags; `free_flags` may differ, since they do not
-    change the weights.
+    Raise InputError if it is of a run with other flags or other input files, of which hash_inputs
+    has returned `inputs`; `free_flags` may differ, since they do not change the weights.
     """
     path = f"{out}.state"
     if not args.resume:
@@ -128,6 +130,7 @@ def load_state(out, args, world, free_flags):
         return None
     # on a GPU each weight is copied there out of the file; with many processes all would not fit
     state = load_torch_file(path, mmap=world.device.type == "cuda")
+    allow_no_inputs(state)
     check_form(state, FORM, path)
     check_form(state["progress"], {name: type(value) for name, value in asdict(Progress()).items()},
                path)
@@ -140,6 +143,7 @@ def load_state(out, args, world, free_flags):
                          f"{world.size}; start as many processes as then, {state['world_size']}, "
                          f"or {START_ANEW}")
     refuse_other_flags(path, vars(args), state["args"], free_flags)
+    refuse_other_inputs(path, inputs, state["inputs"])
     if world.rank > 0 and getattr(args, "fsdp", False):
         state |= load_part(out, world, state["progress"]["total_updates"])
     return state
@@ -169,6 +173,36 @@ def refuse_other_flags(path, now, then, free_flags):
                           for name in changed[:3])
         raise InputError(f"{path} is of a run with {flags}; give the same flags, or "
                          f"{START_ANEW}")
+
+
+def hash_inputs(files, world):
+    """Return {path: size and hash}, on every process, of a run's input files {path: whether all of
+    it is hashed}; pipes and files that are not there are left out.
+
+    Of a corpus or a model, which may have many gigabytes, 256 windows of 64 KiB are hashed, as for
+    an index. All of a file of records is hashed, which takes a fraction of the time of reading it.
+    """
+    hashes = []
+    if world.is_main:
+        for path, is_whole in files.items():
+            if os.path.isfile(path):
+                digest = hash_file(path) if is_whole else hash_windows(path, CORPUS_WINDOWS)
+                hashes.append((path, f"{os.path.getsize(path)}:{digest}"))
+    return dict(gather_lists(hashes, world))
+
+
+def allow_no_inputs(state):
+    """Give a state of an earlier version, which has no hashes of its inputs, an empty list."""
+    if isinstance(state, dict):
+        state.setdefault("inputs", {})
+
+
+def refuse_other_inputs(path, now, then):
+    """Raise InputError if a state is of a run on other input files, by what hash_inputs returns."""
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if then and changed:
+        raise InputError(f"{path} is of a run on another content of {shorten(changed[0])}; give "
+                         f"the file as it was, or {START_ANEW}")
 
 
 def check_form(part, form, path):

@@ -37,9 +37,9 @@ from dense.gather import gather_rows
 from dense.instructions import INSTRUCTIONS
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from questions import read_queries
-from resume import forget_replaced_state, load_state, restore_state, save_state
+from resume import forget_replaced_state, hash_inputs, load_state, restore_state, save_state
 from retrieval.corpus import Corpus, open_corpus
-from retrieval.qrels import merge_qrels
+from retrieval.qrels import list_files, merge_qrels
 from training import (
     BOTH_SETS,
     Progress,
@@ -493,7 +493,8 @@ def set_up(args, world, sets=BOTH_SETS):
     model = open_model(args, tokenizer, world.device)
     model.check_tokenizer(tokenizer)
     limit_lengths(args, encoders_of(model, args), world.log)
-    state = load_state(args.output_dir, args, world, FREE_FLAGS)
+    inputs = hash_inputs(list_inputs(args), world)
+    state = load_state(args.output_dir, args, world, FREE_FLAGS, inputs)
     instructions = INSTRUCTIONS[args.version] if args.add_instruction else {}
 
     # optimizer and schedule; --early_exit_steps ends the run before its schedule ends
@@ -511,7 +512,7 @@ def set_up(args, world, sets=BOTH_SETS):
                        optimizer=optimizer, scheduler=scheduler,
                        last_update=min(updates, args.stop_at), log=log, progress=progress,
                        dataset_sizes=data.dataset_sizes, task_flags=data.task_flags,
-                       updates=updates)
+                       updates=updates, inputs=inputs)
     if state:
         restore_state(run, state)
     return run
@@ -527,6 +528,18 @@ def check_lone_queries(data, args, world):
         if example.pos and not example.neg and rule.group_size > 1:
             raise InputError(f"{example.location}: has no negatives, and a batch of one query has "
                              "no others' passages; give --batch_size 2 or more, or mine negatives")
+
+
+def list_inputs(args):
+    """Return {path: whether all of it is hashed} of the files that the weights depend on, but for
+    the checkpoint, whose weights OUT.state holds.
+    """
+    files = dict.fromkeys([*args.train_data, *args.queries], True)
+    if args.eval_data:
+        files[args.eval_data] = True
+    for spec in [*args.positives, *args.negatives, *args.graded, *args.eval_qrels]:
+        files |= dict.fromkeys(list_files(spec), True)
+    return files | dict.fromkeys(args.corpus or [], False)
 
 
 def count_updates(args, dataset_sizes, world):

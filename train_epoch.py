@@ -57,7 +57,8 @@ from readers import (
     open_reader_tokenizer,
     place_reader,
 )
-from resume import forget_replaced_state, load_state, restore_state, save_state
+from resume import forget_replaced_state, hash_inputs, load_state, restore_state, save_state
+from retrieval.fingerprint import model_files
 from retrieval.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
 from sharding import check_processes
 from training import (
@@ -506,7 +507,8 @@ def set_up(args, world, sets=BOTH_SETS):
     sets: what is read, of "train" and "dev". Raises InputError.
     """
     # data; the state comes first: one of other flags is refused before anything is retrieved
-    state = load_state(args.model, args, world, FREE_FLAGS)
+    inputs = hash_inputs(list_inputs(args), world)
+    state = load_state(args.model, args, world, FREE_FLAGS, inputs)
     if args.retriever:
         retrieve_once(args, given_paths(args), world)
     train, dev = [], []
@@ -562,7 +564,7 @@ def set_up(args, world, sets=BOTH_SETS):
               dataset_sizes=[len(train)], dev=dev,
               collator=reader.make_collator(tokenizer, args.num_contexts, args.max_length),
               optimizer=optimizer, scheduler=scheduler, last_update=last_update, log=log,
-              progress=progress)
+              progress=progress, inputs=inputs)
     if state:
         restore_state(run, state)
     note_answers(run)
@@ -573,6 +575,17 @@ def given_paths(args):
     """{name: file} of the records that the flags name."""
     paths = {"train": args.data_train, "dev": args.data_val, "test": args.data_test}
     return {name: path for name, path in paths.items() if path}
+
+
+def list_inputs(args):
+    """Return {path: whether all of it is hashed} of the files that the weights depend on, but for
+    the checkpoint, whose weights OUT.state holds.
+    """
+    files = {path: True for name, path in given_paths(args).items() if name != "test"}
+    if args.retriever:
+        files[args.corpus] = False
+        files |= {path: False for path in model_files(args.retriever)}
+    return files
 
 
 def data_path(args, name):

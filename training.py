@@ -94,6 +94,8 @@ class Run:
     last_update: int           # the update that the run ends with
     log: "RunLog"
     progress: Progress
+    # {path: size and hash} of the input files, see resume.hash_inputs
+    inputs: dict = field(default_factory=dict, kw_only=True)
     # of this process's first updates, see cost.py
     first_seconds: list = field(default_factory=list, kw_only=True)
 

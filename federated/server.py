@@ -32,7 +32,14 @@ from federated.transport import (
     to_wire,
     unpack,
 )
-from resume import START_ANEW, check_form, refuse_other_flags, write_state
+from resume import (
+    START_ANEW,
+    allow_no_inputs,
+    check_form,
+    refuse_other_flags,
+    refuse_other_inputs,
+    write_state,
+)
 from training import Progress, Run, RunLog
 from utils import InputError, first_line, format_seconds, refusing, shorten
 
@@ -40,7 +47,8 @@ from utils import InputError, first_line, format_seconds, refusing, shorten
 FREE_FLAGS = {"resume", "overwrite", "timeout", "patience", "attempts", "min_clients",
               "num_clients", "verbose", "arguments", "script_flags"}
 # {part of a state: its type}
-FORM = {"weights": dict, "strategy": list, "progress": dict, "args": dict, "flags": dict}
+FORM = {"weights": dict, "strategy": list, "progress": dict, "args": dict, "flags": dict,
+        "inputs": dict}
 
 
 @dataclass
@@ -53,6 +61,7 @@ class Server:
     grid: object
     simulated: bool            # the same command has the same outcome
     noise_multiplier: float    # of --privacy
+    inputs: dict = field(default_factory=dict)  # {path: size and hash}, see resume.hash_inputs
     names: dict = field(default_factory=dict)  # {node: the name that it gave itself}
     has_started: bool = False  # all clients were there once
 
@@ -319,7 +328,7 @@ def save_state(server):
     write_state(f"{server.run.out}.state", {
         "weights": {name: weight.cpu() for name, weight in server.weights.items()},
         "strategy": remembered(server.strategy), "progress": asdict(server.run.progress),
-        "args": vars(server.args), "flags": vars(server.run.args)})
+        "args": vars(server.args), "flags": vars(server.run.args), "inputs": server.inputs})
 
 
 def restore_state(server):
@@ -331,11 +340,13 @@ def restore_state(server):
     if not server.args.resume or not os.path.exists(path):
         return
     state = load_torch_file(path)
+    allow_no_inputs(state)
     check_form(state, FORM, path)
     check_form(state["progress"], {name: type(value) for name, value in asdict(Progress()).items()},
                path)
     refuse_other_flags(path, vars(server.args), state["args"], FREE_FLAGS)
     refuse_other_flags(path, vars(run.args), state["flags"], server.task.script.FREE_FLAGS)
+    refuse_other_inputs(path, server.inputs, state["inputs"])
     check_weights(state["weights"], path)
     check_same(state["weights"], server.weights, path, "the model of these flags")
     done = state["progress"]["total_updates"]

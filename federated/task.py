@@ -57,6 +57,12 @@ class Task:
         set_seed(args.seed)  # weights that no checkpoint has are drawn alike by all parties
         return self.script.set_up(args, world, sets)
 
+    def list_inputs(self, out):
+        """Return {path: whether all of it is hashed} of the files that the server measures on."""
+        args = self.parse(out, [])
+        self.script.check_args(args, ["dev"] if self.measures_on(args) else [])
+        return self.script.list_inputs(args)
+
     def measures_on(self, args):
         """True if the flags name something to measure the model on."""
         if self.mode == "retriever":

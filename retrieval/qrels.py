@@ -194,6 +194,12 @@ def parse_spec(spec):
     return options, limits, cuts
 
 
+def list_files(spec):
+    """Return the paths of the files that a flag names. Raise InputError."""
+    options, _, _ = parse_spec(spec)
+    return [options[name] for name in ("qrels", "query_subset") if name in options]
+
+
 def cut_pairs(pairs, name, count, seed):
     """At most `count` of a query's (document, score)."""
     if name == "random_k":

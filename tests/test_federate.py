@@ -616,6 +616,10 @@ def test_a_state_that_cannot_be_of_a_run_is_refused(bert, files, tmp_path):
         torch.save(good | wrong, tmp_path / "out.state")
         _, stderr = federate(tmp_path / "out", *own, "--resume", flags=flags, code=1)
         assert "out.state: is after round " in stderr and stderr.count("\n") == 1
+    assert any(path.endswith("a.json") for path in good["inputs"])  # A32
+    torch.save(good | {"inputs": dict.fromkeys(good["inputs"], "3:0")}, tmp_path / "out.state")
+    _, stderr = federate(tmp_path / "out", *own, "--resume", flags=flags, code=1)
+    assert "out.state is of a run on another content of " in stderr and stderr.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line(tmp_path):

@@ -685,7 +685,8 @@ def make_run(out, resume):
     optimizer, scheduler = make_optimizer(model, 1e-3, 0.01, 1e-8, 2, 9)
     args = Namespace(resume=resume, seed=0, lr=1e-3)
     return SimpleNamespace(unwrapped=model, optimizer=optimizer, scheduler=scheduler, world=ALONE,
-                           dataset_sizes=[3], out=out, args=args, progress=Progress())
+                           dataset_sizes=[3], out=out, args=args, inputs={"r.json": "9:ab"},
+                           progress=Progress())
 
 
 def take_step(run):
@@ -704,7 +705,7 @@ def make_state(folder):
 
 def resume_run(path):
     run = make_run(f"{path}/run", resume=True)
-    state = load_state(run.out, run.args, run.world, {"resume"})
+    state = load_state(run.out, run.args, run.world, {"resume"}, run.inputs)
     run.progress = Progress(**state["progress"])
     restore_state(run, state)
     take_step(run)

@@ -6,7 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from resume import forget_replaced_state, refuse_other_flags
+from resume import (
+    allow_no_inputs,
+    forget_replaced_state,
+    hash_inputs,
+    refuse_other_flags,
+    refuse_other_inputs,
+)
 from utils import InputError
 
 
@@ -30,3 +36,26 @@ def test_a_flag_that_is_newer_than_the_state_may_be_off():
         refuse_other_flags("m.state", {"lr": 1, "new": True}, {"lr": 1}, set())
     with pytest.raises(InputError, match=r"is of a run with --lr 1 \(now 0\)"):
         refuse_other_flags("m.state", {"lr": 0}, {"lr": 1}, set())
+
+
+def test_a_run_does_not_go_on_with_another_file_of_the_same_name(tmp_path):
+    """A32: what has the same length, too; a state of an earlier version, without hashes, goes on.
+    """
+    world = SimpleNamespace(is_main=True, size=1)
+    records, corpus = str(tmp_path / "r.json"), str(tmp_path / "c.tsv")
+    for path in (records, corpus):
+        with open(path, "w") as file:
+            file.write("a" * 200_000)
+    files = {records: True, corpus: False, str(tmp_path / "absent"): True, str(tmp_path): True}
+    then = hash_inputs(files, world)
+    assert set(then) == {records, corpus}
+    refuse_other_inputs("m.state", hash_inputs(files, world), then)
+    for path in (records, corpus):
+        with open(path, "r+") as file:
+            file.write("b")
+        with pytest.raises(InputError, match="m.state is of a run on another content of '"):
+            refuse_other_inputs("m.state", hash_inputs({path: files[path]}, world),
+                                {path: then[path]})
+    old = {"model": {}}
+    allow_no_inputs(old)
+    refuse_other_inputs("m.state", hash_inputs(files, world), old["inputs"])

@@ -192,7 +192,9 @@ def test_resume_after_kill_gives_the_same_weights(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bert = make_bert(tmp_path / "dropout", hidden_dropout_prob=0.1,
                      attention_probs_dropout_prob=0.1)
-    flags = ["--query_encoder", bert, *BASE, "--train_data", files / "qa.json", "--max_steps", 60,
+    data = tmp_path / "qa.json"
+    data.write_text((files / "qa.json").read_text())
+    flags = ["--query_encoder", bert, *BASE, "--train_data", data, "--max_steps", 60,
              "--save_steps", 5, "--batch_size", 3]
     run("train_dense.py", "--output_dir", tmp_path / "whole", *flags)
     run_and_kill("train_dense.py", "--output_dir", tmp_path / "cut", *flags, at=100)
@@ -206,6 +208,9 @@ def test_resume_after_kill_gives_the_same_weights(files, tmp_path, monkeypatch):
     _, stderr = run("train_dense.py", "--output_dir", tmp_path / "cut", *flags, "--resume",
                     "--seed", 7, code=1)
     assert "--seed 42 (now 7)" in stderr
+    data.write_text(data.read_text() + "\n")  # A32
+    _, stderr = run("train_dense.py", "--output_dir", tmp_path / "cut", *flags, "--resume", code=1)
+    assert "cut.state is of a run on another content of " in stderr and "qa.json" in stderr
 
 
 @pytest.mark.parametrize("flags,message", [(["--train_data", "absent.json"],
