@@ -8,8 +8,11 @@ any of them gzipped.
 """
 import ast
 import csv
+import io
 import json
 import os
+import re
+import tokenize
 import unicodedata
 from typing import NamedTuple
 
@@ -47,6 +50,8 @@ KEY_FOLDS = {fold(name) for name in (*POSITIVES, *HARD_NEGATIVES, *OTHER_NEGATIV
 LIST_FIELDS = ("pos", "neg", "pos_index", "neg_index", "positive_ctxs", "negative_ctxs",
                "hard_negative_ctxs")
 UNKNOWN_VALUE = "<unk>"  # the answers of TriviaQA's test set are not published
+NUMPY_ARRAY = re.compile(r"array\((\[.*\])(?:,\s*dtype=\S+)?\)", re.DOTALL)
+NO_COMMA = re.compile(r"""['"]\s+['"]""")  # between two texts of a list
 
 
 # ---------------------------------------------------------------- fields of a record
@@ -86,8 +91,12 @@ def gold_answers(record, location):
     answers = record[name] if name else []
     if isinstance(answers, dict):
         answers, target = read_answer_object(answers)
-    if isinstance(answers, str) and answers.startswith("[") and fold(name).endswith("s"):
-        answers = parse_answers(answers, location)  # pyserini writes a list's text
+    if isinstance(answers, str) and is_list_text(answers):
+        try:
+            answers = parse_answers(answers, location)  # pyserini and pandas write a list's text
+        except InputError:
+            if fold(name).endswith("s"):
+                raise
     if name is not None and not fold(name).endswith("s"):  # one answer
         if isinstance(answers, str):
             answers = [answers]
@@ -96,6 +105,11 @@ def gold_answers(record, location):
     if not isinstance(answers, list) or not all(isinstance(item, str) for item in answers):
         raise InputError(f"{location}: 'answers' must be a list of strings (or 'answer' one, or "
                          f"TriviaQA's object), it is {shorten(answers)}")
+    for answer in answers:
+        if answer.startswith(("{'", '{"')) and answer.endswith("}"):
+            raise InputError(f"{location}: the answer {shorten(answer)} is the text of an object "
+                             "(SQuAD's or TriviaQA's, written to a csv); write the answers as a "
+                             "list, ['one', 'another']")
     return [answer for answer in answers if has_text(answer)], target
 
 
@@ -589,7 +603,7 @@ def make_record(row, location):
     answers = find_value(record, ANSWERS)
     record.pop("answer", None)
     if answers is not None:
-        is_list = answers.startswith("[")
+        is_list = answers.startswith("[") or NUMPY_ARRAY.fullmatch(answers)
         record["answers"] = parse_answers(answers, location) if is_list else [answers]
     return record
 
@@ -625,12 +639,17 @@ def holds_answers(cell, path):
     return cell.startswith("[") and (cell.endswith("]") or is_csv)
 
 
-def parse_answers(text, location):
-    """The answers that a list in JSON or, as in DPR's files, in Python spells.
+def is_list_text(text):
+    """Return True for a text that looks like a list, or like numpy's array."""
+    return (text.startswith("[") and text.endswith("]")) or bool(NUMPY_ARRAY.fullmatch(text))
 
-    Raises InputError.
+
+def parse_answers(text, location):
+    """Return the answers that a list spells, in JSON, in Python (DPR's files) or in numpy's form.
+
+    Raise InputError for anything else.
     """
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, parse_python_list):
         try:
             answers = parse(text)
             # both spell halves of characters, which no file can hold
@@ -642,6 +661,22 @@ def parse_answers(text, location):
             return [str(answer) for answer in answers]
     raise InputError(f"{location}: {shorten(text)} is not a list of answers; write it as "
                      "['one', 'another']")
+
+
+def parse_python_list(text):
+    """Return what a Python expression spells; texts without a comma between them are several.
+
+    pandas and datasets write lists of texts to a csv as numpy prints them, ['a' 'b'], which Python
+    would read as the one text 'ab'. Raise SyntaxError or ValueError.
+    """
+    array = NUMPY_ARRAY.fullmatch(text)
+    text = array[1] if array else text
+    answers = ast.literal_eval(text)
+    if not NO_COMMA.search(text):
+        return answers
+    texts = [token.string for token in tokenize.generate_tokens(io.StringIO(text).readline)
+             if token.type == tokenize.STRING]
+    return [ast.literal_eval(item) for item in texts] if isinstance(answers, list) else answers
 
 
 # ---------------------------------------------------------------- queries of qrels

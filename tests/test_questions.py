@@ -9,6 +9,7 @@ from questions import (
     gold_passages,
     history_turns,
     make_question,
+    make_record,
     note_contexts,
     note_files,
     note_unscored,
@@ -177,6 +178,28 @@ def test_value_of_trivia_qa_is_an_answer(answer, answers, target):
     assert make_question(record, "f:1", 0).answers == answers
     checked = check_record(record, "f:1", 0)
     assert (checked["answers"], checked.get("target")) == (answers, target)
+
+
+@pytest.mark.parametrize("text, answers", [
+    ("['Paris' 'Lutetia']", ["Paris", "Lutetia"]),
+    ("['Paris'\n \"Caesar's\" 'Lutetia']", ["Paris", "Caesar's", "Lutetia"]),
+    ("array(['Paris', 'Lutetia'], dtype=object)", ["Paris", "Lutetia"]),
+    ("['Paris', 'Lutetia']", ["Paris", "Lutetia"]),
+    ('["Paris", "Lutetia"]', ["Paris", "Lutetia"]),
+    ("[sic] Paris", ["[sic] Paris"]),
+])
+def test_lists_that_pandas_and_numpy_have_written(text, answers):
+    """datasets 6778, pandas 61474: a list is exported as its text, numpy's has no commas."""
+    for record in ({"answer": text}, make_record({"answers": text}, "f:1")
+                   if not text.startswith("[sic") else {"answer": text}):
+        assert make_question({"question": "q", **record}, "f:1", 0).answers == answers
+
+
+def test_the_text_of_an_object_is_no_answer():
+    text = "{'text': array(['Denver'], dtype=object), 'answer_start': array([177])}"
+    for record in ({"answer": text}, make_record({"answers": text}, "f:1")):
+        with pytest.raises(InputError, match="f:1: the answer .* is the text of an object"):
+            make_question({"question": "q", **record}, "f:1", 0)
 
 
 def test_blank_answers_are_none():
