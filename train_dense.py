@@ -28,7 +28,7 @@ from adapters import add_lora, copy_to_cpu, pack_weights, unload_adapters
 from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
 from cost import log_cost, measure_updates, note_cost
 from dense import losses
-from dense.batches import GroupCollator, GroupSet, plan_batches
+from dense.batches import GroupCollator, GroupSet, check_one_instruction, plan_batches
 from dense.evaluation import annotated_set, read_dev_set, sample_dev_set
 from dense.evaluation import evaluate as measure_retriever
 from dense.examples import TrainingData, read_training
@@ -194,7 +194,7 @@ def train_update(run, batches, micro_batches):
     untouched then.
     """
     args, world = run.args, run.world
-    micro_losses, queries, indices = [], 0, []
+    losses, counts, indices = [], [], []
     for i in range(micro_batches):
         batch = next(batches)
 
@@ -202,16 +202,24 @@ def train_update(run, batches, micro_batches):
         with run.exchange_gradients(is_last=i == micro_batches - 1):
             with torch.autocast(world.device.type, torch.bfloat16, enabled=args.bf16):
                 loss, count = compute_loss(run, batch)
+            counts.append(count)
+            # the last micro-batch of an epoch may have fewer queries than the first
+            loss = loss * (count / counts[0])
             (loss / micro_batches).backward()
-        micro_losses.append(loss.detach())
-        queries += count
+        losses.append(loss.detach())
         indices += batch["indices"]
 
-    mean_loss = torch.stack(micro_losses).mean().item()
+    # from the mean of the micro-batches to the mean over their queries
+    scale = micro_batches * counts[0] / sum(counts)
+    if scale != 1:
+        for parameter in run.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+    mean_loss = torch.stack(losses).mean().item() * scale
     not_finite = step_optimizer(run, mean_loss)
     if not_finite:
         refuse_update(run, not_finite, indices)
-    return mean_loss, 1, queries
+    return mean_loss, 1, sum(counts)
 
 
 def refuse_update(run, not_finite, indices):
@@ -513,6 +521,8 @@ def set_up(args, world, sets=BOTH_SETS):
                        last_update=min(updates, args.stop_at), log=log, progress=progress,
                        dataset_sizes=data.dataset_sizes, task_flags=data.task_flags,
                        updates=updates, inputs=inputs)
+    if dev:
+        check_one_instruction(run.collator, dev.tasks)
     if state:
         restore_state(run, state)
     return run

@@ -11,10 +11,8 @@ import numpy as np
 import torch
 
 from dense.examples import Example, choose_group
-from names import DOCUMENT_IDS, find_value
 from retrieval.corpus import format_key
-
-KEY_IDS = ("passage_id", *DOCUMENT_IDS)  # of DPR's contexts, which may have an `id` too
+from utils import InputError
 
 # ---------------------------------------------------------------- plan
 
@@ -142,7 +140,7 @@ class GroupCollator:
             "task": tasks[0],
             "sizes": torch.tensor(sizes),
             "teacher": torch.tensor(teacher, dtype=torch.float32),
-            "identities": torch.tensor([identity(key, text) for key, text in zip(keys, key_texts)]),
+            "identities": torch.tensor([identity(text) for text in key_texts]),
         }
         if self.args.ranker:
             batch["pairs"] = self.pairs(repeat_each(queries, sizes), key_texts)
@@ -201,24 +199,26 @@ class GroupCollator:
         return format_key(key, self.args.key_template, "a training key")
 
 
+def check_one_instruction(collator, tasks):
+    """Raise InputError if the tasks have different instructions before the documents."""
+    before_documents = {collator.instruction(task)[1] for task in tasks}
+    if len(before_documents) > 1:
+        raise InputError(f"questions of the tasks {', '.join(sorted(set(tasks)))} want other "
+                         "instructions before the documents, which are encoded once; search task "
+                         "by task, or leave instructions out with --add_instruction false")
+
+
 def repeat_each(items, counts):
     """Return each item as often as its count: [a, b] by [2, 1] becomes [a, a, b]."""
     return [item for item, count in zip(items, counts) for _ in range(count)]
 
 
-def identity(key, text):
-    """A 64-bit number that equal documents share: made of the key's id if it has one, else of its
-    text.
+def identity(text):
+    """Return a 64-bit number that equal documents share, made of their text.
+
+    Ids are not used: many files number the passages of every question from 0.
     """
-    if isinstance(key, int):
-        name = f"document {key}"
-    elif isinstance(key, dict):
-        given = {field: value for field, value in key.items() if value not in (None, "")}
-        identifier = find_value(given, KEY_IDS)
-        name = text if identifier is None else str(identifier)
-    else:
-        name = text
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from dense.batches import identity
 from dense.examples import to_doc_indices
 from dense.gather import gather_tensors
 from metrics import has_answer, rank_documents, ranking_metrics, topk_accuracy
@@ -99,7 +100,7 @@ def rank_set(questions, template, log, hard=30, other=30):
         pool += (record.get("hard_negative_ctxs") or [])[:hard]
         pool += (record.get("negative_ctxs") or [])[:other]
         dev.queries.append(question.text)
-        dev.tasks.append("")
+        dev.tasks.append(question.task)
         dev.pools.append([format_key(key, template, question.location) for key in pool])
     if not dev.queries:
         raise InputError(f"{questions[0].location}: no record has a positive, so no rank can be "
@@ -249,22 +250,28 @@ def score_vectors(model, dev, collator, corpus, part):
 # ---------------------------------------------------------------- average rank
 
 def average_rank(model, dev, collator, world):
-    """Mean over all questions of how many passages of all questions' pools score above the
-    question's positive (DPR's validation).
+    """Return the mean over all questions of how many passages of all questions' pools score above
+    the question's positive (DPR's validation).
+
+    Another passage with the same score counts half, so that an encoder that gives all texts one
+    vector gets the middle rank and not the best one.
     """
     share = own_queries(dev, world)
     queries = [dev.queries[query_index] for query_index in share]
+    tasks = [dev.tasks[query_index] for query_index in share]
     passages, positives = [], []  # positives: where each question's positive lies in passages
     for query_index in share:
         positives.append(len(passages))
         passages += dev.pools[query_index]
-    query_vectors = encode_texts(model, collator, "query", queries, [""] * len(queries))
-    key_vectors = encode_texts(model, collator, "key", passages, [""] * len(passages),
+    query_vectors = encode_texts(model, collator, "query", queries, tasks)
+    key_vectors = encode_texts(model, collator, "key", passages, dev.tasks[:1] * len(passages),
                                world.is_main, "encoding")
+    identities = torch.tensor([identity(text) for text in passages], device=key_vectors.device)
 
     # the passages of all processes; this one's come behind those of lower ranks
     pools = gather_tensors(key_vectors) if world.size > 1 else [key_vectors]
-    all_keys = torch.cat(pools)
+    all_identities = gather_tensors(identities) if world.size > 1 else [identities]
+    all_keys, all_identities = torch.cat(pools), torch.cat(all_identities)
     first = sum(len(pool) for pool in pools[:world.rank])
     # (Q, 1)
     columns = torch.tensor(positives, dtype=torch.long, device=all_keys.device)[:, None] + first
@@ -273,7 +280,9 @@ def average_rank(model, dev, collator, world):
     for start in range(0, len(queries), RANKED_QUERIES):
         part = slice(start, start + RANKED_QUERIES)
         scores = model.score(query_vectors[part], all_keys)  # (queries, passages)
-        above += int((scores > scores.gather(1, columns[part])).sum())
+        own = scores.gather(1, columns[part])
+        is_tie = (scores == own) & (all_identities != all_identities[columns[part]])
+        above += int((scores > own).sum()) + int(is_tie.sum()) / 2
     above, count = sum_over_processes([above, len(queries)], world)
     return above / count
 

@@ -23,9 +23,57 @@ def test_mindpr_average_rank(tmp_path, monkeypatch):
     model.key_encoder.separator = 2
     passages = mindpr_passages()
     pools = [passages[i:i + 2] for i in range(0, 8, 2)]
-    dev = DevSet("rank", mindpr_queries(), [], [], [], pools)
+    dev = DevSet("rank", mindpr_queries(), [""] * 4, [], [], pools)
+    monkeypatch.setattr(evaluation, "identity", lambda ids: hash(tuple(ids)))
     with torch.no_grad():
         assert average_rank(model, dev, Ids(), ALONE) == GOLDEN["mindpr/rank_average"] == 3.25
+
+
+def test_average_rank_of_equal_vectors_is_the_middle_one():
+    """An encoder that gives all texts one vector is no perfect one; copies of a positive are not
+    counted against it.
+    """
+    class Flat:
+        def encode(self, texts, role):
+            return torch.ones(len(texts), 4)
+
+        def score(self, queries, keys):
+            return queries @ keys.t()
+
+    class Texts:
+        def queries(self, texts, tasks):
+            return texts
+        keys = queries
+
+    dev = DevSet("rank", ["q", "r"], ["", ""], [], [], [["a", "b", "c"], ["a", "d", "e"]])
+    assert average_rank(Flat(), dev, Texts(), ALONE) == 4 / 2
+
+
+def test_average_rank_is_measured_with_the_tasks_instructions(tmp_path):
+    """unilm 1325, sentence-transformers 3394: what is put before texts in training is there, too,
+    where they are measured.
+    """
+    record = {"question": "q", "task": "qa", "positive_ctxs": [{"title": "", "text": "a"}]}
+    (tmp_path / "dev.json").write_text(json.dumps([record]))
+    dev = read_dev_set(tmp_path / "dev.json", None, ["mrr"], "{text}", print)
+    assert dev.tasks == ["qa"]
+    seen = []
+
+    class Texts:
+        def queries(self, texts, tasks):
+            seen.append(tasks)
+            return texts
+        keys = queries
+
+    class Flat:
+        def encode(self, texts, role):
+            return torch.ones(len(texts), 4)
+
+        def score(self, queries, keys):
+            return queries @ keys.t()
+
+    average_rank(Flat(), dev, Texts(), ALONE)
+    assert seen == [["qa"], ["qa"]]
 
 
 class ListCorpus(list):
