@@ -2,6 +2,7 @@
 import json
 import mmap
 import os
+import re
 from array import array
 from collections import defaultdict
 from string import Formatter
@@ -16,6 +17,7 @@ from retrieval.ids import IdPacker, PackedIds, find_repeated
 from retrieval.tables import (
     Layout,
     NotPlain,
+    is_later,
     parse_row,
     plain_lines,
     read_layout,
@@ -30,6 +32,7 @@ CHUNK = 65536  # documents after which a scan packs their ids and moves its bar
 # 5.2 us a passage (measured on 400,000), which is 110 s for 21 million passages, at every start;
 # opening the kept one takes 0.02 s.
 KEEP_TABLE = 2 ** 26
+QUOTED_TITLE = re.compile(r'"([^\n]*)"\n(.*)', re.DOTALL)
 TABLE_VERSION = 3  # of what a table holds and what counts as one of its lines
 
 
@@ -99,7 +102,7 @@ class Corpus:
         table_folder = f"{path}.table"
         stamp = {"version": TABLE_VERSION, "size": len(content),
                  "changed": os.stat(plain_path).st_mtime_ns}
-        if read_stamp(table_folder) == stamp:
+        if read_stamp(table_folder, plain_path) == stamp:
             starts, ids = open_table(table_folder, len(content))
         else:
             starts, ids = self.scan(path, content, layout)
@@ -174,7 +177,10 @@ class Corpus:
         return format_key(row, self.template, location)
 
     def passage(self, doc_index):
-        """{id, title, text} of a document; answers are searched in the text alone."""
+        """Return {id, title, text} of a document; answers are searched in the text alone.
+
+        In Pyserini's and FlashRAG's Wikipedia `contents` is a title in quotes, a line end, a text.
+        """
         row, location = self.row(doc_index)
         column = next((name for name in TEXTS if isinstance(row.get(name, 0), (str, type(None)))),
                       None)
@@ -182,7 +188,11 @@ class Corpus:
             text = format_key(row, self.template, location)
         else:
             text = row[column] or ""
-        return {"id": self.ids([doc_index])[0], "title": row.get("title") or "", "text": text}
+        title = row.get("title") or ""
+        titled = QUOTED_TITLE.fullmatch(text) if column == "contents" and not title else None
+        if titled:
+            title, text = titled.groups()
+        return {"id": self.ids([doc_index])[0], "title": title, "text": text}
 
     # ---------------------------------------------------------------- ids
 
@@ -299,11 +309,12 @@ def open_table(folder, size):
         return starts, ids
 
 
-def read_stamp(folder):
-    """What keep_table stamped a table with, or None."""
+def read_stamp(folder, plain_path):
+    """Return what keep_table stamped a table of a file with, or None if the file changed later."""
+    path = os.path.join(folder, "stamp.json")
     try:
-        with open(os.path.join(folder, "stamp.json"), encoding="utf-8") as file:
-            return json.load(file)
+        with open(path, encoding="utf-8") as file:
+            return json.load(file) if is_later(path, plain_path) else None
     except (OSError, ValueError, RecursionError):
         return None
 

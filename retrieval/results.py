@@ -271,7 +271,10 @@ def reciprocal_ranks(scores):
 
 
 def scale_scores(scores):
-    """Scores moved and scaled to 0 .. 1; equal ones all become 0."""
+    """Return scores moved and scaled to 0 .. 1; equal ones, and one that is alone, become 1.
+
+    A document that a run has found must not count as one that it has not.
+    """
     least = min(scores, default=0)
     spread = max(scores, default=0) - least
-    return [(score - least) / (spread or 1) for score in scores]
+    return [(score - least) / spread if spread else 1.0 for score in scores]

@@ -170,7 +170,6 @@ def plain_lines(path):
         with open(path, "rb") as file:
             beginning = file.peek(3)
             is_object = beginning.startswith(b"{") and goes_on(file.readline())
-        changed = os.stat(path).st_mtime_ns
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; scripts/make_corpus.py makes a corpus of its "
                          "files") from None
@@ -179,12 +178,27 @@ def plain_lines(path):
     refuse_pickle(path, beginning)
     refuse_other_forms(path)
     unpacked = f"{path}.lines"
-    if os.path.exists(unpacked) and os.stat(unpacked).st_mtime_ns == changed:
+    if os.path.exists(unpacked) and has_date_of(unpacked, path) and is_later(unpacked, path):
         return unpacked
     is_list = is_object or beginning.startswith((b"[", codecs.BOM_UTF8))
     if str(path).endswith(".gz") or is_list:
         return write_plain_lines(path, read_lines(path))
     return path
+
+
+def has_date_of(made, path):
+    """Return True if a file has the date of the file that it was made of."""
+    return os.stat(made).st_mtime_ns == os.stat(path).st_mtime_ns
+
+
+def is_later(made, path):
+    """Return True if a file was written after the last change of the file that it was made of.
+
+    Dates can be set, and many archives give all their files one date. The time of the last change
+    (ctime) cannot. What lies in a folder that cannot be written is taken as it is.
+    """
+    is_fixed = not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)
+    return is_fixed or os.stat(made).st_ctime_ns >= os.stat(path).st_ctime_ns
 
 
 def refuse_pickle(path, beginning):

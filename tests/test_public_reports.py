@@ -2,12 +2,16 @@
 docstrings are those of the repositories and the numbers of their issues.
 """
 import json
+import os
+import time
 
 import pytest
 
 import train_dense
 from conftest import make_bert
 from dense.flags import parse_args as parse_dense
+from retrieval.corpus import Corpus
+from retrieval.results import scale_scores
 from utils import InputError
 
 
@@ -57,3 +61,34 @@ def test_dev_questions_of_several_tasks_are_refused(bert, tmp_path):
     with pytest.raises(InputError, match="tasks qa, tool want other instructions before the doc"):
         train(tmp_path / "out", bert, "--train_data", data, "--eval_data", dev, "--corpus", corpus,
               "--metrics", "mrr", "--version", "llm-embedder", "--max_steps", 1)
+
+
+def test_a_file_of_the_same_date_is_another_one(tmp_path):
+    """MSS 2123: archives give all their files one date; FILE.lines of the old file is not read."""
+    path = tmp_path / "corpus.csv"
+    for text in ("old", "new"):
+        path.write_text(f"id,title,text\n1,T,{text}\n")
+        os.utime(path, (10 ** 9, 10 ** 9))
+        assert Corpus(str(path), "{text}").text(0) == text
+        made = os.stat(f"{path}.lines").st_mtime
+        time.sleep(0.02)  # st_ctime goes on in ticks of the kernel's clock
+    Corpus(str(path), "{text}")
+    assert os.stat(f"{path}.lines").st_mtime == made == 10 ** 9
+
+
+def test_titles_in_the_contents_of_wikipedia_are_no_text(tmp_path):
+    """pyserini 369: answers are looked for in the text behind the title's line."""
+    rows = [{"id": "1", "contents": '"Paris"\nThe capital\nof France'},
+            {"id": "2", "contents": "Paris\nThe capital"},
+            {"id": "3", "title": "T", "contents": '"Paris"\nThe capital'}]
+    corpus = Corpus(write_lines(tmp_path / "c.jsonl", rows), "{contents}")
+    assert corpus.passage(0) == {"id": "1", "title": "Paris", "text": "The capital\nof France"}
+    assert corpus.passage(1) == {"id": "2", "title": "", "text": "Paris\nThe capital"}
+    assert corpus.passage(2) == {"id": "3", "title": "T", "text": '"Paris"\nThe capital'}
+    assert corpus.text(0) == '"Paris"\nThe capital\nof France'
+
+
+def test_a_lone_hit_is_not_as_if_it_was_not_found():
+    """neural-search 299: where a run has one hit, or equal scores, there is nothing to scale by."""
+    assert scale_scores([12.0]) == [1.0] and scale_scores([2.0, 2.0]) == [1.0, 1.0]
+    assert scale_scores([3.0, 2.0, 1.0]) == [1.0, 0.5, 0.0] and scale_scores([]) == []
