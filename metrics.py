@@ -1,4 +1,5 @@
 """Measures of answers, as DPR and FiD define them, and of ranked lists, as in trec_eval."""
+import functools
 import math
 import string
 import unicodedata
@@ -60,10 +61,10 @@ def dpr_tokens(text):
 
 
 def has_answer(text, answers, is_regex=False):
-    """True if one answer's tokens stand side by side in the passage's text (DPR).
+    """Return True if one answer's tokens stand side by side in the passage's text (DPR).
 
     The title is not searched. With `is_regex` each answer is a regular expression, searched in the
-    raw text (CuratedTREC).
+    raw text (CuratedTREC; DPR's --match regex).
     """
     if is_regex:
         return any(matches_regex(pattern, text) for pattern in answers)
@@ -71,20 +72,15 @@ def has_answer(text, answers, is_regex=False):
     return any(contains_tokens(tokens, dpr_tokens(answer)) for answer in answers)
 
 
-def find_answers(text, answers):
-    """[(start, end)] of the places in a text where an answer's tokens stand side by side, as
-    has_answer looks for them; in order, and those that overlap as one.
+def find_answers(text, answers, is_regex=False):
+    """Return [(start, end)] of the places in a text where has_answer finds an answer, in order,
+    overlapping ones as one.
     """
-    matches = list(DPR_TOKEN.finditer(unicodedata.normalize("NFD", text)))
-    tokens = [match[0].lower() for match in matches]
-    spans = []
-    for part in map(dpr_tokens, answers):
-        for first in range(len(tokens) - len(part) + 1):
-            if part and tokens[first:first + len(part)] == part:
-                spans.append((matches[first].start(), matches[first + len(part) - 1].end()))
+    decomposed = unicodedata.normalize("NFD", text)
+    spans = find_patterns(decomposed, answers) if is_regex else find_tokens(decomposed, answers)
     if not spans:
         return []
-    # tokens are of the text in form NFD; origins[i] is where its i-th character comes from
+    # origins[i] is the place in the text that character i of its form NFD comes from
     origins = []
     for position, character in enumerate(text):
         origins += [position] * len(unicodedata.normalize("NFD", character))
@@ -98,26 +94,51 @@ def find_answers(text, answers):
     return merged
 
 
+def find_tokens(text, answers):
+    """Return the (start, end) of every place in a text, in form NFD, with an answer's tokens."""
+    matches = list(DPR_TOKEN.finditer(text))
+    tokens = [match[0].lower() for match in matches]
+    spans = []
+    for part in map(dpr_tokens, answers):
+        for first in range(len(tokens) - len(part) + 1):
+            if part and tokens[first:first + len(part)] == part:
+                spans.append((matches[first].start(), matches[first + len(part) - 1].end()))
+    return spans
+
+
+def find_patterns(text, patterns):
+    """Return the (start, end) of every match, not an empty one, of a pattern in a text in NFD."""
+    compiled = filter(None, map(compile_pattern, patterns))
+    return [match.span() for pattern in compiled for match in pattern.finditer(text)
+            if match.end() > match.start()]
+
+
 def contains_tokens(tokens, part):
     """True if the list `part` stands, as a whole, somewhere in the list `tokens`."""
     last_start = len(tokens) - len(part)
     return any(tokens[start:start + len(part)] == part for start in range(last_start + 1))
 
 
-def matches_regex(pattern, text):
-    """True if the pattern occurs in the text; a malformed one matches nothing, as in DPR."""
+@functools.cache
+def compile_pattern(pattern):
+    """Return the compiled regular expression of an answer with DPR's flags, None if malformed."""
     flags = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
     try:
-        compiled = regex.compile(unicodedata.normalize("NFD", pattern), flags=flags)
+        return regex.compile(unicodedata.normalize("NFD", pattern), flags=flags)
     except regex.error:
-        return False
-    return compiled.search(unicodedata.normalize("NFD", text)) is not None
+        return None
+
+
+def matches_regex(pattern, text):
+    """Return True if the pattern occurs in the text; a malformed one matches nothing, as in DPR."""
+    compiled = compile_pattern(pattern)
+    return compiled is not None and bool(compiled.search(unicodedata.normalize("NFD", text)))
 
 
 # ------------------------------------------------------------------------------------- ranked lists
 
 def trec_order(ids, scores):
-    """The positions of documents by falling score, as trec_eval ranks them.
+    """Return the positions of documents by falling score, as trec_eval ranks them.
 
     Scores are compared as float32; equal ones are ranked by falling id.
     """
@@ -127,46 +148,49 @@ def trec_order(ids, scores):
     return sorted(range(len(ids)), key=sort_key, reverse=True)
 
 
-def rank_documents(scores):
-    """The documents of {id: score} in trec_order."""
-    ids = list(scores)
-    return [ids[position] for position in trec_order(ids, list(scores.values()))]
+def ranking_metrics(ranking, labels, names, cutoffs, level=1):
+    """Return {name@k: value} of one query's ranked documents, for all names and cutoffs k.
 
-
-def ranking_metrics(ranking, labels, names, cutoffs):
-    """{name@k: value} of one query's ranked documents, for all names and cutoffs k.
-
-    The names are keys of RANKING_METRICS, labels is {document: relevance}. Raises ValueError for an
-    unknown name.
+    The names are keys of RANKING_METRICS, labels is {document: relevance}. A document is relevant
+    if its label is at least `level` (trec_eval's -l); nDCG's gains are the labels at any level.
+    Raises ValueError for an unknown name.
     """
     values = {}
     for name in names:
         if name not in RANKING_METRICS:
             raise ValueError(f"unknown metric {name}")
         for k in cutoffs:
-            values[f"{name}@{k}"] = RANKING_METRICS[name](ranking, labels, k)
+            values[f"{name}@{k}"] = RANKING_METRICS[name](ranking, labels, k, level)
     return values
 
 
-def reciprocal_rank(ranking, labels, k):
-    """1 / the rank of the first relevant document, 0 if it is below rank k."""
-    relevant = relevant_documents(labels)
+def reciprocal_rank(ranking, labels, k, level=1):
+    """Return 1 / the rank of the first relevant document, 0 if it is below rank k."""
+    relevant = relevant_documents(labels, level)
     for rank, document in enumerate(ranking[:k], 1):
         if document in relevant:
             return 1 / rank
     return 0.0
 
 
-def recall(ranking, labels, k):
-    """The share of the relevant documents that are among the first k."""
-    relevant = relevant_documents(labels)
+def recall(ranking, labels, k, level=1):
+    """Return the share of the relevant documents that are among the first k."""
+    relevant = relevant_documents(labels, level)
     return len(relevant.intersection(ranking[:k])) / max(1, len(relevant))
 
 
-def ndcg(ranking, labels, k):
-    """Discounted cumulative gain of the first k documents, over that of the best possible ranking.
+def precision(ranking, labels, k, level=1):
+    """Return the number of relevant documents among the first k, divided by k.
 
-    A document's gain is its label, a negative one counting as 0.
+    As in trec_eval, k is the divisor even where fewer documents were retrieved.
+    """
+    return len(relevant_documents(labels, level).intersection(ranking[:k])) / k
+
+
+def ndcg(ranking, labels, k, level=1):
+    """Return the discounted cumulative gain of the first k documents over the best ranking's.
+
+    A document's gain is its label, a negative one counting as 0; `level` is not used.
     """
     best_gains = sorted((label for label in labels.values() if label > 0), reverse=True)
     if not best_gains:
@@ -176,16 +200,16 @@ def ndcg(ranking, labels, k):
 
 
 def discounted_gain(gains):
-    """The sum of the gains at ranks 1, 2, ..., each divided by log2(rank + 1)."""
+    """Return the sum of the gains at ranks 1, 2, ..., each divided by log2(rank + 1)."""
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))
 
 
-def average_precision(ranking, labels, k):
-    """The precisions at the ranks of relevant documents, averaged over all relevant ones.
+def average_precision(ranking, labels, k, level=1):
+    """Return the mean, over all relevant documents, of the precision at each one's rank.
 
     Relevant documents below rank k have a precision of 0.
     """
-    relevant = relevant_documents(labels)
+    relevant = relevant_documents(labels, level)
     num_relevant_so_far = 0
     precision_sum = 0.0
     for rank, document in enumerate(ranking[:k], 1):
@@ -195,14 +219,14 @@ def average_precision(ranking, labels, k):
     return precision_sum / max(1, len(relevant))
 
 
-def success(ranking, labels, k):
-    """1.0 if one of the first k documents is relevant, else 0.0."""
-    return float(not relevant_documents(labels).isdisjoint(ranking[:k]))
+def success(ranking, labels, k, level=1):
+    """Return 1.0 if one of the first k documents is relevant, else 0.0."""
+    return float(not relevant_documents(labels, level).isdisjoint(ranking[:k]))
 
 
-def relevant_documents(labels):
-    """The documents that are labelled 1 or higher, as in trec_eval."""
-    return {document for document, label in labels.items() if label >= 1}
+def relevant_documents(labels, level=1):
+    """Return the documents whose label is at least `level`."""
+    return {document for document, label in labels.items() if label >= level}
 
 
 def topk_accuracy(is_answering, cutoffs):
@@ -215,5 +239,5 @@ def topk_accuracy(is_answering, cutoffs):
 
 # what --metrics may name: those of ranking_metrics, and nq, which is topk_accuracy
 RANKING_METRICS = {"mrr": reciprocal_rank, "recall": recall, "ndcg": ndcg, "map": average_precision,
-                   "success": success}
+                   "success": success, "precision": precision}
 METRICS = (*RANKING_METRICS, "nq")

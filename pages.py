@@ -108,7 +108,8 @@ class Inspected(NamedTuple):
     id: object
     question: str
     answers: list
-    # [{title, text, score, has_answer}], and `id`, the `reader`'s score, `label` where they are
+    # [{title, text, score, has_answer}], and `id`, the `reader`'s score, `label`, `is_relevant`
+    # where they are
     contexts: list
     prediction: str = ""
     em: object = None
@@ -143,11 +144,11 @@ CONTENT = """<header>
 
 
 def write_inspection(path, title, remark, table, questions, count, *, depth, has_predictions=False,
-                     reader_is_share=True):
-    """Writes a page of many questions, which is filtered and searched by its script.
+                     reader_is_share=True, is_regex=False):
+    """Write a page of many questions, which is filtered and searched by its script.
 
     `questions` yields `count` Inspected, whose passages below `depth` are left out (choose_kept);
-    `table` is a list of rows of texts.
+    `table` is a list of rows of texts. is_regex: answers are regular expressions.
     """
     script = (FOLDER / "pages.js").read_text(encoding="utf-8")
     title = f"{title}, {time.strftime('%Y-%m-%d')}"
@@ -164,7 +165,8 @@ def write_inspection(path, title, remark, table, questions, count, *, depth, has
         for i, question in enumerate(bar):
             kept = choose_kept(question, depth)
             rows.append(describe_row(question))
-            lines.append(dump_json([describe_passage(question, passage) for passage in kept]))
+            lines.append(dump_json([describe_passage(question, passage, is_regex)
+                                    for passage in kept]))
             file.write(("\n" if i else "") + join_texts(question, kept))
         about = {"rows": rows, "has_predictions": has_predictions,
                  "reader_is_share": reader_is_share, "less_than": LESS_THAN,
@@ -208,7 +210,7 @@ def choose_kept(question, depth):
     answer, the first that is relevant, and the reader's favourite.
     """
     ranks = set(range(1, min(depth, len(question.contexts)) + 1))
-    ranks |= {find_rank(question, "has_answer"), find_rank(question, "label")} - {0}
+    ranks |= {find_rank(question, "has_answer"), find_rank(question, "is_relevant")} - {0}
     readers = [context.get("reader") for context in question.contexts]
     if readers and None not in readers:
         ranks.add(readers.index(max(readers)) + 1)
@@ -232,17 +234,17 @@ def describe_row(question):
     answer]: by this pages.js filters. A rank is 0 where there is none, None where it is not known.
     """
     answer_rank = find_rank(question, "has_answer") if question.answers else None
-    relevant_rank = find_rank(question, "label") if question.is_labelled else None
+    relevant_rank = find_rank(question, "is_relevant") if question.is_labelled else None
     holding = sum(bool(context["has_answer"]) for context in question.contexts)
     return [question.em, question.f1, answer_rank, relevant_rank, len(question.contexts), holding]
 
 
-def describe_passage(question, kept):
-    """[rank, score, reader's score, holds an answer, label, places of answers, of the prediction]
-    of a Kept passage; a place is its start and end, in characters.
+def describe_passage(question, kept, is_regex):
+    """Return [rank, score, reader's score, holds an answer, label, places of answers, of the
+    prediction] of a Kept passage; a place is its start and end, in characters.
     """
     rank, context, text = kept
-    gold = find_answers(text, question.answers) if context["has_answer"] else []
+    gold = find_answers(text, question.answers, is_regex) if context["has_answer"] else []
     predicted = find_answers(text, [question.prediction])
     return [rank, finite(context.get("score")), finite(context.get("reader")),
             int(context["has_answer"]), finite(context.get("label")),

@@ -482,6 +482,12 @@ def read_questions(path, task=""):
     return questions
 
 
+def own_ids(questions):
+    """Return the id that each question's record carries, as text; None where it carries none."""
+    return [None if record_id(question.record, question.location) is None else question.id
+            for question in questions]
+
+
 def holds_json(path):
     """True for a file named .json or .jsonl, or whose first line with text begins as JSON does."""
     if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):

@@ -24,7 +24,13 @@ from dense.batches import GroupCollator
 from dense.instructions import INSTRUCTIONS
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from files import lock, write_json
-from questions import read_questions, read_unique_questions, require_ids
+from questions import (
+    Question,
+    own_ids,
+    read_questions,
+    read_unique_questions,
+    require_ids,
+)
 from retrieval import bm25
 from retrieval.corpus import open_corpus
 from retrieval.exact_search import merge_processes, part_range, search_vectors
@@ -36,7 +42,15 @@ from retrieval.fingerprint import (
     remove_other_index,
 )
 from retrieval.flags import check_args, list_measures, parse_args, settle_defaults
-from retrieval.measures import mark_answers, measure, read_labels
+from retrieval.measures import (
+    average_measures,
+    mark_answers,
+    measure_queries,
+    note_patterns,
+    note_unjudged,
+    read_labels,
+    write_measures_per_query,
+)
 from retrieval.mining import (
     check_candidates,
     check_indices,
@@ -50,8 +64,12 @@ from retrieval.mining import (
 )
 from retrieval.qrels import merge_qrels
 from retrieval.results import (
+    IdTable,
     Results,
+    drop_own,
+    find_own,
     fuse,
+    note_own,
     read_run,
     stack,
     write_contexts,
@@ -76,16 +94,23 @@ QUESTIONS = 512  # questions that are encoded at once
 
 # ---------------------------------------------------------------- questions
 
-def open_questions(args):
-    """The Questions of --eval_data or --queries, [] without either. Raises InputError."""
+def open_questions(args, qrels):
+    """Return the Questions of --eval_data or --queries, [] without either. Raises InputError.
+
+    A saved run is measured without their texts: the qrels name the queries then.
+    """
     if args.eval_data:
         return read_questions(args.eval_data, args.task)
-    return list(read_unique_questions(args.queries, args.task).values())
+    if args.queries:
+        return list(read_unique_questions(args.queries, args.task).values())
+    if args.retrieval_method == "run" and qrels:
+        return [Question({"id": query_id}, query_id, "", "", [], f"query {query_id}") for query_id in qrels]
+    return []
 
 
 def keep_judged(questions, qrels, log):
-    """The questions that the qrels name, all if they name none: BEIR's file of queries holds those
-    of all splits.
+    """Return the questions that the qrels name, all if they name none: BEIR's file of queries
+    holds those of all splits.
     """
     kept = [question for question in questions if question.id in qrels]
     if not kept:
@@ -141,7 +166,12 @@ def require_all_ids(corpus, questions, args, log):
 
 
 def limit_hits(args, corpus, questions, log):
-    """Lowers --hits to the size of the corpus, and leaves out the --cutoffs above --hits."""
+    """Lower --hits to the size of the corpus, and leave out the --cutoffs above --hits.
+
+    All of a saved run is taken unless --hits is given.
+    """
+    if args.hits is None:
+        return
     ranks_all = corpus and args.hits >= len(corpus)
     if list_measures(args) and args.hits < max(args.cutoffs) and not ranks_all:
         log(f"note: --hits {args.hits} leaves out the --cutoffs above it")
@@ -398,17 +428,72 @@ def fuse_results(args, corpus, questions, world):
     return fuse(results, args.fusion, weights, args.hits)
 
 
+def measure_run(args, corpus, questions, world):
+    """Return a saved run as it is."""
+    return read_run(args.results[0], questions, corpus, world.log, args.hits)
+
+
 # {--retrieval_method: function(args, corpus, questions, world)}; a function returns Results on the
 # main process, or None if there are no questions
 SEARCHES = {"dense": search_dense, "bm25": search_bm25, "rank": rank_candidates,
-           "random": draw_random, "fuse": fuse_results}
+           "random": draw_random, "fuse": fuse_results, "run": measure_run}
+
+
+def search(args, corpus, questions, world):
+    """Return the Results of the flags on the main process, without each query's own document under
+    --exclude_self; logs which queries find too little.
+    """
+    excludes = args.exclude_self and questions and "collate_score" not in args.metrics
+    hits = args.hits
+    if excludes and hits:
+        args.hits += 1  # so that --hits documents are left
+    results = SEARCHES[args.retrieval_method](args, corpus, questions, world)
+    args.hits = hits
+    if questions and world.is_main:
+        if excludes:
+            results = leave_out_own(args, corpus, questions, results, world.log)
+        note_missing(args, questions, results, world.log)
+    return results
+
+
+def leave_out_own(args, corpus, questions, results, log):
+    """Return the Results without the document, or candidate, that has the question's own id."""
+    own = find_own(own_ids(questions), corpus)
+    if ranks_candidates(args):
+        for i, question in enumerate(questions):
+            doc_indices = list_candidates(question.record)[1] or []
+            own[i] = doc_indices.index(own[i]) if own[i] in doc_indices else -1
+    found = [own_index >= 0 and own_index in results.indices[i] for i, own_index in enumerate(own)]
+    note_own(sum(found), len(questions), log)
+    return drop_own(results, own, args.hits)
+
+
+def ranks_candidates(args):
+    """Return True if Results hold indices among each record's candidates, not of documents."""
+    return args.retrieval_method == "rank" and not args.results
+
+
+def note_missing(args, questions, results, log):
+    """Log how many questions find no document or, by an approximate index, fewer than --hits."""
+    counts = (results.indices >= 0).sum(axis=1)
+    empty = [question for question, count in zip(questions, counts) if not count]
+    if empty:
+        reason = "; no word of theirs is in a document" if args.retrieval_method == "bm25" else ""
+        log(f"note: {len(empty)} of {len(questions)} queries find no document, "
+            f"{shorten(empty[0].id)} ({shorten(empty[0].text)}) the first{reason}")
+    if args.retrieval_method != "dense" or args.faiss_index_factory == "Flat":
+        return
+    few = int(((counts > 0) & (counts < args.hits)).sum())
+    if few:
+        log(f"note: {few} of {len(questions)} queries find fewer than {args.hits} documents in the "
+            "lists that are searched; raise --nprobe")
 
 
 # ---------------------------------------------------------------- outputs
 
 def write_outputs(args, questions, results, corpus, labels, log):
-    """Writes everything that the flags ask for, from one result."""
-    are_candidates = args.retrieval_method == "rank" and not args.results
+    """Write everything that the flags ask for, from one result."""
+    are_candidates = ranks_candidates(args)
     paths = collated_paths(args)
     for kind, path in paths.items():
         if kind in args.metrics and kind != "collate_pos":
@@ -419,7 +504,7 @@ def write_outputs(args, questions, results, corpus, labels, log):
         results = to_documents(questions, results)
     marks = None
     if args.output or args.html or "nq" in names or "collate_pos" in args.metrics:
-        marks = mark_answers(questions, results, corpus)
+        marks = mark_answers(questions, results, corpus, args.match == "regex")
     if "collate_pos" in args.metrics:
         write_positives(paths["collate_pos"], questions, results, corpus, marks, args.max_neg_num,
                         log)
@@ -427,12 +512,7 @@ def write_outputs(args, questions, results, corpus, labels, log):
         write_contexts(args.output, questions, results, corpus, marks)
         log(f"contexts: {args.output}")
     if names:
-        values = measure(questions, results, labels, marks, corpus, names, args.cutoffs, log)
-        log_table(values, names, args.cutoffs, log)
-        if args.measures:
-            settings = {"method": args.retrieval_method, "queries": len(questions)}
-            write_json(args.measures, settings | values)
-            log(f"measures: {args.measures}")
+        write_measures(args, questions, results, corpus, labels, marks, log)
     if args.html:
         inspect(args, questions, results, corpus, labels, marks, log)
     if args.trec:
@@ -440,8 +520,27 @@ def write_outputs(args, questions, results, corpus, labels, log):
         log(f"run: {args.trec}")
 
 
+def write_measures(args, questions, results, corpus, labels, marks, log):
+    """Log the measures of --metrics, and write the files of them that the flags ask for."""
+    names = list_measures(args)
+    rows = measure_queries(questions, results, labels, marks, corpus, names, args.cutoffs,
+                           args.relevance_level)
+    if any(name != "nq" for name in names):
+        note_unjudged(labels, args.relevance_level, log)
+    means, counts = average_measures(rows, names, args.cutoffs, log)
+    log_table(means, names, args.cutoffs, log)
+    if args.measures:
+        settings = {"method": args.retrieval_method, "queries": len(questions),
+                    "measured_queries": counts, "relevance_level": args.relevance_level}
+        write_json(args.measures, settings | means)
+        log(f"measures: {args.measures}")
+    if args.measures_per_query:
+        write_measures_per_query(args.measures_per_query, questions, rows)
+        log(f"measures per query: {args.measures_per_query}")
+
+
 def inspect(args, questions, results, corpus, labels, marks, log):
-    """Writes the page of --html, with the measures of --metrics, else those that can be taken."""
+    """Write the page of --html, with the measures of --metrics, else those that can be taken."""
     names = list_measures(args)
     cutoffs = args.cutoffs
     if not names:
@@ -449,8 +548,11 @@ def inspect(args, questions, results, corpus, labels, marks, log):
             names.append("success")
         if any(question.answers for question in questions):
             names.append("nq")
-        cutoffs = [k for k in cutoffs if k <= args.hits] or [args.hits]
-    values = measure(questions, results, labels, marks, corpus, names, cutoffs, log)
+        hits = args.hits or max(cutoffs)
+        cutoffs = [k for k in cutoffs if k <= hits] or [hits]
+    rows = measure_queries(questions, results, labels, marks, corpus, names, cutoffs,
+                           args.relevance_level)
+    values, _ = average_measures(rows, names, cutoffs, lambda note: None)
     table = [["", *(f"@{k}" for k in cutoffs)]] if names else []
     table += [[name, *(f"{100 * values[f'{name}@{k}']:.2f}" for k in cutoffs)] for name in names]
     method = args.retrieval_method
@@ -458,7 +560,7 @@ def inspect(args, questions, results, corpus, labels, marks, log):
     asked = args.eval_data or ", ".join(args.queries)
     remark = f"{len(questions):,} questions, {len(corpus):,} documents of {', '.join(args.corpus)}"
     write_page(args.html, f"{searcher} on {asked}", remark, table, questions, results, corpus,
-               labels, marks)
+               labels, marks, args.relevance_level, args.match == "regex")
     log(f"page: {args.html}")
 
 
@@ -478,17 +580,22 @@ def main(args):
 
     # bad questions, labels and corpora are rejected before the search starts
     corpus = open_corpus(args.corpus, args.key_template, world)
-    questions = open_questions(args)
-    require_all_ids(corpus, questions, args, world.log)
+    if corpus is None and args.retrieval_method == "run":
+        corpus = IdTable()  # measures need no more than the documents' ids
     qrels = merge_qrels(args.qrels) if args.qrels else None
+    questions = open_questions(args, qrels)
+    require_all_ids(corpus, questions, args, world.log)
     if args.queries and qrels:
         questions = keep_judged(questions, qrels, world.log)
     labels = read_labels(questions, qrels, corpus, world.log)
     check_records(questions, labels, corpus, args)
+    if args.match == "regex":
+        note_patterns([question.answers for question in questions],
+                      [question.location for question in questions], world.log)
     limit_hits(args, corpus, questions, world.log)
 
     start = time.time()
-    results = SEARCHES[args.retrieval_method](args, corpus, questions, world)
+    results = search(args, corpus, questions, world)
     seconds = time.time() - start
     if not questions:
         world.log(f"{args.index}: {len(corpus):,} documents, {args.retrieval_method}: "

@@ -39,7 +39,9 @@ from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from questions import read_queries
 from resume import forget_replaced_state, hash_inputs, load_state, restore_state, save_state
 from retrieval.corpus import Corpus, open_corpus
+from retrieval.measures import note_patterns, note_unjudged
 from retrieval.qrels import list_files, merge_qrels
+from retrieval.results import note_own
 from training import (
     BOTH_SETS,
     Progress,
@@ -464,20 +466,27 @@ def add_adapters(model, args, device):
 
 
 def read_dev(args, corpus, queries, log):
-    """The DevSet of the flags, or None. Raises InputError."""
+    """Return the DevSet of the flags, or None. Raises InputError."""
     dev = None
     if args.eval_qrels:
         if "nq" in args.metrics:
             raise InputError("--metrics nq needs --eval_data with answers; qrels have none")
         group_size = args.eval_group_size if args.eval_method == "annotated" else None
         dev = annotated_set(merge_qrels(args.eval_qrels, args.seed), corpus, queries, group_size,
-                            " ".join(args.eval_qrels))
+                            " ".join(args.eval_qrels), log, args.exclude_self)
         dev = dev._replace(method=args.eval_method)
+        note_unjudged(dev.labels, args.relevance_level, log)
     elif args.eval_data:
-        dev = read_dev_set(args.eval_data, corpus, args.metrics, args.key_template, log)
-    if dev:
-        best_metric(args, dev)  # before the training, not at its first evaluation
-    return dev
+        dev = read_dev_set(args.eval_data, corpus, args.metrics, args.key_template, log,
+                           args.exclude_self)
+    if dev is None:
+        return None
+    if dev.own:
+        note_own(sum(doc_index >= 0 for doc_index in dev.own), len(dev.own), log)
+    if args.match == "regex":
+        note_patterns(dev.answers, dev.queries, log)
+    best_metric(args, dev)  # before the training, not at its first evaluation
+    return dev._replace(level=args.relevance_level, is_regex=args.match == "regex")
 
 
 def set_up(args, world, sets=BOTH_SETS):

@@ -9,17 +9,19 @@ from typing import NamedTuple
 import torch
 
 from dense.batches import identity
-from dense.examples import to_doc_indices
 from dense.gather import gather_tensors
-from metrics import has_answer, rank_documents, ranking_metrics, topk_accuracy
-from questions import read_questions
+from metrics import has_answer, ranking_metrics, topk_accuracy
+from questions import own_ids, read_questions
 from retrieval.corpus import format_key
 from retrieval.exact_search import merge_processes, part_range, search_blocks
+from retrieval.measures import index_labels, note_absent_queries, trec_ranking
+from retrieval.results import Results, drop_own, find_own
 from utils import InputError, gather_lists, progress_bar, shorten, sum_over_processes
 
 BLOCK = 2048            # texts tokenised and encoded at a time
 ANNOTATED_QUERIES = 64  # queries whose annotated documents are scored at a time
 RANKED_QUERIES = 256    # queries that are scored against all pooled passages at a time
+DEPTH = 200             # documents per query that a search ranks at least: retrieve.py's --hits
 
 
 class DevSet(NamedTuple):
@@ -30,29 +32,43 @@ class DevSet(NamedTuple):
     method: str
     queries: list  # texts
     tasks: list    # "" without instructions
-    labels: list   # {doc index: relevance}; not for rank
+    labels: list   # {doc index: relevance}, below -1 if the corpus lacks the document; not for rank
     answers: list  # gold answers; for retrieval only
     pools: list    # key texts, the positive first; for rank only
+    own: list = ()    # index of the query's own document, left out; () leaves none out
+    level: int = 1    # the least label that counts as relevant
+    is_regex: bool = False  # answers are regular expressions
 
 
 # ---------------------------------------------------------------- reading dev sets
 
-def annotated_set(qrels, corpus, queries, group_size, source="the qrels"):
-    """The annotated documents of each query, the group_size most relevant of them, as in Trove;
-    None: all of them. `source` names the qrels in messages.
+def annotated_set(qrels, corpus, queries, group_size, source="the qrels", log=print,
+                  exclude_self=False):
+    """Return the DevSet of each query's annotated documents, the group_size most relevant of them,
+    as in Trove; None: all of them.
+
+    Judged queries that `queries`, {id: text}, lacks are left out, and documents that the corpus
+    lacks count as not found; both are logged. `source` names the qrels in messages. Raises
+    InputError if no query, or no document, is there.
     """
+    query_ids = [query_id for query_id in qrels if query_id in queries]
+    if not query_ids:
+        raise InputError(f"{source}: none of the queries, such as {shorten(next(iter(qrels), ''))},"
+                         " is in the query files; give their file with --queries")
+    note_absent_queries(qrels, queries, log)
+    rows = index_labels([qrels[query_id] for query_id in query_ids], corpus, log)
     dev = DevSet("annotated", [], [], [], [], [])
-    for query_id, labels in to_doc_indices(qrels, corpus, queries, source).items():
+    for query_id, labels in zip(query_ids, rows):
         most_relevant = sorted(labels, key=lambda doc_index: -labels[doc_index])[:group_size]
         dev.queries.append(queries[query_id])
         dev.tasks.append("")
         dev.labels.append({doc_index: labels[doc_index] for doc_index in most_relevant})
-    return dev
+    return dev._replace(own=find_own(query_ids, corpus)) if exclude_self else dev
 
 
-def read_dev_set(path, corpus, metrics, template, log):
-    """DPR's records (measured by average rank), or LLM-Embedder's with pos_index or answers (by
-    retrieval from the corpus).
+def read_dev_set(path, corpus, metrics, template, log, exclude_self=False):
+    """Return the DevSet of DPR's records (measured by average rank), or of LLM-Embedder's with
+    pos_index or answers (by retrieval from the corpus).
 
     Raises InputError.
     """
@@ -69,7 +85,7 @@ def read_dev_set(path, corpus, metrics, template, log):
         dev.tasks.append(question.task)
         dev.labels.append({doc_index: 1 for doc_index in pos_index or []})
         dev.answers.append(question.answers)
-    return dev
+    return dev._replace(own=find_own(own_ids(questions), corpus)) if exclude_self else dev
 
 
 def check_labels(question, pos_index, metrics, corpus_size):
@@ -128,6 +144,9 @@ class FirstDocuments:
     def passage(self, doc_index):
         return self.corpus.passage(doc_index)
 
+    def ids(self, doc_indices):
+        return self.corpus.ids(doc_indices)
+
 
 def sample_dev_set(dev, corpus, world):
     """(DevSet, corpus, the share of the work that they take): a part to time an evaluation by.
@@ -138,8 +157,9 @@ def sample_dev_set(dev, corpus, world):
         count = min(BLOCK * world.size, len(corpus))
         return dev, FirstDocuments(corpus, count), count / len(corpus)
     count = min(ANNOTATED_QUERIES * world.size, len(dev.queries))
-    part = DevSet(dev.method, *(column[:count] for column in dev[1:]))
-    return part, corpus, count / len(dev.queries)
+    columns = {name: value[:count] for name, value in dev._asdict().items()
+               if isinstance(value, (list, tuple))}
+    return dev._replace(**columns), corpus, count / len(dev.queries)
 
 
 # ---------------------------------------------------------------- measuring
@@ -175,12 +195,13 @@ def own_queries(dev, world):
 
 
 def measure_ranking(ranking, dev, query_index, corpus, metrics, cutoffs):
-    """{metric: value} of one query's ranked doc indices."""
+    """Return {metric: value} of one query's ranked doc indices."""
     by_label = [name for name in metrics if name != "nq"]
-    values = ranking_metrics(ranking, dev.labels[query_index], by_label, cutoffs)
+    values = ranking_metrics(ranking, dev.labels[query_index], by_label, cutoffs, dev.level)
     if "nq" in metrics:
         answers = dev.answers[query_index]
-        hits = [has_answer(corpus.passage(doc_index)["text"], answers) for doc_index in ranking]
+        hits = [has_answer(corpus.passage(doc_index)["text"], answers, dev.is_regex)
+                for doc_index in ranking]
         values |= topk_accuracy(hits, cutoffs)
     return values
 
@@ -210,32 +231,43 @@ def encode_texts(model, collator, role, texts, tasks, is_main=False, desc=""):
 # ---------------------------------------------------------------- annotated documents
 
 def rank_annotated(model, dev, collator, corpus, share):
-    """[annotated doc indices in the model's order] of the queries of these indices."""
+    """Return [annotated doc indices, ranked by the model] of the queries of these indices."""
     score = score_pairs if collator.args.ranker else score_vectors
     rankings = []
     for start in range(0, len(share), ANNOTATED_QUERIES):
         part = share[start:start + ANNOTATED_QUERIES]
-        for scores in score(model, dev, collator, corpus, part):
-            rankings.append(rank_documents(scores))
+        pools = [list_annotated(dev, query_index) for query_index in part]
+        scored = score(model, dev, collator, corpus, part, pools) if any(pools) else pools
+        for pool, scores in zip(pools, scored):
+            rankings.append(trec_ranking(pool, scores, corpus))
     return rankings
 
 
-def score_pairs(model, dev, collator, corpus, part):
-    """[{doc index: score}] of queries and their annotated documents, by a ranker."""
+def list_annotated(dev, query_index):
+    """Return the doc indices that are ranked for a query: its annotated documents that the corpus
+    has, without its own document where that is left out.
+    """
+    own = dev.own[query_index] if dev.own else -1
+    return [doc_index for doc_index in dev.labels[query_index] if doc_index >= 0
+            and doc_index != own]
+
+
+def score_pairs(model, dev, collator, corpus, part, pools):
+    """Return [scores of the pool's documents] of the queries of `part`, by a ranker.
+
+    pools: doc indices per query.
+    """
     queries, texts = [], []
-    for query_index in part:
-        for doc_index in dev.labels[query_index]:
-            queries.append(dev.queries[query_index])
-            texts.append(corpus.text(doc_index))
+    for query_index, pool in zip(part, pools):
+        queries += [dev.queries[query_index]] * len(pool)
+        texts += [corpus.text(doc_index) for doc_index in pool]
     scores = iter(model(collator.pairs(queries, texts)).tolist())
-    return [{doc_index: next(scores) for doc_index in dev.labels[query_index]}
-            for query_index in part]
+    return [[next(scores) for _ in pool] for pool in pools]
 
 
-def score_vectors(model, dev, collator, corpus, part):
-    """The same by a bi-encoder; a document that several queries share is encoded once."""
-    doc_indices = sorted({doc_index for query_index in part
-                          for doc_index in dev.labels[query_index]})
+def score_vectors(model, dev, collator, corpus, part, pools):
+    """Return the same by a bi-encoder; a document that several queries share is encoded once."""
+    doc_indices = sorted({doc_index for pool in pools for doc_index in pool})
     columns = {doc_index: column for column, doc_index in enumerate(doc_indices)}
     texts = [corpus.text(doc_index) for doc_index in doc_indices]
     queries = [dev.queries[query_index] for query_index in part]
@@ -243,8 +275,7 @@ def score_vectors(model, dev, collator, corpus, part):
     query_vectors = encode_texts(model, collator, "query", queries, tasks)
     key_vectors = encode_texts(model, collator, "key", texts, [""] * len(texts))
     rows = model.score(query_vectors, key_vectors).tolist()  # (queries, documents)
-    return [{doc_index: row[columns[doc_index]] for doc_index in dev.labels[query_index]}
-            for query_index, row in zip(part, rows)]
+    return [[row[columns[doc_index]] for doc_index in pool] for row, pool in zip(rows, pools)]
 
 
 # ---------------------------------------------------------------- average rank
@@ -305,10 +336,12 @@ class CorpusTexts:
 
 
 def search_corpus(model, dev, collator, corpus, k, world):
-    """[doc indices of the k best documents, equal scores by doc index] of every query, on every
-    process.
+    """Return, on every process, the doc indices of the k best documents of every query.
 
-    Each process encodes and searches its part of the corpus for all queries.
+    They are ranked as retrieve.py's run is measured (trec_ranking). Which of several documents with
+    equal scores are found at all is decided at the last rank of a search, by doc index; to meet
+    retrieve.py's figures it is DEPTH or more here too. Each process encodes and searches its part
+    of the corpus for all queries.
     """
     query_vectors = encode_texts(model, collator, "query", dev.queries, dev.tasks)
     # whole blocks, so that the products' shapes do not depend on the number of processes
@@ -320,13 +353,14 @@ def search_corpus(model, dev, collator, corpus, k, world):
     blocks = ((first + start, vectors) for start, vectors in blocks)
     # cosines are inner products of encode's vectors
     metric = "l2" if model.metric == "l2" else "ip"
-    doc_indices, scores = search_blocks(query_vectors, blocks, k, metric)
-    doc_indices, _ = merge_processes(doc_indices.cpu().numpy(), scores.cpu().numpy(), k, world)
+    depth = max(k, DEPTH) + bool(dev.own)
+    doc_indices, scores = search_blocks(query_vectors, blocks, depth, metric)
+    found = Results(*merge_processes(doc_indices.cpu().numpy(), scores.cpu().numpy(), depth, world))
 
     rankings = []
-    # the others add nothing: the gather sends them the main one's; -1 fills the rows of a corpus of
-    # fewer than k documents
+    # the others add nothing: the gather sends them the main one's
     if world.is_main:
-        rankings = [[doc_index for doc_index in row if doc_index >= 0]
-                    for row in doc_indices.tolist()]
+        if dev.own:
+            found = drop_own(found, dev.own, depth - 1)
+        rankings = [trec_ranking(*found.row(i), corpus)[:k] for i in range(len(dev.queries))]
     return gather_lists(rankings, world)

@@ -97,36 +97,45 @@ class TrainingData(NamedTuple):
 
 # ---------------------------------------------------------------- qrels
 
-def to_doc_indices(qrels, corpus, queries, source="the qrels"):
-    """The qrels {query id: {document id: score}} with doc indices in place of ids.
+def to_doc_indices(qrels, corpus, queries, source="the qrels", log=print):
+    """Return the qrels {query id: {document id: score}} with doc indices in place of ids.
 
-    Raises InputError, with the `source` of the qrels, for an unknown id.
+    Queries that `queries` lacks and documents that the corpus lacks are dropped; logs how many and
+    the first. Raises InputError, with the `source` of the qrels, if nothing is left.
     """
-    indexed = {}
-    for query_id in qrels:
-        if query_id not in queries:
-            raise InputError(f"{source}: query {shorten(query_id)} is in none of the query files; "
-                             "give its file with --queries")
-        indexed[query_id] = {}
+    known = [query_id for query_id in qrels if query_id in queries]
+    if qrels and not known:
+        raise InputError(f"{source}: none of the queries, such as {shorten(next(iter(qrels)))}, is "
+                         "in the query files; give their file with --queries")
+    if len(known) < len(qrels):
+        absent = next(query_id for query_id in qrels if query_id not in queries)
+        log(f"note: {source}: {len(qrels) - len(known)} of {len(qrels)} queries are in none of the "
+            f"query files, {shorten(absent)} the first; they are dropped")
     # one call for all documents: a call for each query's would take longer
-    pairs = [(query_id, document_id) for query_id, scores in qrels.items()
-             for document_id in scores]
+    pairs = [(query_id, document_id) for query_id in known for document_id in qrels[query_id]]
     doc_indices = corpus.indices([document_id for _, document_id in pairs])
+    indexed = {query_id: {} for query_id in known}
+    absent = []
     for (query_id, document_id), doc_index in zip(pairs, doc_indices):
         if doc_index < 0:
-            raise InputError(f"{source}: document {shorten(document_id)} (query "
-                             f"{shorten(query_id)}) is not in the corpus; give its file with "
-                             "--corpus, or mend the qrels")
-        indexed[query_id][doc_index] = qrels[query_id][document_id]
+            absent.append(document_id)
+        else:
+            indexed[query_id][doc_index] = qrels[query_id][document_id]
+    if absent and len(absent) == len(pairs):
+        raise InputError(f"{source}: none of the documents, such as {shorten(absent[0])}, is in "
+                         "the corpus; give their file with --corpus")
+    if absent:
+        log(f"note: {source}: {len(absent)} of {len(pairs)} labels are of documents that are not "
+            f"in the corpus, {shorten(absent[0])} the first; they are dropped")
     return indexed
 
 
-def qrels_examples(corpus, queries, positives, negatives, source="the qrels"):
-    """Examples of qrels of positives and of negatives; a document that is both counts as a
+def qrels_examples(corpus, queries, positives, negatives, source="the qrels", log=print):
+    """Return Examples of qrels of positives and of negatives; a document that is both counts as a
     positive.
     """
-    positives = to_doc_indices(positives, corpus, queries, source)
-    negatives = to_doc_indices(negatives, corpus, queries, source)
+    positives = to_doc_indices(positives, corpus, queries, source, log)
+    negatives = to_doc_indices(negatives, corpus, queries, source, log)
     examples = []
     for query_id, positive_scores in positives.items():
         pos = list(positive_scores)
@@ -137,12 +146,12 @@ def qrels_examples(corpus, queries, positives, negatives, source="the qrels"):
     return examples
 
 
-def graded_examples(corpus, queries, graded, group_size, source="the qrels"):
-    """Examples of graded qrels: all labelled documents of a query are in neg, their labels are the
-    scores.
+def graded_examples(corpus, queries, graded, group_size, source="the qrels", log=print):
+    """Return Examples of graded qrels: all labelled documents of a query are in neg, their labels
+    are the scores.
     """
     examples = []
-    for query_id, labels in to_doc_indices(graded, corpus, queries, source).items():
+    for query_id, labels in to_doc_indices(graded, corpus, queries, source, log).items():
         if len(labels) < group_size:
             raise InputError(f"{source}: query {shorten(query_id)} has {len(labels)} labelled "
                              f"documents, --group_size wants {group_size}; lower it, or leave such "
@@ -449,7 +458,7 @@ def read_training(args, corpus, queries, log):
         source = Source(args.key_template, args.reader_scores, distills_only(args), corpus, queries)
         datasets = [read_examples(path, source, log) for path in args.train_data]
     else:
-        datasets = [read_qrels_examples(args, corpus, queries)]
+        datasets = [read_qrels_examples(args, corpus, queries, log)]
     tasks = {examples[0].task for examples in datasets if examples}
     if args.use_train_config and len(tasks) > 1 and args.inbatch_same_dataset is None:
         raise InputError("--use_train_config with several tasks needs --inbatch_same_dataset epoch")
@@ -476,15 +485,15 @@ def read_training(args, corpus, queries, log):
     return data
 
 
-def read_qrels_examples(args, corpus, queries):
-    """The examples of --positives and --negatives, or of --graded."""
+def read_qrels_examples(args, corpus, queries, log):
+    """Return the examples of --positives and --negatives, or of --graded."""
     source = name_qrels(args)
     if args.graded:
         return graded_examples(corpus, queries, merge_qrels(args.graded, args.seed),
-                               args.train_group_size, source)
+                               args.train_group_size, source, log)
     positives = merge_qrels(args.positives, args.seed)
     negatives = merge_qrels(args.negatives, args.seed)
-    return qrels_examples(corpus, queries, positives, negatives, source)
+    return qrels_examples(corpus, queries, positives, negatives, source, log)
 
 
 def name_qrels(args):

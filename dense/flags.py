@@ -8,6 +8,7 @@ from dense.instructions import INSTRUCTIONS
 from files import LARGEST
 from metrics import METRICS
 from retrieval.corpus import check_templates
+from retrieval.flags import add_measure_flags
 from training import BOTH_SETS
 from utils import (
     SWITCH,
@@ -73,6 +74,7 @@ def add_evaluation_flags(parser):
         help=f"of {', '.join(METRICS)}")
     add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K",
         help="ranks that the metrics look at")
+    add_measure_flags(add)
     add("--best_metric", metavar="NAME@K",
         help="what the kept checkpoint is the best of; not given: the first metric at the first "
         "cutoff from 10 on, or the average rank")
@@ -231,7 +233,8 @@ def check_numbers(args):
     check_at_least(args, {"train_group_size": 1, "batch_size": 1, "grad_accumulation": 1,
                           "epochs": 1, "save_steps": 1, "logging_steps": 1, "query_max_length": 3,
                           "key_max_length": 3, "eval_group_size": 1, "chunk_size": 0,
-                          "max_steps": 0, "eval_steps": 0, "early_exit_steps": 0, "num_workers": 0})
+                          "relevance_level": 1, "max_steps": 0, "eval_steps": 0,
+                          "early_exit_steps": 0, "num_workers": 0})
     check_at_least(args, {"lora": 1, "max_sample_num": 0, "num_warmup_steps": 0, "weight_decay": 0,
                           "adam_eps": 0, "contrastive_weight": 0, "distill_weight": 0,
                           "teacher_scores_margin": 0, "teacher_scores_min": -LARGEST})

@@ -18,7 +18,8 @@ from utils import (
     shorten,
 )
 
-METHODS = ("dense", "bm25", "rank", "random", "fuse")
+METHODS = ("dense", "bm25", "rank", "random", "fuse", "run")
+HITS = 200  # documents per query
 # what no flag says, and no checkpoint
 DEFAULTS = {"query_max_length": 256, "key_max_length": 256, "query_template": "{query}",
             "key_template": "{title} {text}", "add_instruction": True}
@@ -74,10 +75,10 @@ def add_method_flags(parser):
     add = parser.add_argument_group("method").add_argument
     add("--retrieval_method", choices=METHODS, default="dense",
         help="rank orders given candidates: the records' key, history, or pos and neg, or an "
-             "earlier result; fuse merges earlier results")
+             "earlier result; fuse merges earlier results; run takes one as it is, to measure it")
     add("--results", nargs="+", default=[], metavar="FILE",
-        help="earlier results to rank or fuse: TREC runs or records with ctxs")
-    add("--hits", type=int, default=200, help="documents per query")
+        help="earlier results to rank, fuse or measure: TREC runs or records with ctxs")
+    add("--hits", type=int, help="documents per query; not given: 200, or all of a saved run")
     add("--query_encoder", default="BAAI/bge-base-en",
         help="retriever (dense, rank) or, with --ranker, cross-encoder; the default is for English")
     add("--ranker", action="store_true", help="rank with a cross-encoder")
@@ -130,10 +131,27 @@ def add_output_flags(parser):
         help="negatives per query that collate_neg and collate_pos keep")
     add("--filter_answers", default=False, **SWITCH,
         help="collate_neg leaves out passages that hold an answer")
+    add_measure_flags(add)
     add("--measures", metavar="FILE", help="write the measures as JSON")
+    add("--measures_per_query", metavar="FILE",
+        help="write each query's measures: JSON lines if FILE ends in .jsonl, else lines of query, "
+        "measure and value with tabs between them")
     add("--html", metavar="FILE",
         help="write a page to look at: each question with its documents, which of them hold an "
         "answer and which are relevant")
+
+
+def add_measure_flags(add):
+    """Add the flags that change what a measure counts, by the function of a group."""
+    add("--relevance_level", type=int, default=1, metavar="N",
+        help="the least label that counts as relevant (trec_eval's -l); nDCG's gains stay the "
+        "labels, and a filter such as min_score=2 takes labels away instead")
+    add("--match", choices=["string", "regex"], default="string",
+        help="how an answer is looked for in a passage: as a text, or as a regular expression "
+        "(CuratedTREC; DPR's --match)")
+    add("--exclude_self", action="store_true",
+        help="leave the document that has the query's own id out of the query's ranking (ArguAna, "
+        "Quora)")
 
 
 def add_run_flags(parser):
@@ -153,6 +171,8 @@ def settle_defaults(args):
     if args.index is None and args.corpus:
         args.index = f"{args.corpus[0]}.{args.retrieval_method}-index"
 
+    if getattr(args, "hits", HITS) is None and args.retrieval_method != "run":
+        args.hits = HITS
     stated = {}  # the flags of the checkpoint's training
     if args.retrieval_method in ("dense", "rank"):
         stated = read_stated_flags(args.query_encoder)
@@ -189,7 +209,7 @@ def read_stated_flags(model):
 def check_args(args):
     """Rejects invalid combinations of flags before anything is read. Raises InputError."""
     check_search(args)
-    check_at_least(args, {"hits": 1, "max_neg_num": 1})
+    check_at_least(args, {"hits": 1, "max_neg_num": 1, "relevance_level": 1})
     if not all(map(math.isfinite, args.fusion_weights or [])):
         raise InputError("--fusion_weights must be finite numbers")
     if min(args.cutoffs) < 1:
@@ -203,7 +223,7 @@ def check_args(args):
     if args.output and args.output.endswith((".csv", ".tsv", ".txt")):
         raise InputError(f"--output {args.output}: contexts are written as JSON lines if the name "
                          "ends in .jsonl, else as JSON; choose such a name")
-    outputs = [args.output, args.trec, args.measures, args.html]
+    outputs = [args.output, args.trec, args.measures, args.measures_per_query, args.html]
     outputs += [collated_paths(args)[kind] for kind in list_collated(args)]
     check_paths(outputs, [args.eval_data, *args.queries, *args.results, *args.corpus, args.index,
                           args.query_encoder, args.key_encoder])
@@ -237,14 +257,16 @@ def check_metrics(args):
         if name not in METRICS and name not in COLLATED:
             raise InputError(f"--metrics {name}: unknown, choose of "
                              f"{', '.join([*METRICS, *COLLATED])}")
-    if args.measures and not list_measures(args):
-        raise InputError("--measures writes measures, and none is asked for: give --metrics, of "
-                         f"{', '.join(METRICS)}")
+    for flag in ("measures", "measures_per_query"):
+        if getattr(args, flag) and not list_measures(args):
+            raise InputError(f"--{flag} writes measures, and none is asked for: give --metrics, of "
+                             f"{', '.join(METRICS)}")
 
 
 def check_questions(args):
     """Raises InputError for questions without outputs, or outputs without questions."""
-    has_questions = bool(args.eval_data or args.queries)
+    has_questions = bool(args.eval_data or args.queries
+                         or args.retrieval_method == "run" and args.qrels)
     has_outputs = bool(args.output or args.trec or args.metrics or args.html)
     makes_index = args.retrieval_method in ("bm25", "dense")
     if args.eval_data and args.queries:
@@ -261,6 +283,13 @@ def check_corpus(args):
     """Raises InputError if the documents are needed and --corpus is missing."""
     if args.corpus:
         return
+    if args.retrieval_method == "run":
+        needs = [args.output, args.html, "nq" in args.metrics, list_collated(args), args.match ==
+                 "regex", args.exclude_self]
+        if not args.qrels or any(needs):
+            raise InputError("a run is measured by --qrels; --output, --html, --exclude_self, "
+                             "collated files and the metric nq need the passages: give --corpus")
+        return
     if args.retrieval_method != "rank" or args.results:
         raise InputError(f"--retrieval_method {args.retrieval_method} needs --corpus")
     if args.output or args.trec or args.html or args.qrels or "nq" in args.metrics:
@@ -273,10 +302,13 @@ def check_method(args):
     method = args.retrieval_method
     if args.ranker and method != "rank":
         raise InputError("--ranker scores given candidates: use --retrieval_method rank")
-    if args.results and method not in ("rank", "fuse"):
-        raise InputError("--results are for --retrieval_method rank (one) and fuse (two or more)")
+    if args.results and method not in ("rank", "fuse", "run"):
+        raise InputError("--results are for --retrieval_method rank or run (one) and fuse (two or "
+                         "more)")
     if method == "rank" and len(args.results) > 1:
         raise InputError("--retrieval_method rank orders one of --results; fuse merges two or more")
+    if method == "run" and len(args.results) != 1:
+        raise InputError("--retrieval_method run takes one of --results")
     if method == "fuse":
         has_other_weights = args.fusion_weights and len(args.fusion_weights) != len(args.results)
         if len(args.results) < 2 or has_other_weights:

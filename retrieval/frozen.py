@@ -20,7 +20,7 @@ from retrieval.corpus import open_corpus
 from retrieval.fingerprint import fingerprint
 from retrieval.measures import mark_answers
 from retrieval.results import Results, write_contexts
-from retrieve import SEARCHES
+from retrieve import search
 from utils import InputError, gather_lists, wait_for_all
 
 TASK = "qa"  # whose instructions the retriever gets, where it was trained with some
@@ -65,7 +65,7 @@ def retrieve_once(args, paths, world):
     start = time.time()
     questions = {name: make_questions(records[name], paths[name]) for name in missing}
     all_questions = list(chain.from_iterable(questions.values()))
-    results = SEARCHES[flags.retrieval_method](flags, corpus, all_questions, world)
+    results = search(flags, corpus, all_questions, world)
     if world.is_main:
         keep_results(folder, made_of, digests, questions, results, corpus)
     world.log(f"{folder}: {flags.hits} of {len(corpus):,} documents for each of the "

@@ -1,10 +1,23 @@
 """Measures of results: by labels of documents (as trec_eval), by answers in passages (as DPR)."""
-from metrics import has_answer, ranking_metrics, topk_accuracy, trec_order
+import json
+
+from files import new_file
+from metrics import (
+    compile_pattern,
+    has_answer,
+    ranking_metrics,
+    relevant_documents,
+    topk_accuracy,
+    trec_order,
+)
 from utils import InputError, progress_bar, shorten
 
+# ---------------------------------------------------------------- answers
 
-def mark_answers(questions, results, corpus):
-    """Per question, [does the passage hold an answer] by rank; None where there are no answers."""
+def mark_answers(questions, results, corpus, is_regex=False):
+    """Return, per question, [does the passage hold an answer] by rank; None where there are no
+    answers.
+    """
     marks = []
     for i, question in enumerate(progress_bar(questions, desc="looking for answers")):
         if not question.answers:
@@ -12,26 +25,60 @@ def mark_answers(questions, results, corpus):
             continue
         doc_indices, _ = results.row(i)
         texts = [corpus.passage(doc_index)["text"] for doc_index in doc_indices]
-        marks.append([has_answer(text, question.answers) for text in texts])
+        marks.append([has_answer(text, question.answers, is_regex) for text in texts])
     return marks
 
 
-def read_labels(questions, qrels, corpus, log):
-    """[{document index: label}], one per question, of the qrels, or of the records' pos_index.
+def note_patterns(answers, locations, log):
+    """Log how many answers are no regular expressions; such answers match nothing, as in DPR.
 
-    The latter, with the label 1, if qrels is None. Each labelled document that the corpus does not
-    have gets an index below -1, so that it counts as not found, as in trec_eval. Raises InputError
-    if the qrels are of other questions or of another corpus.
+    answers: a list per question; locations: FILE:LINE of each question.
+    """
+    malformed = [(pattern, location) for patterns, location in zip(answers, locations)
+                 for pattern in patterns if compile_pattern(pattern) is None]
+    if malformed:
+        pattern, location = malformed[0]
+        log(f"note: {len(malformed)} answers are malformed regular expressions and match nothing; "
+            f"the first is {shorten(pattern)} ({location})")
+
+
+# ---------------------------------------------------------------- labels
+
+def read_labels(questions, qrels, corpus, log):
+    """Return [{document index: label}], one per question, of the qrels, or of the records'
+    pos_index.
+
+    The latter, with the label 1, if qrels is None. Documents that the corpus lacks are those of
+    index_labels. Raises InputError if the qrels are of other questions or of another corpus.
     """
     if qrels is None:
         return [dict.fromkeys(question.record.get("pos_index") or [], 1) for question in questions]
     rows = [qrels.get(question.id, {}) for question in questions]
-    # each document once, in order
-    ids = list(dict.fromkeys(document_id for row in rows for document_id in row))
-    if questions and not ids:
+    if questions and not any(rows):
         raise InputError("the qrels label no document for any of the questions (theirs are such as "
                          f"{shorten(next(iter(qrels), None))}, the questions' ids such as "
                          f"{shorten(questions[0].id)}); give the qrels of these questions")
+    note_absent_queries(qrels, {question.id for question in questions}, log)
+    return index_labels(rows, corpus, log)
+
+
+def note_absent_queries(qrels, query_ids, log):
+    """Log how many queries the qrels judge that are not among those of query_ids."""
+    absent = [query_id for query_id in qrels if query_id not in query_ids]
+    if absent:
+        log(f"note: {len(absent)} of the {len(qrels)} queries that the qrels judge are not among "
+            f"the queries, {shorten(absent[0])} the first; the means are over the "
+            f"{len(qrels) - len(absent)} that are")
+
+
+def index_labels(rows, corpus, log):
+    """Return rows of {document index: label}, of rows of {document id: label}.
+
+    Each labelled document that the corpus lacks gets an index below -1, so that it counts as not
+    found, as in trec_eval; logs how many. Raises InputError if the corpus has none of them.
+    """
+    # each document once, in order
+    ids = list(dict.fromkeys(document_id for row in rows for document_id in row))
     doc_indices = dict(zip(ids, corpus.indices(ids)))
     absent = [document_id for document_id, doc_index in doc_indices.items() if doc_index < 0]
     if absent and len(absent) == len(ids):
@@ -45,39 +92,76 @@ def read_labels(questions, qrels, corpus, log):
     return [{doc_indices[document_id]: label for document_id, label in row.items()} for row in rows]
 
 
-def trec_ranking(results, i, corpus):
-    """The document indices of one question's results as trec_eval ranks the run: documents with
-    equal scores by falling id, and not in the order in which they were found.
+# ---------------------------------------------------------------- measuring
+
+def trec_ranking(doc_indices, scores, corpus):
+    """Return one query's document indices as trec_eval ranks a run of them: by falling score,
+    documents with equal scores by falling id.
+
+    All ranked lists are measured in this order, whatever order they were found in.
     """
-    doc_indices, scores = results.row(i)
-    if len(set(scores)) == len(scores):
-        return doc_indices
-    ids = corpus.ids(doc_indices) if corpus else doc_indices
+    ids = doc_indices
+    if len(set(scores)) < len(scores) and corpus:
+        ids = corpus.ids(doc_indices)
     return [doc_indices[position] for position in trec_order(ids, scores)]
 
 
-def measure(questions, results, labels, marks, corpus, names, cutoffs, log):
-    """{metric@k: mean over the questions that have a label (nq: an answer)}.
+def measure_queries(questions, results, labels, marks, corpus, names, cutoffs, level=1):
+    """Return [{metric@k: value}], one per question: {} for one without labels (nq: answers).
 
-    marks: what mark_answers returns; it may be None where names does not hold nq.
+    marks: what mark_answers returns; it may be None where names does not hold nq. level: see
+    metrics.ranking_metrics.
     """
     ranking_names = [name for name in names if name != "nq"]
     rows = []
     for i, question in enumerate(questions):
         row = {}
         if labels[i]:
-            row |= ranking_metrics(trec_ranking(results, i, corpus), labels[i], ranking_names,
-                                   cutoffs)
+            ranking = trec_ranking(*results.row(i), corpus)
+            row |= ranking_metrics(ranking, labels[i], ranking_names, cutoffs, level)
         if "nq" in names and question.answers:
             row |= topk_accuracy(marks[i], cutoffs)
         rows.append(row)
-    means = {}
+    return rows
+
+
+def average_measures(rows, names, cutoffs, log):
+    """Return ({metric@k: mean}, {metric: number of questions that the mean is over}) of
+    measure_queries's rows; logs where a mean leaves questions out.
+    """
+    means, counts = {}, {}
     for name in names:
         measured = [row for row in rows if f"{name}@{cutoffs[0]}" in row]
-        if len(measured) < len(questions):
+        counts[name] = len(measured)
+        if len(measured) < len(rows):
             needed = "answers" if name == "nq" else "labels"
-            log(f"note: {name} is the mean over the {len(measured)} of {len(questions)} questions "
+            log(f"note: {name} is the mean over the {len(measured)} of {len(rows)} questions "
                 f"that have {needed}")
         for k in cutoffs:
             means[f"{name}@{k}"] = sum(row[f"{name}@{k}"] for row in measured) / len(measured)
-    return means
+    return means, counts
+
+
+def note_unjudged(labels, level, log):
+    """Log how many labelled queries have no relevant document, and so count as 0."""
+    labelled = [row for row in labels if row]
+    without = sum(not relevant_documents(row, level) for row in labelled)
+    if without:
+        log(f"note: {without} of {len(labelled)} labelled queries have no document with a label of "
+            f"{level:g} or more (--relevance_level); they count as 0, as in trec_eval")
+
+
+def write_measures_per_query(path, questions, rows):
+    """Write each question's measures: a JSON object per line if the path ends in .jsonl, else lines
+    of query, measure and value with tabs between them, under a header.
+    """
+    is_json = str(path).removesuffix(".gz").endswith(".jsonl")
+    with new_file(path) as file:
+        if not is_json:
+            file.write("query\tmeasure\tvalue\n")
+        for question, row in zip(questions, rows):
+            if is_json:
+                file.write(json.dumps({"query": question.id} | row, ensure_ascii=False) + "\n")
+            else:
+                for name, value in row.items():
+                    file.write(f"{question.id}\t{name}\t{value:.9g}\n")

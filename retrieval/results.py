@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from files import decode_line, new_file, read_json, read_lines, to_number
+from metrics import relevant_documents
 from names import CONTEXTS, DOCUMENT_IDS, find_name, find_value
 from pages import SAMPLE, Inspected, choose_depth, write_inspection
 from questions import has_keys, list_field, make_question
@@ -40,12 +41,58 @@ def stack(rows):
 
 
 def from_dictionaries(rows, hits):
-    """Results of one {document index: score} per question; equal scores by index."""
+    """Return the Results of one {document index: score} per question; equal scores by index.
+
+    Scores are compared as float32, which Results hold and trec_eval compares.
+    """
     ranked_rows = []
     for i, scores in enumerate(rows):
-        ranking = sorted(scores, key=lambda doc_index: (-scores[doc_index], doc_index))[:hits]
-        ranked_rows.append((i, ranking, [scores[doc_index] for doc_index in ranking]))
+        doc_indices = np.fromiter(scores, np.int64, len(scores))
+        values = np.fromiter(scores.values(), np.float64, len(scores)).astype(np.float32)
+        order = np.lexsort((doc_indices, -values))[:hits]
+        ranked_rows.append((i, doc_indices[order], values[order]))
     return stack(ranked_rows)
+
+
+def round_score(score):
+    """Return a float32's value as the decimal of 9 significant digits, which still identifies it.
+
+    Files hold scores with these digits, so that a ranking read back is the same one.
+    """
+    return float(f"{score:.9g}")
+
+
+# ---------------------------------------------------------------- the query's own document
+
+def find_own(query_ids, corpus):
+    """Return the index of the document whose id is the query's, per query; -1 where there is none.
+
+    query_ids: texts, or None for a query without an id of its own.
+    """
+    found = corpus.indices([query_id or "" for query_id in query_ids])
+    return [-1 if query_id is None else doc_index
+            for query_id, doc_index in zip(query_ids, found)]
+
+
+def note_own(count, total, log):
+    """Log that --exclude_self leaves the own document out for `count` of `total` queries."""
+    if count:
+        log(f"--exclude_self: {count} of {total} queries have a document with their own id, which "
+            "is left out")
+    else:
+        log(f"warning: --exclude_self leaves nothing out: none of {total} queries has a document "
+            "with its own id")
+
+
+def drop_own(results, own, hits):
+    """Return Results without each query's own document (an index, or -1), of `hits` at most."""
+    rows = []
+    for i, own_index in enumerate(own):
+        doc_indices, scores = results.row(i)
+        kept = [(doc_index, score) for doc_index, score in zip(doc_indices, scores)
+                if doc_index != own_index][:hits]
+        rows.append((i, [doc_index for doc_index, _ in kept], [score for _, score in kept]))
+    return stack(rows)
 
 
 # ---------------------------------------------------------------- writing
@@ -76,7 +123,7 @@ def read_contexts(results, i, corpus, marks):
     """The ctxs of one question: [{id, title, text, score, has_answer if there are marks}]."""
     ctxs = []
     for doc_index, score in zip(*results.row(i)):
-        ctxs.append(corpus.passage(doc_index) | {"score": round(score, 6)})
+        ctxs.append(corpus.passage(doc_index) | {"score": round_score(score)})
     if marks is not None:
         for context, mark in zip(ctxs, marks):
             context["has_answer"] = mark
@@ -93,30 +140,64 @@ def write_run(path, questions, results, corpus, name):
             doc_indices, scores = results.row(i)
             ids = corpus.ids(doc_indices)
             for rank, (document_id, score) in enumerate(zip(ids, scores), 1):
-                file.write(f"{question.id} Q0 {document_id} {rank} {score:.6f} {name}\n")
+                file.write(f"{question.id} Q0 {document_id} {rank} {score:.9g} {name}\n")
 
 
-def write_page(path, title, remark, table, questions, results, corpus, labels, marks):
-    """Writes the page of retrieve.py --html; labels and marks are those that measure takes."""
+def write_page(path, title, remark, table, questions, results, corpus, labels, marks, level=1,
+               is_regex=False):
+    """Write the page of retrieve.py --html; labels, marks and level are measure_queries's."""
     def contexts(i):
         return read_contexts(results, i, corpus, marks[i])
     samples = [contexts(i) for i in range(min(SAMPLE, len(questions)))]
-    inspected = (inspect(question, contexts(i), results.row(i)[0], labels[i])
+    inspected = (inspect(question, contexts(i), results.row(i)[0], labels[i], level)
                  for i, question in enumerate(questions))
     write_inspection(path, title, remark, table, inspected, len(questions),
-                     depth=choose_depth(samples, len(questions)))
+                     depth=choose_depth(samples, len(questions)), is_regex=is_regex)
 
 
-def inspect(question, contexts, doc_indices, labels):
-    """The Inspected of a question: its contexts with the labels of their documents."""
+def inspect(question, contexts, doc_indices, labels, level):
+    """Return the Inspected of a question: its contexts with the labels of their documents."""
     for context, doc_index in zip(contexts, doc_indices):
         context.setdefault("has_answer", False)
         context["label"] = labels.get(doc_index)
+        context["is_relevant"] = labels.get(doc_index, 0) >= level
     return Inspected(question.id, question.text, question.answers, contexts,
-                     is_labelled=any(label >= 1 for label in labels.values()))
+                     is_labelled=bool(relevant_documents(labels, level)))
 
 
 # ---------------------------------------------------------------- reading back
+
+class IdTable:
+    """Stands in for a Corpus of which only ids are known: a document's index is the place of its id
+    among those that were asked for.
+    """
+    has_ids = True
+
+    def __init__(self):
+        self.known_ids = []
+        self.indices_by_id = {}
+
+    def __len__(self):
+        return len(self.known_ids)
+
+    def require_ids(self, purpose):
+        """Do nothing: ids are all there is."""
+
+    def refuse_blanks(self, path):
+        """Do nothing: a run's ids have no blanks."""
+
+    def indices(self, ids):
+        """Return the indices of documents by their ids, adding the new ones."""
+        for document_id in ids:
+            if document_id not in self.indices_by_id:
+                self.indices_by_id[document_id] = len(self.known_ids)
+                self.known_ids.append(document_id)
+        return [self.indices_by_id[document_id] for document_id in ids]
+
+    def ids(self, doc_indices):
+        """Return the ids of documents by their indices."""
+        return [self.known_ids[doc_index] for doc_index in doc_indices]
+
 
 class RunLine(NamedTuple):
     """One hit of an earlier result."""
@@ -126,8 +207,9 @@ class RunLine(NamedTuple):
     location: str
 
 
-def read_run(path, questions, corpus, log=print):
-    """Results of a TREC run, or of records with ctxs, whose order stands in for missing scores.
+def read_run(path, questions, corpus, log=print, hits=None):
+    """Return the Results of a TREC run, or of records with ctxs, whose order stands in for missing
+    scores; of each question the `hits` best, all if None.
 
     Raises InputError for a broken line, a document that the corpus does not have, or a result of
     other questions.
@@ -163,7 +245,7 @@ def read_run(path, questions, corpus, log=print):
     if repeated:
         log(f"note: {len(repeated)} lines of {path} name a document that their question already "
             f"has, {repeated[0].location} the first; a document's best score counts")
-    return from_dictionaries([scores[question.id] for question in questions], corpus.size)
+    return from_dictionaries([scores[question.id] for question in questions], hits)
 
 
 def run_lines(path):
@@ -204,7 +286,7 @@ def context_lines(path, texts):
     for index, (record, location) in enumerate(read_json(path)):
         question = make_question(record, location, index)
         expected = texts.get(question.id, question.text)
-        if question.text != expected:
+        if expected and question.text != expected:  # a saved run is measured without the texts
             raise InputError(f"{location}: question {shorten(question.id)} is "
                              f"{shorten(question.text)} here and {shorten(expected)} in the "
                              "questions; give theirs")

@@ -36,5 +36,6 @@ def make_results(*rows):
 def make_flags(**changes):
     """The flags of retrieve.py that the outputs depend on."""
     defaults = {"key_template": "{title} {text}", "max_neg_num": 9, "filter_answers": False,
-                "metrics": [], "qrels": [], "trec": None, "html": None, "results": []}
+                "metrics": [], "qrels": [], "trec": None, "html": None, "results": [],
+                "match": "string", "relevance_level": 1, "measures_per_query": None}
     return SimpleNamespace(**defaults | changes)

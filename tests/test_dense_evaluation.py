@@ -79,6 +79,9 @@ def test_average_rank_is_measured_with_the_tasks_instructions(tmp_path):
 class ListCorpus(list):
     text = list.__getitem__
 
+    def ids(self, doc_indices):
+        return [f"{doc_index:02d}" for doc_index in doc_indices]
+
 
 @pytest.mark.parametrize("metric", ["ip", "cos", "l2"])
 def test_search_equals_sorted_scores(metric, tmp_path, monkeypatch):
@@ -93,9 +96,9 @@ def test_search_equals_sorted_scores(metric, tmp_path, monkeypatch):
                     "l2": -torch.cdist(queries, keys).square()}[metric]
         rankings = search_corpus(model, dev, Ids(), ListCorpus(texts + texts), 6, ALONE)
         everything = search_corpus(model, dev, Ids(), ListCorpus(texts), 100, ALONE)
-    # every document is there twice: the first of them comes first
-    twice = torch.cat([expected, expected], 1)
-    order = twice.sort(dim=1, descending=True, stable=True).indices
+    # every document is there twice: the one with the higher id comes first, as in trec_eval
+    twice = torch.cat([expected, expected], 1).flip(1)
+    order = 11 - twice.sort(dim=1, descending=True, stable=True).indices
     assert rankings == order[:, :6].tolist()
     assert everything == expected.sort(dim=1, descending=True).indices.tolist()
 

@@ -295,7 +295,7 @@ def test_examples_from_merged_qrels(tmp_path):
     assert [graded[0].scores[graded[0].neg.index(key)] for key in keys] == labels
     with pytest.raises(InputError, match="has 1 labelled documents, --group_size wants 2"):
         graded_examples(corpus, queries, labelled, 2)
-    with pytest.raises(InputError, match="document 'zz'"):
+    with pytest.raises(InputError, match="none of the documents, such as 'zz', is in"):
         qrels_examples(corpus, queries, {"1": {"zz": 1}}, {})
-    with pytest.raises(InputError, match="query '9'"):
+    with pytest.raises(InputError, match="none of the queries, such as '9', is in"):
         qrels_examples(corpus, queries, {"9": {"a": 1}}, {})

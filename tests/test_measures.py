@@ -2,7 +2,12 @@
 import pytest
 
 from retrieval.corpus import Corpus
-from retrieval.measures import mark_answers, measure, read_labels
+from retrieval.measures import (
+    average_measures,
+    mark_answers,
+    measure_queries,
+    read_labels,
+)
 from retrieval_helpers import make_questions, make_results, write_corpus
 from utils import InputError
 
@@ -21,8 +26,10 @@ def test_labels_of_absent_documents_count_as_not_found(corpus):
     assert logged == ["note: 2 of 4 labelled documents are not in the corpus, 'gone' the first; "
                       "they count as not found"]
     results = make_results([1, 3, 4], [5, 2, -1])
-    given = measure(questions, results, labels, None, corpus, ["recall", "ndcg", "map"], [3],
-                    print)
+    names = ["recall", "ndcg", "map"]
+    rows = measure_queries(questions, results, labels, None, corpus, names, [3])
+    given, counts = average_measures(rows, names, [3], print)
+    assert counts == dict.fromkeys(names, 2)
     run = {}
     for i in range(2):
         run[str(i)] = {f"d{doc_index}": -rank for rank, doc_index in enumerate(results.row(i)[0])}
@@ -48,8 +55,8 @@ def test_means_are_over_the_questions_that_have_labels_or_answers(corpus):
     labels, marks = read_labels(questions, None, corpus,
                                 print), mark_answers(questions, results, corpus)
     assert labels == [{}, {2: 1}, {}] and marks == [[False, True], None, [False, False]]
-    values = measure(questions, results, labels, marks, corpus, ["nq", "mrr"], [1, 2],
-                     logged.append)
+    rows = measure_queries(questions, results, labels, marks, corpus, ["nq", "mrr"], [1, 2])
+    values, _ = average_measures(rows, ["nq", "mrr"], [1, 2], logged.append)
     assert values == {"nq@1": 0, "nq@2": 0.5, "mrr@1": 1, "mrr@2": 1}
     assert logged == ["note: nq is the mean over the 2 of 3 questions that have answers",
                       "note: mrr is the mean over the 1 of 3 questions that have labels"]

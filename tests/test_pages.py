@@ -141,7 +141,7 @@ def test_what_is_deep_in_long_lists_is_left_out(tmp_path):
     assert 20 <= choose_depth([[{"text": "x" * 600}] * 100], 3610) < 40
     assert choose_depth([[{"text": "x" * 10 ** 9}]], 10 ** 6) == pages.LEAST_DEPTH
     contexts = [{"id": i, "title": "", "text": "t", "has_answer": i in (6, 8), "reader": i == 7,
-                 "label": i == 9} for i in range(20)]
+                 "label": int(i == 9), "is_relevant": i == 9} for i in range(20)]
     question = Inspected(0, "q", ["t"], contexts, is_labelled=True)
     write_inspection(tmp_path / "p.html", "t", "", [["a"]], [question], 1, depth=2)
     about, _, numbers = take_apart(tmp_path / "p.html")

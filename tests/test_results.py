@@ -63,7 +63,7 @@ def test_a_run_without_scores_keeps_its_order(corpus, tmp_path):
 def test_a_trec_run_is_read_back(corpus, tmp_path):
     path, questions = tmp_path / "run", make_questions({}, {})
     write_run(path, questions, make_results([3, 1], [2, -1]), corpus, "name")
-    assert path.read_text().splitlines()[0] == "0 Q0 d3 1 0.000000 name"
+    assert path.read_text().splitlines()[0] == "0 Q0 d3 1 0 name"
     results = read_run(path, questions, corpus)
     assert [results.row(i)[0] for i in range(2)] == [[3, 1], [2]]
     for text, message in (("0 Q0 d9 1 1.0 x\n", "run:1: document 'd9' is not in the corpus"),
