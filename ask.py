@@ -34,7 +34,6 @@ from pages import END, begin_page, check_page, clean, cut_excerpt, plain, split_
 from predict import add_answer_flags, describe_best, predict, settle_beams, settle_lengths
 from questions import make_question
 from readers import add_prompt_flags, describe_reader, open_reader, open_reader_tokenizer
-from retrieval import bm25
 from retrieval.corpus import open_corpus
 from retrieval.flags import (
     add_corpus_flags,
@@ -46,7 +45,7 @@ from retrieval.flags import (
 from retrieval.results import read_contexts
 from retrieve import (
     encode_questions,
-    make_bm25_index,
+    open_bm25,
     open_dense,
     search_query_vectors,
     search_words,
@@ -189,9 +188,7 @@ def open_search(args, corpus, world):
     """What a search needs: (BM25 index, words) or a DenseIndex; made if it is not there."""
     if args.retrieval_method == "dense":
         return open_dense(args, corpus, [args.task], world)
-    words = bm25.open_words(args.stopwords, args.stemmer)
-    make_bm25_index(args, corpus, words, world)
-    return bm25.load_index(args.index, len(corpus)), words
+    return open_bm25(args, corpus, world)
 
 
 # ---------------------------------------------------------------- answering

@@ -77,6 +77,7 @@ from retrieval.results import (
     write_run,
 )
 from retrieval.vectors import encode_corpus
+from retrieval.words import choose_rule
 from utils import (
     LONG_PATIENCE,
     InputError,
@@ -185,12 +186,20 @@ def limit_hits(args, corpus, questions, log):
 
 def search_bm25(args, corpus, questions, world):
     """BM25 by bm25s; each process scores a strided share of the questions."""
-    words = bm25.open_words(args.stopwords, args.stemmer)
-    make_bm25_index(args, corpus, words, world)
+    index, words = open_bm25(args, corpus, world)
     if not questions:
         return None
-    index = bm25.load_index(args.index, len(corpus))
     return search_words(args, index, words, questions, world)
+
+
+def open_bm25(args, corpus, world):
+    """Return (the BM25 index in --index, made if it is not there, and its bm25.Words)."""
+    rule, share = args.bm25_words, None
+    if rule == "auto":
+        rule, share = choose_rule(corpus)
+    words = bm25.open_words(args.stopwords, args.stemmer, rule)
+    make_bm25_index(args, corpus, words, share, world)
+    return bm25.load_index(args.index, len(corpus)), words
 
 
 def search_words(args, index, words, questions, world):
@@ -205,10 +214,13 @@ def search_words(args, index, words, questions, world):
     return stack(gather_lists(rows, world))
 
 
-def make_bm25_index(args, corpus, words, world):
-    """Makes the index in --index unless it is there. Raises InputError if another one is."""
+def make_bm25_index(args, corpus, words, share, world):
+    """Make the index in --index unless it is there. Raises InputError if another one is.
+
+    share: what choose_rule found, or None if --bm25_words names the rule.
+    """
     settings = {"model": "bm25", "k1": args.k1, "b": args.b, "stopwords": args.stopwords,
-                "stemmer": args.stemmer, "template": corpus.template}
+                "stemmer": args.stemmer, "template": corpus.template, "words": words.rule}
     expected = fingerprint(corpus, None, settings, world)
     if args.overwrite_index and world.is_main:
         remove_other_index(args.index, expected)
@@ -219,9 +231,20 @@ def make_bm25_index(args, corpus, words, world):
                 if args.stopwords.startswith("en"):
                     world.log("BM25: English stop words are left out (--stopwords names another "
                               "language, or none)")
+                log_words(words, share, world.log)
                 bm25.build_index(args.index, corpus, words, args.k1, args.b)
                 write_json(os.path.join(args.index, "index.json"), expected)
     await_index(args.index, expected, world)
+
+
+def log_words(words, share, log):
+    """Log the rule that words are cut by, and why."""
+    kinds = {"bm25s": "two letters or digits or more, as bm25s has them",
+             "unicode": "by Unicode's letters and marks, and pairs of letters in scripts without "
+                        "blanks"}
+    reason = "" if share is None else (f"; {100 * share:.2g} % of the documents' characters need "
+                                       "the rule unicode")
+    log(f"BM25: words are {kinds[words.rule]} (--bm25_words {words.rule}{reason})")
 
 
 # ---------------------------------------------------------------- dense retrieval

@@ -1,32 +1,51 @@
 """BM25 by bm25s: the index of a corpus, built, kept as a folder, opened and searched."""
 import sys
+import unicodedata
 from array import array
+from typing import NamedTuple
 
 import bm25s
 import numpy as np
 
 from files import save_folder
+from retrieval.words import split_words
 from utils import InputError, progress_bar, refusing
 
 
-def open_words(stopwords, stemmer):
-    """{stopwords, stemmer} for bm25s's tokenizers, by their languages. Raises InputError.
+class Words(NamedTuple):
+    """How texts are cut into words, the same for documents and queries."""
+    rule: str        # of split_words
+    stopwords: frozenset
+    stemmer: object  # PyStemmer's, or None
+    is_turkish: bool  # "I" and "İ" have Turkish lower cases
 
-    stopwords may be 'none', the stemmer None.
+    def split(self, text):
+        """Return the words of a text, stop words included."""
+        if self.is_turkish:
+            text = text.replace("I", "ı").replace("İ", "i")
+        return split_words(text.lower(), self.rule, self.stopwords)
+
+
+def open_words(stopwords, stemmer, rule):
+    """Return the Words of --stopwords ('none', or a language of bm25s's), --stemmer (None, or a
+    language of PyStemmer's) and a rule of split_words. Raises InputError.
     """
-    stopwords = None if stopwords == "none" else stopwords
+    is_turkish = stopwords in ("turkish", "tr") or stemmer in ("turkish", "tr")
     try:
-        bm25s.tokenize([""], stopwords=stopwords, show_progress=False)
+        # bm25s has the lists of its languages here, under their names and codes
+        listed = bm25s.tokenization.Tokenizer(
+            stopwords=None if stopwords == "none" else stopwords).stopwords
     except ValueError as error:
         raise InputError(f"--stopwords {error}; or say none") from None
+    stopwords = frozenset(unicodedata.normalize("NFC", word) for word in listed)
     if not stemmer:
-        return {"stopwords": stopwords, "stemmer": None}
+        return Words(rule, stopwords, None, is_turkish)
     try:
         import Stemmer
     except ImportError:
         raise InputError("--stemmer needs the package PyStemmer: pip install PyStemmer") from None
     try:
-        return {"stopwords": stopwords, "stemmer": Stemmer.Stemmer(stemmer)}
+        return Words(rule, stopwords, Stemmer.Stemmer(stemmer), is_turkish)
     except KeyError:
         languages = ", ".join(Stemmer.algorithms())
         raise InputError(f"--stemmer {stemmer}: choose of {languages}") from None
@@ -59,7 +78,9 @@ def build_index(folder, corpus, words, k1, b):
 
     Raises InputError if no document has a word, or the index cannot be written whole.
     """
-    tokens = TokenLists(bm25s.tokenization.Tokenizer(**words), corpus)
+    tokenizer = bm25s.tokenization.Tokenizer(lower=False, splitter=words.split,
+                                             stopwords=words.stopwords, stemmer=words.stemmer)
+    tokens = TokenLists(tokenizer, corpus)
     if not tokens.flat:
         raise InputError(f"{corpus.parts[0].path}: no document has a word besides stop words; use "
                          "--stopwords none, or another --key_template")
@@ -101,8 +122,12 @@ def check_index(index, count):
 
 
 def tokenize_texts(texts, words):
-    """The words of each text (lists of strings)."""
-    return bm25s.tokenize(texts, return_ids=False, show_progress=False, **words)
+    """Return the words of each text (lists of strings) that an index is searched for."""
+    rows = []
+    for text in texts:
+        row = [word for word in words.split(text) if word not in words.stopwords]
+        rows.append(words.stemmer.stemWords(row) if words.stemmer else row)
+    return rows
 
 
 def search_index(index, query_words, k):

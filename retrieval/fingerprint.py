@@ -9,6 +9,8 @@ WINDOW = 65536        # bytes
 CORPUS_WINDOWS = 256  # windows of a corpus's file that are hashed: it may have many gigabytes
 WEIGHT_ENDINGS = (".safetensors", ".bin", "config.json")
 INDEX_ENDINGS = (".npy", ".faiss", ".json")  # of an index's own files, bm25s's too
+# what indices were made with before index.json stated it
+FORMER_SETTINGS = {"words": "bm25s"}
 TOKENIZER_BEGINNINGS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens")
 
 
@@ -76,6 +78,7 @@ def check_fingerprint(folder, expected):
                          "not touched: give another --index folder")
     if not given:
         return False
+    given = FORMER_SETTINGS | given
     changed = [name for name in expected if given.get(name) != expected[name]]
     if "documents" in changed:
         count = shorten(given.get("documents"))
@@ -100,6 +103,8 @@ def remove_other_index(folder, expected):
     """
     path = os.path.join(folder, "index.json")
     given = read_settings(path)
+    if given:
+        given = FORMER_SETTINGS | given
     if "documents" not in given or all(given.get(name) == expected[name] for name in expected):
         return
     with lock(folder):

@@ -8,6 +8,7 @@ from metrics import METRICS
 from pages import check_page
 from retrieval.corpus import check_templates
 from retrieval.mining import COLLATED, collated_paths
+from retrieval.words import RULES
 from utils import (
     SWITCH,
     InputError,
@@ -111,6 +112,11 @@ def add_search_flags(add):
     add("--efSearch", type=int, help="breadth of an HNSW search")
     add("--k1", type=float, default=0.9, help="BM25's k1")
     add("--b", type=float, default=0.4, help="BM25's b")
+    add("--bm25_words", choices=RULES, default="auto",
+        help="bm25s: its words, of two letters or digits or more; unicode: with their letters' "
+             "marks, and pairs of letters in scripts without blanks (Chinese, Japanese, Korean, "
+             "Thai ...); auto: unicode where the corpus has such letters, else bm25s; a line says "
+             "which when the index is made")
     add("--stopwords", default="en",
         help="whose common words BM25 leaves out: en (English), another language of bm25s (de, fr, "
              "es ...), or none")

@@ -47,6 +47,8 @@ def retrieve_once(args, paths, world):
     flags.hits = min(flags.hits, len(corpus))
     model = None if args.retriever == "bm25" else args.retriever
     settings = {name: getattr(flags, name) for name in SETTINGS}
+    if model is None:
+        settings["bm25_words"] = flags.bm25_words
     made_of = fingerprint(corpus, model, settings | {"has_ids": corpus.has_ids}, world)
 
     # the main process decides what is missing

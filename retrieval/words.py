@@ -1,0 +1,75 @@
+"""The words of BM25: those of bm25s, or by Unicode's classes in scripts that bm25s cuts wrongly."""
+import re
+import unicodedata
+
+import regex
+
+RULES = ("auto", "bm25s", "unicode")
+SAMPLE = 10_000     # documents that `auto` looks at, evenly spaced
+THRESHOLD = 0.001   # the share of their characters from which `auto` chooses `unicode`
+
+# bm25s's words: two letters, digits or underscores at least; marks are none of these
+PLAIN_WORD = re.compile(r"(?u)\b\w\w+\b")
+# scripts that are written without blanks between words (lb=SA: Thai, Lao, Khmer, Burmese and their
+# like), and Hangul, whose words carry their particles
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}\p{lb=SA}\u30fc"
+WORD = regex.compile(rf"(?P<run>[{UNSPACED}][{UNSPACED}\p{{M}}]*)"
+                     rf"|[[\p{{L}}\p{{N}}_]--[{UNSPACED}]][[\p{{L}}\p{{N}}\p{{M}}_]--[{UNSPACED}]]+",
+                     regex.VERSION1)
+GRAPHEME = regex.compile(r"\X")
+# characters that a word may be written with or without: vowel points of Hebrew and Arabic, the
+# letter stretcher, soft hyphens, joiners; and the dot that lower() leaves behind in "İ"
+OPTIONAL = ("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0640\u064b-\u0652\u0670"
+            "\u00ad\u200c\u200d\u2060\ufeff]|(?<=i)\u0307")
+OPTIONAL_SIGN = re.compile(OPTIONAL)
+WIDE = re.compile("[\uff01-\uffee]+")  # letters in full or half width
+# what the two rules treat differently, in a text in form NFC
+SPECIAL = regex.compile(rf"[{UNSPACED}\p{{M}}\u0130\uff01-\uffee]|{OPTIONAL}")
+
+
+def split_words(text, rule, stopwords=()):
+    """Return the words of a text in lower case, by a rule.
+
+    bm25s     two letters, digits or underscores or more, as bm25s has them
+    unicode   the same with the marks of their letters; in scripts without blanks, each two letters
+              that stand side by side, or a letter that stands alone. A run of such a script that is
+              one of the stop words has no words.
+
+    The text is brought to Unicode's form NFC first. Texts in ASCII, or in Latin, Greek and Cyrillic
+    letters that have no marks of their own in NFC, have the same words by both.
+    """
+    if text.isascii():
+        return PLAIN_WORD.findall(text)
+    text = unicodedata.normalize("NFC", text)
+    if rule == "bm25s":
+        return PLAIN_WORD.findall(text)
+    text = WIDE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    words = []
+    for match in WORD.finditer(OPTIONAL_SIGN.sub("", text)):
+        if not match["run"]:
+            words.append(match[0])
+        elif match[0] not in stopwords:
+            words += pair_letters(match[0])
+    return words
+
+
+def pair_letters(run):
+    """Return each two letters, with their marks, that stand side by side in a run of letters."""
+    letters = GRAPHEME.findall(run)
+    if len(letters) == 1:
+        return letters
+    return [first + second for first, second in zip(letters, letters[1:])]
+
+
+def choose_rule(corpus):
+    """Return (rule, share): `unicode` if at least THRESHOLD of a sample's characters are such that
+    bm25s would cut words wrongly, else `bm25s`.
+    """
+    count, num_special, total = min(SAMPLE, len(corpus)), 0, 0
+    for i in range(count):
+        text = corpus.text(i * len(corpus) // count)
+        total += len(text)
+        if not text.isascii():
+            num_special += len(SPECIAL.findall(unicodedata.normalize("NFC", text)))
+    share = num_special / max(total, 1)
+    return "unicode" if share >= THRESHOLD else "bm25s", share
