@@ -105,7 +105,8 @@ def open_questions(args, qrels):
     if args.queries:
         return list(read_unique_questions(args.queries, args.task).values())
     if args.retrieval_method == "run" and qrels:
-        return [Question({"id": query_id}, query_id, "", "", [], f"query {query_id}") for query_id in qrels]
+        return [Question({"id": query_id}, query_id, "", "", [], f"query {query_id}")
+                for query_id in qrels]
     return []
 
 

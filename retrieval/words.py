@@ -25,6 +25,7 @@ OPTIONAL_SIGN = re.compile(OPTIONAL)
 WIDE = re.compile("[\uff01-\uffee]+")  # letters in full or half width
 # what the two rules treat differently, in a text in form NFC
 SPECIAL = regex.compile(rf"[{UNSPACED}\p{{M}}\u0130\uff01-\uffee]|{OPTIONAL}")
+ASCII = re.compile(r"[\x00-\x7f]+")
 
 
 def split_words(text, rule, stopwords=()):
@@ -70,6 +71,7 @@ def choose_rule(corpus):
         text = corpus.text(i * len(corpus) // count)
         total += len(text)
         if not text.isascii():
-            num_special += len(SPECIAL.findall(unicodedata.normalize("NFC", text)))
+            letters = ASCII.sub("", unicodedata.normalize("NFC", text))
+            num_special += len(SPECIAL.findall(letters))
     share = num_special / max(total, 1)
     return "unicode" if share >= THRESHOLD else "bm25s", share
