@@ -104,6 +104,8 @@ def read_header(cells, location):
     except ValueError:
         pass
     is_known = any(find_name(cells, names) for names in (PAIR_QUERIES, PAIR_DOCUMENTS, SCORES))
+    if not is_known and len(cells) == 3 and not any(map(str.isdigit, "".join(cells))):
+        return [0, 1, 2]  # a header in names of its own
     if not is_known or len(cells) < 3:
         return None
     return [cells.index(name) for name in find_columns(cells, location)]

@@ -323,7 +323,8 @@ def test_cutoffs_above_the_hits_are_left_out(corpus, tmp_path):
                     "--cutoffs", 1, 2, 5)
     assert "note: --hits 2 leaves out the --cutoffs above it" in stdout
     assert "note: recall is the mean over the 1 of 2 questions that have labels" in stdout
-    assert set(json.load(open(tmp_path / "m.json"))) == {"method", "queries", "recall@1",
+    assert set(json.load(open(tmp_path / "m.json"))) == {"method", "queries", "measured_queries",
+                                                         "relevance_level", "recall@1",
                                                          "recall@2"}
     # all eight documents are ranked
     stdout, _ = run("retrieve.py", *common, "--hits", 9, "--cutoffs", 100)
