@@ -111,7 +111,8 @@ def test_filters_by_teacher_scores():
                                               "'teacher_scores' must be a list"),
                                              ({"query": "q", "history": "a"},
                                               "'history' must be a list"),
-                                             ({"query": "q", "pos": {"a": 1}}, "'pos' must be a list"),
+                                             ({"query": "q", "pos": {"a": 1}},
+                                              "'pos' must be a list"),
                                              ({"pos": ["a"]}, "no 'question'"),
                                              ({"query": "q", "pos": [3]},
                                               "must be a text or an object"),])
