@@ -75,6 +75,12 @@ def find_value(record, names):
     return None if name is None else given[name]
 
 
+def spell_id(identifier):
+    """Return an id as a text; pandas turns whole numbers into floats, 3.0 for 3."""
+    is_whole = isinstance(identifier, float) and identifier.is_integer()
+    return str(int(identifier) if is_whole else identifier)
+
+
 def list_unknown(fields, *lists):
     """Return the fields that none of the lists of names matches, in their order."""
     known = {fold(name) for names in lists for name in names}

@@ -42,6 +42,7 @@ from names import (
     find_value,
     fold,
     list_unknown,
+    spell_id,
 )
 from utils import InputError, shorten
 
@@ -465,7 +466,7 @@ def make_question(record, location, index, task=""):
     if identifier is None:
         identifier = index
     answers, _ = gold_answers(record, location)
-    return Question(record, str(identifier), text, record.get("task") or task, answers, location)
+    return Question(record, spell_id(identifier), text, record.get("task") or task, answers, location)
 
 
 def read_questions(path, task=""):

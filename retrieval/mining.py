@@ -18,6 +18,7 @@ from names import (
     find_name,
     find_value,
     fold,
+    spell_id,
 )
 from questions import LIST_FIELDS, check_types, find_keys, has_keys, labelled_keys
 from retrieval.corpus import format_key
@@ -250,22 +251,24 @@ def keep_negatives(question, hits, corpus, labels, template, filter_answers):
     with filter_answers, only those that hold no answer.
 
     A positive is known by its text, its index in `pos_index`, its label or its id, by any of the
-    names of either. A text holds an answer, as in LLM-Embedder, if the answer is a substring of it,
+    names of either; so is a copy of it in the corpus. A text holds an answer, as in LLM-Embedder, if the answer is a substring of it,
     both in lower case.
     """
     positives = list_positives(question.record)
     own_texts = {normalise(question.text)}
     for key, text in zip(positives, key_texts(question, positives, template)):
         own_texts.update(map(normalise, (text, plain_text(key))))
-    own_texts.discard("")
     positive_indices = {doc_index for doc_index, label in labels.items() if label > 0}
     positive_indices.update(question.record.get("pos_index") or [])
     if corpus:
         ids = [find_value(key, DOCUMENT_IDS) for key in positives if isinstance(key, dict)]
         named = find_value(question.record, POSITIVE_IDS)
         ids += named if isinstance(named, list) else []
-        ids = [str(document_id) for document_id in ids if document_id is not None]
+        ids = [spell_id(document_id) for document_id in ids if document_id is not None]
         positive_indices.update(corpus.indices(ids))
+        own_texts.update(normalise(corpus.text(doc_index)) for doc_index in positive_indices
+                         if doc_index >= 0)
+    own_texts.discard("")
     answers = [answer.lower() for answer in question.answers] if filter_answers else []
     kept = []
     for doc_index, text in hits:

@@ -10,7 +10,9 @@ import pytest
 import train_dense
 from conftest import make_bert
 from dense.flags import parse_args as parse_dense
+from questions import make_question
 from retrieval.corpus import Corpus
+from retrieval.mining import keep_negatives
 from retrieval.results import scale_scores
 from utils import InputError
 
@@ -92,3 +94,20 @@ def test_a_lone_hit_is_not_as_if_it_was_not_found():
     """neural-search 299: where a run has one hit, or equal scores, there is nothing to scale by."""
     assert scale_scores([12.0]) == [1.0] and scale_scores([2.0, 2.0]) == [1.0, 1.0]
     assert scale_scores([3.0, 2.0, 1.0]) == [1.0, 0.5, 0.0] and scale_scores([]) == []
+
+
+@pytest.mark.parametrize("record, labels", [
+    ({"pos_index": [0]}, {}), ({}, {0: 1}),
+    ({"positive_ctxs": [{"text": "another form", "passage_id": 3.0}]}, {})])
+def test_copies_of_positives_are_not_mined(record, labels, tmp_path):
+    """FlagEmbedding 464, sentence-transformers 1346: nor are positives whose ids pandas (57232) has
+    made floats.
+    """
+    texts = {"3": "the river in London", "4": "The river in  London", "5": "a river"}
+    corpus = Corpus(write_lines(tmp_path / "c.jsonl", [
+        {"id": name, "title": "", "text": text} for name, text in texts.items()]), "{title} {text}")
+    question = make_question({"question": "river", **record}, "f:1", 0)
+    hits = [(doc_index, corpus.text(doc_index)) for doc_index in range(3)]
+    kept = keep_negatives(question, hits, corpus, labels, "{text}", False)
+    assert kept == [(2, "a river")]
+    assert make_question({"question": "river", "id": 7.0}, "f:1", 0).id == "7"
