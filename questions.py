@@ -466,7 +466,8 @@ def make_question(record, location, index, task=""):
     if identifier is None:
         identifier = index
     answers, _ = gold_answers(record, location)
-    return Question(record, spell_id(identifier), text, record.get("task") or task, answers, location)
+    return Question(record, spell_id(identifier), text, record.get("task") or task, answers,
+                    location)
 
 
 def read_questions(path, task=""):

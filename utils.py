@@ -14,9 +14,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from difflib import get_close_matches
 
+import regex
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+# a word, with the blank before it. Scripts without blanks between words: a letter of Chinese or
+# Japanese, and five of Thai, Lao, Khmer and Burmese (lb=SA), with the punctuation behind them
+BY_LETTER = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\u30fc"
+CUT_WORD = regex.compile(rf" ?(?:[{BY_LETTER}]\p{{M}}*[\p{{P}}\p{{S}}]*"
+                         rf"|(?:\p{{lb=SA}}\p{{M}}*){{1,5}}[\p{{P}}\p{{S}}]*"
+                         rf"|[^ {BY_LETTER}\p{{lb=SA}}]+)")
 
 LINE_SECONDS = 60  # between the lines that take a progress bar's place
 
@@ -34,6 +42,23 @@ def shorten(value):
     """A value of the input as a message quotes it: its repr, in one line and not too long."""
     text = " ".join(SHORT.repr(value).split())  # a tensor's has lines
     return text if len(text) <= QUOTED else text[:QUOTED - 4] + " ..."
+
+
+def cut_words(text, is_joined=False):
+    """Return the words of a text, each with the blank before it; the first has one unless the text
+    is_joined to what stands before it.
+
+    Words are what blanks separate or, in scripts without blanks between words, a few letters.
+    """
+    words = CUT_WORD.findall(" ".join(text.split()))
+    if words and not is_joined:
+        words[0] = " " + words[0]
+    return words
+
+
+def join_words(words):
+    """Return the text of words that cut_words has cut."""
+    return "".join(words).strip()
 
 
 def first_line(error):

@@ -251,8 +251,8 @@ def keep_negatives(question, hits, corpus, labels, template, filter_answers):
     with filter_answers, only those that hold no answer.
 
     A positive is known by its text, its index in `pos_index`, its label or its id, by any of the
-    names of either; so is a copy of it in the corpus. A text holds an answer, as in LLM-Embedder, if the answer is a substring of it,
-    both in lower case.
+    names of either; so is a copy of it in the corpus. A text holds an answer, as in LLM-Embedder,
+    if the answer is a substring of it, both in lower case.
     """
     positives = list_positives(question.record)
     own_texts = {normalise(question.text)}

@@ -7,7 +7,8 @@
 
 Reads .txt, .md, .html and, with the package pypdf, .pdf, in the folder and those below it; what
 begins with a dot is left out. A passage, {"id": "sub/file.txt#3", "title", "text"}, ends where a
-sentence does and has at most --words words, which are what blanks separate. The title is that
+sentence does and has at most --words words: what blanks separate, each letter of Chinese and
+Japanese, and five letters of Thai and other scripts without blanks between words. The title is that
 of markdown's front matter, or the file's first heading (of HTML <title> or <h1>), or its name; all
 headings stay in the text, with the sentence that follows them, and so do markdown's other marks.
 """
@@ -22,7 +23,7 @@ from html.parser import HTMLParser
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from files import is_stream, new_file
-from utils import InputError, Parser, check_at_least, run_script
+from utils import InputError, Parser, check_at_least, cut_words, join_words, run_script
 
 # where sentences end: behind . ! ? and closing quotes unless a small letter follows ("e.g. this"),
 # behind the full stops of Chinese and Japanese, at blank lines, and before an item of a list
@@ -185,28 +186,31 @@ def cut_passages(sections, max_words):
     passages, words = [], []
     for sentence in list_sentences(sections):
         if words and len(words) + len(sentence) > max_words:
-            passages.append(" ".join(words))
+            passages.append(join_words(words))
             words = []
         words += sentence
         last_start = (len(words) - 1) // max_words * max_words
         for start in range(0, last_start, max_words):  # a sentence that is longer than a passage
-            passages.append(" ".join(words[start:start + max_words]))
+            passages.append(join_words(words[start:start + max_words]))
         words = words[last_start:]
     if words:
-        passages.append(" ".join(words))
+        passages.append(join_words(words))
     return passages
 
 
 def list_sentences(sections):
-    """The sentences of a document's sections, each a list of words.
+    """Return the sentences of a document's sections, each a list of words as cut_words cuts them.
 
     A heading is the beginning of the sentence that follows it.
     """
     sentences, heading_words = [], []
     for heading, text in sections:
-        heading_words += heading.split()
+        heading_words += cut_words(heading)
+        before = " "  # the character before a sentence, where none is left out
         for sentence in SENTENCE_END.split(text):
-            words = sentence.split()
+            is_joined = before in "。！？" and not sentence[:1].isspace()
+            before = sentence[-1:] or " "
+            words = cut_words(sentence, is_joined and not heading_words)
             if words:
                 sentences.append(heading_words + words)
                 heading_words = []

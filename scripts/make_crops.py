@@ -23,6 +23,8 @@ from utils import (
     Parser,
     check_at_least,
     check_seed,
+    cut_words,
+    join_words,
     progress_bar,
     run_script,
 )
@@ -61,12 +63,12 @@ def main(args):
     with new_file(args.output) as file:
         for doc_index in progress_bar(range(len(corpus)), desc="cropping"):
             text = corpus.text(doc_index)
-            words = text.split()
+            words = cut_words(text)
             if not words:
                 continue
             for _ in range(args.crops):
                 crop = draw_crop(rng, words, args.min_words, args.max_words)
-                record = {"query": " ".join(crop), "pos": [text], "pos_index": [doc_index]}
+                record = {"query": join_words(crop), "pos": [text], "pos_index": [doc_index]}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 count += 1
     if not count:

@@ -23,7 +23,7 @@ def make(folder, words=100, output=None):
 
 
 def sentences(text):
-    return [" ".join(words) for words in list_sentences([("", text)])]
+    return ["".join(words).strip() for words in list_sentences([("", text)])]
 
 
 # ---------------------------------------------------------------- sentences and passages
@@ -104,7 +104,7 @@ def test_html(tmp_path):
     (tmp_path / "a.html").write_text(page)
     title, sections = read_html(tmp_path / "a.html")
     assert title.split() == ["The", "&", "harbour"]
-    assert [" ".join(words) for words in list_sentences(sections)] == [
+    assert ["".join(words).strip() for words in list_sentences(sections)] == [
         "Home", "Opening hours It opens at seven.", "Daily from Monday", "Open paragraph", "one",
         "two", "<end>"]
     (tmp_path / "a.html").write_text("<p>Before</p><h2>Second</h2><h1> First </h1>")

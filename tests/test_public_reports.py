@@ -14,7 +14,8 @@ from questions import make_question
 from retrieval.corpus import Corpus
 from retrieval.mining import keep_negatives
 from retrieval.results import scale_scores
-from utils import InputError
+from scripts import make_corpus
+from utils import InputError, cut_words, join_words
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +112,23 @@ def test_copies_of_positives_are_not_mined(record, labels, tmp_path):
     kept = keep_negatives(question, hits, corpus, labels, "{text}", False)
     assert kept == [(2, "a river")]
     assert make_question({"question": "river", "id": 7.0}, "f:1", 0).id == "7"
+
+
+def test_words_of_scripts_without_blanks():
+    """llama_index 19761, langchain PR 19295: such a document is not one word."""
+    for text in ("Who wrote “it”, e.g. in 1999?", "한국어 문장", "  a\u3000b\nc ", ""):
+        assert cut_words(text) == [f" {word}" for word in text.split()]
+    for text, count in (("巴黎是法国的首都，位于塞纳河畔。", 14), ("東京は iPhone 17の国", 7),
+                        ("กรุงเทพมหานครเป็นเมือง", 4), ("หนึ่ง สอง", 2)):
+        assert len(cut_words(text)) == count, cut_words(text)
+        assert join_words(cut_words(text)) == text
+
+
+def test_passages_of_scripts_without_blanks():
+    sentence = "東京は日本の首都である。"
+    cut = make_corpus.cut_passages([("", sentence * 5 + "\n" + sentence)], 25)
+    assert cut == [sentence * 2] * 2 + [sentence + " " + sentence]
+    long, = make_corpus.cut_passages([("Titel", "巴黎" * 30)], 61)
+    assert long == "Titel " + "巴黎" * 30
+    assert make_corpus.cut_passages([("", "巴黎" * 30)], 25) == ["巴黎" * 12 + "巴",
+                                                               "黎" + "巴黎" * 12, "巴黎" * 5]
