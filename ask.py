@@ -50,7 +50,15 @@ from retrieve import (
     search_query_vectors,
     search_words,
 )
-from utils import InputError, Parser, check_at_least, run_script, shorten, start_processes
+from utils import (
+    InputError,
+    Parser,
+    check_at_least,
+    read_number,
+    run_script,
+    shorten,
+    start_processes,
+)
 
 PROMPT = "question: "
 EMPTY = "(an empty answer)"
@@ -91,7 +99,7 @@ def parse_args():
 
 def check_args(args):
     """Settles how to search and rejects flags that do not fit. Raises InputError."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if read_number("WORLD_SIZE", 1) > 1:
         raise InputError("ask.py runs in one process: start it without torchrun")
     for name in ("query_encoder", "key_encoder"):
         if args.retrieval_method == "bm25" and getattr(args, name):

@@ -4,10 +4,12 @@ import errno
 import glob
 import math
 import os
+import re
 import reprlib
 import resource
 import shlex
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +100,9 @@ def refusing(problem, remedy):
 
 # ---------------------------------------------------------------- flags
 
+LOCAL_RANK_FLAG = re.compile(r"--local[-_]rank=(\d+)")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows every flag's default, under a description whose lines stay as written."""
 
@@ -108,10 +113,26 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, **options)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse flags as argparse does, but for torch.distributed.launch's --local-rank=N, which
+        is put into the environment, where torchrun has it.
+        """
+        kept = []
+        for word in sys.argv[1:] if args is None else args:
+            launched = LOCAL_RANK_FLAG.fullmatch(word)
+            if launched:
+                os.environ.setdefault("LOCAL_RANK", launched[1])
+            else:
+                kept.append(word)
+        return super().parse_known_args(kept, namespace)
+
     def error(self, message):
         unknown, hint = [], ""
         if message.startswith("unrecognized arguments"):
             unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        if {"--local_rank", "--local-rank"} & set(unknown):
+            self.exit(2, "error: --local_rank is not a flag here; start the processes with "
+                         "torchrun, which sets LOCAL_RANK\n")
         for flag in unknown:
             for likely in get_close_matches(flag, self._option_string_actions, 1):
                 hint += f"; for {flag} is {likely} meant?"
@@ -195,20 +216,30 @@ class World:
 PATIENCE, LONG_PATIENCE = timedelta(minutes=30), timedelta(days=2)
 
 
+# how long a process waits at the start until all others are there, and the seconds after which it
+# says so
+JOIN_PATIENCE, JOIN_NOTE = timedelta(minutes=10), 10
+LAUNCHERS = {"mpirun": "OMPI_COMM_WORLD_SIZE", "srun": "SLURM_STEP_NUM_TASKS"}
+LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+
+
 def start_processes(gpus, patience=PATIENCE):
-    """Joins torchrun's processes (NCCL on GPUs, gloo on CPUs) and returns this one's World.
+    """Join torchrun's processes (NCCL on GPUs, gloo on CPUs) and return this one's World.
 
     `gpus` is CUDA_VISIBLE_DEVICES, '' for the CPU. A process waits for the others no longer than
-    `patience`; torchrun ends it at once if one of them fails. Raises InputError for a missing GPU.
+    `patience`; torchrun ends it at once if one of them fails. Raise InputError for a missing GPU,
+    or an environment that is not torchrun's.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # read when CUDA is first used, which is below
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, size = read_ranks()
     use_cuda = gpus != "" and torch.cuda.is_available()
     if gpus != "" and not use_cuda:
         raise InputError(f"--gpus {gpus}: no CUDA device is usable here; leave the flag out to run "
                          "on the CPU")
+    if use_cuda and local_rank is None and size > 1 and torch.cuda.device_count() > 1:
+        raise InputError(f"LOCAL_RANK is not set, which says which of --gpus {gpus} is this "
+                         "process's; start the processes with torchrun, or set it")
+    local_rank = local_rank or 0
     if use_cuda and local_rank >= torch.cuda.device_count():
         raise InputError(f"--gpus {gpus} names {torch.cuda.device_count()} devices, but process "
                          f"{local_rank} of this machine needs one too; start as many processes as "
@@ -217,8 +248,68 @@ def start_processes(gpus, patience=PATIENCE):
     if use_cuda:
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=patience)
+        join_processes("nccl" if use_cuda else "gloo", rank, size, patience)
     return World(rank, local_rank, size, device)
+
+
+def read_ranks():
+    """Return (rank, local rank or None, number of processes) as the environment has them.
+
+    Raise InputError for numbers that cannot be, or parts that are missing.
+    """
+    size = read_number("WORLD_SIZE", 1)
+    rank = read_number("RANK", 0)
+    local_rank = next((read_number(name, 0) for name in LOCAL_RANKS if name in os.environ), None)
+    if not 0 <= rank < size:
+        raise InputError(f"RANK={rank} must be below WORLD_SIZE={size}, the number of processes; "
+                         "start them with torchrun, which sets both")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if size > 1 and missing:
+        raise InputError(f"WORLD_SIZE={size} is set, but not {', '.join(missing)}; start the "
+                         "processes with torchrun, which sets them, or unset WORLD_SIZE")
+    for launcher, name in LAUNCHERS.items():
+        if "WORLD_SIZE" not in os.environ and read_number(name, 1) > 1:
+            print_error(f"note: {launcher} has started {os.environ[name]} processes, each of which "
+                        "runs by itself; torchrun makes them one run")
+    return rank, local_rank if size > 1 or "LOCAL_RANK" in os.environ else 0, size
+
+
+def read_number(name, default):
+    """Return a number of the environment, or the default. Raise InputError for any other text."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"\d+", text.strip()):
+        raise InputError(f"{name}={text} in the environment is not a number; unset it, or start "
+                         "with torchrun, which sets it")
+    return int(text)
+
+
+def join_processes(backend, rank, size, patience):
+    """Start the process group; after JOIN_NOTE seconds, say whom this process waits for.
+
+    Raise InputError if the others are not there after JOIN_PATIENCE, or the port cannot be used.
+    """
+    host, port = os.environ["MASTER_ADDR"], read_number("MASTER_PORT", 0)
+    place = f"{host}:{port}"
+    others = "1 other process" if size == 2 else f"{size - 1} other processes"
+    awaited = f"waiting for {others}" if rank == 0 else f"process {rank} is waiting for the others"
+    note = threading.Timer(JOIN_NOTE, print_error, [f"{awaited} at {place}"])
+    note.daemon = True
+    note.start()
+    # torchrun keeps the store in a process of its own; else the main process does
+    is_keeper = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(host, port, size, is_keeper, JOIN_PATIENCE)
+        dist.init_process_group(backend, store=dist.PrefixStore("start", store), rank=rank,
+                                world_size=size, timeout=patience)
+    except (RuntimeError, ValueError, TypeError) as error:
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            raise InputError(f"MASTER_PORT={port} is in use by another program on this machine; "
+                             "choose another port, or start with torchrun --standalone") from None
+        raise InputError(f"process {rank} could not join the others of {size} at {place} "
+                         f"({first_line(error)}); start all of them, with the same MASTER_ADDR and "
+                         "MASTER_PORT") from None
+    finally:
+        note.cancel()
 
 
 def sum_over_processes(values, world):
@@ -258,7 +349,7 @@ def call_main(main, args):
     """Calls main(args) and returns the exit code: 0, or 1 after the one line on stderr that bad
     input and lost processes become.
     """
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(os.environ["RANK"]) if os.environ.get("RANK", "").isdecimal() else 0
     same_command = "the same command" + (" with --resume" if hasattr(args, "resume") else "")
     try:
         main(args)

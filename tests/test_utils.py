@@ -1,11 +1,25 @@
-"""utils.py: what is said of progress where there is no terminal; errors in one line."""
+"""utils.py: what is said of progress where there is no terminal; errors in one line; processes."""
+import os
+import socket
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from utils import Parser, call_main, format_seconds, peak_bytes, progress_bar, shorten
+import utils
+from utils import (
+    InputError,
+    Parser,
+    call_main,
+    format_seconds,
+    peak_bytes,
+    progress_bar,
+    read_ranks,
+    shorten,
+    start_processes,
+)
 
 
 def test_lines_take_the_place_of_a_bar(capsys):
@@ -67,3 +81,95 @@ def test_a_wrong_flag_is_one_line_that_names_the_likely_one(capsys):
             parser.parse_args(arguments)
         assert end.value.code == 2
         assert capsys.readouterr().err == f"error: {message} (-h explains the flags)\n"
+
+
+# ---------------------------------------------------------------- processes
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_LOCALID",
+         "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """A function that sets the environment's names of processes, and no others."""
+    def replace(**names):
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in names.items():
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # start_processes sets it
+    return replace
+
+
+@pytest.mark.parametrize("names, message", [
+    ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set, but not RANK, MASTER_ADDR, MASTER_PORT; start the"),
+    ({"WORLD_SIZE": "4", "RANK": "1"}, "WORLD_SIZE=4 is set, but not MASTER_ADDR, MASTER_PORT;"),
+    ({"WORLD_SIZE": "2", "RANK": "2", **HERE}, "RANK=2 must be below WORLD_SIZE=2"),
+    ({"RANK": "1"}, "RANK=1 must be below WORLD_SIZE=1"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is not a number"),
+    ({"WORLD_SIZE": "0"}, "RANK=0 must be below WORLD_SIZE=0"),
+    ({"WORLD_SIZE": "2", "RANK": "0", **HERE, "MASTER_PORT": "x"}, "MASTER_PORT=x in the"),
+    ({"WORLD_SIZE": "2", "RANK": "0", **HERE, "MASTER_PORT": "99999"}, "could not join the others"),
+])
+def test_an_environment_that_is_not_torchruns_is_one_line(names, message, environment):
+    """B9."""
+    environment(**names)
+    with pytest.raises(InputError, match=message) as error:
+        start_processes("")
+    assert "\n" not in str(error.value)
+
+
+def test_ranks_of_other_launchers(environment, capsys):
+    """B9: the place on the machine is the launcher's; processes that run alone are said."""
+    environment(WORLD_SIZE="4", RANK="3", SLURM_LOCALID="1", **HERE)
+    assert read_ranks() == (3, 1, 4)
+    environment(WORLD_SIZE="4", RANK="3", OMPI_COMM_WORLD_LOCAL_RANK="2", **HERE)
+    assert read_ranks() == (3, 2, 4)
+    environment(WORLD_SIZE="4", RANK="3", **HERE)
+    assert read_ranks() == (3, None, 4)
+    environment(SLURM_LOCALID="1")
+    assert read_ranks() == (0, 0, 1) and capsys.readouterr().err == ""
+    environment(OMPI_COMM_WORLD_SIZE="2")
+    assert read_ranks() == (0, 0, 1)
+    assert "note: mpirun has started 2 processes" in capsys.readouterr().err
+
+
+def test_the_rank_of_torch_distributed_launch_is_taken(environment, capsys):
+    """B9: torch.distributed.launch passes --local-rank=N."""
+    environment()
+    parser = Parser(allow_abbrev=False)
+    parser.add_argument("--lora", type=int)
+    for flag in ("--local-rank=3", "--local_rank=3"):
+        os.environ.pop("LOCAL_RANK", None)
+        assert vars(parser.parse_args([flag, "--lora", "2"])) == {"lora": 2}
+        assert os.environ["LOCAL_RANK"] == "3"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--local_rank", "3"])
+    assert "start the processes with torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_missing_processes_are_said_and_end_in_one_line(rank, environment, capfd, monkeypatch):
+    """B9."""
+    monkeypatch.setattr(utils, "JOIN_PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr(utils, "JOIN_NOTE", 0.1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment(WORLD_SIZE="4", RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with pytest.raises(InputError, match=f"process {rank} could not join the others of 4 at 127"):
+        start_processes("")
+    who = "waiting for 3 other processes" if rank == 0 else "process 1 is waiting for the others"
+    assert f"{who} at 127.0.0.1:{port}" in capfd.readouterr().err
+
+
+def test_a_port_in_use_is_one_line(environment):
+    """B9."""
+    with socket.socket() as used:
+        used.bind(("0.0.0.0", 0))
+        used.listen()
+        port = used.getsockname()[1]
+        environment(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        with pytest.raises(InputError, match=f"MASTER_PORT={port} is in use"):
+            start_processes("")
