@@ -696,6 +696,7 @@ def require_ids(questions, purpose, log):
     without = [question for question in questions
                if record_id(question.record, question.location) is None]
     if not without:
+        note_ids(questions[0], log)
         return
     first = without[0]
     unknown = list_unknown(first.record, QUESTIONS, ANSWERS, TITLES, POSITIVES, HARD_NEGATIVES,
@@ -706,6 +707,16 @@ def require_ids(questions, purpose, log):
                          f"{shorten(sorted(first.record))}; rename the one with the id to 'id', or "
                          "add one")
     log("note: the questions have no ids; a question's id is its position, 0 for the first")
+
+
+def note_ids(question, log):
+    """Log which field is the id, if a question has several that differ."""
+    given = drop_missing(question.record)
+    names = [name for name in given if find_name([name], QUESTION_IDS)]
+    if len({str(given[name]) for name in names}) > 1:
+        used = find_name(given, QUESTION_IDS)
+        others = ", ".join(f"'{name}'" for name in names if name != used)
+        log(f"note: {question.location}: '{used}' is the question's id; {others} is not used")
 
 
 def read_unique_questions(paths, task=""):

@@ -11,7 +11,7 @@ import torch
 from dense.batches import identity
 from dense.gather import gather_tensors
 from metrics import has_answer, ranking_metrics, topk_accuracy
-from questions import own_ids, read_questions
+from questions import labelled_keys, own_ids, read_questions
 from retrieval.corpus import format_key
 from retrieval.exact_search import merge_processes, part_range, search_blocks
 from retrieval.measures import index_labels, note_absent_queries, trec_ranking
@@ -67,13 +67,15 @@ def annotated_set(qrels, corpus, queries, group_size, source="the qrels", log=pr
 
 
 def read_dev_set(path, corpus, metrics, template, log, exclude_self=False):
-    """Return the DevSet of DPR's records (measured by average rank), or of LLM-Embedder's with
-    pos_index or answers (by retrieval from the corpus).
+    """Return the DevSet of DPR's records, or without a corpus of any with positives and negatives
+    (measured by average rank), or of LLM-Embedder's with pos_index or answers (by retrieval from
+    the corpus).
 
     Raises InputError.
     """
     questions = read_questions(path)
-    if "positive_ctxs" in questions[0].record:
+    first = questions[0].record
+    if "positive_ctxs" in first or (corpus is None and all(labelled_keys(first))):
         return rank_set(questions, template, log)
     if corpus is None:
         raise InputError(f"{path}: its queries are measured by retrieval, which needs --corpus")
@@ -110,11 +112,15 @@ def rank_set(questions, template, log, hard=30, other=30):
     dev = DevSet("rank", [], [], [], [], [])
     for question in questions:
         record = question.record
-        if not record.get("positive_ctxs"):
+        positives, negatives = labelled_keys(record)
+        if not positives:
             continue
-        pool = record["positive_ctxs"][:1]
-        pool += (record.get("hard_negative_ctxs") or [])[:hard]
-        pool += (record.get("negative_ctxs") or [])[:other]
+        pool = positives[:1]
+        if record.get("positive_ctxs"):
+            pool += (record.get("hard_negative_ctxs") or [])[:hard]
+            pool += (record.get("negative_ctxs") or [])[:other]
+        else:
+            pool += negatives[:hard + other]
         dev.queries.append(question.text)
         dev.tasks.append(question.task)
         dev.pools.append([format_key(key, template, question.location) for key in pool])
@@ -123,7 +129,7 @@ def rank_set(questions, template, log, hard=30, other=30):
                          "measured")
     if len(dev.queries) < len(questions):
         log(f"note: {len(questions) - len(dev.queries)} of {len(questions)} dev records have no "
-            "'positive_ctxs' and are not measured")
+            "positive and are not measured")
     return dev
 
 

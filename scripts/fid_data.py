@@ -231,6 +231,9 @@ def main(args):
     check_inputs(todo, args)
 
     corpus = Corpus(args.passages, "{title} {text}") if todo else None
+    if corpus is not None and not corpus.has_ids:
+        raise InputError(f"{args.passages}: no column of ids, by which passages are found; "
+                         "--passages must be DPR's whole psgs_w100.tsv")
     originals_path, originals = None, None
     for name, split, path in todo:
         dataset = DATASETS[name]

@@ -58,6 +58,7 @@ def main(args):
     check_seed(args)
     check_paths([args.output], args.corpus)
     corpus = Corpus(args.corpus, args.key_template)
+    corpus.note_columns(print)
     rng = random.Random(args.seed)
     count = 0
     with new_file(args.output) as file:

@@ -77,6 +77,8 @@ def test_an_unknown_id_column_is_refused_where_ids_matter(tmp_path):
         require_ids(make({"id": 3}, {"answers": ["a"]}), "the qrels go", logged.append)
     require_ids(make({"answers": ["a"]}), "the qrels go", logged.append)
     assert logged[-1].startswith("note: the questions have no ids")
+    require_ids(make({"id": 3, "query_id": 7}), "the qrels go", logged.append)
+    assert logged[-1] == "note: f:0: 'id' is the question's id; 'query_id' is not used"
 
 
 def test_right_figures_with_ids_by_other_names(tmp_path):
