@@ -38,12 +38,14 @@ def parse_args(description, arguments=None):
 def add_data_flags(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_data", nargs="+", default=[], metavar="FILE",
-        help="records of LLM-Embedder or DPR, or a reader's with the scores that test.py --scores "
-        "or lm_score.py wrote; named twice, a file counts twice")
+        help="records of LLM-Embedder, DPR, Tevatron or FlagEmbedding, triplets, tables of "
+        "triples, or a reader's with the scores that test.py --scores or lm_score.py wrote; named "
+        "twice, a file counts twice")
     add("--corpus", nargs="+", metavar="FILE",
         help="documents: .tsv or .csv with a header, BEIR's .jsonl or JSON lines, may end in .gz")
     add("--queries", nargs="+", default=[], metavar="FILE",
-        help="queries that the qrels name: BEIR's .jsonl, or .tsv of id and text")
+        help="queries that the qrels, or triples of ids, name: BEIR's .jsonl, or .tsv of id and "
+        "text")
     add("--positives", action="append", default=[], metavar="qrels=FILE,min_score=1",
         help="positive documents, with Trove's filters min_score, max_score (exclusive), first_k, "
         "random_k, top_k, bottom_k, score=NUMBER|floor|ceil, query_subset; repeatable")
