@@ -62,11 +62,12 @@ REMEDIES = (
 CONSTANTS = r"rotary_emb\.inv_freq$|attn\.masked_bias$|(^|\.)position_ids$"
 
 
-def find_model(path_or_name):
-    """(folder with the configuration, weights or None) of a folder, a file of minFiD, minDPR or
-    DPR, or a hub name.
+def find_model(path_or_name, with_weights=True):
+    """Return (folder with the configuration, weights or None) of a folder, a file of minFiD, minDPR
+    or DPR, or a hub name.
 
-    The weights are None where the folder holds them. Raises InputError.
+    The weights are None where the folder holds them; without `with_weights` those of a hub name are
+    not fetched. Raise InputError.
     """
     path = str(path_or_name)
     if os.path.isdir(path):
@@ -79,8 +80,10 @@ def find_model(path_or_name):
         if os.path.isfile(name):  # it might name itself
             raise InputError(f"{path}: says that it was trained from {shorten(name)}, which is a "
                              "file; put that model's folder beside it")
-        return find_model(name)[0], weights
+        return find_model(name, with_weights=False)[0], weights
     try:
+        if not with_weights:
+            return snapshot_download(path, allow_patterns=HUB_FILES), None
         folder = snapshot_download(path, allow_patterns=[*HUB_FILES, "*.safetensors"])
         if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
             folder = snapshot_download(path, allow_patterns=[*HUB_FILES, "pytorch_model*"])

@@ -116,7 +116,7 @@ def open_reader_tokenizer(path_or_name, chosen=None, fallback=None):
     tried = []
     for name, reason in candidates:
         try:
-            source = find_model(name)[0]
+            source = find_model(name, with_weights=False)[0]
         except InputError as error:
             tried.append(f"{name} ({reason}) cannot be opened: {str(error).split(';')[0]}")
             continue

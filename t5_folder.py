@@ -114,16 +114,7 @@ def read_sentencepiece(path, settings, vocab_size):
         is_full = len(vocabulary) + SENTINELS > vocab_size
         count = 0 if has_sentinels or is_full else SENTINELS
     vocabulary += [(f"<extra_id_{number}>", 0.0) for number in range(count - 1, -1, -1)]
-    unknown = next((index for index, piece in enumerate(model.pieces) if piece[2] == UNKNOWN), None)
-    tokenizer = Tokenizer(Unigram(vocabulary, unknown, byte_fallback=model.byte_fallback))
-    if model.charsmap:
-        tokenizer.normalizer = normalizers.Precompiled(model.charsmap)
-    scheme = "always" if model.add_prefix else "never"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace("▁", scheme)])
-    steps = [decoders.ByteFallback()] if model.byte_fallback else []
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Metaspace("▁", scheme)])
-
+    tokenizer = build_unigram(model, vocabulary)
     folder = os.path.dirname(path)
     named = read_settings(os.path.join(folder, "special_tokens_map.json")) | settings
     special = {name: token_text(named.get(name)) or default for name, default in STANDARD.items()}
@@ -133,6 +124,10 @@ def read_sentencepiece(path, settings, vocab_size):
     sentinels = [f"<extra_id_{number}>" for number in range(count)]
     tokenizer.add_special_tokens([*special.values(), *sentinels])
     add_tokens(tokenizer, folder, settings)
+    others = list_special(named.get("additional_special_tokens"))
+    others += list_special(named.get("extra_special_tokens"))
+    others = [token for token in dict.fromkeys(others) if token not in sentinels]
+    tokenizer.add_special_tokens(others)
     if "eos_token" in special:
         end = special["eos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -140,7 +135,27 @@ def read_sentencepiece(path, settings, vocab_size):
             special_tokens=[(end, tokenizer.token_to_id(end))])
     limit = {name: settings[name] for name in ("model_max_length",) if name in settings}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path=folder,
-                                   extra_special_tokens=sentinels, **special, **limit)
+                                   extra_special_tokens=[*sentinels, *others], **special, **limit)
+
+
+def build_unigram(model, vocabulary):
+    """Return the tokenizers.Tokenizer of Pieces, with a vocabulary of (text, score)."""
+    unknown = next((index for index, piece in enumerate(model.pieces) if piece[2] == UNKNOWN), None)
+    tokenizer = Tokenizer(Unigram(vocabulary, unknown, byte_fallback=model.byte_fallback))
+    if model.charsmap:
+        tokenizer.normalizer = normalizers.Precompiled(model.charsmap)
+    scheme = "always" if model.add_prefix else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace("▁", scheme)])
+    steps = [decoders.ByteFallback()] if model.byte_fallback else []
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Metaspace("▁", scheme)])
+    return tokenizer
+
+
+def list_special(tokens):
+    """Return the texts of further special tokens, a list or {name: token} of settings, or None."""
+    tokens = tokens.values() if isinstance(tokens, dict) else tokens or []
+    return [token_text(token) for token in tokens]
 
 
 def token_text(token):

@@ -328,8 +328,11 @@ def test_added_tokens_of_a_sentencepiece_folder(tmp_path):  # B7, as fastchat-t5
     size = SPIECE["t5"]["size"]
     edit_json(tmp_path / "added_tokens.json", **{"♞": size + 100, "\n": size + 101})
     edit_json(tmp_path / "special_tokens_map.json", eos_token={"content": "</s>"})
+    edit_json(tmp_path / "tokenizer_config.json", extra_ids=100, tokenizer_class="T5Tokenizer",
+              additional_special_tokens=[f"<extra_id_{i}>" for i in range(100)] + ["<sep>"])
     tokenizer = open_t5_tokenizer(tmp_path, 600)
     assert tokenizer("a ♞", add_special_tokens=False).input_ids[-1] == size + 100
+    assert tokenizer("<sep>", add_special_tokens=False).input_ids == [size + 102]
     edit_json(tmp_path / "added_tokens.json", **{"♞": size + 200})
     with pytest.raises(InputError, match="the added token '.*' would have the id"):
         open_t5_tokenizer(tmp_path, 600)
