@@ -55,6 +55,7 @@ REMEDIES = (
                                   "from_pretrained(FOLDER, from_tf=True), then save_pretrained"),
     (r"\.gguf", "convert them with transformers: from_pretrained(FOLDER, gguf_file=NAME), then "
                 "save_pretrained"),
+    (r"-\d+-of-\d+\.", "it is a part of them whose .index.json is missing; fetch that, too"),
     ("", "name the file so if that is what it is, or save the model again with save_pretrained"),
 )
 

@@ -25,6 +25,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from checkpoints import (
     announce_random_start,
+    check_fit,
     check_vocabulary,
     drop_wrapper,
     find_model,
@@ -605,6 +606,8 @@ def build_t5(config, weights, source, dtype=torch.float32, settings=None):
     weights = {plain_key(key): value.to(dtype or value.dtype) for key, value in weights.items()}
     weights = drop_wrapper(weights, t5.state_dict(), source)
     cross_bias = weights.pop(CROSS_BIAS, None)
+    if cross_bias is None and (settings or {}).get(CROSS_BIAS_MARK):
+        check_fit([CROSS_BIAS], [], [], source)
     if cross_bias is not None and not with_bias:
         log_on_main(f"note: {source}: {CROSS_BIAS} is left out, as in transformers: it is a "
                     "leftover of T5's first release, which only FiD's readers use")

@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
     T5ForConditionalGeneration,
+    T5Tokenizer,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -356,11 +357,97 @@ def test_byt5_without_files(tmp_path):
     assert reader.end_tokens == [1] and reader.config.pad_token_id == 0
 
 
+def toy_folder(folder, **settings):
+    """toy/t5-tiny with the settings in its tokenizer_config.json."""
+    shutil.copytree(TOKENIZER, folder)
+    edit_json(folder / "tokenizer_config.json", **settings)
+    return AutoTokenizer.from_pretrained(TOKENIZER)
+
+
+def json_alone(folder):
+    oracle = toy_folder(folder)
+    (folder / "tokenizer_config.json").unlink()
+    return oracle
+
+
+def spiece_alone(folder):
+    """A T5 of random weights with spiece.model; transformers gets its pieces."""
+    make_t5(folder, vocab_size=240)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    shutil.copy(GOLDEN / "spiece.t5.model", folder / "spiece.model")
+    pieces = open_t5_tokenizer(folder, 240)
+    return T5Tokenizer(vocab=[tuple(piece) for piece in json.loads(
+        pieces.backend_tokenizer.to_str())["model"]["vocab"]])
+
+
+def byt5(folder):
+    make_t5(folder, vocab_size=384)
+    (folder / "tokenizer.json").unlink()
+    ByT5Tokenizer().save_pretrained(folder)
+    return ByT5Tokenizer()
+
+
+def own_vocabulary(folder):
+    """A vocabulary that a user trained, with other names for its special tokens."""
+    shutil.copytree(TOKENIZER, folder)
+    content = (folder / "tokenizer.json").read_text()
+    for old, new in (("</s>", "[END]"), ("<pad>", "[PAD]"), ("<unk>", "[UNK]")):
+        content = content.replace(f'"{old}"', f'"{new}"')
+    (folder / "tokenizer.json").write_text(content)
+    edit_json(folder / "tokenizer_config.json", eos_token="[END]", pad_token="[PAD]",
+              unk_token="[UNK]", tokenizer_class="PreTrainedTokenizerFast")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+MATRIX = {
+    "as it is": toy_folder,
+    "left": lambda folder: toy_folder(folder, truncation_side="left", padding_side="left"),
+    "clean-up": lambda folder: toy_folder(folder, clean_up_tokenization_spaces=True),
+    "short": lambda folder: toy_folder(folder, model_max_length=3),
+    "slow": lambda folder: toy_folder(folder, use_fast=False, legacy=True, sp_model_kwargs={}),
+    "json alone": json_alone,
+    "spiece alone": spiece_alone,
+    "own vocabulary": own_vocabulary,
+    "ByT5": byt5,
+}
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_tokenizers_read_as_transformers_does(name, toy, tmp_path):
+    """The ids of inputs and targets, the loss, the logits, greedy and beam search's answers."""
+    records, _ = toy
+    oracle = MATRIX[name](tmp_path / "t5")
+    reader, tokenizer, _ = open_pair(tmp_path / "t5")
+    targets = [record["answers"][0] for record in records[:3]]
+    batch = Collator(tokenizer, 2, 30)([(i, records[i], targets[i]) for i in range(3)])
+    text = "question: {} title: {} context: {}".format(
+        records[0]["question"], records[0]["ctxs"][0]["title"], records[0]["ctxs"][0]["text"])
+    want = oracle(text, add_special_tokens=False).input_ids[:30]
+    assert batch["inputs"]["input_ids"][0, 0].tolist() == want
+    assert batch["labels"][0][:len(oracle(targets[0]).input_ids)].tolist() == oracle(
+        targets[0]).input_ids
+
+    t5 = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5").eval()
+    want_loss, want_logits = plain_fid(t5, **batch["inputs"], labels=batch["labels"])
+    loss, logits = reader(**batch["inputs"], labels=batch["labels"])
+    torch.testing.assert_close(loss, want_loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=0)
+    for beams in (1, 2):
+        want = generate(t5, batch["inputs"], num_beams=beams)
+        got = reader.generate(**batch["inputs"], max_length=12, num_beams=beams)
+        assert torch.equal(got, want)
+        texts = tokenizer.batch_decode(got, skip_special_tokens=True)
+        assert texts == oracle.batch_decode(want, skip_special_tokens=True,
+                                            clean_up_tokenization_spaces=False)
+
+
 # ---------------------------------------------------------------- weights
 
 @pytest.mark.parametrize("name", ["flax_model.msgpack", "tf_model.h5", "pytorch_model.pt",
                                   "adapter_model.safetensors", "model.ckpt.index", "t5.gguf",
-                                  "consolidated.00.pth", "model.fp16.safetensors"])
+                                  "consolidated.00.pth", "model.fp16.safetensors",
+                                  "pytorch_model-00001-of-00001.bin"])
 def test_weights_under_other_names_are_named(name, copy):  # A12
     (copy / "model.safetensors").rename(copy / name)
     (copy / "training_args.bin").write_text("")  # of a trainer, no weights
@@ -455,6 +542,10 @@ def test_the_leftover_of_t5s_first_release_is_left_out(tiny, tmp_path, capsys): 
     again = FiDT5.from_pretrained(tmp_path / "fid").eval()
     assert torch.equal(again(ids, mask, labels)[1], logits)
     assert json.loads((tmp_path / "fid" / "config.json").read_text())["fid_cross_attention_bias"]
+    edit_weights(tmp_path / "fid", lambda weights: {
+        name: weight for name, weight in weights.items() if name != CROSS_BIAS})
+    with pytest.raises(InputError, match="relative_attention_bias.weight is missing in the file"):
+        FiDT5.from_pretrained(tmp_path / "fid")
 
 
 def test_an_adapters_folder_is_named(tmp_path):  # C
