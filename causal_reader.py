@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adapters import add_lora, copy_to_cpu, pack_weights, unload_adapters
+from borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
 from causal_lm import open_lm
 from checkpoints import check_vocabulary, write_weights
 from data import pad_labels, pad_passages
@@ -31,8 +32,9 @@ from utils import InputError, refusing, shorten
 
 TEMPLATE = r"Background: {title} {text}\n\nQuestion: {question}\nAnswer:"
 FIELDS = ("question", "title", "text")
-ANCHOR = ":"  # what an answer is tokenised behind
+ANCHOR = ":"  # what an answer is tokenised after, if the template ends in a field
 PASSAGE_WEIGHTS = ("equal", "score")
+ANSWER_LINES = ("first", "all")
 
 
 # ---------------------------------------------------------------- prompts
@@ -43,12 +45,14 @@ class Prompts(NamedTuple):
     prompt_template: str = TEMPLATE
     passage_weights: str = "equal"      # or score: the softmax of score / retriever_temperature
     retriever_temperature: float = 1.0
+    chat_template: bool = False         # the prompt is the user's turn of the tokenizer's template
+    answer_lines: str = "all"           # or first: an answer ends at its first line end
 
 
 def choose_prompts(given, stated, source):
-    """The Prompts of the flags that are given, else what a checkpoint states, else the defaults.
+    """Return the Prompts of the flags that are given, else of a checkpoint, else the defaults.
 
-    Both are dictionaries. Raises InputError, which names `source` for what it states, for a value
+    Both are dictionaries. Raise InputError, which names `source` for what it stores, for a value
     that cannot be.
     """
     values = {}
@@ -70,6 +74,10 @@ def find_fault(name, value):
     """Why the field of Prompts cannot have the value, or None."""
     if name == "passage_weights" and value not in PASSAGE_WEIGHTS:
         return f"must be one of {', '.join(PASSAGE_WEIGHTS)}"
+    if name == "answer_lines" and value not in ANSWER_LINES:
+        return f"must be one of {', '.join(ANSWER_LINES)}"
+    if name == "chat_template" and not isinstance(value, bool):
+        return "must be true or false"
     if name == "retriever_temperature":
         is_right = type(value) in (int, float) and 0 < value < math.inf
         return None if is_right else "must be a number above 0"
@@ -103,9 +111,10 @@ def fill_template(template, question, context):
 def drop_passage(template):
     """The template of a question without a passage: lines that hold the passage alone are left out.
     """
+    whitespace = template[len(template.rstrip()):]  # it stands before the answer, and stays
     lines = [line for line in template.split("\n")
              if "{question}" in line or not ("{text}" in line or "{title}" in line)]
-    return "\n".join(lines).strip()
+    return "\n".join(lines).strip() + whitespace
 
 
 def cut_passage(ids, offsets, span, max_length):
@@ -143,9 +152,9 @@ class PromptCollator:
     record's chat_history, which goes before the question with a line per turn, the oldest turns
     are left out, then the passage is cut on the right, so that the question and the words after the
     passage stay; a question that is longer by itself is not cut. A question without contexts is
-    asked alone.
-    The answer follows after the whitespace that the template ends with, else after one space, and
-    its tokens, ending in exactly one </s>, are those that it has at that place.
+    asked alone. With prompts.chat_template all of this is the user's turn of a conversation.
+    The answer follows after the whitespace that the template ends with, else after one space. Its
+    tokens are those that it has in that place (borders.py), and exactly one </s> at the end.
 
     Returns {indices, inputs, labels (B, T) with -100 as padding, or None}; the inputs are input_ids
     (B, N, L), padded on the left, attention_mask (B, N, L) bool, and log_weights (B, N): the
@@ -156,12 +165,14 @@ class PromptCollator:
         """longest: the most tokens that the model reads, prompt and target, or None."""
         self.tokenizer, self.num_contexts, self.max_length = tokenizer, num_contexts, max_length
         self.prompts, self.longest = prompts, longest
-        template = prompts.prompt_template.replace(r"\n", "\n")
-        self.template = template.rstrip()
-        self.separator = template[len(self.template):] or " "
-        # what the tokenizer puts before a text; what it may put behind one is for targets only
-        start = [tokenizer.bos_token_id]
-        self.prefix = start if tokenizer("a")["input_ids"][:1] == start else []
+        self.template = prompts.prompt_template.replace(r"\n", "\n")
+        self.before, self.after = "", ""  # of the user's turn
+        if prompts.chat_template:
+            self.before, self.after = chat_frame(tokenizer)
+            self.template = self.template.strip()
+        elif not self.template[-1:].isspace():
+            self.template += " "
+        self.start = start_tokens(tokenizer)
 
     def __call__(self, samples):
         records = [record for _, record, _ in samples]
@@ -190,16 +201,20 @@ class PromptCollator:
     def fits(self, record, history):
         """True if a record's prompts, with this history, have at most max_length tokens."""
         texts = [text for text, _ in self.fill_prompts(record, history)]
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return len(self.prefix) + max(map(len, rows)) <= self.max_length
+        pairs = encode_prompts(self.tokenizer, texts)
+        return max(len(add_start(self.start, pair.prompt)) for pair in pairs) <= self.max_length
 
     def fill_prompts(self, record, history):
         """prompt_texts with this history, a text that goes before the question."""
         question = history + record["question"]
         contexts = record["ctxs"][:self.num_contexts]
-        if not contexts:
-            return [fill_template(drop_passage(self.template), question, {"text": ""})]
-        return [fill_template(self.template, question, context) for context in contexts]
+        if contexts:
+            filled = [fill_template(self.template, question, context) for context in contexts]
+        else:
+            filled = [fill_template(drop_passage(self.template), question, {"text": ""})]
+        shift = len(self.before)
+        return [(self.before + text + self.after, (start + shift, end + shift))
+                for text, (start, end) in filled]
 
     def texts(self, record):
         """The texts that are read of a record."""
@@ -209,11 +224,18 @@ class PromptCollator:
         """The token ids of each record's prompts."""
         prompts = [self.prompt_texts(record) for record in records]
         texts = [text for record_prompts in prompts for text, _ in record_prompts]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        rows = zip(encoded["input_ids"], encoded["offset_mapping"])
-        room = self.max_length - len(self.prefix)
-        return [[self.prefix + cut_passage(*next(rows), span, room) for _, span in record_prompts]
+        pairs = iter(encode_prompts(self.tokenizer, texts))
+        return [[self.cut_prompt(next(pairs), span) for _, span in record_prompts]
                 for record_prompts in prompts]
+
+    def cut_prompt(self, pair, span):
+        """Return the ids of a prompt, of at most max_length tokens if the passage can be cut so far.
+
+        span: start and end of the passage in the text.
+        """
+        num_start = len(add_start(self.start, pair.prompt)) - len(pair.prompt)
+        ids = cut_passage(pair.prompt, pair.offsets, span, self.max_length - num_start)
+        return self.start[:num_start] + ids
 
     def check_lengths(self, records, questions, labels):
         """Raises InputError for a prompt that, with its target, is longer than the model reads."""
@@ -238,12 +260,17 @@ class PromptCollator:
         return pad_labels(targets, self.target_ids)
 
     def target_ids(self, target):
-        """The target's token ids behind a prompt, with exactly one </s>, at the end."""
+        """The target's token ids after a prompt, with exactly one </s>, at the end."""
         eos = self.tokenizer.eos_token_id
-        start = len(self.tokenizer(ANCHOR, add_special_tokens=False)["input_ids"])
-        text = ANCHOR + self.separator + target
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][start:]
-        return [token for token in ids if token != eos] + [eos]
+        pair, = encode_pairs(self.tokenizer, [self.prompt_end()], [target])
+        return [token for token in pair.answer if token != eos] + [eos]
+
+    def prompt_end(self):
+        """Return the text that all prompts end with; an answer's tokens depend on no more."""
+        if self.after:
+            return self.after
+        end = re.split(r"\{\w+\}", self.template)[-1]
+        return end if end.strip() else ANCHOR + end
 
 
 # ---------------------------------------------------------------- the reader

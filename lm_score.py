@@ -15,15 +15,16 @@ import json
 import math
 import os
 from collections import defaultdict
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 import transformers
 from transformers import AutoModelForSeq2SeqLM
 
+from borders import add_start, encode_pairs, start_tokens
 from causal_lm import (
     Text,
-    common_prefix,
     log_likelihoods,
     open_causal_lm,
     score_texts,
@@ -404,31 +405,19 @@ def context_text(job):
 
 
 def make_causal_texts(tokenizer, prompts, answers, location):
-    """For each prompt a list of Texts, one per answer, tokenised as a whole: the answer's tokens
-    are those from the first on that the prompt alone does not begin with. The space between them
-    is the answer's.
+    """Return for each prompt a list of Texts, one per answer, split where the prompt ends
+    (borders.py).
 
-    Special tokens are put before as the tokenizer has them, none after (LLM-Embedder).
+    Special tokens stand before as the tokenizer has them, none after (LLM-Embedder).
     """
-    whole_texts = [prompt + answer for prompt in prompts for answer in answers]
-    rows = tokenize(tokenizer, whole_texts)
-    prompt_rows = tokenize(tokenizer, [prompt.rstrip(" ") for prompt in prompts])
+    start = start_tokens(tokenizer)
+    pairs = iter(encode_pairs(tokenizer, [prompt for prompt in prompts for _ in answers],
+                              answers * len(prompts)))
     family = []
-    for i, prompt_ids in enumerate(prompt_rows):
-        texts = []
-        for ids in rows[i * len(answers):(i + 1) * len(answers)]:
-            start = len(common_prefix([ids, prompt_ids]))
-            texts.append(make_text(tokenizer, ids[:start], ids[start:], location))
-        family.append(texts)
+    for _ in prompts:
+        family.append([make_text(tokenizer, add_start(start, pair.prompt), pair.answer, location)
+                       for pair in islice(pairs, len(answers))])
     return family
-
-
-def tokenize(tokenizer, texts):
-    """The ids of texts with the special tokens before, but not the end token that some tokenizers
-    put after them.
-    """
-    rows = tokenizer(texts, verbose=False)["input_ids"]
-    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
 
 
 def make_text(tokenizer, prompt, answer, location):

@@ -249,7 +249,7 @@ def test_the_oldest_turns_go_before_the_passage_is_cut(tokenizer):
 
 def test_targets_have_the_tokens_of_their_place(tokenizer):
     eos = tokenizer.eos_token_id
-    for template, separator in [("{text}{question}:", " "), (r"{text}{question}:\n", "\n"),
+    for template, separator in [("{text}{question}:", " "), (r"{text}{question}:\n", ""),
                                 ("{text}{question}:  ", "  ")]:
         texts, batch = collate(tokenizer, template, RECORDS[0], target="one town <end>")
         labels = batch["labels"][0].tolist()
@@ -257,6 +257,7 @@ def test_targets_have_the_tokens_of_their_place(tokenizer):
         ids, mask = batch["inputs"]["input_ids"][0, 0], batch["inputs"]["attention_mask"][0, 0]
         joined = tokenizer(texts[0] + separator + "one town ", add_special_tokens=False).input_ids
         assert ids[mask].tolist() + labels[:-1] == joined
+        assert texts[0].endswith("\n") == (separator == "")  # the prompt keeps its line end, E1
 
 
 def test_a_tokenizer_with_a_beginning_puts_it_before_prompts_alone(tmp_path):
@@ -416,7 +417,8 @@ def test_memorises_and_answers_as_trained(folders, tmp_path):
     assert rows[-1]["loss"] < 0.1 < rows[0]["loss"]
     saved = json.load(open(tmp_path / "m" / "args.json"))
     assert saved["prompts"] == {"prompt_template": r"{text} {title}\n{question} =",
-                                "passage_weights": "score", "retriever_temperature": 2.0}
+                                "passage_weights": "score", "retriever_temperature": 2.0,
+                                "chat_template": False, "answer_lines": "all"}
     AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
     # prompts and weights are those of the training unless flags say otherwise
