@@ -4,35 +4,118 @@ bitsandbytes.
 """
 import copy
 import logging
+import os
 import warnings
 
 import torch
 from torch import nn
 
-from utils import InputError, refusing
+from checkpoints import check_fit
+from utils import InputError, check_at_least, check_positive, refusing
 
 # on some CPUs bitsandbytes, which peft opens too, asks for a package that is of no use here
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def check_packing(args):
-    """Raises InputError for --load_in_4bit without --lora."""
-    if args.load_in_4bit and not args.lora:
-        raise InputError("--load_in_4bit freezes the weights: give --lora R, the adapters to train")
+# the flags that say how adapters are made, for those that need --lora
+LORA_FLAGS = ("lora_alpha", "lora_dropout", "lora_targets", "frozen_bf16", "save_adapters",
+              "load_in_4bit")
+ALL_LINEAR = "all-linear"
 
 
-def add_lora(transformer, rank):
-    """The transformer, frozen, with LoRA adapters of that rank on its linear layers.
+def add_lora_flags(add, switch=None):
+    """Add the flags of LoRA to a group, by its function; `switch` are the options of a switch."""
+    switch = switch or {"action": "store_true"}
+    add("--lora", type=int, metavar="R",
+        help="train LoRA adapters of rank R on frozen weights, merged when saved (needs the "
+        "package peft); not given: all weights are trained")
+    add("--lora_alpha", type=float, metavar="A",
+        help="adapters count A / R; not given: twice the rank")
+    add("--lora_dropout", type=float, metavar="P",
+        help="dropout rate of what adapters read; not given: 0")
+    add("--lora_targets", nargs="+", metavar="NAME",
+        help="linear layers that get adapters, by the ends of their names, such as q_proj v_proj; "
+        "not given: all but the output layer")
+    add("--load_in_4bit", default=False, **switch,
+        help="keep the frozen weights under --lora in 4 bits (needs the package bitsandbytes)")
+    add("--frozen_bf16", default=False, **switch,
+        help="keep the frozen weights under --lora in bfloat16, half of float32's memory")
 
-    Raises InputError without peft.
+
+def check_lora(args):
+    """Raise InputError for flags of adapters that cannot work, or without --lora."""
+    for name in LORA_FLAGS:
+        if getattr(args, name, None) and not args.lora:
+            raise InputError(f"--{name} is for adapters on frozen weights: give --lora R, too")
+    check_at_least(args, {"lora": 1})
+    if args.lora_alpha is not None:
+        check_positive(args, ["lora_alpha"])
+    if args.lora_dropout is not None and not 0 <= args.lora_dropout < 1:
+        raise InputError("--lora_dropout must be 0 or more and below 1, it is "
+                         f"{args.lora_dropout}")
+    if args.load_in_4bit and args.frozen_bf16:
+        raise InputError("--load_in_4bit and --frozen_bf16 are two ways to keep the frozen "
+                         "weights; leave one out")
+
+
+def freeze_in_bf16(transformer):
+    """Convert the weights of a transformer to bfloat16; they are not trained."""
+    kept = transformer._keep_in_fp32_modules or []
+    for name, weight in transformer.named_parameters():
+        if not any(part in kept for part in name.split(".")):
+            weight.data = weight.data.bfloat16()
+
+
+def add_lora(transformer, rank, alpha=None, dropout=None, targets=None):
+    """Return the transformer, frozen, with LoRA adapters of that rank on linear layers.
+
+    alpha: adapters count alpha / rank, twice the rank if None; targets: the ends of the layers'
+    names, all but the output layer if None. Raise InputError without peft, and for targets that no
+    layer has.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise InputError("--lora needs the package peft: pip install peft") from None
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    with warnings.catch_warnings(action="ignore"):  # of what peft finds out and sets right itself
+    adapters = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout or 0.0,
+                          target_modules=targets or ALL_LINEAR)
+    with (warnings.catch_warnings(action="ignore"),  # of what peft finds out and sets right itself
+          refusing("--lora: peft cannot add the adapters", "name layers that the model has with "
+                   "--lora_targets, or leave the flag out")):
         return get_peft_model(transformer, adapters)
+
+
+def save_adapters(transformer, folder, base):
+    """Write the adapters of add_lora alone, as peft does; `base` is the model that they belong to.
+    """
+    config = transformer.peft_config["default"]
+    config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
+    transformer.save_pretrained(folder)
+
+
+def merge_saved_adapters(transformer, folder):
+    """Return the transformer with the adapters of a folder merged into its weights.
+
+    Raise InputError without peft, and for adapters of another model or another kind than LoRA.
+    """
+    try:
+        from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights
+        from peft import set_peft_model_state_dict as set_adapters
+    except ImportError:
+        raise InputError(f"{folder}: holds adapters of peft, which need the package peft: pip "
+                         "install peft (or give the folder of the merged model)") from None
+    with (warnings.catch_warnings(action="ignore"),
+          refusing(f"{folder}: its adapters cannot be read", "fetch the folder again, or give that "
+                   "of the merged model")):
+        config = PeftConfig.from_pretrained(folder)
+        if not isinstance(config, LoraConfig):
+            raise InputError(f"{folder}: holds {config.peft_type} adapters, and only LoRA's can be "
+                             "merged; give the folder of a whole model")
+        model = get_peft_model(transformer, config)
+        loading = set_adapters(model, load_peft_weights(folder, device="cpu"))
+        missing = [name for name in loading.missing_keys if "lora_" in name]
+        check_fit(missing, [], loading.unexpected_keys, folder)
+        return model.merge_and_unload()
 
 
 def pack_weights(transformer, device, bf16):

@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     """The token ids of a prompt and of its answer."""
     prompt: list
     answer: list
-    offsets: list  # (start, end) in the text of each token of the prompt, or None (no fast tokenizer)
+    offsets: list  # (start, end) in the text of each token of the prompt; None of slow tokenizers
 
 
 def encode_pairs(tokenizer, prompts, answers):
@@ -88,8 +88,8 @@ def chat_frame(tokenizer):
     """
     name = tokenizer.name_or_path
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError(f"--chat_template: the tokenizer of {name} has no chat template; leave the "
-                         "flag out, or give the folder of an instruction-tuned model")
+        raise InputError(f"--chat_template: the tokenizer of {name} has no chat template; leave "
+                         "the flag out, or give the folder of an instruction-tuned model")
     question = [{"role": "user", "content": QUESTION_MARK}]
     answer = [{"role": "assistant", "content": ANSWER_MARK}]
     with refusing(f"--chat_template: the chat template of {name} fails", "leave the flag out"):

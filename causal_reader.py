@@ -20,15 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapters import add_lora, copy_to_cpu, pack_weights, unload_adapters
+from adapters import (
+    add_lora,
+    copy_to_cpu,
+    freeze_in_bf16,
+    pack_weights,
+    save_adapters,
+    unload_adapters,
+)
 from borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
-from causal_lm import open_lm
+from causal_lm import differs, list_ids, open_lm, probe_ids
 from checkpoints import check_vocabulary, write_weights
-from data import pad_labels, pad_passages
+from data import list_targets, pad_labels, pad_passages
 from files import to_number
 from questions import history_turns, retrieval_score
 from sharding import any_question, is_sharded, shard
-from utils import InputError, refusing, shorten
+from utils import InputError, first_line, refusing, shorten
 
 TEMPLATE = r"Background: {title} {text}\n\nQuestion: {question}\nAnswer:"
 FIELDS = ("question", "title", "text")
@@ -229,7 +236,7 @@ class PromptCollator:
                 for record_prompts in prompts]
 
     def cut_prompt(self, pair, span):
-        """Return the ids of a prompt, of at most max_length tokens if the passage can be cut so far.
+        """Return the ids of a prompt, at most max_length of them if the passage can be cut so far.
 
         span: start and end of the passage in the text.
         """
@@ -237,15 +244,22 @@ class PromptCollator:
         ids = cut_passage(pair.prompt, pair.offsets, span, self.max_length - num_start)
         return self.start[:num_start] + ids
 
+    def count_fixed_bytes(self, record):
+        """Return the bytes of the longest prompt of a record without the passage's text."""
+        titles = [context.get("title") or "" for context in record["ctxs"][:self.num_contexts]]
+        texts = [self.before, self.template, self.after, record["question"],
+                 max(titles, key=len, default="")]
+        return sum(len(text.encode()) for text in texts) + len(self.start) + 8
+
     def check_lengths(self, records, questions, labels):
-        """Raises InputError for a prompt that, with its target, is longer than the model reads."""
+        """Raise InputError for a prompt that, with its target, is longer than the model reads."""
         for number, (record, prompts) in enumerate(zip(records, questions)):
             target = 0 if labels is None else int(labels[number].ne(-100).sum())
             tokens = max(map(len, prompts)) + target
             if self.longest and tokens > self.longest:
                 raise InputError(f"record {shorten(record['id'])} takes {tokens} tokens, passage "
-                                 f"and answer together, the model reads {self.longest}; lower "
-                                 "--max_length, or drop the record")
+                                 f"and answer together, the model reads {self.longest}; "
+                                 "shorten its question, lower --max_length, or drop the record")
 
     def log_weights(self, record):
         """(n) logarithms of the weights of a record's n contexts, which sum to one; a question
@@ -283,13 +297,18 @@ class CausalReader(nn.Module):
         self.lm = lm
         self.prompts = prompts or Prompts()
         self.config = lm.config
-        # models with relative positions alone take none
-        self.takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
+        self.base = None  # the model that adapters belong to, if they are saved alone
+        self.tokenizer = None  # check_tokenizer sets it
+        self.max_length = self.answer_maxlength = None  # prepare sets them
+        # models with relative positions alone take none; some give the logits of all places
+        parameters = inspect.signature(lm.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self.takes_count = "logits_to_keep" in parameters
 
     @property
     def longest(self):
         """The most tokens that the model reads, or None where its configuration sets no limit."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def describe(self):
         """What args.json says of the reader, for those that open it later."""
@@ -303,14 +322,18 @@ class CausalReader(nn.Module):
         with refusing("--use_checkpoint is not offered with this model", "leave it out"):
             self.lm.activation_checkpointing_enable()
 
-    def add_adapters(self, rank, pack_on=None, bf16=False):
-        """Freezes the weights and adds LoRA adapters, which save_pretrained merges.
+    def add_adapters(self, args, device):
+        """Freeze the weights and add the LoRA adapters of the flags (adapters.add_lora_flags).
 
-        pack_on: the device on which the weights are packed into 4 bits before.
+        device: where --load_in_4bit packs the weights before.
         """
-        if pack_on:
-            pack_weights(self.lm, pack_on, bf16)
-        self.lm = add_lora(self.lm, rank)
+        if args.load_in_4bit:
+            pack_weights(self.lm, device, args.bf16)
+        if args.frozen_bf16:
+            freeze_in_bf16(self.lm)
+        self.lm = add_lora(self.lm, args.lora, args.lora_alpha, args.lora_dropout,
+                           args.lora_targets)
+        self.base = args.t5_name if args.save_adapters else None
 
     def shard(self, world):
         """Spreads the weights over the processes (sharding.py).
@@ -337,15 +360,23 @@ class CausalReader(nn.Module):
         if not tokenizer.is_fast:
             raise InputError(f"{name}: the tokenizer does not tell where its tokens stand in the "
                              "text, by which passages are cut; save it with a tokenizer.json")
-        if eos not in self.end_tokens:
-            self.config.eos_token_id = eos if self.config.eos_token_id is None else [
-                *self.end_tokens, eos]
+        ends = [end for end in self.end_tokens if end != eos] + [eos]
+        ends = ends if len(ends) > 1 else eos
+        self.config.eos_token_id = self.lm.generation_config.eos_token_id = ends
+        self.tokenizer = tokenizer
+        if self.prompts.chat_template:
+            chat_frame(tokenizer)
 
     @property
     def end_tokens(self):
-        """The ids that end an answer; chat models have several."""
-        ends = self.config.eos_token_id
-        return ends if isinstance(ends, list) else [ends]
+        """The ids that end an answer: those of config.json, of generation_config.json (chat models
+        have several) and, as the last one, the tokenizer's.
+        """
+        ends = [*list_ids(self.config.get_text_config().eos_token_id),
+                *list_ids(self.config.eos_token_id),
+                *list_ids(self.lm.generation_config.eos_token_id)]
+        last = list_ids(None if self.tokenizer is None else self.tokenizer.eos_token_id)
+        return [end for end in dict.fromkeys(ends) if end not in last] + last
 
     def forget_generation(self):
         """Return the settings of generation_config.json that training leaves out: none is used."""
@@ -356,15 +387,21 @@ class CausalReader(nn.Module):
         return max_length
 
     def prepare(self, max_length, answer_maxlength):
-        """Raises InputError if prompts and answers of these lengths are more than the model reads.
+        """Set the lengths that check_records goes by. Raise InputError if prompts and answers of
+        these lengths are more than the model reads.
         """
         if self.longest and max_length + answer_maxlength > self.longest:
             raise InputError(f"--max_length {max_length} and answers of {answer_maxlength} tokens "
                              f"are more than the {self.longest} that the model reads; lower "
                              "--max_length")
+        self.max_length, self.answer_maxlength = max_length, answer_maxlength
 
-    def check_records(self, records, num_contexts, path):
-        """Raises InputError for a record whose contexts cannot be weighted."""
+    def check_records(self, records, num_contexts, path, trains=False):
+        """Raise InputError for a record whose contexts cannot be weighted or, after prepare, whose
+        question and answer are more than the model reads.
+
+        trains: the answers are the records' own, not yet to be generated.
+        """
         for record in records:
             try:
                 read_scores(record["ctxs"][:num_contexts], self.prompts)
@@ -372,6 +409,33 @@ class CausalReader(nn.Module):
                 raise InputError(f"{path}: record {shorten(record['id'])} has a context without a "
                                  "finite 'score', which --passage_weights score needs; retrieve.py "
                                  "writes them, --passage_weights equal does without") from None
+        if self.longest and self.max_length:
+            collator = self.make_collator(self.tokenizer, num_contexts, self.max_length)
+            for record in records:
+                self.check_length(record, collator, path, trains)
+
+    def check_length(self, record, collator, path, trains):
+        """Raise InputError for a record that takes more tokens than the model reads."""
+        targets = list_targets(record) if trains else []
+        # no text has more tokens than bytes; counting tokens takes longer
+        most = max((len(target.encode()) + 8 for target in targets), default=self.answer_maxlength)
+        if max(self.max_length, collator.count_fixed_bytes(record)) + most <= self.longest:
+            return
+        answer = max((len(collator.target_ids(target)) for target in targets),
+                     default=self.answer_maxlength)
+        tokens = max(map(len, collator.prompt_ids([record])[0]))
+        if tokens + answer <= self.longest:
+            return
+        bare = {"question": record["question"],
+                "ctxs": [context | {"text": ""} for context in record["ctxs"]]}
+        fixed = max(map(len, collator.prompt_ids([bare])[0]))
+        place = f"{path}: record {shorten(record['id'])}"
+        if fixed + answer > self.longest:
+            raise InputError(f"{place}: its question takes {fixed} tokens without a passage, its "
+                             f"answer {answer}, the model reads {self.longest}; shorten them, or "
+                             "drop the record")
+        raise InputError(f"{place}: passage and answer take {tokens + answer} tokens, the model "
+                         f"reads {self.longest}; lower --max_length to {self.longest - answer}")
 
     def make_collator(self, tokenizer, num_contexts, max_length):
         """What turns samples into this reader's batches."""
@@ -411,25 +475,30 @@ class CausalReader(nn.Module):
         logits (K, count, V) of the last `count` ids only.
         """
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "past_key_values": cache,
-                  "use_cache": use_cache, "logits_to_keep": count}
+                  "use_cache": use_cache}
+        if self.takes_count:
+            inputs["logits_to_keep"] = count
         if self.takes_positions:
             positions = mask.long().cumsum(1).clamp(min=1) - 1  # padding counts for nothing
             inputs["position_ids"] = positions[:, -ids.shape[1]:]
-        return self.lm(**inputs)
+        output = self.lm(**inputs)
+        output.logits = output.logits[:, -count:]
+        return output
 
     # ---------------------------------------------------------------- generation
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, log_weights, max_length=50, num_beams=1,
                  return_scores=False, n_best=None):
-        """Ids (B, <= max_length) of the answers, greedy, </s> and what follows it included.
+        """Return ids (B, <= max_length) of the answers, greedy, then </s> up to the longest one.
 
         The token is the likeliest under sum_n w_n p(. | prompt n, tokens before), an average of
         probabilities, not of logits (REPLUG, arXiv 2301.12652, eq. 2). Each prompt is run once,
         then one token a step; questions that have ended leave the batch. With `return_scores` also
         scores (B, N): log of w_n p(answer | prompt n), normalised over n, which is the posterior of
         the passage given the answer; -inf where there is no passage. With `n_best` 1 the ids are
-        (B, 1, T), and the answers' log probabilities (B, 1) under that average come last. Raises
+        (B, 1, T), and the answers' log probabilities (B, 1) under that average come last. With
+        prompts.answer_lines "first" the first line end after some text ends an answer, too. Raise
         InputError for more than one beam.
         """
         if num_beams > 1:
@@ -440,8 +509,8 @@ class CausalReader(nn.Module):
         prompts, mask, weights = input_ids[is_real], attention_mask[is_real], log_weights[is_real]
         if self.longest and prompts.shape[1] + max_length > self.longest:
             raise InputError(f"a prompt of {prompts.shape[1]} tokens and an answer of {max_length} "
-                             f"are more than the {self.longest} that the model reads; lower "
-                             "--max_length or --answer_maxlength")
+                             f"are more than the {self.longest} that the model reads; "
+                             "shorten the question, or lower --max_length or --answer_maxlength")
         ends = torch.tensor(self.end_tokens, device=device)
         answers = torch.full((B, max_length), ends[-1], device=device)
         likelihoods = torch.zeros_like(weights)  # (K) log p(tokens so far | prompt)
@@ -466,6 +535,8 @@ class CausalReader(nn.Module):
             likelihoods[rows] += log_p[torch.arange(len(rows), device=device), token[owner]]
 
             alive = ~torch.isin(token, ends)
+            if self.prompts.answer_lines == "first":
+                alive &= ~self.find_line_ends(answers[questions, :step + 1])
             remaining, steps_left = int(alive.sum()), max_length - 1 - step
             if not steps_left or not any_question(self, remaining):
                 break
@@ -474,14 +545,14 @@ class CausalReader(nn.Module):
                 break
             kept = alive[owner]                                                          # (k)
             if not alive.all():
-                output.past_key_values.batch_select_indices(kept)
+                keep_rows(output.past_key_values, kept)
                 owner = (alive.cumsum(0) - 1)[owner[kept]]
                 questions, token = questions[alive], token[alive]
                 rows, mask = rows[kept], mask[kept]
             mask = F.pad(mask, (0, 1), value=True)
             output = self.run(token[owner, None], mask, 1, output.past_key_values, True)
 
-        answers, others = answers[:, :step + 1], []
+        answers, others = self.trim_answers(answers[:, :step + 1]), []
         if return_scores:
             scores = torch.full(is_real.shape, -torch.inf, device=device)
             scores[is_real] = weights + likelihoods
@@ -490,6 +561,27 @@ class CausalReader(nn.Module):
             answers = answers[:, None]                                   # (B, T) -> (B, 1, T)
             others.append(log_probabilities[:, None])
         return (answers, *others) if others else answers
+
+    def find_line_ends(self, answers):
+        """Return (b) bool: True for the answers (b, t) that hold a line end after some text."""
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        ended = ["\n" in text.lstrip() for text in texts]
+        return torch.tensor(ended, device=answers.device)
+
+    def trim_answers(self, answers):
+        """Return answers (B, T) without what is no text of theirs: the end token, whatever it is,
+        becomes the tokenizer's, and so does a token that goes on after a line end.
+        """
+        ends, last = set(self.end_tokens), self.end_tokens[-1]
+        rows = []
+        for row in answers.tolist():
+            length = next((place for place, token in enumerate(row) if token in ends), len(row))
+            if self.prompts.answer_lines == "first":
+                text = self.tokenizer.decode(row[:length], skip_special_tokens=True).strip()
+                if "\n" in text:
+                    length -= 1
+            rows.append(row[:length] + [last] * (len(row) - length))
+        return torch.tensor(rows, device=answers.device)
 
     def accompany(self, token, steps):
         """Computes with other processes, whose questions go on for `steps` steps at most: sharded
@@ -505,7 +597,51 @@ class CausalReader(nn.Module):
     @classmethod
     def from_pretrained(cls, path_or_name, dropout=None, prompts=None, dtype=torch.float32):
         """A reader from a causal language model's folder or hub name; see open_lm."""
-        return cls(open_lm(path_or_name, dropout, dtype), prompts)
+        reader = cls(open_lm(path_or_name, dropout, dtype), prompts)
+        if dtype is not None:
+            reader.check_reading(path_or_name)
+        return reader
+
+    @torch.no_grad()
+    def check_reading(self, source):
+        """Raise InputError for a model that cannot be read with: padding before a prompt must leave
+        its logits as they are, and rows must be able to leave its cache.
+
+        It takes three passes of at most 12 tokens.
+        """
+        problem = "padding before a prompt changes its logits, or its cache cannot drop rows"
+        was_training = self.lm.training
+        self.lm.eval()
+        try:
+            if not self.differs_when_padded():
+                return
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever such a model raises
+            problem = f"with padded prompts and a cache: {first_line(error)}"
+        finally:
+            self.lm.train(was_training)
+        raise InputError(f"{source}: a {self.config.model_type} model of transformers cannot be a "
+                         f"reader here ({problem}); choose another model, such as GPT-2, Llama or "
+                         "Qwen2")
+
+    def differs_when_padded(self):
+        """Return True if a short text's logits next to a longer one, and after that one has left
+        the cache, are not those of a pass of its own.
+        """
+        device = next(self.lm.parameters()).device
+        ids = torch.tensor([probe_ids(self.config)], device=device)                      # (1, 8)
+        expected = self.run(ids, torch.ones_like(ids).bool(), 8).logits[0]
+        rows = torch.stack([ids[0, :6], F.pad(ids[0, :3], (3, 0), value=int(ids[0, 0]))])
+        mask = torch.ones_like(rows).bool()
+        mask[1, :3] = False
+        output = self.run(rows, mask, 1, use_cache=True)
+        if differs(output.logits[:, 0], expected[[5, 2]]):
+            return True
+        keep_rows(output.past_key_values, torch.tensor([False, True], device=device))
+        mask = F.pad(mask[1:], (0, 1), value=True)
+        output = self.run(ids[:, 3:4], mask, 1, output.past_key_values, True)
+        return differs(output.logits[0, 0], expected[3])
 
     def plain_weights(self):
         """{name: weight} of the language model, each once."""
@@ -526,6 +662,14 @@ class CausalReader(nn.Module):
                 lm.generation_config.save_pretrained(folder)
             write_weights(folder, self.plain_weights())
             return
+        if self.base:
+            save_adapters(lm, folder, self.base)
+            return
         if hasattr(lm, "merge_and_unload"):
-            lm = unload_adapters(copy_to_cpu(lm))
+            lm = unload_adapters(copy_to_cpu(lm)).float()
         lm.save_pretrained(folder)
+
+
+def keep_rows(cache, kept):
+    """Drop the rows of a cache that the mask `kept` does not name, in layers of any kind."""
+    cache.reorder_cache(kept.nonzero()[:, 0])

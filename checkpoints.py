@@ -95,6 +95,43 @@ def find_model(path_or_name, with_weights=True):
                          "where there is a network and give its folder") from None
 
 
+def find_base(folder):
+    """Return the folder of the model that a folder of peft's adapters belongs to; any other folder
+    is its own base.
+
+    Raise InputError for adapters whose model cannot be found.
+    """
+    path = os.path.join(folder, "adapter_config.json")
+    if not os.path.exists(path) or os.path.exists(os.path.join(folder, "config.json")):
+        return folder
+    base = read_settings(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{path}: does not name the model that the adapters belong to; set "
+                         "base_model_name_or_path")
+    if os.path.isfile(base):
+        raise InputError(f"{path}: base_model_name_or_path must be a folder or a hub name, "
+                         f"{shorten(base)} is a file")
+    if os.path.isdir(base):
+        return base
+    with refusing(f"{folder}: holds adapters of {shorten(base)}", "set base_model_name_or_path in "
+                  "its adapter_config.json to that model's folder"):
+        try:
+            return find_model(base)[0]
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+
+def refuse_gguf(path):
+    """Raise InputError for llama.cpp's files: a .gguf file, or a folder of them."""
+    names = [path] if os.path.isfile(path) else os.listdir(path) if os.path.isdir(path) else []
+    found = [os.path.basename(name) for name in names if name.endswith(".gguf")]
+    if found:
+        raise InputError(f"{path}: holds llama.cpp's GGUF form, which is not read; transformers "
+                         "converts it, with the package gguf: AutoModelForCausalLM and "
+                         f"AutoTokenizer.from_pretrained(FOLDER, gguf_file={found[0]!r}), then "
+                         "save_pretrained(OUT)")
+
+
 def find_args(path_or_name):
     """The folder in which a model's args.json lies, if it has one: of a hub name, that alone is
     fetched.
@@ -114,6 +151,7 @@ def open_model_file(path):
 
     Raises InputError.
     """
+    refuse_gguf(path)
     if path.removesuffix(".gz").endswith((".json", ".jsonl", ".csv", ".tsv", ".txt")):
         raise InputError(f"{path}: holds text (records, or a run's log), not a model; give the "
                          "model's folder")
@@ -287,7 +325,8 @@ def load_tokenizer(path_or_name, fallback):
     if os.path.isdir(query_folder):  # a retriever of two encoders
         folder = query_folder
     if not has_tokenizer(folder):
-        folder = find_model(fallback)[0]
+        base = find_base(folder)
+        folder = base if base != folder else find_model(fallback)[0]
     with refusing(f"{folder}: no usable tokenizer", "name a model that has one"):
         # not given, transformers would ask on the terminal whether to run the folder's own code
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -337,6 +376,8 @@ def read_config(folder, kind="T5"):
     Raises InputError where there is none that transformers knows, or one with absurd sizes.
     """
     adapter = read_settings(os.path.join(folder, "adapter_config.json"))
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        refuse_gguf(folder)
     if adapter and not os.path.exists(os.path.join(folder, "config.json")):
         raise InputError(f"{folder}: holds an adapter of "
                          f"{shorten(adapter.get('base_model_name_or_path'))}, not a model; merge "
@@ -414,7 +455,11 @@ def find_wrapper(names, expected):
     def count_known(prefix):
         return sum(name.startswith(prefix) and name.removeprefix(prefix) in expected
                    for name in names)
-    return max(sorted(prefixes, key=len), key=count_known)
+    best = max(sorted(prefixes, key=len), key=count_known)
+    covered = sum(name.startswith(best) for name in names)
+    # otherwise it is a part of the model, whose weights have other names in the file
+    is_wrapper = covered == len(names) or 2 * count_known(best) >= covered
+    return best if is_wrapper else ""
 
 
 def check_fit(missing, mismatched, unused, source, optional="", unused_is_fine=False):

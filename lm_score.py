@@ -22,7 +22,7 @@ import torch
 import transformers
 from transformers import AutoModelForSeq2SeqLM
 
-from borders import add_start, encode_pairs, start_tokens
+from borders import add_start, chat_frame, encode_pairs, start_tokens
 from causal_lm import (
     Text,
     log_likelihoods,
@@ -32,7 +32,9 @@ from causal_lm import (
 )
 from causal_reader import PromptCollator, choose_prompts
 from checkpoints import (
+    check_fit,
     check_vocabulary,
+    find_base,
     find_model,
     find_weights,
     load_tokenizer,
@@ -61,6 +63,7 @@ from retrieval.fingerprint import hash_file, hash_windows, model_files
 from retrieval.mining import check_indices, collated_path
 from utils import (
     LONG_PATIENCE,
+    SWITCH,
     InputError,
     Parser,
     check_at_least,
@@ -112,6 +115,7 @@ class Scorer(NamedTuple):
     is_reader: bool    # it reads passages in prompts of its own
     prompts: object    # a causal reader's Prompts
     is_packed: bool    # the causal model takes texts side by side
+    frame: tuple       # texts before and after a prompt, of --chat_template
 
 
 def parse_args():
@@ -137,6 +141,10 @@ def parse_args():
     add_tokenizer_flags(add)
     add("--bf16", action="store_true", help="compute in bfloat16; not given: float32")
     add = parser.add_argument_group("texts").add_argument
+    add("--chat_template", default=None, **SWITCH,
+        help="the text up to the answer is the user's turn of the tokenizer's chat template, the "
+        "answer the assistant's (causal language models); not given: of a reader as trained, else "
+        "false")
     add("--template",
         help="text with {key}, {query} and, at its end, {answer}, \\n being a line end; not given: "
         "LLM-Embedder's by the record's task, qa where it names none. A reader has its own")
@@ -263,7 +271,7 @@ def open_scorer(args, is_reader, trained, config, world):
     Raises InputError.
     """
     name = args.model_name_or_path
-    num_positions = getattr(config, "max_position_embeddings", None) or math.inf
+    num_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     limit = min(args.context_max_length, num_positions)
     if is_reader:
         limit = trained.get("max_length") or limit  # of a prompt
@@ -290,9 +298,16 @@ def open_scorer(args, is_reader, trained, config, world):
         if not is_packed:
             world.log(f"note: {name} has {reason}: its texts are padded, which takes longer")
         if is_reader:
-            prompts = choose_prompts({}, trained.get("prompts", {}), name)
+            given = {} if args.chat_template is None else {"chat_template": args.chat_template}
+            prompts = choose_prompts(given, trained.get("prompts", {}), name)
     check_vocabulary(tokenizer, embeddings_of(model), "give the folder that the model came with")
-    return Scorer(kind, model, tokenizer, world.device, limit, is_reader, prompts, is_packed)
+    frame = ("", "")
+    if args.chat_template and not is_reader:
+        if kind != "causal":
+            raise InputError(f"--chat_template is for causal language models, {name} is a "
+                             f"{config.model_type} model; leave it out")
+        frame = chat_frame(tokenizer)
+    return Scorer(kind, model, tokenizer, world.device, limit, is_reader, prompts, is_packed, frame)
 
 
 def describe(scorer):
@@ -306,15 +321,6 @@ def embeddings_of(model):
     return model.t5.shared if isinstance(model, FiDT5) else model.get_input_embeddings()
 
 
-def check_loading(loading, source):
-    """Raises InputError for weights that are missing, or of another shape than the model's."""
-    for kind in ("missing_keys", "mismatched_keys"):
-        for key in loading[kind]:
-            raise InputError(f"{source}: weights do not match config.json: {shorten(key)} is "
-                             f"{kind.removesuffix('_keys')}; give the folder that the weights "
-                             "came with")
-
-
 def open_seq2seq(name, dtype, device):
     """A sequence-to-sequence model other than a T5, such as BART. Raises InputError."""
     folder, _ = find_model(name)
@@ -322,7 +328,8 @@ def open_seq2seq(name, dtype, device):
     with refusing(f"{name}: its weights cannot be read", "fetch the folder again"):
         model, loading = AutoModelForSeq2SeqLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
-    check_loading(loading, name)
+    check_fit(loading["missing_keys"], loading["mismatched_keys"], loading["unexpected_keys"], name,
+              unused_is_fine=True)
     if model.config.pad_token_id is None:
         raise InputError(f"{name}: config.json says no pad_token_id, which the decoder of a "
                          "sequence-to-sequence model begins and is padded with; add it")
@@ -357,6 +364,20 @@ def make_family(scorer, job, key_max_length):
     return family
 
 
+def check_jobs(scorer, jobs):
+    """Raise InputError for a job whose question and answers do not fit without a key, before any is
+    scored: with keys, which are cut, they fit as well.
+    """
+    for job in jobs:
+        if not job.keys:
+            continue
+        key = ""
+        if scorer.is_reader:  # titles are not cut
+            key = {"title": max((context.get("title") or "" for context in job.keys), key=len),
+                   "text": ""}
+        make_family(scorer, job._replace(keys=[key]), 1)
+
+
 def decode_key(tokenizer, ids):
     """The text of a key that was cut to these ids; half a character at its end goes."""
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -373,9 +394,15 @@ def make_texts(scorer, job, keys):
     """For each key a list of Texts, one per answer, of the job's template."""
     answers = [strip(answer, job) for answer in job.answers]
     if scorer.kind == "causal" and job.template == TEMPLATES["lrlm"]:
+        if any(scorer.frame):
+            raise InputError(f"{job.location}: lrlm's texts go on from one another and are no "
+                             "conversation; leave --chat_template out, or give --template")
         return make_side_by_side(scorer, job, keys, answers)
     prompts = [fill_template(job, key) for key in keys]
     if scorer.kind == "causal":
+        before, after = scorer.frame
+        if before or after:
+            prompts = [before + prompt.strip() + after for prompt in prompts]
         return make_causal_texts(scorer.tokenizer, prompts, answers, job.location)
     prompt_ids = scorer.tokenizer([prompt.rstrip() for prompt in prompts],
                                   verbose=False)["input_ids"]
@@ -475,7 +502,8 @@ def make_reader_texts(scorer, job):
     else:
         collator = PromptCollator(tokenizer, len(job.keys), room, scorer.prompts)
         answers = [collator.target_ids(answer) for answer in job.answers]
-        positions = getattr(scorer.model.config, "max_position_embeddings", None) or math.inf
+        config = scorer.model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or math.inf
         most = positions - max(len(ids) for ids in answers)
         collator.max_length = min(room, most)
         prompts = collator.prompt_ids([record])[0]
@@ -567,7 +595,10 @@ def make_fingerprint(args, world):
     fingerprint = []
     if world.is_main:
         name = args.model_name_or_path
-        paths = model_files(find_model(name)[0])
+        folder = find_model(name)[0]
+        paths = model_files(folder)
+        if find_base(folder) != folder:
+            paths += model_files(find_base(folder))
         if os.path.isfile(name):  # minFiD's, which holds the weights
             paths.append(name)
         flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
@@ -589,7 +620,7 @@ def main(args):
     transformers.utils.logging.disable_progress_bar()
     world = start_processes(args.gpus, LONG_PATIENCE)  # the fastest waits for the slowest
     check_args(args)
-    folder = find_model(args.model_name_or_path)[0]
+    folder = find_base(find_model(args.model_name_or_path)[0])
     config = read_config(folder, "language")
     trained = read_training_args(args.model_name_or_path)
     is_reader = args.reader or "num_contexts" in trained
@@ -609,6 +640,8 @@ def main(args):
         world.log(f"going on from {args.output}.journal.*: {len(jobs) - num_left} questions are "
                   "done")
     own = remaining[world.rank::world.size]
+    for number in own:
+        check_jobs(scorer, batches[number])
     with progress_bar(total=sum(len(batches[number]) for number in own), desc="scoring",
                       unit=" questions", is_main=world.is_main) as bar:
         for number in own:

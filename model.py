@@ -296,14 +296,14 @@ class FiDT5(nn.Module):
         """
         self.config.passage_stride = max_length
 
-    def check_records(self, records, num_contexts, path):
+    def check_records(self, records, num_contexts, path, trains=False):
         """Any record can be read."""
 
     def make_collator(self, tokenizer, num_contexts, max_length):
         """What turns samples into this reader's batches."""
         return Collator(tokenizer, num_contexts, max_length)
 
-    def add_adapters(self, rank, pack_on=None, bf16=False):
+    def add_adapters(self, args, device):
         """Raises InputError."""
         raise InputError("--lora is for causal language models: the layers of a T5 reader "
                          "(layers.py) run without the modules that peft replaces; leave it out")

@@ -7,33 +7,49 @@ from typing import NamedTuple
 import torch
 
 from causal_lm import is_causal
-from causal_reader import PASSAGE_WEIGHTS, TEMPLATE, CausalReader, Prompts, choose_prompts
+from causal_reader import (
+    ANSWER_LINES,
+    PASSAGE_WEIGHTS,
+    TEMPLATE,
+    CausalReader,
+    Prompts,
+    choose_prompts,
+)
 from checkpoints import (
+    find_base,
     find_model,
     find_weights,
     has_tokenizer,
     load_tokenizer,
+    log_on_main,
     read_config,
     read_training_args,
 )
 from files import read_args
 from model import CLASSES, NEEDED, FiDT5
 from t5_folder import carries_tokenizer, list_settings, open_t5_tokenizer
-from utils import InputError, shorten
+from utils import SWITCH, InputError, shorten
 
 FALLBACK = "t5-base"         # all of T5, v1.1 and Flan-T5 have its vocabulary
 FALLBACK_SIZES = (32100, 32128)  # the embeddings of a model that may
 
 
 def add_prompt_flags(parser):
-    """The flags of causal language models; what is not given is as the checkpoint says, or else the
-    default that the help tells.
+    """Add the flags of causal language models; what is not given is as in the checkpoint, else the
+    default of the help.
     """
     add = parser.add_argument_group("causal language models").add_argument
     add("--prompt_template", metavar="TEXT",
         help="the prompt of one passage, with {question}, {title} and {text}; \\n is a new line; a "
         "line with the passage alone is left out for a question without contexts; the answer "
-        f"follows after a space; not given: as trained, else '{TEMPLATE}'")
+        "follows after the whitespace at the end, else after a space; not given: as trained, else "
+        f"'{TEMPLATE}'")
+    add("--chat_template", default=None, **SWITCH,
+        help="the prompt is the user's turn of the tokenizer's chat template, the answer is the "
+        "assistant's; not given: as trained, else false")
+    add("--answer_lines", choices=ANSWER_LINES,
+        help="first: an answer ends at its first line end; all: at an end token alone; not given: "
+        "as trained, else first for a model that was not trained here, all in training")
     add("--passage_weights", choices=PASSAGE_WEIGHTS,
         help="what a passage counts in the loss and in the answer: all the same, or the softmax of "
         "its retrieval score; not given: as trained, else equal")
@@ -41,29 +57,34 @@ def add_prompt_flags(parser):
         help="the scores are divided by T before the softmax; not given: as trained, else 1")
 
 
-def open_reader(path_or_name, dropout=None, args=None, spread=False, trained=False):
+def open_reader(path_or_name, dropout=None, args=None, spread=False, trained=False, trains=False):
     """Return the reader of a checkpoint, by its configuration: FiDT5 or CausalReader.
 
     `dropout` replaces the configuration's rates; `args` may hold the values of add_prompt_flags;
     the weights of one that will be spread over the processes stay in the file until place_reader.
-    Raise InputError for any other model, for what the readers refuse and, if it must be `trained`,
-    for one without weights.
+    `trains`: it will be trained, so that its answers end with an end token. Raise InputError for
+    any other model, for what the readers refuse and, if it must be `trained`, for one without
+    weights.
     """
     dtype = None if spread else torch.float32
     given = {name: getattr(args, name, None) for name in Prompts._fields}
     given = {name: value for name, value in given.items() if value is not None}
     if os.path.isfile(path_or_name):  # minFiD's
         return open_fid(path_or_name, dropout, given, dtype, trained)
-    folder, _ = find_model(path_or_name)
+    folder = find_base(find_model(path_or_name)[0])
     config = read_config(folder, "T5 or causal language")
     if config.model_type in CLASSES:
         return open_fid(path_or_name, dropout, given, dtype, trained)
     if not is_causal(config):
         raise InputError(f"{folder}: is a {config.model_type} model; {NEEDED}, or a causal "
                          "language model (GPT-2, Llama, Qwen2, ...)")
-    stated = read_training_args(path_or_name).get("prompts", {})
-    prompts = choose_prompts(given, stated, path_or_name)
+    stated = read_training_args(path_or_name)
+    prompts = choose_prompts(given, stated.get("prompts", {}), path_or_name)
     find_weights(folder, required=trained)
+    if not trains and "num_contexts" not in stated and "answer_lines" not in given:
+        prompts = prompts._replace(answer_lines="first")
+        log_on_main(f"note: {path_or_name} was not trained here: its answers end at their first "
+                    "line end (--answer_lines all: at an end token alone)")
     return CausalReader.from_pretrained(path_or_name, dropout, prompts, dtype)
 
 
@@ -81,6 +102,8 @@ def place_reader(reader, world, spread):
     """
     if spread:
         reader.shard(world)
+        if isinstance(reader, CausalReader):
+            reader.check_reading("--fsdp")
     else:
         reader.to(world.device)
 
@@ -104,13 +127,16 @@ def open_reader_tokenizer(path_or_name, chosen=None, fallback=None):
     """
     path = str(path_or_name)
     folder = find_model(path)[0]
-    config = read_config(folder, "T5 or causal language")
+    base = find_base(folder)  # of adapters
+    config = read_config(base, "T5 or causal language")
     is_t5 = config.model_type in CLASSES
     carries = carries_tokenizer if is_t5 else has_tokenizer
     if chosen:
         candidates = [(chosen, "--tokenizer")]
     elif carries(folder) and not os.path.isfile(path):
         candidates = [(folder, "")]
+    elif base != folder:
+        candidates = [(base, "the adapters' model")]
     else:
         candidates = list_candidates(path, folder, fallback, config)
     tried = []

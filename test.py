@@ -157,8 +157,8 @@ def main(args):
     place_reader(model, world, args.fsdp)
     model.check_tokenizer(tokenizer)
     world.log(describe_reader(args.model, model, tokenizer, origin))
-    model.check_records(records, max(args.num_contexts), args.data)
     model.prepare(args.max_length, args.answer_maxlength)
+    model.check_records(records, max(args.num_contexts), args.data)
 
     unscored = sum(not record["answers"] for record in records)
     if args.measures and unscored == len(records):

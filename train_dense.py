@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from adapters import add_lora, copy_to_cpu, pack_weights, unload_adapters
+from adapters import add_lora, copy_to_cpu, freeze_in_bf16, pack_weights, unload_adapters
 from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
 from cost import log_cost, measure_updates, note_cost
 from dense import losses
@@ -102,8 +102,9 @@ def compute_loss(run, batch):
                                 losses.contrastive(scores, positives, masked)))
     has_teacher = ~teacher.isnan().any(1)                                                # (Q)
     if distills and has_teacher.any():
+        temperature = 1.0 if flags.ranker else run.unwrapped.temperature
         loss = distillation_loss(flags, scores[has_teacher], groups[has_teacher],
-                                 teacher[has_teacher])
+                                 teacher[has_teacher], temperature)
         weighted_losses.append((flags.distill_weight, loss))
     return combine_losses(weighted_losses) + zero, len(teacher)
 
@@ -164,16 +165,31 @@ def duplicate_mask(flags, batch, count, positives):
     return losses.duplicates(identities, positives)
 
 
-def distillation_loss(flags, scores, groups, teacher):
-    """The loss of the queries that have teacher scores (Q, G); scores (Q, K), groups (Q, G)."""
+def distillation_loss(flags, scores, groups, teacher, temperature):
+    """Return the loss of the queries that have teacher scores (Q, G); scores (Q, K), groups (Q, G).
+
+    temperature: what the scores have been divided by already.
+    """
     own_scores = scores.gather(1, groups)                                                # (Q, G)
+    student_temperature = distill_temperature(flags, temperature) / temperature
     if flags.loss == "fid-kd":
-        return losses.fid_kd(own_scores, teacher, flags.teacher_temperature,
-                             flags.student_temperature)
+        return losses.fid_kd(own_scores, teacher, flags.teacher_temperature, student_temperature)
     if flags.stable_distill:
         return losses.stable_distillation(scores, groups, teacher, flags.teacher_temperature)
-    return losses.distillation(own_scores, teacher, flags.teacher_temperature,
-                               flags.student_temperature)
+    return losses.distillation(own_scores, teacher, flags.teacher_temperature, student_temperature)
+
+
+def distill_temperature(flags, temperature):
+    """Return what cosines, inner products or distances are divided by in distillation.
+
+    temperature: the model's own. One loss alone has one temperature (REPLUG, arXiv 2301.12652,
+    section 4: 0.1); next to InfoNCE --student_temperature divides once more, as in LLM-Embedder.
+    """
+    if flags.student_temperature is None or flags.stable_distill:
+        return temperature
+    if flags.loss:
+        return flags.student_temperature
+    return temperature * flags.student_temperature
 
 
 def combine_losses(weighted_losses):
@@ -416,7 +432,7 @@ def merge_adapters(model, args):
     """A copy of the model, on the CPU, whose LoRA adapters are merged into the weights."""
     model = copy_to_cpu(model)
     for module in encoders_of(model, args):
-        module.model = unload_adapters(module.model)
+        module.model = unload_adapters(module.model).float()
     return model
 
 
@@ -458,7 +474,10 @@ def add_adapters(model, args, device):
     for module in encoders_of(model, args):
         if args.load_in_4bit:
             pack_weights(module.model, device, args.bf16)
-        module.model = add_lora(module.model, args.lora)
+        if args.frozen_bf16:
+            freeze_in_bf16(module.model)
+        module.model = add_lora(module.model, args.lora, args.lora_alpha, args.lora_dropout,
+                                args.lora_targets)
         if not args.ranker:  # no vector passes through a pooler; DDP would wait for its gradient
             for name, parameter in module.model.named_parameters():
                 if ".pooler." in name:
@@ -588,6 +607,7 @@ def describe(run):
         f"{kind}; batch {args.batch_size * run.world.size} x {args.grad_accumulation}; "
         f"{run.updates} updates, {count_warmup(args, run.updates)} of warm-up")
     note_prompts(run)
+    note_temperature(run)
     tasks = [task for task in run.task_flags if any(run.collator.instruction(task))]
     if tasks:
         log(f"{args.version}'s instructions are put before the texts of {', '.join(tasks)} "
@@ -609,6 +629,20 @@ def note_prompts(run):
         if len(own) < len(examples) or len(set(own)) > 1:
             saved = "records differ in it, so that no prompt is saved with the retriever"
         run.world.log(f"'prompt' of {len(own)} records is put before their queries; {saved}")
+
+
+def note_temperature(run):
+    """Log what the scores are divided by in distillation, if it is not the model's temperature."""
+    own = 1.0 if run.args.ranker else run.unwrapped.temperature
+    for task, flags in run.task_flags.items():
+        temperature = distill_temperature(flags, own)
+        if flags.loss == "infonce" or temperature == own:
+            continue
+        origin = "--student_temperature"
+        if not flags.loss:
+            origin = f"{own:g} x --student_temperature {flags.student_temperature:g}"
+        named = f" of {task}" if task else ""
+        run.world.log(f"distillation{named} divides scores by {temperature:g} ({origin})")
 
 
 def main(args):

@@ -23,7 +23,7 @@ from contextlib import nullcontext
 
 import torch
 
-from adapters import check_packing
+from adapters import add_lora_flags, check_lora
 from checkpoints import (
     claim_folder,
     find_model,
@@ -151,11 +151,10 @@ def parse_args(arguments=None):
     add("--use_checkpoint", action="store_true",
         help="recompute the encoder's activations in the backward pass to save memory")
     add("--bf16", action="store_true", help="bfloat16 autocast; weights and optimizer stay float32")
-    add("--lora", type=int, metavar="R",
-        help="train LoRA adapters of rank R, merged when saved (causal language models; needs the "
-        "package peft)")
-    add("--load_in_4bit", action="store_true",
-        help="keep the frozen weights under --lora in 4 bits (needs the package bitsandbytes)")
+    add_lora_flags(add)
+    add("--save_adapters", action="store_true",
+        help="save the adapters of --lora alone, in peft's form, with the name of their model; not "
+        "given: the whole model, adapters merged")
     add("--fsdp", action="store_true",
         help="spread weights, gradients and optimizer state over the processes, for models that do "
         "not fit one GPU (PyTorch's fully_shard); OUT must be a path that all of them can write")
@@ -258,7 +257,7 @@ def check_args(args, sets=BOTH_SETS):
     check_at_least(args, {"num_retrieved": 1, "num_contexts": 1, "max_length": 1, "batch_size": 1,
                           "batch_size_val": 1, "grad_accumulation": 1, "epochs": 1,
                           "num_workers": 0, "num_warmup_steps": 0, "eval_every": 0,
-                          "save_every": 0, "logging_steps": 1, "weight_decay": 0, "lora": 1,
+                          "save_every": 0, "logging_steps": 1, "weight_decay": 0,
                           "eval_answer_maxlength": 2})
     check_positive(args, ["lr", "clip"])
     check_seed(args)
@@ -266,7 +265,7 @@ def check_args(args, sets=BOTH_SETS):
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
     if args.warmup_ratio is not None and not 0 <= args.warmup_ratio <= 1:
         raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
-    check_packing(args)
+    check_lora(args)
     if args.fsdp and args.lora:
         raise InputError("--fsdp spreads a model whose weights are all trained, --lora trains few "
                          "of them; leave one out")
@@ -528,19 +527,19 @@ def set_up(args, world, sets=BOTH_SETS):
     # model
     if args.fsdp:
         set_seed(args.seed)  # every process draws the same weights, where the checkpoint has none
-    reader = open_reader(args.t5_name, args.dropout, args, spread=args.fsdp)
+    reader = open_reader(args.t5_name, args.dropout, args, spread=args.fsdp, trains=True)
     reader.check_tokenizer(tokenizer)
     settings = reader.forget_generation()
     world.log(describe_reader(args.t5_name, reader, tokenizer, origin))
     if settings:
         world.log(f"note: {args.t5_name}: generation_config.json's {describe_settings(settings)} "
                   "are not used in training, and not saved: answers are greedy")
-    reader.check_records(train, args.num_contexts, args.data_train)
-    reader.check_records(dev, args.num_contexts, args.data_val)
     reader.prepare(args.max_length, answer_limit(args))
+    reader.check_records(train, args.num_contexts, args.data_train, trains=True)
+    reader.check_records(dev, args.num_contexts, args.data_val)
     reader.set_checkpoint(args.use_checkpoint)
     if args.lora:
-        reader.add_adapters(args.lora, world.device if args.load_in_4bit else None, args.bf16)
+        reader.add_adapters(args, world.device)
     if args.freeze:
         freeze(reader, args.freeze)
     place_reader(reader, world, args.fsdp)

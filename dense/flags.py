@@ -3,7 +3,7 @@ checks.
 """
 import math
 
-from adapters import check_packing
+from adapters import add_lora_flags, check_lora
 from dense.instructions import INSTRUCTIONS
 from files import LARGEST
 from metrics import METRICS
@@ -110,13 +110,9 @@ def add_model_flags(parser):
         help="not given: the checkpoint's, else cls")
     add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
     add("--cos_temperature", type=float, default=0.01,
-        help="what cosines are divided by in training")
+        help="what cosines are divided by in training (in distillation see --student_temperature)")
     add("--dropout", type=float, help="dropout rate; not given: the checkpoint's")
-    add("--lora", type=int, metavar="R",
-        help="train LoRA adapters of rank R, merged when saved (needs the package peft)")
-    add("--load_in_4bit", default=False,
-        help="keep the frozen weights under --lora in 4 bits (needs the package bitsandbytes)",
-        **SWITCH)
+    add_lora_flags(add, SWITCH)
     add("--freeze", metavar="REGEX", help="do not train the weights whose names this finds")
     add("--ranker", action="store_true",
         help="train a cross-encoder that reads query and key together")
@@ -131,8 +127,11 @@ def add_loss_flags(parser):
     add("--distill_weight", type=float, default=1.0, help="weight of distillation beside InfoNCE")
     add("--teacher_temperature", type=float, default=1.0,
         help="what teacher scores or labels are divided by")
-    add("--student_temperature", type=float, default=1.0,
-        help="what the model's scores are divided by in distillation")
+    add("--student_temperature", type=float,
+        help="what the model's scores are divided by in distillation: with --loss kl or fid-kd the "
+        "cosines, inner products or distances themselves, in place of --cos_temperature; without "
+        "--loss, as in LLM-Embedder, cosines that --cos_temperature has divided already; not "
+        "given: cosines by --cos_temperature, others by the checkpoint's temperature, else 1")
     add("--stable_distill", default=False, help="LLM-Embedder's stabilized distillation", **SWITCH)
     add("--mask_duplicates", action="store_true",
         help="leave copies of a query's positive out of its negatives")
@@ -237,15 +236,16 @@ def check_numbers(args):
                           "key_max_length": 3, "eval_group_size": 1, "chunk_size": 0,
                           "relevance_level": 1, "max_steps": 0, "eval_steps": 0,
                           "early_exit_steps": 0, "num_workers": 0})
-    check_at_least(args, {"lora": 1, "max_sample_num": 0, "num_warmup_steps": 0, "weight_decay": 0,
+    check_at_least(args, {"max_sample_num": 0, "num_warmup_steps": 0, "weight_decay": 0,
                           "adam_eps": 0, "contrastive_weight": 0, "distill_weight": 0,
                           "teacher_scores_margin": 0, "teacher_scores_min": -LARGEST})
-    check_positive(args, ["lr", "clip", "cos_temperature", "teacher_temperature",
-                          "student_temperature"])
+    check_positive(args, ["lr", "clip", "cos_temperature", "teacher_temperature"])
+    if args.student_temperature is not None:
+        check_positive(args, ["student_temperature"])
     check_seed(args)
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
-    check_packing(args)
+    check_lora(args)
     if not 0 <= args.warmup_ratio <= 1:
         raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
 
@@ -279,7 +279,7 @@ def check_unused(args):
                          "not read; leave it out")
     if args.ranker and args.query_template != "{query}":
         raise InputError("--query_template is of encoders; a ranker reads the query itself")
-    if args.stable_distill and args.student_temperature != 1:
+    if args.stable_distill and args.student_temperature not in (None, 1):
         raise InputError("--stable_distill has no --student_temperature; leave one of them out")
 
 

@@ -8,8 +8,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, T5EncoderModel
 
-from adapters import add_lora, copy_to_cpu, is_packed, pack_weights, unload_adapters
+import readers
+import train_epoch
+from adapters import (
+    add_lora,
+    copy_to_cpu,
+    is_packed,
+    pack_weights,
+    save_adapters,
+    unload_adapters,
+)
 from causal_helpers import make_causal
+from causal_lm import open_causal_lm
+from checkpoints import load_tokenizer
 from conftest import killed_script, make_bert, make_records, make_t5, run
 from cost import count_numbers
 from test_train_epoch import assert_same_run
@@ -101,11 +112,93 @@ def test_a_retriever_learns(tmp_path):
     assert all(weight.is_floating_point() for weight in weights.values())
 
 
+def make_args(tmp_path, llama, *flags):
+    data = tmp_path / "r.json"
+    data.write_text(json.dumps(make_records(4)))
+    return train_epoch.parse_args([str(value) for value in (
+        tmp_path / "m", data, data, "--num_contexts", 2, "--max_length", 80, "--t5_name", llama,
+        "--lora", 4, "--lr", "3e-2", "--warmup_ratio", 0.1, "--epochs", 1, "--batch_size", 2,
+        *flags)])
+
+
+def test_adapters_alone_open_again(llama, tmp_path):  # E16
+    """Saved by themselves, with their settings, they give the logits of the trained model in our
+    reader and in peft.
+    """
+    from peft import PeftModel
+    args = make_args(tmp_path, llama, "--save_adapters", "--lora_alpha", 12, "--lora_targets",
+                     "q_proj", "v_proj", "--lora_dropout", 0.1)
+    train_epoch.main(args)
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    config = json.loads((tmp_path / "m" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12, 0.1)
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    base = AutoModelForCausalLM.from_pretrained(llama).eval()
+    ids = torch.arange(3, 33)[None]
+    before = base(ids).logits
+    expected = PeftModel.from_pretrained(base, tmp_path / "m").eval()(ids).logits
+    reader = readers.open_reader(tmp_path / "m").eval()
+    torch.testing.assert_close(reader.lm(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert (expected - before).abs().max() > 0.1
+    assert reader.prompts.answer_lines == "all"
+    # without the tokenizer's files the model's own is taken
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "m" / name).unlink()
+    assert len(load_tokenizer(tmp_path / "m", "no-such/model")) == 400
+    model, _ = open_causal_lm(tmp_path / "m", "cpu")
+    for name, weight in reader.lm.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_frozen_weights_in_bfloat16(llama, tmp_path):  # E16
+    reader = readers.open_reader(llama, trains=True)
+    args = make_args(tmp_path, llama, "--frozen_bf16")
+    reader.add_adapters(args, CPU)
+    trained = {weight.dtype for weight in reader.parameters() if weight.requires_grad}
+    frozen = {weight.dtype for weight in reader.parameters() if not weight.requires_grad}
+    assert trained == {torch.float32} and frozen == {torch.bfloat16}
+    train_epoch.main(args)
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    before = load_file(f"{llama}/model.safetensors")
+    name = "model.embed_tokens.weight"
+    assert torch.equal(weights[name], before[name].bfloat16().float())
+
+
+def test_adapters_that_do_not_fit_are_one_line(llama, tmp_path):  # E13
+    def refuse(message, **changes):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings | changes))
+        with pytest.raises(InputError, match=message):
+            readers.open_reader(tmp_path)
+
+    model = add_lora(AutoModelForCausalLM.from_pretrained(llama), 2)
+    save_adapters(model, tmp_path, llama)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == llama
+    refuse("holds adapters of 'no-such/model'", base_model_name_or_path="no-such/model")
+    refuse("does not name the model", base_model_name_or_path=None)
+    refuse("lora_A.default.weight is missing|is missing in the file", target_modules=["lm_head"])
+    refuse("its adapters cannot be read", peft_type="NEW")
+    with pytest.raises(InputError, match="peft cannot add the adapters .*--lora_targets"):
+        add_lora(AutoModelForCausalLM.from_pretrained(llama), 2, targets=["no_such_layer"])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--lora_alpha", "0"], "--lora_alpha must be above 0"),
+    (["--lora_dropout", "1"], "--lora_dropout must be 0 or more and below 1"),
+    (["--frozen_bf16", "--load_in_4bit"], "are two ways to keep the frozen weights")])
+def test_flags_of_adapters_that_cannot_be(flags, message, llama, tmp_path):  # E16
+    with pytest.raises(InputError, match=message):
+        train_epoch.check_args(make_args(tmp_path, llama, *flags))
+
+
 def test_what_cannot_be_is_one_line(llama, tmp_path, monkeypatch):
     data = tmp_path / "r.json"
     data.write_text(json.dumps(make_records(2)))
     flags = [tmp_path / "m", data, data, "--load_in_4bit", "--max_length", 80]
-    for more, message in ((["--t5_name", llama], "--load_in_4bit freezes the weights: give --lora"),
+    for more, message in ((["--t5_name", llama],
+                           "--load_in_4bit is for adapters on frozen weights: give --lora"),
                           (["--t5_name", make_causal(tmp_path / "gpt2", "gpt2"), "--lora", 2],
                            "a gpt2 model of transformers has no linear layers")):
         _, error = run("train_epoch.py", *flags, *more, code=1)

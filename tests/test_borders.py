@@ -1,4 +1,4 @@
-"""borders.py: prompts and answers have the tokens of the whole text, by tokenizers of many kinds."""
+"""borders.py: prompts and answers have the tokens of the whole text, by tokenizers of any kind."""
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -72,7 +72,8 @@ def sentence_pieces():
 
 def unigram():
     """T5's way: line ends are spaces, and spaces are the beginning of the next word."""
-    pieces = [("<unk>", 0.0)] + [(char, -9.0) for char in sorted(set("".join(WORDS)) | set(":?.()"))]
+    letters = sorted({*"".join(WORDS), *":?.()"})
+    pieces = [("<unk>", 0.0)] + [(char, -9.0) for char in letters]
     pieces += [("\N{LOWER ONE EIGHTH BLOCK}", -8.0)]
     pieces += [("\N{LOWER ONE EIGHTH BLOCK}" + word, -2.0) for word in WORDS]
     model = Tokenizer(models.Unigram(pieces, unk_id=0))

@@ -1,11 +1,13 @@
 """CausalReader against a plain loop over prompts; prompts, targets, folders and scripts."""
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import train_epoch
 from causal_helpers import CONFIGS, make_causal, make_tokenizer
 from causal_lm import open_lm
 from causal_reader import CausalReader, PromptCollator, Prompts, choose_prompts
@@ -124,6 +126,8 @@ def test_answers_and_scores_equal_a_plain_loop(folders, family, prompts):
     assert len({len(answer) for answer in want}) > 1
     answers, scores = reader.generate(**inputs, max_length=12, return_scores=True)
     for answer, row in zip(want, answers.tolist()):
+        if answer[-1] in reader.end_tokens:
+            answer = answer[:-1]
         assert row[:len(answer)] == answer and set(row[len(answer):]) <= {reader.end_tokens[-1]}
     assert answers.shape[1] == max(map(len, want))
     for score, row, real in zip(want_scores, scores, inputs["attention_mask"].any(2)):
@@ -303,7 +307,7 @@ def test_flags_that_cannot_be_are_refused(given, message):
 
 def test_what_a_checkpoint_states_is_checked_too():
     stated = {"passage_weights": "score", "retriever_temperature": 2}
-    assert choose_prompts({"retriever_temperature": 3.0}, stated, "x")[1:] == ("score", 3.0)
+    assert choose_prompts({"retriever_temperature": 3.0}, stated, "x")[1:3] == ("score", 3.0)
     for name, value in [("prompt_template", 7), ("passage_weights", []),
                         ("retriever_temperature", "x")]:
         with pytest.raises(InputError, match=f"x: its args.json says {name}"):
@@ -366,7 +370,7 @@ def test_bad_checkpoints_are_one_clear_line(folders, tiny, tmp_path):
     with pytest.raises(InputError, match="no such folder or file"):
         open_reader("no-such/model")
     with pytest.raises(InputError, match="--passage_weights is for causal language models"):
-        open_reader(tiny, args=SCORES)
+        open_reader(tiny, args=Namespace(passage_weights="score"))
 
 
 def test_tokenizers_that_do_not_fit_are_refused(folders):
@@ -396,6 +400,78 @@ def test_what_is_longer_than_the_model_reads_is_refused(folders):
         reader.generate(**inputs, max_length=250)
     with pytest.raises(InputError, match="--num_beams 3: a causal language model"):
         reader.generate(**inputs, num_beams=3)
+
+
+def test_a_question_that_is_too_long_is_found_before_the_first_update(folders, tmp_path):  # E8
+    reader, _ = open_causal(folders["gpt2"])  # of 256 positions
+    reader.prepare(100, 50)
+    records = make_records(3)
+    reader.check_records(records, 2, "f.json")
+    reader.check_records(records, 2, "f.json", trains=True)
+    long = records[1] | {"question": "who " * 300}
+    for trains in (False, True):
+        with pytest.raises(InputError, match="f.json: record 'r-1': its question takes [0-9]+ "
+                           "tokens without a passage, .* shorten them, or drop the record"):
+            reader.check_records([records[0], long], 2, "f.json", trains=trains)
+    target = records[1] | {"target": "bread " * 60, "ctxs": [{"title": "T", "text": "town " * 99}]}
+    with pytest.raises(InputError, match="passage and answer take .* lower --max_length to"):
+        reader.prepare(180, 50)
+        reader.check_records([target], 2, "f.json", trains=True)
+    data = tmp_path / "r.json"
+    data.write_text(json.dumps([*records, long]))
+    with pytest.raises(InputError, match="record 'r-1': its question"):
+        train_epoch.main(train_epoch.parse_args([str(value) for value in (
+            tmp_path / "m", data, data, "--t5_name", folders["gpt2"], "--max_length", 100)]))
+    assert not (tmp_path / "m.jsonl").exists()
+
+
+def script_reader(reader, tokenizer, text):
+    """Lets the reader generate a text, whatever it is asked; counts its steps in `steps`."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def run(inputs, *args, **options):
+        rows = torch.zeros(len(inputs), 1, reader.config.vocab_size)
+        rows[:, 0, ids[len(steps)]] = 9.0
+        steps.append(1)
+        return Namespace(logits=rows, past_key_values=None)
+
+    steps = []
+    reader.run = run
+    return steps, ids
+
+
+@pytest.mark.parametrize("text, answer", [
+    (" one town.\nQuestion: who", "one town."), ("\n\n one town\n\nWhere", "one town"),
+    (" one town", "one town")])
+def test_answers_end_at_the_first_line_end(folders, tokenizer, text, answer):  # E11
+    reader, tokenizer = open_causal(folders["llama"], Prompts(answer_lines="first"))
+    steps, ids = script_reader(reader, tokenizer, text)
+    inputs = torch.full((1, 1, 4), 5), torch.ones(1, 1, 4).bool(), torch.zeros(1, 1)
+    generated = reader.generate(*inputs, max_length=len(ids))
+    assert tokenizer.decode(generated[0], skip_special_tokens=True).strip() == answer
+    shortest = next((count for count in range(1, len(ids))
+                     if "\n" in tokenizer.decode(ids[:count]).lstrip()), len(ids))
+    assert len(steps) == shortest  # nothing is generated after it
+    reader, tokenizer = open_causal(folders["llama"])
+    script_reader(reader, tokenizer, text)
+    generated = reader.generate(*inputs, max_length=len(ids))
+    assert tokenizer.decode(generated[0]) == text
+
+
+def test_lines_end_answers_of_models_not_trained_here(folders, tmp_path, capsys):  # E11
+    assert open_reader(folders["llama"]).prompts.answer_lines == "first"
+    assert "was not trained here: its answers end at their first line" in capsys.readouterr().out
+    assert open_reader(folders["llama"], trains=True).prompts.answer_lines == "all"
+    given = Namespace(answer_lines="all")
+    assert open_reader(folders["llama"], args=given).prompts.answer_lines == "all"
+    make_causal(tmp_path)
+    (tmp_path / "args.json").write_text('{"num_contexts": 3, "max_length": 40}')
+    assert open_reader(tmp_path).prompts.answer_lines == "all"
+    (tmp_path / "args.json").write_text('{"num_contexts": 3, "prompts": {"answer_lines": "first"}}')
+    assert open_reader(tmp_path).prompts.answer_lines == "first"
+    (tmp_path / "args.json").write_text('{"num_contexts": 3, "prompts": {"answer_lines": 3}}')
+    with pytest.raises(InputError, match="answer_lines 3: must be one of first, all"):
+        open_reader(tmp_path)
 
 
 # ---------------------------------------------------------------- the scripts

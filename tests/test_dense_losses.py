@@ -1,7 +1,10 @@
 """The losses of retriever training against their definitions."""
+from argparse import Namespace
+
 import pytest
 import torch
 
+import train_dense
 from dense import losses
 
 
@@ -39,3 +42,39 @@ def test_distillation_is_kl_and_zero_for_equal_scores():
     p, q = torch.softmax(teacher, 1), torch.softmax(teacher.flip(1), 1)
     torch.testing.assert_close(losses.distillation(teacher.flip(1), teacher),
                                (p * (p / q).log()).sum())
+
+
+@pytest.mark.parametrize("loss", ["kl", "fid-kd"])
+def test_one_loss_alone_has_one_temperature(loss):  # E3
+    """Cosines are divided by --student_temperature alone, not by --cos_temperature as well."""
+    torch.manual_seed(0)
+    cosines, teacher = torch.rand(2, 3), torch.randn(2, 3)
+    flags = Namespace(loss=loss, student_temperature=0.1, teacher_temperature=1.0,
+                      stable_distill=False)
+    groups = torch.arange(3).expand(2, 3)
+    value = train_dense.distillation_loss(flags, cosines / 0.01, groups, teacher, 0.01)
+    expected = losses.distillation(cosines, teacher, 1.0, 0.1)
+    torch.testing.assert_close(value, expected / (3 if loss == "fid-kd" else 1))
+    # not given: as in the contrastive loss
+    flags.student_temperature = None
+    value = train_dense.distillation_loss(flags, cosines / 0.01, groups, teacher, 0.01)
+    expected = losses.distillation(cosines, teacher, 1.0, 0.01)
+    torch.testing.assert_close(value, expected / (3 if loss == "fid-kd" else 1))
+
+
+def test_llm_embedders_temperature_divides_once_more():  # E3
+    """Next to InfoNCE, as in its commands; a line at the start has the product."""
+    flags = Namespace(loss=None, student_temperature=0.1, stable_distill=False)
+    assert train_dense.distill_temperature(flags, 0.01) == pytest.approx(0.001)
+    lines = []
+    run = Namespace(args=Namespace(ranker=False), unwrapped=Namespace(temperature=0.01),
+                    task_flags={"qa": flags}, world=Namespace(log=lines.append))
+    train_dense.note_temperature(run)
+    assert lines == ["distillation of qa divides scores by 0.001 (0.01 x --student_temperature "
+                     "0.1)"]
+    flags.loss = "kl"
+    train_dense.note_temperature(run)
+    assert lines[1] == "distillation of qa divides scores by 0.1 (--student_temperature)"
+    flags.student_temperature = None
+    train_dense.note_temperature(run)
+    assert len(lines) == 2

@@ -3,7 +3,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -15,12 +17,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import lm_score
 from causal_helpers import make_causal, make_tokenizer
+from checkpoints import read_config
 from conftest import ENVIRONMENT, command, make_records, make_t5, run
 from data import format_passage
 from lm_score import choose_answers
 from questions import make_question
 from readers import open_reader
+from utils import InputError, World
 
 KEYS = ["Mira baked bread in the old town.", "The baker of Oslo is Tom",
         " It rained, and nobody came. " * 3, "x"]
@@ -335,6 +340,47 @@ def test_blank_answers_are_left_out(fields, first, all_answers):
     question = make_question({"query": "who?", "pos": ["a key"], **fields}, "r.jsonl:1", 0)
     assert choose_answers(question, "first") == first
     assert choose_answers(question, "best") == all_answers
+
+
+def test_all_lengths_are_checked_before_the_first_pass(models, tmp_path, monkeypatch):  # E7
+    """A record that does not fit is named before anything is scored, so that nothing is lost."""
+    records = [*task_records(), {"task": "qa", **FIELDS, "query": "word " * 400, "pos": ["a"],
+                                 "neg": []}]
+    path = write_records(tmp_path / "r.jsonl", records)
+    monkeypatch.setattr(sys, "argv", ["lm_score.py", "--eval_data", str(path), "--batch_size", "1",
+                                      "--model_name_or_path", models["gpt2"]])
+    monkeypatch.setattr(lm_score, "score_jobs", None)
+    with pytest.raises(InputError, match="r.jsonl:7: question and answer take [0-9]+ tokens more"):
+        lm_score.main(lm_score.parse_args())
+    assert os.listdir(tmp_path) == ["r.jsonl"]
+
+
+def test_the_longest_title_of_a_reader_is_checked(tmp_path):  # E7
+    folder = make_reader(tmp_path / "reader", make_causal)
+    context = {"title": "town " * 300, "text": "a"}
+    records = [{**record, "ctxs": [*record["ctxs"], context]} for record in make_records(1)]
+    args = Namespace(model_name_or_path=str(folder), context_max_length=1024, bf16=False,
+                     t5_name="t5-base", chat_template=None)
+    scorer = lm_score.open_scorer(args, True, {"max_length": 40}, read_config(folder, "language"),
+                                  World(0, 0, 1, torch.device("cpu")))
+    job = lm_score.Job(records[0], records[0]["question"], records[0]["ctxs"], ["x"], None, True,
+                       "f.jsonl:1")
+    with pytest.raises(InputError, match="f.jsonl:1: the question takes"):
+        lm_score.check_jobs(scorer, [job])
+    lm_score.check_jobs(scorer, [job._replace(keys=job.keys[:-1])])
+
+
+def test_the_chat_template_frames_the_text(models):  # E16
+    tokenizer = make_tokenizer()
+    scorer = lm_score.Scorer("causal", None, tokenizer, None, 200, False, None, True,
+                             ("user: ", "\nassistant: "))
+    job = lm_score.Job({}, "who?", ["a town"], ["Mira"], lm_score.TEMPLATES["qa"], True, "f:1")
+    ((text,),) = lm_score.make_texts(scorer, job, job.keys)
+    assert tokenizer.decode(text.prompt) == (
+        "user: Knowledge: a town\n\nQuestion: who?\n\nAnswer:\nassistant:")
+    assert tokenizer.decode(text.answer) == " Mira"
+    with pytest.raises(InputError, match="f:1: lrlm's texts go on from one another"):
+        lm_score.make_texts(scorer, job._replace(template=lm_score.TEMPLATES["lrlm"]), job.keys)
 
 
 # ---------------------------------------------------------------- errors
