@@ -126,10 +126,9 @@ def refuse_gguf(path):
     names = [path] if os.path.isfile(path) else os.listdir(path) if os.path.isdir(path) else []
     found = [os.path.basename(name) for name in names if name.endswith(".gguf")]
     if found:
-        raise InputError(f"{path}: holds llama.cpp's GGUF form, which is not read; transformers "
-                         "converts it, with the package gguf: AutoModelForCausalLM and "
-                         f"AutoTokenizer.from_pretrained(FOLDER, gguf_file={found[0]!r}), then "
-                         "save_pretrained(OUT)")
+        raise InputError(f"{path}: holds llama.cpp's GGUF form ({found[0]}), which is not read; "
+                         "give the folder that it was converted from, with config.json and "
+                         "model.safetensors")
 
 
 def find_args(path_or_name):

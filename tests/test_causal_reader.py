@@ -554,7 +554,7 @@ def test_adapters_killed_and_resumed_equal_uninterrupted_ones(folders, records_f
     changed = {name for name, value in before.items() if not torch.equal(weights[0][name], value)}
     assert changed and all(".attn.c_" in name or ".mlp.c_" in name for name in changed)
     out, _ = run("test.py", tmp_path / "whole", records_file)
-    assert " 11 questions" in f" {out}"
+    assert "11 questions" in out
 
 
 def test_what_a_reader_does_not_offer_is_one_line(folders, tiny, records_file, tmp_path):

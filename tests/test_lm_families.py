@@ -218,7 +218,7 @@ def test_other_forms_of_weights_have_the_true_reason(folders, tmp_path):  # E13
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "tiny.gguf").write_bytes(b"GGUF")
     for source in (tmp_path / "gguf", tmp_path / "gguf" / "tiny.gguf"):
-        with pytest.raises(InputError, match="GGUF form, which is not read.*gguf_file='tiny.gguf'"):
+        with pytest.raises(InputError, match="GGUF form .tiny.gguf., which is not read"):
             readers.open_reader(str(source))
 
 

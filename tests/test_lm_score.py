@@ -360,7 +360,7 @@ def test_the_longest_title_of_a_reader_is_checked(tmp_path):  # E7
     context = {"title": "town " * 300, "text": "a"}
     records = [{**record, "ctxs": [*record["ctxs"], context]} for record in make_records(1)]
     args = Namespace(model_name_or_path=str(folder), context_max_length=1024, bf16=False,
-                     t5_name="t5-base", chat_template=None)
+                     t5_name="t5-base", tokenizer=None, chat_template=None)
     scorer = lm_score.open_scorer(args, True, {"max_length": 40}, read_config(folder, "language"),
                                   World(0, 0, 1, torch.device("cpu")))
     job = lm_score.Job(records[0], records[0]["question"], records[0]["ctxs"], ["x"], None, True,

@@ -368,7 +368,7 @@ def lm_score_args(path):
     return Namespace(eval_data=path, model_name_or_path=path, t5_name="tokenizer", tokenizer=None,
                      corpus=None,
                      key_template=TEMPLATE, template=None, answer="mean", likelihood="sum",
-                     bf16=False, context_max_length=60, key_max_length=20)
+                     bf16=False, chat_template=None, context_max_length=60, key_max_length=20)
 
 
 def read_scored(path):
