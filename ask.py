@@ -235,7 +235,8 @@ def find_contexts(args, text, corpus, index, world, seconds):
     questions = [make_question({"question": text}, "the question", 0, args.task)]
     if args.retrieval_method == "dense":
         with timed(seconds, "encode"):
-            query_vectors = encode_questions(args, index.model, index.collator, questions, world)
+            query_vectors = encode_questions(args, index.model, index.collator, questions, world,
+                                             log)
         with timed(seconds, "search"):
             results = search_query_vectors(args, index, query_vectors, world)
             return read_contexts(results, 0, corpus, None)

@@ -34,7 +34,7 @@ from questions import (
 from retrieval import bm25
 from retrieval.corpus import open_corpus
 from retrieval.exact_search import merge_processes, part_range, search_vectors
-from retrieval.faiss_index import open_indices, search_indices
+from retrieval.faiss_index import describe_search, open_indices, search_indices
 from retrieval.fingerprint import (
     await_index,
     check_fingerprint,
@@ -268,7 +268,7 @@ def search_dense(args, corpus, questions, world):
     index = open_dense(args, corpus, tasks, world)
     if not questions:
         return None
-    query_vectors = encode_questions(args, index.model, index.collator, questions, world)
+    query_vectors = encode_questions(args, index.model, index.collator, questions, world, world.log)
     return search_query_vectors(args, index, query_vectors, world)
 
 
@@ -285,7 +285,15 @@ def open_dense(args, corpus, tasks, world):
     if args.faiss_index_factory != "Flat":
         parts = open_indices(args.index, vectors, args.faiss_index_factory, metric,
                              args.train_sample, args.seed, world)
+        how = describe_search(parts[0][1], args.hits, search_settings(args)) if parts else ""
+        if how:
+            world.log(f"{args.faiss_index_factory}: {how}")
     return DenseIndex(model, collator, vectors, metric, parts)
+
+
+def search_settings(args):
+    """Return the settings of an approximate search that flags give, None for the others."""
+    return {"nprobe": args.nprobe, "efSearch": args.efSearch}
 
 
 def search_query_vectors(args, index, query_vectors, world):
@@ -295,9 +303,8 @@ def search_query_vectors(args, index, query_vectors, world):
         doc_indices, scores = search_vectors(index.vectors, query_vectors, first, last, args.hits,
                                              index.metric, world.is_main)
     else:
-        settings = {"nprobe": args.nprobe, "efSearch": args.efSearch}
         doc_indices, scores = search_indices(index.parts, query_vectors, args.hits, index.metric,
-                                             settings)
+                                             search_settings(args))
     doc_indices, scores = merge_processes(doc_indices, scores, args.hits, world)
     return Results(doc_indices, scores) if world.is_main else None
 
@@ -360,15 +367,22 @@ def open_vectors(args, corpus, model, collator, task, world):
 
 
 @torch.no_grad()
-def encode_questions(args, model, collator, questions, world):
-    """The questions' vectors (Q, D). Raises InputError if one is not finite."""
-    vectors = []
+def encode_questions(args, model, collator, questions, world, log):
+    """Return the questions' vectors (Q, D); logs how many questions are truncated.
+
+    Raises InputError if a vector is not finite.
+    """
+    vectors, num_long = [], 0
     starts = range(0, len(questions), QUESTIONS)
     for start in progress_bar(starts, desc="encoding questions", is_main=world.is_main):
         chunk = questions[start:start + QUESTIONS]
         token_ids = collator.queries([question.text for question in chunk],
                                      [question.task for question in chunk])
+        num_long += sum(len(ids) >= args.query_max_length for ids in token_ids)
         vectors.append(model.encode(token_ids, "query").float())
+    if num_long:
+        log(f"note: {num_long} of {len(questions)} queries have {args.query_max_length} tokens or "
+            f"more; only the first {args.query_max_length} are encoded (--query_max_length)")
     query_vectors = torch.cat(vectors)
     is_finite = query_vectors.isfinite().all(dim=1)
     if not is_finite.all():

@@ -1,4 +1,5 @@
 """Approximate search with faiss: indices of parts of the corpus, built, kept as files, searched."""
+import math
 import os
 import re
 
@@ -151,17 +152,18 @@ def draw_sample(vectors, first, last, train_sample, seed):
 # ---------------------------------------------------------------- searching
 
 def search_indices(indices, query_vectors, k, metric, settings):
-    """(doc_indices (Q, k), scores), numpy arrays, of the k best documents; -1 where none is left.
+    """Return (doc_indices (Q, k), scores), numpy arrays, of the k best documents; -1 where none is
+    left.
 
-    indices: what open_indices returns. settings: {nprobe, efSearch}; None leaves an index's own.
-    Raises InputError for a setting that an index does not have.
+    indices: what open_indices returns. settings: {nprobe, efSearch}; None stands for
+    choose_settings's. Raises InputError for a setting that an index does not have.
     """
     query_vectors = query_vectors.cpu().numpy()
     # what a process without a part has to merge: no document for any query
     shape = (len(query_vectors), 1)
     results = [(np.full(shape, -1), np.zeros(shape, np.float32))]
     for first, index in indices:
-        set_parameters(index, settings)
+        set_parameters(index, choose_settings(index, k) | drop_none(settings))
         scores, rows = index.search(query_vectors, k)
         if metric == "l2":
             scores = -scores
@@ -169,11 +171,42 @@ def search_indices(indices, query_vectors, k, metric, settings):
     return merge(results, k)
 
 
+def drop_none(settings):
+    """Return the settings that are not None."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def choose_settings(index, k):
+    """Return {nprobe or efSearch: value} for a search of the k best, {} of another kind of index.
+
+    faiss's own defaults, one list and a breadth of 16, miss most of the best documents. An IVF
+    index searches 2 sqrt(lists) of its lists, and as many as hold 2 k vectors at least; HNSW has a
+    breadth of k, 64 at least.
+    """
+    inverted = faiss.try_extract_index_ivf(index)
+    if inverted is not None:
+        enough = math.ceil(2 * k * inverted.nlist / max(1, inverted.ntotal))
+        return {"nprobe": min(inverted.nlist, max(round(2 * math.sqrt(inverted.nlist)), enough))}
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    return {"efSearch": max(k, 64)} if isinstance(inner, faiss.IndexHNSW) else {}
+
+
+def describe_search(index, k, settings):
+    """Return how an index is searched for the k best, for a line of the log; "" if no setting says.
+    """
+    chosen = choose_settings(index, k)
+    used = chosen | drop_none(settings)
+    if "nprobe" in chosen:
+        lists = faiss.try_extract_index_ivf(index).nlist
+        return f"{min(used['nprobe'], lists)} of {lists} lists are searched per query (--nprobe)"
+    return f"a search has a breadth of {used['efSearch']} (--efSearch)" if chosen else ""
+
+
 def set_parameters(index, settings):
-    """Sets a faiss index's search parameters. Raises InputError for one that it does not have."""
+    """Set a faiss index's search parameters. Raises InputError for one that it does not have."""
     for name, value in settings.items():
-        if value is None:
-            continue
         try:
             faiss.ParameterSpace().set_index_parameter(index, name, value)
         except RuntimeError:

@@ -108,8 +108,11 @@ def add_search_flags(add):
     add("--train_sample", type=int,
         help="vectors that an index, or each process's part, is trained on at most; not given: 40 "
              "per list of an IVF index, 200,000 at least")
-    add("--nprobe", type=int, help="lists that an IVF index searches")
-    add("--efSearch", type=int, help="breadth of an HNSW search")
+    add("--nprobe", type=int,
+        help="lists that an IVF index searches; not given: twice the square root of its lists, and "
+             "as many as hold twice --hits documents at least")
+    add("--efSearch", type=int,
+        help="breadth of an HNSW search; not given: --hits, 64 at least")
     add("--k1", type=float, default=0.9, help="BM25's k1")
     add("--b", type=float, default=0.4, help="BM25's b")
     add("--bm25_words", choices=RULES, default="auto",

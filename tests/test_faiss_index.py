@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retrieval.exact_search import search_vectors
-from retrieval.faiss_index import open_indices, search_indices
+from retrieval.faiss_index import describe_search, open_indices, search_indices
 from utils import InputError, World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -44,3 +44,29 @@ def test_faiss_indices(factory, settings, metric, tmp_path):
 def test_a_process_without_a_part_has_no_documents():
     doc_indices, _ = search_indices([], torch.zeros(3, 8), 5, "ip", {})
     assert (doc_indices == -1).all() and len(doc_indices) == 3
+
+
+def test_an_index_without_settings_is_searched_widely_enough(tmp_path):
+    """A34: faiss's own default of one list finds a fraction, and fewer than k documents."""
+    rng = np.random.default_rng(1)
+    centres = rng.standard_normal((40, 16), np.float32)
+    vectors = centres[rng.integers(40, size=4000)] + 0.5 * rng.standard_normal((4000, 16))
+    vectors = vectors.astype(np.float16)
+    query_vectors = torch.from_numpy(vectors[:50].astype(np.float32))
+    exact_indices, _ = search_vectors(vectors, query_vectors, 0, 4000, 10, "ip")
+    none = {"nprobe": None, "efSearch": None}
+    for factory, said in (("IVF64,Flat", "16 of 64 lists are searched per query (--nprobe)"),
+                          ("RR16,IVF64,Flat", "16 of 64 lists are searched per query (--nprobe)"),
+                          ("HNSW16", "a search has a breadth of 64 (--efSearch)"), ("SQ8", "")):
+        parts = open_indices(tmp_path, vectors, factory, "ip", None, 0, ALONE)
+        doc_indices, _ = search_indices(parts, query_vectors, 10, "ip", none)
+        recalls = [len(set(exact) & set(given)) / 10
+                   for exact, given in zip(exact_indices, doc_indices)]
+        assert np.mean(recalls) > 0.9, factory
+        assert describe_search(parts[0][1], 10, none) == said
+    parts = open_indices(tmp_path, vectors, "IVF64,Flat", "ip", None, 0, ALONE)
+    assert describe_search(parts[0][1], 10, {"nprobe": 3}).startswith("3 of 64 lists")
+    doc_indices, _ = search_indices(parts, query_vectors, 1500, "ip", none)
+    assert (doc_indices >= 0).all()  # as many lists as hold them
+    doc_indices, _ = search_indices(parts, query_vectors, 1500, "ip", {"nprobe": 1})
+    assert (doc_indices < 0).any()
