@@ -137,15 +137,23 @@ def parse_row(line, layout, path, line_number):
 
 
 def split_row(text):
-    """The cells of a tab-separated line. Raises NotPlain if its last cell goes on behind it."""
+    """Return the cells of a tab-separated line. Raise NotPlain if its last cell goes on behind it.
+
+    Cells are unquoted if all are quoted as csv does; else their quotes are letters of the text, as
+    in `"Hello" she said`.
+    """
+    try:
+        return next(read_cells([text], "\t", strict=True), [])
+    except csv.Error:
+        pass
     lines = iter((text, ""))
     try:
-        cells = next(read_cells(lines, "\t"), [])
+        next(read_cells(lines, "\t"), [])
     except csv.Error:  # a bare carriage return ends the row inside the line
         raise NotPlain from None
     if next(lines, None) is None:  # the reader went on to the second line for the end of a quote
         raise NotPlain
-    return cells
+    return text.split("\t")
 
 
 def name_columns(header):

@@ -132,3 +132,12 @@ def test_passages_of_scripts_without_blanks():
     assert long == "Titel " + "巴黎" * 30
     assert make_corpus.cut_passages([("", "巴黎" * 30)], 25) == ["巴黎" * 12 + "巴",
                                                                "黎" + "巴黎" * 12, "巴黎" * 5]
+
+
+def test_quotes_of_a_tab_separated_table_are_letters(tmp_path):
+    """filesql PR 286, pytext 747: unless all cells of a row are quoted as csv does."""
+    rows = ['1\t"Hello" she said\t"The Wall" (song)', '2\t"a ""b"" c"\t5\'9" tall', "3\tplain\t"]
+    (tmp_path / "c.tsv").write_text("id\ttext\ttitle\n" + "\n".join(rows) + "\n")
+    corpus = Corpus(str(tmp_path / "c.tsv"), "{title} {text}")
+    assert [(corpus.passage(i)["text"], corpus.passage(i)["title"]) for i in range(3)] == [
+        ('"Hello" she said', '"The Wall" (song)'), ('a "b" c', '5\'9" tall'), ("plain", "")]
