@@ -222,6 +222,11 @@ def note_too_long(check, what, limit, room, flag, log):
             f"{check.needed + limit - room + 1} would do for all")
 
 
+def is_json_lines(path):
+    """Return True for the name of a file of JSON lines, gzipped or not."""
+    return str(path).removesuffix(".gz").endswith(".jsonl")
+
+
 def write_predictions(path, predictions, records, with_contexts):
     """Write minFiD's tab-separated lines (index, prediction, answers, em), or JSONL if the path
     ends in .jsonl; `with_contexts`, with the reader's scores of the contexts that it read.
@@ -232,7 +237,7 @@ def write_predictions(path, predictions, records, with_contexts):
     with new_file(path) as file:
         for prediction in predictions:
             record = records[prediction.index]
-            if path.endswith(".jsonl"):
+            if is_json_lines(path):
                 row = {"index": prediction.index, "id": record["id"],
                        "question": record["question"], "prediction": prediction.text,
                        "answers": record["answers"], "em": prediction.em, "f1": prediction.f1}
@@ -302,7 +307,7 @@ def write_scores(path, predictions, records):
                 context["retrieval_score"] = retrieval_score(context)
                 del context["score"]
     with new_file(path) as file:
-        if path.endswith(".jsonl"):
+        if is_json_lines(path):
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         else:

@@ -19,6 +19,7 @@ from predict import (
     add_answer_flags,
     check_answers,
     count_best_with_answer,
+    is_json_lines,
     note_too_long,
     note_unspelled,
     predict,
@@ -29,7 +30,7 @@ from predict import (
     write_predictions,
     write_scores,
 )
-from questions import note_contexts, read_records
+from questions import TABLE_ENDINGS, note_contexts, read_records
 from readers import (
     add_prompt_flags,
     describe_reader,
@@ -105,13 +106,16 @@ def check_outputs(args):
         predictions = [prediction_path(args, num_contexts) for num_contexts in args.num_contexts]
     check_paths([*predictions, args.scores, args.measures, args.html], [args.data, args.model])
     check_page(args.html)
-    if (args.pred or "").endswith((".json", ".csv")):
+    if (args.pred or "").removesuffix(".gz").endswith((".json", ".csv")):
         raise InputError(f"--pred {args.pred}: predictions are JSON lines (.jsonl) or separated by "
                          "tabs (.tsv)")
-    if args.scores == "" and not (args.pred or "").endswith(".jsonl"):
+    if (args.scores or "").removesuffix(".gz").endswith(TABLE_ENDINGS):
+        raise InputError(f"--scores {args.scores}: the records are JSON; let the name end in .json "
+                         "or .jsonl")
+    if args.scores == "" and not is_json_lines(args.pred):
         raise InputError("--scores: name a FILE for the records, or let the name of --pred end in "
                          ".jsonl: the scores then go into the predictions")
-    if args.n_best and not (args.pred or "").endswith(".jsonl"):
+    if args.n_best and not is_json_lines(args.pred):
         raise InputError(f"--n_best {args.n_best}: give --pred a FILE.jsonl, which the answers and "
                          "their probabilities go into")
 
@@ -120,8 +124,9 @@ def prediction_path(args, num_contexts):
     """Where the predictions with that many contexts go: --pred, numbered if there are several."""
     if len(args.num_contexts) == 1 or is_stream(args.pred):
         return args.pred
-    stem, suffix = os.path.splitext(args.pred)
-    return f"{stem}.{num_contexts}{suffix}"
+    ending = ".gz" if args.pred.endswith(".gz") else ""
+    stem, suffix = os.path.splitext(args.pred.removesuffix(".gz"))
+    return f"{stem}.{num_contexts}{suffix}{ending}"
 
 
 def choose_score_kind(args):
@@ -191,7 +196,7 @@ def main(args):
         else:  # nothing to score them by: a look at them
             world.log(f"{num_contexts:8d} {'-':>6} {'-':>6} {'-':>13} {speed:12.1f}")
             for prediction in predictions[:3]:
-                question = records[prediction.index]["question"]
+                question = " ".join(records[prediction.index]["question"].split())
                 world.log(f"         {question[:60]} -> {prediction.text!r}")
         if cut:
             world.log(f"         {cut} answers were cut at {args.answer_maxlength} tokens "

@@ -8,6 +8,7 @@ import re
 import reprlib
 import resource
 import shlex
+import socket
 import sys
 import threading
 import time
@@ -263,7 +264,7 @@ def read_ranks():
     if not 0 <= rank < size:
         raise InputError(f"RANK={rank} must be below WORLD_SIZE={size}, the number of processes; "
                          "start them with torchrun, which sets both")
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if size > 1 and missing:
         raise InputError(f"WORLD_SIZE={size} is set, but not {', '.join(missing)}; start the "
                          "processes with torchrun, which sets them, or unset WORLD_SIZE")
@@ -276,7 +277,7 @@ def read_ranks():
 
 def read_number(name, default):
     """Return a number of the environment, or the default. Raise InputError for any other text."""
-    text = os.environ.get(name, str(default))
+    text = os.environ.get(name) or str(default)
     if not re.fullmatch(r"\d+", text.strip()):
         raise InputError(f"{name}={text} in the environment is not a number; unset it, or start "
                          "with torchrun, which sets it")
@@ -289,6 +290,12 @@ def join_processes(backend, rank, size, patience):
     Raise InputError if the others are not there after JOIN_PATIENCE, or the port cannot be used.
     """
     host, port = os.environ["MASTER_ADDR"], read_number("MASTER_PORT", 0)
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise InputError(f"MASTER_ADDR={host}, MASTER_PORT={port} is no address that this machine "
+                         f"finds ({first_line(error)}); start the processes with torchrun, or set "
+                         "both to those of the main process") from None
     place = f"{host}:{port}"
     others = "1 other process" if size == 2 else f"{size - 1} other processes"
     awaited = f"waiting for {others}" if rank == 0 else f"process {rank} is waiting for the others"

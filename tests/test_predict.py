@@ -1,5 +1,7 @@
 """predict.py: the files of predictions."""
+import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -12,10 +14,13 @@ from predict import (
     count_best_with_answer,
     note_too_long,
     note_unspelled,
+    settle_beams,
     write_predictions,
     write_scores,
 )
 from questions import read_records
+from test import prediction_path
+from utils import InputError
 
 RECORDS = [{"id": "q0", "question": "where?", "answers": ["Paris"], "ctxs": [
     {"id": "p7", "text": "Lyon is a city."}, {"id": "p3", "text": "The capital is Paris."},
@@ -40,6 +45,32 @@ def test_without_scores_predictions_say_nothing_of_contexts(tmp_path):
     assert "contexts" not in json.loads((tmp_path / "p.jsonl").read_text())
     write_predictions(str(tmp_path / "p.tsv"), predictions, RECORDS, False)
     assert (tmp_path / "p.tsv").read_text() == "0\tParis\t['Paris']\t1.0\n"
+
+
+def test_names_may_end_in_gz(tmp_path):
+    """The form of a file goes by its name without .gz, also with several --num_contexts."""
+    path = str(tmp_path / "p.jsonl.gz")
+    write_predictions(path, [Prediction(0, "Paris", 1.0, 1.0, None)], RECORDS, False)
+    with gzip.open(path, "rt") as file:
+        assert json.loads(file.read())["prediction"] == "Paris"
+    args = SimpleNamespace(pred=path, num_contexts=[1, 5])
+    assert prediction_path(args, 5) == str(tmp_path / "p.5.jsonl.gz")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"n_best": 3, "num_beams": 2}, "--n_best 3 needs as many beams, --num_beams is 2"),
+    ({"n_best": 0, "num_beams": None}, "--n_best must be 1 or more"),
+])
+def test_fewer_beams_than_answers_are_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        settle_beams(SimpleNamespace(**flags))
+
+
+def test_beams_are_as_many_as_answers():
+    for given, beams in ((None, 1), (1, 1), (4, 4)):
+        args = SimpleNamespace(n_best=given, num_beams=None)
+        settle_beams(args)
+        assert args.num_beams == beams
 
 
 def test_how_often_the_highest_score_is_of_a_passage_with_an_answer():

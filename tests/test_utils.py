@@ -110,7 +110,10 @@ def environment(monkeypatch):
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is not a number"),
     ({"WORLD_SIZE": "0"}, "RANK=0 must be below WORLD_SIZE=0"),
     ({"WORLD_SIZE": "2", "RANK": "0", **HERE, "MASTER_PORT": "x"}, "MASTER_PORT=x in the"),
-    ({"WORLD_SIZE": "2", "RANK": "0", **HERE, "MASTER_PORT": "99999"}, "could not join the others"),
+    ({"WORLD_SIZE": "2", "RANK": "0", **HERE, "MASTER_PORT": "99999"},
+     "could not join the others|no address that this machine finds"),
+    ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29555"},
+     "MASTER_ADDR=nowhere.invalid, MASTER_PORT=29555 is no address that this machine finds"),
 ])
 def test_an_environment_that_is_not_torchruns_is_one_line(names, message, environment):
     """B9."""
