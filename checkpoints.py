@@ -39,7 +39,8 @@ MOST_LAYERS, MOST = 1000, 10 ** 7
 FILE_BYTES = 5 * 10 ** 9
 # what is fetched of a model on the hub, beside its weights: settings, vocabularies, the layers of
 # sentence-transformers
-HUB_FILES = ["*.json", "*.model", "vocab*", "merges.txt", "*_Dense/*"]
+HUB_FILES = ["*.json", "*.model", "vocab*", "merges.txt", "*_Dense/*", "*_LayerNorm/*",
+             "0_Transformer/*"]
 
 # names of weights in the formats of other libraries, and files of a run that are none
 WEIGHT_NAMES = (r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|npz|t7)(\.index(\.json)?)?$"

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 import transformers
 
-from checkpoints import load_tokenizer
 from dense.batches import GroupCollator
-from dense.instructions import INSTRUCTIONS
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
+from dense.texts import describe_texts, settle_texts
 from files import lock, write_json
 from questions import (
     Question,
@@ -311,22 +310,27 @@ def search_query_vectors(args, index, query_vectors, world):
 
 def open_retriever(args, corpus, world):
     """(BiEncoder or CrossEncoder, collator) of the flags; the model settles lengths and pooling."""
+    texts = settle_texts(args, args.key_encoder, world.log)
     if args.ranker:
         model = CrossEncoder.open(args.query_encoder, trained=True)
         encoders = [model]
     else:
         model = BiEncoder.open(args.query_encoder, args.key_encoder, pooling=args.pooling_method,
-                               metric=args.dense_metric, trained=True)
+                               metric=args.dense_metric, truncate_dim=args.truncate_dim,
+                               trained=True)
         encoders = list(model.encoders.values())
-        args.pooling_method = model.query_encoder.pooling
-    tokenizer = load_tokenizer(args.query_encoder, args.query_encoder)
-    model.check_tokenizer(tokenizer)
+    model.use_texts(texts)
     if args.pair_types and not args.ranker:
         for encoder in encoders:
-            encoder.separator = tokenizer.sep_token_id
+            encoder.separator = texts.tokenizers["key"].sep_token_id
     limit_lengths(args, encoders, world.log)
-    instructions = INSTRUCTIONS[args.version] if args.add_instruction else {}
-    return model.to(world.device).eval(), GroupCollator(tokenizer, args, corpus, instructions)
+    if args.ranker:
+        activation = "none" if model.activation is None else type(model.activation).__name__
+        world.log(f"{args.query_encoder}: {args.query_max_length + args.key_max_length} tokens per "
+                  f"pair, activation of the scores: {activation}")
+    else:
+        world.log(describe_texts(args, model, texts))
+    return model.to(world.device).eval(), GroupCollator(texts, args, corpus)
 
 
 def check_one_instruction(collator, tasks):
@@ -340,6 +344,8 @@ def check_one_instruction(collator, tasks):
 
 def log_instructions(args, collator, tasks, log):
     """Logs whose instructions are used, or that none are though the model is known for them."""
+    if collator.texts.prompts is not None:
+        return  # describe_texts names them
     uses_instructions = any(any(collator.instruction(task)) for task in tasks)
     if uses_instructions:
         log(f"{args.version}'s instructions are put before the texts of {', '.join(tasks)}")
@@ -350,20 +356,21 @@ def log_instructions(args, collator, tasks, log):
 
 def open_vectors(args, corpus, model, collator, task, world):
     """The corpus's vectors (N, D), in --index; encodes those that are missing."""
+    encoder = model.encoders.get("key", model.query_encoder)
     settings = {"template": corpus.template, "max_length": args.key_max_length,
                 "metric": model.metric, "dtype": args.dtype, "bf16": args.bf16,
-                "pooling": args.pooling_method, "separator": model.query_encoder.separator,
+                "pooling": encoder.pooling, "separator": encoder.separator,
                 "instruction": collator.instruction(task)[1]}
+    if encoder.truncate_dim is not None:
+        settings["truncate_dim"] = encoder.truncate_dim
     expected = fingerprint(corpus, args.key_encoder or args.query_encoder, settings, world)
     if args.overwrite_index and world.is_main:
         remove_other_index(args.index, expected)
 
     def tokenize(texts):
         return collator.keys(texts, [task] * len(texts))
-    # pooling the last token keeps one place for the token that ends a text
-    longest = args.key_max_length - (args.pooling_method == "last")
-    return encode_corpus(model, corpus, tokenize, longest, args.index, args.dtype, world, expected,
-                         args.num_workers, args.bf16)
+    return encode_corpus(model, corpus, tokenize, args.key_max_length, args.index, args.dtype,
+                         world, expected, args.num_workers, args.bf16)
 
 
 @torch.no_grad()
@@ -436,7 +443,7 @@ def score_texts(args, model, collator, question, texts, world):
         return np.zeros(0, np.float32)
     with torch.autocast(world.device.type, torch.bfloat16, enabled=args.bf16):
         if args.ranker:
-            scores = model(collator.pairs([question.text] * len(texts), texts))
+            scores = model.predict(collator.pairs([question.text] * len(texts), texts))
         else:
             query_ids = collator.queries([question.text], [question.task])
             key_ids = collator.keys(texts, [question.task] * len(texts))

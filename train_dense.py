@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from adapters import add_lora, copy_to_cpu, freeze_in_bf16, pack_weights, unload_adapters
-from checkpoints import claim_folder, load_tokenizer, save_checkpoint, versions
+from checkpoints import claim_folder, save_checkpoint, versions
 from cost import log_cost, measure_updates, note_cost
 from dense import losses
 from dense.batches import GroupCollator, GroupSet, check_one_instruction, plan_batches
@@ -34,8 +34,8 @@ from dense.evaluation import evaluate as measure_retriever
 from dense.examples import TrainingData, read_training
 from dense.flags import check_args, parse_args
 from dense.gather import gather_rows
-from dense.instructions import INSTRUCTIONS
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
+from dense.texts import describe_texts, settle_texts
 from questions import read_queries
 from resume import forget_replaced_state, hash_inputs, load_state, restore_state, save_state
 from retrieval.corpus import Corpus, open_corpus
@@ -63,7 +63,8 @@ from utils import InputError, gather_lists, run_script, start_processes
 
 # flags that may differ between a run and its resumption: they do not change the weights
 FREE_FLAGS = {"resume", "overwrite", "num_workers", "gpus", "tqdm", "logging_steps",
-              "early_exit_steps", "stop_at", "plan"}
+              "early_exit_steps", "stop_at", "plan", "version_is_flag", "pooling_method_is_flag",
+              "dense_metric_is_flag"}
 
 
 @dataclass
@@ -384,7 +385,7 @@ def save_best(run):
     """
     args = run.args
     model = merge_adapters(run.unwrapped, args) if args.lora else run.unwrapped
-    roles = [""] if args.ranker else list(model.encoders)
+    roles = {"": "query"} if args.ranker else {role: role or "query" for role in model.encoders}
     max_length = max(args.query_max_length, args.key_max_length)
     info = describe_retriever(run)
 
@@ -392,8 +393,8 @@ def save_best(run):
         model.save_pretrained(folder, max_length, sentence_transformers_prompts(run))
 
     def save_tokenizers(folder):
-        for role in roles:
-            run.tokenizer.save_pretrained(os.path.join(folder, role))
+        for folder_name, role in roles.items():
+            run.collator.texts.tokenizers[role].save_pretrained(os.path.join(folder, folder_name))
 
     save_checkpoint(run.out, info, save_model, save_tokenizers)
 
@@ -401,14 +402,25 @@ def save_best(run):
 def describe_retriever(run):
     """The content of args.json: what retrieve.py needs to use the retriever as it was trained."""
     args, model = run.args, run.unwrapped
+    used = used_instructions(run)
+    # of the flags, what was used: by default no instruction is, unless an example names a task
+    flags = vars(args) | {"stop_at": None, "version": args.version if used else "none"}
     info = {"best": run.progress.best_at, "update": run.progress.total_updates,
             "query_max_length": args.query_max_length, "key_max_length": args.key_max_length,
-            "instructions": run.collator.instructions, "args": vars(args) | {"stop_at": None},
-            "versions": versions()}
+            "instructions": used, "args": flags, "versions": versions()}
     if args.ranker:
         return info | {"retriever": {}}
     return info | {"retriever": {"metric": model.metric, "temperature": model.temperature,
-                                 "separator": model.query_encoder.separator}}
+                                 "separator": model.query_encoder.separator,
+                                 "end_token": run.collator.texts.appends_end}}
+
+
+def used_instructions(run):
+    """Return {task: (before a query, before a key)} of the tasks whose texts get instructions."""
+    if run.collator.texts.prompts is not None:
+        return {}
+    pairs = {task: run.collator.instruction(task) for task in run.task_flags}
+    return {task: pair for task, pair in pairs.items() if any(pair)}
 
 
 def sentence_transformers_prompts(run):
@@ -438,12 +450,12 @@ def merge_adapters(model, args):
 
 # ---------------------------------------------------------------- setting up
 
-def open_model(args, tokenizer, device):
+def open_model(args, texts, device):
     """The retriever or ranker of the flags, with LoRA adapters if they are asked for."""
     if args.ranker:
         model = CrossEncoder.open(args.query_encoder, args.dropout)
     else:
-        model = open_retriever(args, tokenizer)
+        model = open_retriever(args, texts)
     if args.lora:
         add_adapters(model, args, device)
     if args.freeze:
@@ -451,18 +463,25 @@ def open_model(args, tokenizer, device):
     return model.to(device).train()
 
 
-def open_retriever(args, tokenizer):
+def second_encoder(args):
+    """Return the name of the checkpoint of the keys' own encoder, None if there is one for both."""
+    return None if args.tie_encoders else args.key_encoder or args.query_encoder
+
+
+def open_retriever(args, texts):
     """The BiEncoder of the flags; sets --pooling_method and --dense_metric to what the checkpoint
-    says if not given.
+    states if not given.
     """
-    key_name = None if args.tie_encoders else args.key_encoder or args.query_encoder
-    model = BiEncoder.open(args.query_encoder, key_name, pooling=args.pooling_method,
-                           metric=args.dense_metric, dropout=args.dropout)
-    if model.metric == "cos":
+    model = BiEncoder.open(args.query_encoder, second_encoder(args), pooling=args.pooling_method,
+                           metric=args.dense_metric, dropout=args.dropout,
+                           truncate_dim=args.truncate_dim)
+    has_cosines = model.metric == "ip" and all(encoder.is_normalised
+                                               for encoder in model.encoders.values())
+    if model.metric == "cos" or has_cosines:
         model.temperature = args.cos_temperature
     if args.pair_types:
         for encoder in model.encoders.values():
-            encoder.separator = tokenizer.sep_token_id
+            encoder.separator = texts.tokenizers["key"].sep_token_id
     args.pooling_method, args.dense_metric = model.query_encoder.pooling, model.metric
     return model
 
@@ -525,13 +544,18 @@ def set_up(args, world, sets=BOTH_SETS):
     dev = read_dev(args, corpus, queries, world.log) if "dev" in sets else None
 
     # model
-    tokenizer = load_tokenizer(args.query_encoder, args.query_encoder)
-    model = open_model(args, tokenizer, world.device)
-    model.check_tokenizer(tokenizer)
+    settle_instructions(args)
+    texts = settle_texts(args, second_encoder(args), world.log, is_training=True)
+    if texts.prompts is not None:
+        args.query_prompt, args.key_prompt = texts.prompts["query"], texts.prompts["key"]
+    check_own_prompts(data, texts)
+    model = open_model(args, texts, world.device)
+    model.use_texts(texts)
     limit_lengths(args, encoders_of(model, args), world.log)
     inputs = hash_inputs(list_inputs(args), world)
+    if not args.ranker:
+        world.log(describe_texts(args, model, texts))
     state = load_state(args.output_dir, args, world, FREE_FLAGS, inputs)
-    instructions = INSTRUCTIONS[args.version] if args.add_instruction else {}
 
     # optimizer and schedule; --early_exit_steps ends the run before its schedule ends
     updates = count_updates(args, data.dataset_sizes, world)
@@ -542,9 +566,9 @@ def set_up(args, world, sets=BOTH_SETS):
     progress = Progress(**state["progress"]) if state else Progress()
     log = RunLog(f"{args.output_dir}.jsonl", world.is_main, progress.rows)
     run = RetrieverRun(args=args, world=world, out=args.output_dir, model=wrap_model(model, world),
-                       tokenizer=tokenizer, dev=dev, corpus=corpus,
+                       tokenizer=texts.tokenizers["query"], dev=dev, corpus=corpus,
                        train_set=GroupSet(data.examples, data.group_rules, args.seed),
-                       collator=GroupCollator(tokenizer, args, corpus, instructions),
+                       collator=GroupCollator(texts, args, corpus),
                        optimizer=optimizer, scheduler=scheduler,
                        last_update=min(updates, args.stop_at), log=log, progress=progress,
                        dataset_sizes=data.dataset_sizes, task_flags=data.task_flags,
@@ -580,6 +604,29 @@ def list_inputs(args):
     return files | dict.fromkeys(args.corpus or [], False)
 
 
+def check_own_prompts(data, texts):
+    """Raise InputError for records with a prompt of their own where the model leaves its prompt,
+    which is one for all texts, out of the pooling.
+    """
+    for example in data.examples:
+        if texts.skip and example.instruction is not None:
+            raise InputError(f"{example.location}: has a 'prompt' of its own, and the model leaves "
+                             "its prompt out of the pooling (include_prompt); take it out of the "
+                             "records, and give --query_prompt")
+
+
+def settle_instructions(args):
+    """Set the flags of instructions that are not given: BGE's, as in LLM-Embedder."""
+    if hasattr(args, "version_is_flag"):  # settled by an earlier set_up of the same process
+        return
+    args.version_is_flag = args.version is not None or args.add_instruction is not None
+    args.pooling_method_is_flag = args.pooling_method is not None
+    args.dense_metric_is_flag = args.dense_metric is not None
+    args.version = args.version or "bge"
+    if args.add_instruction is None:
+        args.add_instruction = True
+
+
 def count_updates(args, dataset_sizes, world):
     """The updates of the schedule; 0 where there is nothing to train on."""
     if not dataset_sizes:
@@ -608,11 +655,11 @@ def describe(run):
         f"{run.updates} updates, {count_warmup(args, run.updates)} of warm-up")
     note_prompts(run)
     note_temperature(run)
-    tasks = [task for task in run.task_flags if any(run.collator.instruction(task))]
+    tasks = list(used_instructions(run))
     if tasks:
         log(f"{args.version}'s instructions are put before the texts of {', '.join(tasks)} "
             "(--version none leaves them out)")
-    elif args.version not in ("bge", "none") and args.add_instruction:  # not the default: asked for
+    elif args.version_is_flag and args.version != "none" and args.add_instruction:
         log(f"note: no example names a task, so that {args.version}'s instructions are not used")
     if run.progress.total_updates:
         log(f"resuming after {run.progress.total_updates} updates")

@@ -117,12 +117,11 @@ class GroupCollator:
     identities  (K) int64, equal for equal documents
     """
 
-    def __init__(self, tokenizer, args, corpus=None, instructions=None):
-        """instructions {task: (before a query, before a key)}, see INSTRUCTIONS."""
-        self.tokenizer = tokenizer
+    def __init__(self, texts, args, corpus=None):
+        """texts: a Texts, which dense/texts.py settles."""
+        self.texts = texts
         self.args = args
         self.corpus = corpus
-        self.instructions = instructions or {}
 
     def __call__(self, visits):
         queries = [visit.example.query for visit in visits]
@@ -151,13 +150,8 @@ class GroupCollator:
         return batch
 
     def instruction(self, task):
-        """(what goes before queries, what goes before keys) of a task; nothing for records without
-        a task.
-        """
-        if not task:
-            return "", ""
-        for_other_tasks = self.instructions.get("", ("", ""))
-        return self.instructions.get(task, for_other_tasks)
+        """Return (the text before queries, the text before keys) of a task."""
+        return self.texts.instruction(task)
 
     def queries(self, texts, tasks, instructions=None):
         """Return token ids of queries, each in the query template and after the record's own
@@ -167,7 +161,7 @@ class GroupCollator:
         for text, task, own in zip(texts, tasks, instructions or [None] * len(texts)):
             before_query = self.instruction(task)[0] if own is None else own
             prompted.append(before_query + self.args.query_template.format(query=text))
-        return self.tokenize(prompted, self.args.query_max_length)
+        return self.tokenize(prompted, "query", self.args.query_max_length)
 
     def keys(self, texts, tasks):
         """Token ids of key texts, each with its task's instruction."""
@@ -175,17 +169,19 @@ class GroupCollator:
         for text, task in zip(texts, tasks):
             _, before_key = self.instruction(task)
             prompted.append(before_key + text)
-        return self.tokenize(prompted, self.args.key_max_length)
+        return self.tokenize(prompted, "key", self.args.key_max_length)
 
-    def tokenize(self, texts, max_length):
-        return tokenize(self.tokenizer, texts, max_length,
-                        append_eos=self.args.pooling_method == "last")
+    def tokenize(self, texts, role, max_length):
+        """Return token ids of texts by the tokenizer of the role, query or key."""
+        return tokenize(self.texts.tokenizers[role], texts, max_length,
+                        append_eos=self.texts.appends_end)
 
     def pairs(self, queries, keys):
         """[(token ids, token types)] of the pairs of a query and a key text, for a ranker."""
         max_length = self.args.query_max_length + self.args.key_max_length
-        rows = self.tokenizer(queries, keys, truncation=True, max_length=max_length,
-                              return_token_type_ids=True)
+        tokenizer = self.texts.tokenizers["query"]
+        rows = tokenizer(queries, keys, truncation=True, max_length=max_length,
+                         return_token_type_ids=True)
         return list(zip(rows["input_ids"], rows["token_type_ids"]))
 
     def key_text(self, key):
@@ -223,8 +219,8 @@ def identity(text):
 
 
 def tokenize(tokenizer, texts, max_length, append_eos=False):
-    """Lists of token ids with special tokens, truncated on the right; append_eos ends each with the
-    end-of-sequence token.
+    """Return lists of token ids with the special tokens that the tokenizer itself adds, truncated
+    on the side that it truncates; append_eos ends each with the end-of-sequence token.
     """
     if not append_eos:
         return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]

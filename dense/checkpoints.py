@@ -3,7 +3,8 @@
     layout                            opened by            recognised by
     ours, sentence-transformers'      open_encoder         modules.json
     ours with two encoders            open_encoders        folder/query and folder/key
-    transformers'                     open_encoder         no modules.json: no head, cls pooling
+    transformers'                     open_encoder         no modules.json: no head
+    DPR's encoders, as on the hub     open_dpr_folder      model_type dpr in config.json
     FiD's distilled retriever         open_fid_retriever   indexing_dimension in config.json
     minDPR's file, DPR's file         open_dpr_file        a file instead of a folder
     a ranker, ours or transformers'   open_ranker          the flag --ranker
@@ -13,60 +14,109 @@ two encoders with folder/query and folder/key; FiD's retriever, which they canno
 in its own layout. A saved ranker opens with sentence_transformers.CrossEncoder(folder).
 """
 import os
+from contextlib import contextmanager
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, T5EncoderModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LongT5EncoderModel,
+    MT5EncoderModel,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
 
 from checkpoints import (
     announce_random_start,
+    check_fit,
     check_shapes,
     find_model,
     find_weights,
+    find_wrapper,
+    fit_weights,
+    log_on_main,
     read_config,
     read_weights,
 )
-from dense.text_encoder import TextEncoder
+from dense.description import (
+    POOLING,
+    POOLING_FLAGS,
+    SIMILARITY,
+    find_path,
+    read_description,
+    read_descriptions,
+)
+from dense.text_encoder import Normalize, TextEncoder
 from files import read_args, read_settings, to_number, write_json
 from utils import InputError, refusing, shorten
 
-# our names to sentence-transformers'
-POOLING = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
-SIMILARITY = {"ip": "dot", "cos": "cosine", "l2": "euclidean"}
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate",
             "attention_dropout")
-# minDPR's and DPR's prefixes of the names of weights
+# activations of Dense modules and rankers, by their names in torch.nn
+ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid", "LeakyReLU", "ELU", "Mish",
+               "Softplus")
+# of a model that encodes and decodes the encoder alone makes vectors, as in sentence-transformers
+ENCODER_CLASSES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel,
+                   "longt5": LongT5EncoderModel}
+# sentence-transformers takes the encoder alone of these, too
+OTHER_ENCODERS = ("blenderbot", "blenderbot-small", "m2m_100", "marian", "moonshine", "pegasus",
+                  "pegasus_x", "prophetnet", "switch_transformers", "t5gemma", "t5gemma2", "udop",
+                  "whisper")
+# no vector passes through it; checkpoints of sentence-transformers and DPR leave it out
+POOLER = r"(^|\.)pooler\."
+# prefixes of the names of weights: minDPR's, DPR's, and of DPR's encoders as on the hub
 QUERY_PREFIXES = ("query_encoder.encoder.", "question_model.")
 KEY_PREFIXES = ("passage_encoder.encoder.", "ctx_model.")
+HUB_PREFIXES = ("question_encoder.", "ctx_encoder.")
 
 
 # ---------------------------------------------------------------- opening
 
-def open_encoders(name, key_name=None, pooling=None, dropout=None, trained=False):
+def open_encoders(name, key_name=None, pooling=None, dropout=None, trained=False,
+                  truncate_dim=None):
     """(query encoder, key encoder or None if one serves both, what the checkpoint states of metric,
     temperature, separator).
 
     For the arguments see BiEncoder.open. Raises InputError.
     """
-    if not os.path.isfile(name):
-        name = find_model(name)[0]
-    is_pair = os.path.isdir(os.path.join(name, "query"))
-    if key_name and (os.path.isfile(name) or is_pair):
-        raise InputError(f"--key_encoder {key_name}: {name} has an encoder of the keys already; "
-                         "leave the flag out")
+    name = find_path(name)
+    descriptions = read_descriptions(name, key_name)
+    query, key = descriptions["query"], descriptions["key"]
+    stated = {"metric": query.metric}
     if os.path.isfile(name):
         query_encoder, key_encoder = open_dpr_file(name, dropout)
-        stated = {"metric": "ip"}
-    elif is_pair:
-        query_encoder, stated = open_encoder(os.path.join(name, "query"), pooling, dropout, trained)
-        key_encoder, _ = open_encoder(os.path.join(name, "key"), pooling, dropout, trained)
+        for encoder in (query_encoder, key_encoder):
+            encoder.pooling = pooling or encoder.pooling
     else:
-        query_encoder, stated = open_encoder(name, pooling, dropout, trained)
+        query_encoder = open_encoder(query, pooling, dropout, trained)
         key_encoder = None
-        if key_name:
-            key_encoder, _ = open_encoder(find_model(key_name)[0], pooling, dropout, trained)
+        if key is not query:
+            key_encoder = open_encoder(key, pooling, dropout, trained)
+        if query_encoder.head_first:  # FiD's scores are dot / sqrt(d)
+            stated["temperature"] = query_encoder.model.config.indexing_dimension ** 0.5
+    for encoder, description in ((query_encoder, query), (key_encoder, key)):
+        if encoder is not None:
+            encoder.truncate_dim = truncate_dim or description.truncate_dim
+            encoder.lowercases = description.lowercases
+            encoder.skips_prompt = description.skips_prompt
+    if key is query and os.path.isdir(query.folder) and is_dpr(query.folder):
+        log_on_main(f"note: {query.folder} is one of DPR's two encoders, and encodes queries and "
+                    "documents; --key_encoder names the context encoder")
+    dimensions = {encoder.dimension for encoder in (query_encoder, key_encoder) if encoder}
+    if len(dimensions) > 1:
+        raise InputError(f"{name} gives vectors of {query_encoder.dimension} numbers, {key_name} "
+                         f"of {key_encoder.dimension}; give two encoders that were trained "
+                         "together")
     return query_encoder, key_encoder, stated | read_stated(name)
+
+
+def is_dpr(folder):
+    """Return whether a folder holds one of DPR's encoders as the hub has them."""
+    return read_config(folder, "encoder").model_type == "dpr"
 
 
 def read_stated(name):
@@ -90,59 +140,84 @@ def read_stated(name):
     return stated
 
 
-def open_encoder(folder, pooling=None, dropout=None, trained=False):
-    """(TextEncoder of a folder with one encoder, {metric, temperature} as far as the folder states
-    them).
+def open_encoder(description, pooling=None, dropout=None, trained=False):
+    """Return the TextEncoder of the folder with one encoder that a Description (or its path) names.
     """
+    if not hasattr(description, "folder"):
+        description = read_description(description)
+    folder = description.folder
     config = read_config(folder, "encoder").to_dict()
     with refusing(f"{folder}: cannot be opened as an encoder", "give the folder of a retriever or "
                   "an encoder, or fetch it again"):
         if "indexing_dimension" in config:
             return open_fid_retriever(folder, config, dropout)
+        if config["model_type"] == "dpr":
+            if description.has_modules:
+                raise InputError(f"{folder}: is DPR's encoder of the hub under modules.json, which "
+                                 "sentence-transformers does not compute; delete modules.json")
+            return open_dpr_folder(folder, config, dropout)
         model = open_transformer(folder, dropout, trained)
-        stated_pooling, layers, stated = read_modules(folder)
-        head = nn.Sequential(*layers)
-        head(torch.zeros(1, model.config.hidden_size))  # its layers may be of other sizes
-        return TextEncoder(model, pooling or stated_pooling, head), stated
-
-
-def read_modules(folder):
-    """(pooling, head, {metric} if stated) of sentence-transformers' files, where there are any."""
-    stated_pooling, head, stated = "cls", [], {}
-    modules_path = os.path.join(folder, "modules.json")
-    for module in read_settings(modules_path, list):
-        kind = module["type"].split(".")[-1]
-        module_folder = os.path.join(folder, module["path"])
-        if kind == "Pooling":
-            stated_pooling = read_pooling(os.path.join(module_folder, "config.json"))
-        elif kind == "Normalize":
-            stated["metric"] = "cos"
-        elif kind in ("Dense", "LayerNorm"):
-            head.append(open_head(kind, module_folder))
-        elif kind != "Transformer":
-            raise InputError(f"{modules_path}: has a {shorten(kind)} module, which is not "
-                             "supported; use a retriever of Transformer, Pooling, Dense, LayerNorm "
-                             "and Normalize")
-    settings = read_settings(os.path.join(folder, "config_sentence_transformers.json"))
-    for metric, similarity in SIMILARITY.items():
-        if settings.get("similarity_fn_name") == similarity:
-            stated["metric"] = metric
-    return stated_pooling, head, stated
+        layers = [layer for kind, head_folder in description.heads
+                  for layer in open_head(kind, head_folder)]
+        encoder = TextEncoder(model, pooling or description.pooling, nn.Sequential(*layers))
+        # its layers may be of other sizes
+        encoder.head(torch.zeros(1, encoder.pooled_dimension))
+        return encoder
 
 
 def open_transformer(folder, dropout=None, trained=False):
     """The transformer of a folder in float32.
 
     One without weights starts from random ones, which is printed, or is refused if it must be
-    `trained`.
+    `trained`. Raises InputError for a file that lacks weights of the transformer.
     """
     config = read_config(folder, "encoder")
+    if config.model_type in OTHER_ENCODERS:
+        raise InputError(f"{folder}: a {config.model_type} model is not supported; use one that "
+                         "encodes texts")
     set_dropout(config, dropout)
-    kind = T5EncoderModel if config.model_type in ("t5", "mt5") else AutoModel
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    kind = ENCODER_CLASSES.get(config.model_type, AutoModel)
     if not find_weights(folder, required=trained):
         announce_random_start(folder)
-        return AutoModel.from_config(config) if kind is AutoModel else T5EncoderModel(config)
-    return kind.from_pretrained(folder, config=config, dtype=torch.float32)
+        return AutoModel.from_config(config) if kind is AutoModel else kind(config)
+    model, loading = load_weights(kind, folder, config)
+    check_fit(loading["missing_keys"], loading["mismatched_keys"], loading["unexpected_keys"],
+              folder, POOLER, unused_is_fine=True)
+    return model
+
+
+def load_weights(kind, folder, config):
+    """Return (the model of a class of transformers in float32, transformers' loading info).
+
+    Where weights are missing since a wrapper has put a prefix before all names, it is left out, and
+    a line is printed.
+    """
+    settings = {"config": config, "dtype": torch.float32, "output_loading_info": True,
+                "ignore_mismatched_sizes": True}  # check_fit names them
+    with quiet_transformers():
+        model, loading = kind.from_pretrained(folder, **settings)
+        if any("pooler." not in name for name in loading["missing_keys"]):
+            weights = read_weights(folder)
+            wrapper = find_wrapper(weights, model.state_dict())
+            if wrapper and wrapper != f"{model.base_model_prefix}.":
+                log_on_main(f"note: {folder}: the names of its weights begin with {wrapper!r}, "
+                            "which is left out")
+                weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
+                model, loading = type(model).from_pretrained(None, state_dict=weights, **settings)
+    return model, loading
+
+
+@contextmanager
+def quiet_transformers():
+    """Leave out transformers' own report of weights that do not fit: check_fit says what counts."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def set_dropout(config, dropout):
@@ -152,42 +227,44 @@ def set_dropout(config, dropout):
             setattr(config, name, dropout)
 
 
-def read_pooling(path):
-    """Our name of the pooling that a sentence-transformers configuration, of any of its versions,
-    states.
+def open_head(kind, folder):
+    """Return the torch layers of a Dense, LayerNorm or Normalize module of sentence-transformers.
 
     Raises InputError.
     """
+    if kind == "Normalize":
+        return [Normalize()]
+    path = os.path.join(folder, "config.json")
     config = read_settings(path)
-    modes = config.get("pooling_mode")
-    if isinstance(modes, str):
-        modes = [modes]
-    if not modes:  # older: pooling_mode_cls_token, pooling_mode_mean_tokens, ..., one of them true
-        names = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
-        modes = [name.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
-                 for name in names]
-    for pooling, mode in POOLING.items():
-        if modes == [mode]:
-            return pooling
-    raise InputError(f"{path}: pooling {shorten(modes)} is not supported; one of "
-                     f"{list(POOLING.values())} is")
-
-
-def open_head(kind, folder):
-    """A Dense or LayerNorm module of sentence-transformers as a torch layer. Raises InputError."""
-    weights = {name.split(".")[-1]: value for name, value in (read_weights(folder) or {}).items()}
-    config = read_settings(os.path.join(folder, "config.json"))
-    is_linear = str(config.get("activation_function")).endswith("Identity")
-    if "weight" not in weights or kind == "Dense" and not is_linear:
-        raise InputError(f"{folder}: a {kind} module without weights or with another activation "
-                         "than Identity is not supported")
-    shape = weights["weight"].shape
+    weights = read_weights(folder) if os.path.isdir(folder) else None
+    if weights is None:
+        raise InputError(f"{folder}: a {kind} module without weights; fetch the folder again")
+    weights = {name: value.float() for name, value in weights.items()}
     if kind == "LayerNorm":
-        layer = nn.LayerNorm(shape)
+        layer, prefix, activation = nn.LayerNorm(config["dimension"]), "norm.", None
     else:
-        layer = nn.Linear(shape[1], shape[0], bias="bias" in weights)
-    layer.load_state_dict(weights)
-    return layer
+        if config.get("use_residual"):
+            raise InputError(f"{path}: use_residual is not supported")
+        activation = open_activation(config.get("activation_function", "torch.nn.Tanh"), path)
+        layer = nn.Linear(config["in_features"], config["out_features"],
+                          bias=config.get("bias", True))
+        prefix = "linear."
+    expected = {prefix + name: value for name, value in layer.state_dict().items()}
+    weights = fit_weights(weights, expected, folder)
+    layer.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items()})
+    return [layer] if activation is None else [layer, activation]
+
+
+def open_activation(name, path):
+    """Return the torch layer of an activation's name, None for Identity.
+
+    Raises InputError that names `path` for an unknown one.
+    """
+    kind = str(name).split(".")[-1]
+    if not str(name).startswith("torch.") or kind not in ACTIVATIONS:
+        raise InputError(f"{path}: the activation {shorten(name)} is not supported; one of "
+                         f"torch.nn's {', '.join(ACTIVATIONS)} is")
+    return None if kind == "Identity" else getattr(nn, kind)()
 
 
 def open_dpr_file(path, dropout=None):
@@ -196,12 +273,33 @@ def open_dpr_file(path, dropout=None):
     """
     folder, weights = find_model(path)
     with refusing(f"{path}: cannot be opened as minDPR's or DPR's file", "fetch it again"):
-        query_encoder = build_dpr_encoder(folder, weights, QUERY_PREFIXES, path, dropout)
-        key_encoder = build_dpr_encoder(folder, weights, KEY_PREFIXES, path, dropout)
+        config = read_config(folder, "encoder")
+        query_encoder = build_dpr_encoder(config, weights, QUERY_PREFIXES, path, dropout)
+        key_encoder = build_dpr_encoder(config, weights, KEY_PREFIXES, path, dropout)
         return query_encoder, key_encoder
 
 
-def build_dpr_encoder(folder, weights, prefixes, path, dropout):
+def open_dpr_folder(folder, config, dropout=None):
+    """Return the TextEncoder of DPR's question or context encoder as the hub has them.
+
+    Its vectors are those of transformers' DPRQuestionEncoder and DPRContextEncoder: the first
+    token's state, projected if projection_dim is not 0. Raises InputError.
+    """
+    find_weights(folder, required=True)
+    if config.get("projection_dim", 0) < 0:
+        raise InputError(f"{folder}: projection_dim {config['projection_dim']} is no dimension")
+    shape = {name: value for name, value in config.items()
+             if name not in ("model_type", "architectures", "projection_dim")}
+    encoder = build_dpr_encoder(BertConfig(**shape), read_weights(folder), HUB_PREFIXES, folder,
+                                dropout)
+    if len(encoder.head) != (config.get("projection_dim", 0) > 0):
+        raise InputError(f"{folder}: its weights have {'a' if len(encoder.head) else 'no'} "
+                         f"projection, config.json says projection_dim "
+                         f"{config.get('projection_dim', 0)}; fetch it again")
+    return encoder
+
+
+def build_dpr_encoder(config, weights, prefixes, path, dropout):
     """The TextEncoder of the weights whose names begin with one of the prefixes; DPR's may have a
     projection behind it.
     """
@@ -210,15 +308,15 @@ def build_dpr_encoder(folder, weights, prefixes, path, dropout):
         for name, value in weights.items():
             if not name.startswith(prefix):
                 continue
-            name = name.removeprefix(prefix)
+            name = name.removeprefix(prefix).removeprefix("bert_model.")
             if name.startswith("encode_proj."):
-                projection[name.removeprefix("encode_proj.")] = value
+                projection[name.removeprefix("encode_proj.")] = value.float()
             else:
                 bert_weights[name] = value
     if not bert_weights:
         raise InputError(f"{path}: has no weights named {prefixes[0]}... or {prefixes[1]}...; is "
                          "it a bi-encoder of minDPR or DPR?")
-    encoder = TextEncoder(build_bert(folder, bert_weights, path, dropout))
+    encoder = TextEncoder(build_bert(config, bert_weights, path, dropout))
     if projection:
         out_features, in_features = projection["weight"].shape
         layer = nn.Linear(in_features, out_features)
@@ -227,12 +325,11 @@ def build_dpr_encoder(folder, weights, prefixes, path, dropout):
     return encoder
 
 
-def build_bert(folder, weights, source, dropout=None):
-    """A transformer of the folder's configuration with these weights.
+def build_bert(config, weights, source, dropout=None):
+    """A transformer of a configuration with these weights.
 
     Raises InputError, naming `source`, if they do not fit.
     """
-    config = read_config(folder, "encoder")
     set_dropout(config, dropout)
     model = AutoModel.from_config(config)
     if not any(name.startswith("pooler.") for name in weights):
@@ -248,8 +345,7 @@ def open_fid_retriever(folder, config, dropout=None):
     """FiD's distilled retriever (arXiv 2012.04584): BERT, projection and norm of each token, then
     the mean over all positions or over the real ones.
 
-    Its score is dot / sqrt(d). Raises InputError for different masks of questions and passages:
-    they share one encoder.
+    Raises InputError for different masks of questions and passages: they share one encoder.
     """
     weights = read_weights(folder)
     if weights is None or config["apply_question_mask"] != config["apply_passage_mask"]:
@@ -257,7 +353,7 @@ def open_fid_retriever(folder, config, dropout=None):
                          "apply_question_mask as apply_passage_mask")
     bert_weights = {name.removeprefix("model."): value for name, value in weights.items()
                     if name.startswith("model.")}
-    bert = build_bert(folder, bert_weights, folder, dropout)
+    bert = build_bert(read_config(folder, "encoder"), bert_weights, folder, dropout)
     encoder = TextEncoder(bert, "cls" if config["extract_cls"] else "mean")
     encoder.head_first = True
     dimension = config["indexing_dimension"]
@@ -269,29 +365,88 @@ def open_fid_retriever(folder, config, dropout=None):
                                    "bias": weights[f"{name}.bias"]})
     if not config["apply_passage_mask"]:
         encoder.pad_to = {"query": config["question_maxlength"], "key": config["passage_maxlength"]}
-    return encoder, {"metric": "ip", "temperature": dimension ** 0.5}
+    return encoder
 
+
+# ---------------------------------------------------------------- rankers
 
 def open_ranker(name, dropout=None, trained=False):
-    """transformers' sequence classifier with one score; for the arguments see CrossEncoder.open.
+    """(transformers' sequence classifier with one score, the activation of its scores or None); for
+    the arguments see CrossEncoder.open.
 
     Raises InputError.
     """
     folder = find_model(name)[0]
+    check_ranker(folder)
     config = read_config(folder, "ranker or encoder")
+    architecture = (config.architectures or [""])[0]
+    is_ranker = architecture.endswith("ForSequenceClassification")
+    if is_ranker and config.num_labels != 1:
+        raise InputError(f"{folder}: gives {config.num_labels} scores for a pair; a ranker has one "
+                         "(num_labels)")
+    if trained and architecture.endswith("ForCausalLM"):
+        raise InputError(f"{folder}: is a causal language model, no ranker with one score; train "
+                         "one with train_dense.py --ranker")
     config.num_labels = 1
     set_dropout(config, dropout)
     has_weights = find_weights(folder, required=trained)
     with refusing(f"{folder}: cannot be opened as a ranker with one score", "give the folder of a "
                   "ranker or an encoder"):
+        activation = read_ranker_activation(folder, config)
+        config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
         if not has_weights:
-            return AutoModelForSequenceClassification.from_config(config)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True)
-    if trained and loading["missing_keys"]:
-        raise InputError(f"{folder}: is no ranker, it has no {min(loading['missing_keys'])}; train "
-                         "one with train_dense.py --ranker")
-    return model
+            announce_random_start(folder)
+            return AutoModelForSequenceClassification.from_config(config), activation
+        model, loading = load_weights(AutoModelForSequenceClassification, folder, config)
+        missing = loading["missing_keys"]
+        # of an encoder without a ranking head
+        head = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")
+                or "pooler." in name]
+        if trained and head and len(head) == len(missing):
+            raise InputError(f"{folder}: is no ranker, it has no {min(head)}; train one with "
+                             "train_dense.py --ranker")
+        check_fit([name for name in missing if name not in head], loading["mismatched_keys"],
+                  loading["unexpected_keys"], folder, unused_is_fine=True)
+        if head:
+            log_on_main(f"note: {folder}: the ranking head is new, it has no {min(head)}")
+    return model, activation
+
+
+def check_ranker(folder):
+    """Raise InputError for settings of sentence-transformers' CrossEncoder that change its scores
+    in a way that nothing here computes.
+    """
+    path = os.path.join(folder, "modules.json")
+    modules = [str(module.get("type")).split(".")[-1] for module in read_settings(path, list)
+               if isinstance(module, dict)]
+    transformer = read_settings(os.path.join(folder, "sentence_bert_config.json"))
+    settings = read_settings(os.path.join(folder, "config_sentence_transformers.json"))
+    if settings.get("model_type") == "CrossEncoder":
+        task = transformer.get("transformer_task", "sequence-classification")
+        if modules != ["Transformer"] or task != "sequence-classification":
+            raise InputError(f"{path}: a ranker of {', '.join(modules)} ({shorten(task)}) is not "
+                             "supported; use one that is a sequence classifier")
+        if (settings.get("prompts") or {}).get(settings.get("default_prompt_name")):
+            raise InputError(f"{folder}: a ranker with a prompt (default_prompt_name) is not "
+                             "supported")
+
+
+def read_ranker_activation(folder, config):
+    """Return the activation that sentence-transformers puts on a ranker's scores, as a torch layer,
+    None for the identity.
+
+    It is the folder's, else the sigmoid; our own rankers, which are trained on the raw scores, have
+    none. Raises InputError for an unknown one.
+    """
+    settings = read_settings(os.path.join(folder, "config_sentence_transformers.json"))
+    stated = settings.get("activation_fn")
+    if stated is None:
+        stated = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+    if stated is None:
+        stated = getattr(config, "sbert_ce_default_activation_function", None)
+    if stated is None and "retriever" in read_args(folder):
+        return None
+    return open_activation(stated or "torch.nn.Sigmoid", os.path.join(folder, "config.json"))
 
 
 # ---------------------------------------------------------------- saving
@@ -302,21 +457,16 @@ def save_encoder(folder, encoder, metric, max_length, prompts):
         save_fid_retriever(folder, encoder)
         return
     encoder.model.save_pretrained(folder)
-    pooling = {"word_embedding_dimension": encoder.model.config.hidden_size,
-               "pooling_mode_cls_token": encoder.pooling == "cls",
-               "pooling_mode_mean_tokens": encoder.pooling == "mean",
-               "pooling_mode_lasttoken": encoder.pooling == "last"}
-    write_json(os.path.join(folder, "1_Pooling", "config.json"), pooling)
+    write_json(os.path.join(folder, "1_Pooling", "config.json"), describe_pooling(encoder))
     modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-    for layer in encoder.head:
-        kind = "Dense" if isinstance(layer, nn.Linear) else "LayerNorm"
+    layers = list(encoder.head)
+    if metric == "cos" and not (layers and isinstance(layers[-1], Normalize)):
+        layers.append(Normalize())
+    for layer, activation in pair_activations(layers):
+        kind = {nn.Linear: "Dense", nn.LayerNorm: "LayerNorm"}.get(type(layer), "Normalize")
         path = f"{len(modules)}_{kind}"
-        save_head(os.path.join(folder, path), layer)
+        save_head(os.path.join(folder, path), layer, activation)
         modules.append((kind, path))
-    if metric == "cos":
-        path = f"{len(modules)}_Normalize"
-        write_json(os.path.join(folder, path, "config.json"), {})
-        modules.append(("Normalize", path))
 
     listed = []
     for index, (kind, path) in enumerate(modules):
@@ -324,18 +474,49 @@ def save_encoder(folder, encoder, metric, max_length, prompts):
                        "type": f"sentence_transformers.models.{kind}"})
     write_json(os.path.join(folder, "modules.json"), listed)
     write_json(os.path.join(folder, "sentence_bert_config.json"),
-               {"max_seq_length": max_length, "do_lower_case": False})
-    write_json(os.path.join(folder, "config_sentence_transformers.json"),
-               {"similarity_fn_name": SIMILARITY[metric], "prompts": prompts})
+               {"max_seq_length": max_length,
+                "do_lower_case": encoder.lowercases})
+    settings = {"similarity_fn_name": SIMILARITY[metric], "prompts": prompts}
+    if encoder.truncate_dim is not None:
+        settings["truncate_dim"] = encoder.truncate_dim
+    write_json(os.path.join(folder, "config_sentence_transformers.json"), settings)
 
 
-def save_head(folder, layer):
-    """Writes a linear or norm layer as the module of sentence-transformers that open_head opens."""
+def describe_pooling(encoder):
+    """Return the configuration of the Pooling module of an encoder, which all versions of
+    sentence-transformers read.
+    """
+    modes = [POOLING[name] for name in encoder.pooling.split("+")]
+    config = {"word_embedding_dimension": encoder.model.config.hidden_size,
+              "include_prompt": not encoder.skips_prompt}
+    config |= {name: mode in modes for name, mode in POOLING_FLAGS.items()}
+    if modes != [mode for mode in POOLING_FLAGS.values() if mode in modes]:
+        config["pooling_mode"] = modes  # in an order that flags cannot state
+    return config
+
+
+def pair_activations(layers):
+    """Return [(layer, the activation behind it or None)] of a head's layers."""
+    pairs = []
+    for layer in layers:
+        if isinstance(layer, (nn.Linear, nn.LayerNorm, Normalize)):
+            pairs.append((layer, None))
+        else:
+            pairs[-1] = (pairs[-1][0], layer)
+    return pairs
+
+
+def save_head(folder, layer, activation=None):
+    """Writes a layer of the head as the module of sentence-transformers that open_head opens."""
+    if isinstance(layer, Normalize):
+        write_json(os.path.join(folder, "config.json"), {})
+        return
     if isinstance(layer, nn.Linear):
         prefix = "linear."
+        kind = type(activation or nn.Identity())
         config = {"in_features": layer.in_features, "out_features": layer.out_features,
                   "bias": layer.bias is not None,
-                  "activation_function": "torch.nn.modules.linear.Identity"}
+                  "activation_function": f"{kind.__module__}.{kind.__name__}"}
     else:
         prefix = "norm."
         config = {"dimension": layer.normalized_shape[0]}

@@ -4,11 +4,12 @@ checks.
 import math
 
 from adapters import add_lora_flags, check_lora
+from dense.description import POOLING
 from dense.instructions import INSTRUCTIONS
 from files import LARGEST
 from metrics import METRICS
 from retrieval.corpus import check_templates
-from retrieval.flags import add_measure_flags
+from retrieval.flags import add_measure_flags, add_prompt_flags
 from training import BOTH_SETS
 from utils import (
     SWITCH,
@@ -89,12 +90,15 @@ def add_text_flags(parser):
         help="the text of a document; DPR's pair is '{title} [SEP] {text}'")
     add("--pair_types", action="store_true",
         help="token type 1 after a text's first [SEP], as minDPR has for pairs")
-    add("--query_max_length", type=int, default=256,
-        help="tokens per query, truncated on the right")
-    add("--key_max_length", type=int, default=256, help="tokens per key, truncated on the right")
-    add("--add_instruction", default=True,
-        help="put --version's instruction before the texts of records with a task", **SWITCH)
-    add("--version", choices=INSTRUCTIONS, default="bge", help="whose instructions")
+    add("--query_max_length", type=int,
+        help="tokens per query; default: the checkpoint's, else 256")
+    add("--key_max_length", type=int, help="tokens per key; default: the checkpoint's, else 256")
+    add_prompt_flags(add)
+    add("--add_instruction",
+        help="put --version's instruction before the texts of records with a task; default: true, "
+        "unless the checkpoint has prompts", **SWITCH)
+    add("--version", choices=INSTRUCTIONS,
+        help="whose instructions; default: bge, unless the checkpoint has prompts")
 
 
 def add_model_flags(parser):
@@ -106,8 +110,12 @@ def add_model_flags(parser):
         help="checkpoint of the second encoder of --tie_encoders false; not given: as "
         "--query_encoder")
     add("--tie_encoders", default=True, help="one encoder for queries and keys", **SWITCH)
-    add("--pooling_method", choices=["cls", "mean", "last"],
-        help="not given: the checkpoint's, else cls")
+    add("--pooling_method", choices=list(POOLING),
+        help="how token states become one vector; default: the checkpoint's, else mean, of a "
+        "causal language model last")
+    add("--truncate_dim", type=int, metavar="N",
+        help="train the first N numbers of each vector (Matryoshka); default: the checkpoint's, "
+        "else all")
     add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
     add("--cos_temperature", type=float, default=0.01,
         help="what cosines are divided by in training (in distillation see --student_temperature)")
@@ -236,9 +244,10 @@ def check_numbers(args):
                           "key_max_length": 3, "eval_group_size": 1, "chunk_size": 0,
                           "relevance_level": 1, "max_steps": 0, "eval_steps": 0,
                           "early_exit_steps": 0, "num_workers": 0})
-    check_at_least(args, {"max_sample_num": 0, "num_warmup_steps": 0, "weight_decay": 0,
-                          "adam_eps": 0, "contrastive_weight": 0, "distill_weight": 0,
-                          "teacher_scores_margin": 0, "teacher_scores_min": -LARGEST})
+    check_at_least(args, {"max_sample_num": 0, "truncate_dim": 1, "num_warmup_steps": 0,
+                          "weight_decay": 0, "adam_eps": 0, "contrastive_weight": 0,
+                          "distill_weight": 0, "teacher_scores_margin": 0,
+                          "teacher_scores_min": -LARGEST})
     check_positive(args, ["lr", "clip", "cos_temperature", "teacher_temperature"])
     if args.student_temperature is not None:
         check_positive(args, ["student_temperature"])
@@ -279,6 +288,9 @@ def check_unused(args):
                          "not read; leave it out")
     if args.ranker and args.query_template != "{query}":
         raise InputError("--query_template is of encoders; a ranker reads the query itself")
+    if args.ranker and (args.query_prompt or args.key_prompt or args.truncate_dim):
+        raise InputError("--query_prompt, --key_prompt and --truncate_dim are for encoders; a "
+                         "ranker reads query and key themselves: leave them out")
     if args.stable_distill and args.student_temperature not in (None, 1):
         raise InputError("--stable_distill has no --student_temperature; leave one of them out")
 

@@ -45,7 +45,7 @@ class BiEncoder(nn.Module):
         """
         encoder = self.encoders.get(role, self.query_encoder)
         vectors = encoder(texts, role, chunk_size)
-        if self.metric == "cos":
+        if self.metric == "cos" and not encoder.is_normalised:
             vectors = F.normalize(vectors, dim=-1)
         return vectors
 
@@ -64,10 +64,15 @@ class BiEncoder(nn.Module):
                 scores = 2 * scores - queries.square().sum(1, keepdim=True) - keys.square().sum(1)
             return scores / self.temperature
 
-    def check_tokenizer(self, tokenizer):
-        """Raises InputError if the tokenizer has ids that an encoder has no embedding for."""
-        for encoder in self.encoders.values():
+    def use_texts(self, texts):
+        """Take from a Texts how many tokens of a prompt are left out of the pooling; raise
+        InputError if a tokenizer has ids that its encoder has no embedding for.
+        """
+        for role, tokenizer in texts.tokenizers.items():
+            encoder = self.encoders.get(role, self.query_encoder)
             check_vocabulary(tokenizer, encoder.model.get_input_embeddings(), OWN_TOKENIZER)
+            encoder.skip = texts.skip
+            encoder.gives_types = "token_type_ids" in tokenizer("a")
 
     def save_pretrained(self, folder, max_length, prompts=None):
         """Writes the folder; sentence-transformers will use max_length and the prompts {query,
@@ -79,15 +84,15 @@ class BiEncoder(nn.Module):
 
     @classmethod
     def open(cls, name, key_name=None, *, metric=None, pooling=None, temperature=None, dropout=None,
-             trained=False):
+             truncate_dim=None, trained=False):
         """The retriever of a folder or hub name (ours, sentence-transformers', transformers',
         FiD's), or of minDPR's or DPR's file; key_name opens a second encoder for the keys.
 
-        What is None is as the checkpoint states, else cos, cls, 1 and its own dropout; the
-        temperature of another metric is 1. Raises InputError, with `trained` also for a folder
-        without weights.
+        What is None is as the checkpoint states, else as sentence-transformers has it (cos, mean,
+        of a causal language model the last token), 1 and its own dropout; the temperature of
+        another metric is 1. Raises InputError, with `trained` also for a folder without weights.
         """
-        encoders = open_encoders(str(name), key_name, pooling, dropout, trained)
+        encoders = open_encoders(str(name), key_name, pooling, dropout, trained, truncate_dim)
         query_encoder, key_encoder, stated = encoders
         stated_metric = stated.get("metric", "cos")
         if metric is None:
@@ -102,11 +107,21 @@ class BiEncoder(nn.Module):
 
 class CrossEncoder(nn.Module):
     """A ranker: a transformer reads query and key together, and its head gives the pair one number.
+
+    activation: a torch layer that `predict` puts on the numbers, or None; training does without.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, activation=None):
         super().__init__()
         self.model = model
+        self.activation = activation
+
+    def predict(self, pairs):
+        """Return the scores (n) of n pairs, as sentence-transformers' CrossEncoder.predict gives
+        them.
+        """
+        scores = self(pairs)
+        return scores if self.activation is None else self.activation(scores)
 
     def forward(self, pairs, chunk_size=0):
         """Scores (n) of n pairs given as (token ids, token types); chunk_size: see
@@ -136,9 +151,10 @@ class CrossEncoder(nn.Module):
             inputs["token_type_ids"] = types
         return self.model(**inputs).logits[:, 0].float()
 
-    def check_tokenizer(self, tokenizer):
-        """Raises InputError if the tokenizer has ids that the model has no embedding for."""
-        check_vocabulary(tokenizer, self.model.get_input_embeddings(), OWN_TOKENIZER)
+    def use_texts(self, texts):
+        """Raise InputError if the tokenizer has ids that the model has no embedding for."""
+        check_vocabulary(texts.tokenizers["query"], self.model.get_input_embeddings(),
+                         OWN_TOKENIZER)
 
     def save_pretrained(self, folder, *_):
         """Writes the folder; further arguments are BiEncoder's, and not used."""
@@ -150,7 +166,7 @@ class CrossEncoder(nn.Module):
 
         Raises InputError, with `trained` also for a folder that is no trained ranker.
         """
-        return cls(open_ranker(name, dropout, trained))
+        return cls(*open_ranker(name, dropout, trained))
 
 
 def limit_lengths(args, encoders, log):

@@ -6,9 +6,11 @@ packed_attention.py. BERT-shaped models (BERT, DPR, BGE, E5, Contriever, MiniLM,
 retriever) run so; every other architecture runs in transformers, its texts sorted by length and
 padded within a chunk.
 """
+from inspect import signature
 from itertools import chain
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dense.grad_cache import run_in_chunks
@@ -16,18 +18,35 @@ from dropout import dropout
 from packed_attention import group_texts, packed_attention
 
 
-class TextEncoder(nn.Module):
-    """A transformer, the pooling of its token states, and a head of linear and norm layers if the
-    checkpoint has one.
+class Normalize(nn.Module):
+    """Scale vectors to length 1, as sentence-transformers' module of this name does."""
 
-    pooling     cls (the first token's state), mean or last
-    head_first  the head is applied to every token's state before pooling, not to the vector (the
-                FiD-KD retriever)
-    pad_to      {query, key}: every text is filled to this length with padding that counts as text,
-                which the FiD-KD retriever without masks was trained with
-    separator   a token id; tokens after a text's first one get token type 1, as minDPR and
-                transformers do for pairs of title and text (DPR's code does not); None: all have
-                type 0
+    def forward(self, vectors):
+        return F.normalize(vectors.float(), dim=-1)
+
+
+class TextEncoder(nn.Module):
+    """A transformer, the pooling of its token states, and a head: the modules behind the pooling.
+
+    pooling       names of dense/description.py's POOLING; several, joined by "+", give their
+                  vectors side by side
+    head          nn.Linear (and its activation), nn.LayerNorm and Normalize, in their order
+    truncate_dim  numbers of the head's vector that are kept; None: all
+    skip          {query, key}: first tokens of a text that are left out of the pooling, where a
+                  model does not pool its prompt
+    head_first    the head is applied to every token's state before pooling, not to the vector (the
+                  FiD-KD retriever)
+    pad_to        {query, key}: every text is filled to this length with padding that counts as
+                  text, which the FiD-KD retriever without masks was trained with
+    lowercases, skips_prompt
+                  what dense/description.py reads of the folder's texts, kept for saving
+    separator     a token id; tokens after a text's first one get token type 1, as minDPR and
+                  transformers do for pairs of title and text (DPR's code does not); None: all have
+                  type 0
+    gives_types   the tokenizer gives token types, to which some models add embeddings even where
+                  all are 0 (GPT-2)
+
+    A text without a token gets a pooled vector of zeros, as in sentence-transformers.
     """
 
     def __init__(self, model, pooling="cls", head=None):
@@ -35,21 +54,44 @@ class TextEncoder(nn.Module):
         self.model = model
         self.pooling = pooling
         self.head = nn.Sequential() if head is None else head
+        self.truncate_dim = None
+        self.skip = {}
+        self.lowercases = False
+        self.skips_prompt = False
         self.head_first = False
         self.pad_to = {}
         self.separator = None
+        self.gives_types = False
         pooler = getattr(model, "pooler", None)
         if pooler is not None:
             # no vector passes through it; DDP must not wait for its gradient
             pooler.requires_grad_(False)
 
     @property
+    def pooled_dimension(self):
+        """Return the length of a pooled vector."""
+        return self.model.config.hidden_size * len(self.pooling.split("+"))
+
+    @property
     def dimension(self):
-        """The length D of a vector."""
+        """Return the length D of a vector."""
+        dimension = self.untruncated_dimension
+        return min(dimension, self.truncate_dim or dimension)
+
+    @property
+    def untruncated_dimension(self):
+        """Return the length of a vector before it is truncated."""
+        dimension = self.pooled_dimension
         for layer in self.head:
             if isinstance(layer, nn.Linear):
-                return layer.out_features
-        return self.model.config.hidden_size
+                dimension = layer.out_features
+        return dimension
+
+    @property
+    def is_normalised(self):
+        """Return whether the head's vectors have length 1."""
+        return (len(self.head) > 0 and isinstance(self.head[-1], Normalize)
+                and self.truncate_dim is None)
 
     def forward(self, texts, role="query", chunk_size=0):
         """Vectors (n, D) float32 of n texts given as lists of token ids; chunk_size: see
@@ -61,16 +103,32 @@ class TextEncoder(nn.Module):
         fill_to = self.pad_to.get(role, 0)
         pad = self.model.config.pad_token_id
         texts = [text + [pad] * (fill_to - len(text)) for text in texts]
+        is_empty = torch.tensor([not text for text in texts], device=device)            # (n)
+        texts = [text or [pad or 0] for text in texts]
         lengths = [len(text) for text in texts]
+        skip = self.skip.get(role, 0)
 
         def make_inputs(indices):
             token_ids = chain.from_iterable(texts[index] for index in indices)
             return [torch.tensor(list(token_ids), device=device)]                      # (S)
-        return run_in_chunks(self.encode_chunk, make_inputs, lengths, chunk_size, device)
 
-    def encode_chunk(self, ids, lengths):
+        def encode(ids, lengths):
+            return self.encode_chunk(ids, lengths, skip)
+        vectors = run_in_chunks(encode, make_inputs, lengths, chunk_size, device)
+        if is_empty.any():
+            vectors = torch.where(is_empty[:, None], self.vector_of_nothing(device), vectors)
+        return vectors[:, :self.truncate_dim]
+
+    def vector_of_nothing(self, device):
+        """Return the vector (1, D) of a text without a token, before it is truncated."""
+        pooled = torch.zeros(1, self.pooled_dimension, device=device)
+        if self.head_first:
+            return pooled.new_zeros(1, self.dimension)
+        return self.head(pooled).float()
+
+    def encode_chunk(self, ids, lengths, skip=0):
         """Vectors (n, D) of n texts of falling lengths, whose token ids lie side by side in ids
-        (S).
+        (S); the first `skip` tokens of each are left out of the pooling.
         """
         lengths_tensor = torch.tensor(lengths, device=ids.device)                      # (n)
         starts = lengths_tensor.cumsum(0) - lengths_tensor                             # (n)
@@ -80,10 +138,11 @@ class TextEncoder(nn.Module):
                                    device=ids.device) - starts.repeat_interleave(lengths_tensor)
             states = encode_bert(self.model, ids, types, offsets, group_texts(lengths, ids.device))
         else:
+            types = types if self.gives_types or types.any() else None
             states = encode_padded(self.model, ids, types, lengths_tensor)
         if self.head_first:
             return pool(self.head(states), starts, lengths_tensor, self.pooling)
-        return self.head(pool(states, starts, lengths_tensor, self.pooling)).float()
+        return self.head(pool(states, starts, lengths_tensor, self.pooling, skip)).float()
 
     def token_types(self, ids, starts, lengths):
         """The token types (S): 1 behind a text's first separator, else 0."""
@@ -140,26 +199,57 @@ def encode_bert(bert, ids, types, offsets, groups):
 
 def encode_padded(model, ids, types, lengths):
     """The same of any transformer that can run in transformers, on texts padded to the longest, the
-    first one.
+    first one. types: None where the tokenizer gives none.
     """
     is_real = torch.arange(int(lengths[0]), device=ids.device) < lengths[:, None]       # (n, L)
     padded = torch.full(is_real.shape, model.config.pad_token_id or 0, device=ids.device)
     inputs = {"input_ids": padded.masked_scatter(is_real, ids), "attention_mask": is_real.long()}
-    if types.any():
+    if types is not None and "token_type_ids" in signature(model.forward).parameters:
         inputs["token_type_ids"] = torch.zeros_like(padded).masked_scatter(is_real, types)
     return model(**inputs).last_hidden_state[is_real]  # (n, L, D) -> (S, D)
 
 
-def pool(states, starts, lengths, pooling):
-    """Vectors (n, D) float32 of packed states (S, D): each text's first token's, its last one's or
-    their mean.
+def pool(states, starts, lengths, pooling, skip=0):
+    """Return vectors (n, D) float32 of packed states (S, D), by each text's tokens behind its first
+    `skip` ones.
+
+    pooling: see TextEncoder. A text that has no such token gets zeros, and by cls its first token.
     """
-    if pooling == "cls":
-        return states[starts].float()
-    if pooling == "last":
-        return states[starts + lengths - 1].float()
+    tokens = lengths - skip                                                             # (n)
+    pooled = []
+    for name in pooling.split("+"):
+        if name == "cls":
+            pooled.append(states[torch.where(tokens > 0, starts + skip, starts)].float())
+        elif name == "last":
+            last = states[starts + lengths - 1].float()
+            pooled.append(last * (tokens > 0)[:, None])
+        else:
+            pooled.append(pool_all(states, starts, lengths, name, skip))
+    return torch.cat(pooled, 1)
+
+
+def pool_all(states, starts, lengths, name, skip):
+    """Return vectors (n, D) float32 that depend on all tokens behind the first `skip` ones: max,
+    mean, mean_sqrt_len (the sum divided by the root of the number of tokens) or weighted_mean (a
+    token's weight is its place in its text, from 1).
+    """
     # (S)
     text_of_token = torch.arange(len(lengths), device=states.device).repeat_interleave(lengths)
-    sums = torch.zeros(len(lengths), states.shape[1], device=states.device)
-    sums = sums.index_add(0, text_of_token, states.float())
-    return sums / lengths[:, None]
+    places = torch.arange(1, len(states) + 1, device=states.device) - starts[text_of_token]
+    is_pooled = places > skip
+    if name == "max":
+        floor = torch.full((len(lengths), states.shape[1]), float("-inf"), device=states.device)
+        values = states.float().masked_fill(~is_pooled[:, None], float("-inf"))
+        highest = floor.scatter_reduce(0, text_of_token[:, None].expand_as(values), values, "amax")
+        return torch.where((lengths > skip)[:, None], highest, torch.zeros_like(highest))
+    weights = places.float() if name == "weighted_mean" else torch.ones_like(places).float()
+    values = states.float()
+    if name == "weighted_mean" or skip:
+        weights = weights * is_pooled
+        values = values * weights[:, None]
+    zeros = torch.zeros(len(lengths), states.shape[1], device=states.device)
+    sums = zeros.index_add(0, text_of_token, values)
+    totals = zeros[:, 0].index_add(0, text_of_token, weights)
+    if name == "mean_sqrt_len":
+        totals = totals.sqrt()
+    return sums / totals.clamp(min=1e-9)[:, None]

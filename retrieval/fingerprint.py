@@ -7,11 +7,13 @@ from utils import InputError, gather_lists, shorten, wait_for_all
 
 WINDOW = 65536        # bytes
 CORPUS_WINDOWS = 256  # windows of a corpus's file that are hashed: it may have many gigabytes
-WEIGHT_ENDINGS = (".safetensors", ".bin", "config.json")
+WEIGHT_ENDINGS = (".safetensors", ".bin", "config.json", "modules.json",
+                  "config_sentence_transformers.json")
 INDEX_ENDINGS = (".npy", ".faiss", ".json")  # of an index's own files, bm25s's too
 # what indices were made with before index.json stated it
 FORMER_SETTINGS = {"words": "bm25s"}
-TOKENIZER_BEGINNINGS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens")
+TOKENIZER_BEGINNINGS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens",
+                        "added_tokens")
 
 
 def fingerprint(corpus, model, settings, world):

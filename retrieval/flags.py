@@ -2,6 +2,7 @@
 import math
 
 from checkpoints import find_args
+from dense.description import POOLING
 from dense.instructions import INSTRUCTIONS, named_version
 from files import check_paths, read_args
 from metrics import METRICS
@@ -22,8 +23,7 @@ from utils import (
 METHODS = ("dense", "bm25", "rank", "random", "fuse", "run")
 HITS = 200  # documents per query
 # what no flag says, and no checkpoint
-DEFAULTS = {"query_max_length": 256, "key_max_length": 256, "query_template": "{query}",
-            "key_template": "{title} {text}", "add_instruction": True}
+DEFAULTS = {"query_template": "{query}", "key_template": "{title} {text}", "add_instruction": True}
 
 
 def parse_args(description, arguments=None):
@@ -59,9 +59,10 @@ def add_corpus_flags(add):
         help="task (qa, chat ...) whose instruction questions that name none get, and the "
              "documents")
     add("--query_max_length", type=int,
-        help="tokens per query; not given: the checkpoint's, else 256")
+        help="tokens per query; default: the checkpoint's, else 256")
     add("--key_max_length", type=int,
-        help="tokens per document; not given: the checkpoint's, else 256")
+        help="tokens per document; default: the checkpoint's, else 256")
+    add_prompt_flags(add)
     add("--add_instruction", **SWITCH,
         help="--version's instruction before texts whose query has a task; not given: as in "
              "training")
@@ -70,6 +71,15 @@ def add_corpus_flags(add):
     add("--pair_types", action="store_true",
         help="token type 1 after a text's first [SEP], for minDPR's file; our folders state it")
     add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
+
+
+def add_prompt_flags(add):
+    """Add the flags of what goes before all texts, by the function of a group."""
+    add("--query_prompt", metavar="TEXT",
+        help="put this before every query, '' for nothing; default: the checkpoint's prompt, else "
+        "--version's instruction")
+    add("--key_prompt", metavar="TEXT",
+        help="put this before every document, '' for nothing; default: as for --query_prompt")
 
 
 def add_method_flags(parser):
@@ -93,8 +103,12 @@ def add_search_flags(add):
     """Adds what dense retrieval and BM25 are told of encoders and indices."""
     add("--key_encoder", help="encoder of the documents, if it is a checkpoint of its own")
     add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
-    add("--pooling_method", choices=["cls", "mean", "last"],
-        help="not given: the checkpoint's, else cls")
+    add("--pooling_method", choices=list(POOLING),
+        help="how token states become one vector; default: the checkpoint's, else mean, of a "
+        "causal language model last")
+    add("--truncate_dim", type=int, metavar="N",
+        help="keep the first N numbers of each vector (Matryoshka); default: the checkpoint's, "
+        "else all")
     add("--index", metavar="DIR",
         help="folder of the corpus's vectors and index, made or reused; not given: beside the "
              "corpus")
@@ -186,6 +200,9 @@ def settle_defaults(args):
     if args.retrieval_method in ("dense", "rank"):
         stated = read_stated_flags(args.query_encoder)
     by_name = named_version(args.query_encoder)
+    args.version_is_flag = args.version is not None or args.add_instruction is not None
+    args.pooling_method_is_flag = args.pooling_method is not None
+    args.dense_metric_is_flag = args.dense_metric is not None
     # where a flag or the model's name, not the checkpoint, asks for instructions, a run without
     # them is worth a note
     if args.version:
@@ -206,7 +223,8 @@ def read_stated_flags(model):
     if not isinstance(stated, dict):
         raise InputError(f"{model}/args.json: 'args' must be an object, it is {shorten(stated)}; "
                          "mend it")
-    for name, default in (DEFAULTS | {"version": "none"}).items():
+    lengths = dict.fromkeys(("query_max_length", "key_max_length"), 256)
+    for name, default in (DEFAULTS | lengths | {"version": "none"}).items():
         value = stated.get(name, default)
         is_unknown = name == "version" and value not in list(INSTRUCTIONS)
         if type(value) is not type(default) or is_unknown:
@@ -241,7 +259,7 @@ def check_args(args):
 def check_search(args):
     """Raises InputError for flags of corpus and search that cannot be used."""
     check_templates(args)
-    check_at_least(args, dict.fromkeys(("train_sample", "nprobe", "efSearch"), 1))
+    check_at_least(args, dict.fromkeys(("train_sample", "nprobe", "efSearch", "truncate_dim"), 1))
     check_at_least(args, {"query_max_length": 3, "key_max_length": 3, "num_workers": 0, "k1": 0,
                           "b": 0})
     check_seed(args)
@@ -309,6 +327,9 @@ def check_corpus(args):
 def check_method(args):
     """Raises InputError for flags that are for another --retrieval_method."""
     method = args.retrieval_method
+    if args.ranker and (args.query_prompt or args.key_prompt or args.truncate_dim):
+        raise InputError("--query_prompt, --key_prompt and --truncate_dim are for encoders; a "
+                         "ranker reads query and document themselves: leave them out")
     if args.ranker and method != "rank":
         raise InputError("--ranker scores given candidates: use --retrieval_method rank")
     if args.results and method not in ("rank", "fuse", "run"):

@@ -13,6 +13,7 @@ from itertools import chain
 import transformers
 
 import retrieval.flags
+from dense.texts import settle_texts
 from files import read_settings, write_json
 from names import DOCUMENT_IDS, find_value
 from questions import Question, gold_passages, read_records
@@ -26,7 +27,7 @@ from utils import InputError, gather_lists, wait_for_all
 TASK = "qa"  # whose instructions the retriever gets, where it was trained with some
 # what the passages depend on, beside corpus, retriever and questions
 SETTINGS = ("retrieval_method", "hits", "version", "add_instruction", "query_template",
-            "query_max_length", "key_template", "key_max_length", "dtype")
+            "query_max_length", "key_template", "key_max_length", "dtype", "prompts")
 
 
 # ---------------------------------------------------------------- retrieving
@@ -46,6 +47,9 @@ def retrieve_once(args, paths, world):
     corpus = open_corpus(flags.corpus, flags.key_template, world)
     flags.hits = min(flags.hits, len(corpus))
     model = None if args.retriever == "bm25" else args.retriever
+    flags.prompts = None
+    if model is not None:
+        flags.prompts = settle_texts(flags, None, world.log).prompts
     settings = {name: getattr(flags, name) for name in SETTINGS}
     if model is None:
         settings["bm25_words"] = flags.bm25_words

@@ -13,14 +13,24 @@ import torch
 from data import make_loader
 from files import lock, write_json
 from retrieval.fingerprint import await_index, check_fingerprint
-from utils import InputError, progress_bar, refusing, sum_over_processes, wait_for_all
+from utils import (
+    InputError,
+    gather_lists,
+    progress_bar,
+    refusing,
+    shorten,
+    sum_over_processes,
+    wait_for_all,
+)
 
 DONE_BLOCK = 4096  # documents that are encoded, written and marked as done together
 DTYPES = ("float16", "float32", "uint8")  # of vectors and marks
 
 
 class TokenBlocks(torch.utils.data.Dataset):
-    """Token ids of a block of documents; a loader's workers read and tokenise them."""
+    """A block of documents: its index, their token ids, the indices of documents without a text;
+    a loader's workers read and tokenise them.
+    """
 
     def __init__(self, corpus, tokenize):
         self.corpus, self.tokenize = corpus, tokenize
@@ -28,7 +38,8 @@ class TokenBlocks(torch.utils.data.Dataset):
     def __getitem__(self, block):
         last = min((block + 1) * DONE_BLOCK, len(self.corpus))
         texts = [self.corpus.text(doc_index) for doc_index in range(block * DONE_BLOCK, last)]
-        return block, self.tokenize(texts)
+        empty = [block * DONE_BLOCK + i for i, text in enumerate(texts) if not text.strip()]
+        return block, self.tokenize(texts), empty
 
 
 def take_only_item(items):
@@ -57,7 +68,9 @@ def encode_corpus(model, corpus, tokenize, max_length, folder, dtype, world, exp
         await_index(folder, expected, world)
         counts = encode_missing(model, TokenBlocks(corpus, tokenize), max_length, folder, dtype,
                                 world, num_workers, bf16)
-    note_long_documents(counts, max_length, world)
+    num_long, num_encoded, empty = counts
+    note_long_documents([num_long, num_encoded], max_length, world)
+    note_empty_documents(empty, corpus, world)
     if not open_array(folder, "done").all():
         raise InputError(f"{folder}: not all documents are encoded; do all machines share this "
                          "folder? The same command goes on")
@@ -72,7 +85,8 @@ def is_encoded(folder, expected):
 def encode_missing(model, token_blocks, max_length, folder, dtype, world, num_workers, bf16):
     """Encodes this process's share of the blocks that are not done; returns when all have.
 
-    Returns [documents that take up max_length, documents] of its share.
+    Returns [documents that take up max_length, documents, indices of those without a text] of its
+    share.
     """
     vectors, done = open_array(folder, "vectors"), open_array(folder, "done")
     if not (done.all() or os.access(os.path.join(folder, "done.npy"), os.W_OK)):
@@ -85,8 +99,9 @@ def encode_missing(model, token_blocks, max_length, folder, dtype, world, num_wo
     loader = make_loader(token_blocks, [[block] for block in share], take_only_item, num_workers)
     bar = progress_bar(total=len(share) * DONE_BLOCK, unit=" documents", desc="encoding",
                        is_main=world.is_main)
-    num_long, num_encoded = 0, 0
-    for block, token_ids in loader:
+    num_long, num_encoded, all_empty = 0, 0, []
+    for block, token_ids, empty in loader:
+        all_empty += empty
         num_long += sum(len(ids) >= max_length for ids in token_ids)
         num_encoded += len(token_ids)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
@@ -98,7 +113,7 @@ def encode_missing(model, token_blocks, max_length, folder, dtype, world, num_wo
         bar.update(len(rows))
     bar.close()
     wait_for_all(world)
-    return [num_long, num_encoded]
+    return [num_long, num_encoded, all_empty]
 
 
 def note_long_documents(counts, max_length, world):
@@ -111,6 +126,18 @@ def note_long_documents(counts, max_length, world):
         world.log(f"note: {num_long:,.0f} of {num_encoded:,.0f} documents have {max_length} tokens "
                   f"or more; only the first {max_length} are encoded (--key_max_length; "
                   "scripts/make_corpus.py cuts documents into passages)")
+
+
+def note_empty_documents(empty, corpus, world):
+    """Log how many of the documents that were encoded now have no text, and the id of the first.
+
+    empty: the indices of this process's. Such a document gets the vector of the empty text.
+    """
+    all_empty = gather_lists(empty, world)
+    if all_empty:
+        first = corpus.ids([min(all_empty)])[0]
+        world.log(f"note: {len(all_empty):,} documents have no text, {shorten(str(first))} the "
+                  "first; they get the vector of the empty text")
 
 
 def check_finite(rows, first, dtype):

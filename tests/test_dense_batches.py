@@ -9,6 +9,7 @@ from checkpoints import load_tokenizer
 from conftest import make_bert
 from dense.batches import GroupCollator, GroupSet, identity, plan_batches, tokenize
 from dense.examples import Example, GroupRule
+from dense.texts import Texts
 from utils import InputError
 
 
@@ -48,7 +49,8 @@ def test_collator(tmp_path):
                 Example("what", ["it"], ["in", "of"], [3.0, 2.0, 1.0])]
     rule = GroupRule(3, "first", "first", False)
     groups = GroupSet(examples, [rule, rule], 0)
-    collator = GroupCollator(tokenizer, args, None, {"qa": ("who wrote ", "the ")})
+    collator = GroupCollator(Texts({"query": tokenizer, "key": tokenizer},
+                                   instructions={"qa": ("who wrote ", "the ")}), args)
     batch = collator([groups[(0, True)], groups[(1, True)]])
     assert batch["indices"] == [0, 1] and batch["is_real"] is True and batch["task"] == "qa"
     texts = [tokenizer.decode(ids) for ids in batch["queries"] + batch["keys"]]
@@ -70,7 +72,8 @@ def test_a_rankers_batch_has_pairs(tmp_path):
                               ranker=True)
     groups = GroupSet([Example("who", ["it"], ["town"]), Example("what", ["in"], ["of"])],
                       [GroupRule(2, "first", "first", False)] * 2, 0)
-    batch = GroupCollator(tokenizer, args)([groups[(0, True)], groups[(1, False)]])
+    collator = GroupCollator(Texts({"query": tokenizer, "key": tokenizer}), args)
+    batch = collator([groups[(0, True)], groups[(1, False)]])
     assert [tokenizer.decode(ids) for ids, _ in batch["pairs"]][:3] == [
         "[CLS] who [SEP] it [SEP]", "[CLS] who [SEP] town [SEP]", "[CLS] what [SEP] in [SEP]"]
     assert batch["pairs"][0][1] == [0, 0, 0, 1, 1] and "queries" not in batch

@@ -16,6 +16,7 @@ from checkpoints import load_tokenizer
 from conftest import make_bert
 from dense.batches import GroupCollator, tokenize
 from dense.model import BiEncoder, CrossEncoder
+from dense.texts import Texts
 from golden_retrievers import CONFIG, mindpr_file
 from utils import InputError
 
@@ -102,7 +103,8 @@ def test_ranker_folder_opens_in_sentence_transformers(tmp_path):
     model, tokenizer = CrossEncoder.open(folder).eval(), load_tokenizer(folder, "")
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
-    collator = GroupCollator(tokenizer, argparse.Namespace(query_max_length=20, key_max_length=43))
+    collator = GroupCollator(Texts({"query": tokenizer}),
+                             argparse.Namespace(query_max_length=20, key_max_length=43))
     pairs = collator.pairs(TEXTS, TEXTS[::-1])
     with torch.no_grad():
         ours = model(pairs)
@@ -130,8 +132,8 @@ def test_wrong_checkpoints_are_refused(tmp_path):
 def test_modules_and_poolings_that_are_not_supported(minilm, tmp_path):
     folder = tmp_path / "saved"
     BiEncoder.open(make_bert(tmp_path / "bert")).save_pretrained(folder, 64)
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "weightedmean"}))
-    with pytest.raises(InputError, match="pooling .'weightedmean'. is not supported"):
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "attention"}))
+    with pytest.raises(InputError, match="pooling .'attention'. is not supported"):
         BiEncoder.open(folder)
     (folder / "modules.json").write_text(json.dumps([{"type": "x.CNN", "path": ""}]))
     with pytest.raises(InputError, match="has a 'CNN' module"):

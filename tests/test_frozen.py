@@ -24,7 +24,7 @@ NAMES = ("train", "dev", "test")
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     """A retriever that is known by its name to want E5's instructions."""
-    return make_bert(tmp_path_factory.mktemp("bert") / "e5-tiny")
+    return make_bert(tmp_path_factory.mktemp("bert") / "e5-small")
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_only_what_has_changed_is_retrieved(folder, bert, tiny, monkeypatch):
 
     # other weights of the retriever
     before = read_kept()
-    args.retriever = make_bert(folder / "other" / "e5-tiny", num_hidden_layers=1)
+    args.retriever = make_bert(folder / "other" / "e5-small", num_hidden_layers=1)
     with pytest.raises(InputError, match="the model has changed since this index was made"):
         retrieve_once(args, train_epoch.given_paths(args), world)
     assert read_kept() == before

@@ -15,7 +15,6 @@ import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from conftest import ROOT, WORDS, command, make_bert, run
-from dense.instructions import named_version
 from questions import read_questions
 from retrieval.corpus import Corpus
 from retrieval_helpers import make_flags, make_questions, write_corpus, write_rows
@@ -500,19 +499,11 @@ def test_instructions_go_by_the_model(bert, world_files, tmp_path):
     """LLM-Embedder's and BGE's are for their models: another one gets none unless --version says
     so.
     """
-    for name, version in (("BAAI/bge-base-en", "bge"), ("BAAI/llm-embedder", "llm-embedder"),
-                          ("/x/e5/", "e5"),
-                          ("intfloat/multilingual-e5-base", "e5"),
-                          ("hub/models--BAAI--bge-small-en/snapshots/0be5", "bge"),
-                          ("hub/models--x--y/snapshots/bge", "none"), ("dpr-lr2e5", "none"),
-                          ("stage5", "none"), ("BAAI/bge-m3", "none"), ("bge/minilm", "none"),
-                          ("intfloat/e5-mistral-7b-instruct", "none")):
-        assert named_version(name) == version, name
-    shutil.copytree(bert, tmp_path / "my-bge-base")
+    shutil.copytree(bert, tmp_path / "bge-base-en")
     common = ["--trec", tmp_path / "run", "--hits", 5]
     stdout, _ = retrieve(world_files, *common, "--query_encoder", bert, "--index", tmp_path / "a")
     assert "instructions are" not in stdout
-    stdout, _ = retrieve(world_files, *common, "--query_encoder", tmp_path / "my-bge-base",
+    stdout, _ = retrieve(world_files, *common, "--query_encoder", tmp_path / "bge-base-en",
                          "--index", tmp_path / "b")
     assert "bge's instructions are put before the texts of qa" in stdout
     stdout, _ = run("retrieve.py", "--corpus", world_files / "corpus.jsonl", "--queries",
@@ -535,7 +526,7 @@ def test_models_that_are_not_trained_are_refused(bert, ranker, world_files, tmp_
 def test_texts_longer_than_the_model_are_cut(bert, ranker, world_files, tmp_path):
     rows = [{"_id": str(i), "text": " ".join(WORDS * 9)} for i in range(3)]
     common = ["--corpus", write_rows(tmp_path / "long.jsonl", rows), "--eval_data",
-              world_files / "records.json", "--query_max_length", 20]
+              world_files / "records.json", "--query_max_length", 20, "--key_max_length", 256]
     rank = ["--query_encoder", ranker, "--retrieval_method", "rank", "--ranker", "--results",
             tmp_path / "run"]
     for flags, run_name, length in ((["--query_encoder", bert], "run", 64), (rank, "ranked", 44)):
