@@ -31,7 +31,7 @@ from files import (
     write_json,
 )
 from sharding import gather_weight
-from utils import InputError, first_line, refusing, shorten
+from utils import InputError, first_line, log_on_main, refusing, shorten
 
 # what a configuration may say: a model of more layers, or of larger numbers, would take all memory
 MOST_LAYERS, MOST = 1000, 10 ** 7
@@ -296,12 +296,6 @@ def split_weights(weights):
         parts[-1].append(name)
         size += weight_bytes
     return parts
-
-
-def log_on_main(text):
-    """Print a line on the main process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
 
 
 def announce_random_start(name):

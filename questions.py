@@ -44,7 +44,7 @@ from names import (
     list_unknown,
     spell_id,
 )
-from utils import InputError, shorten
+from utils import InputError, log_on_main, shorten
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt")
 KEY_FOLDS = {fold(name) for name in (*POSITIVES, *HARD_NEGATIVES, *OTHER_NEGATIVES)}
@@ -306,27 +306,50 @@ def history_turns(record, location=""):
 
 # ---------------------------------------------------------------- records for the reader
 
-def read_records(path, keep_contexts=None):
+def read_records(path, keep_contexts=None, log=log_on_main):
     """The records of a file, checked, their contexts in the reader's order.
 
     Every record gets `question`, `answers` (may be empty), `ctxs` and `id`; other fields are kept.
     Contexts are sorted by descending score, ties in file order, if the file's first context has one
     (FiD, src/data.py: sort_data); those without a score come last then. `keep_contexts` drops the
-    contexts after that many, to save memory. Raises InputError.
+    contexts after that many, to save memory. Logs a warning where all scores rise. Raises
+    InputError.
     """
     refuse_table(path, "run retrieve.py first, whose --output FILE.jsonl has contexts")
-    records, first_context = [], None
+    records, first_context, orders = [], None, []
     for index, (item, location) in enumerate(iterate_json(path)):
         record = check_record(item, location, index)
         if record["ctxs"] and first_context is None:
             first_context = record["ctxs"][0]
         if record["ctxs"] and "score" in first_context:
+            orders.append(rank_order([context_score(context) for context in record["ctxs"]
+                                      if "retrieval_score" not in context]))
             record["ctxs"].sort(key=context_score, reverse=True)
         record["ctxs"] = record["ctxs"][:keep_contexts]
         records.append(record)
     if not records:
         raise InputError(f"{path}: holds no records")
+    note_rising(orders, path, log)
     return records
+
+
+def rank_order(scores):
+    """Return "rising" for scores in that order, "other" for others, and None where fewer than
+    three differ.
+    """
+    if len(set(scores)) < 3:
+        return None
+    return "rising" if scores == sorted(scores) else "other"
+
+
+def note_rising(orders, path, log):
+    """Log a warning if the scores of all questions, of these rank_orders, rise: what was found
+    first then has the lowest, as distances have.
+    """
+    if set(orders) - {None} == {"rising"} and orders.count("rising") > 1:
+        log(f"warning: {path}: the scores of every question rise, and the highest counts as the "
+            "best: of distances that is the farthest; if they are distances, write them with a "
+            "minus")
 
 
 def context_score(context):

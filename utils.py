@@ -319,6 +319,12 @@ def join_processes(backend, rank, size, patience):
         note.cancel()
 
 
+def log_on_main(text):
+    """Print a line on the main process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def sum_over_processes(values, world):
     """Element-wise sums of a list of numbers over all processes, as floats."""
     totals = torch.tensor(values, dtype=torch.float64, device=world.device)

@@ -10,7 +10,7 @@ from files import decode_line, new_file, read_json, read_lines, to_number
 from metrics import relevant_documents
 from names import CONTEXTS, DOCUMENT_IDS, find_name, find_value
 from pages import SAMPLE, Inspected, choose_depth, write_inspection
-from questions import has_keys, list_field, make_question
+from questions import has_keys, list_field, make_question, note_rising, rank_order
 from utils import InputError, shorten
 
 READ = 2 ** 20      # lines of a run whose documents are looked up in the corpus at once
@@ -234,6 +234,7 @@ def read_run(path, questions, corpus, log=print, hits=None):
                 scores[line.query_id][doc_index] = max(scores[line.query_id][doc_index], line.score)
             else:
                 scores[line.query_id][doc_index] = line.score
+    note_rising([rank_order(list(row.values())) for row in scores.values()], path, log)
     shared = len([row for row in scores.values() if row])
     if shared < len(questions):
         log(f"note: {path} has documents for {shared} of the {len(questions)} questions")

@@ -10,10 +10,10 @@ import pytest
 import train_dense
 from conftest import make_bert
 from dense.flags import parse_args as parse_dense
-from questions import make_question
+from questions import make_question, read_records
 from retrieval.corpus import Corpus
 from retrieval.mining import keep_negatives
-from retrieval.results import scale_scores
+from retrieval.results import read_run, scale_scores
 from scripts import make_corpus
 from utils import InputError, cut_words, join_words
 
@@ -141,3 +141,25 @@ def test_quotes_of_a_tab_separated_table_are_letters(tmp_path):
     corpus = Corpus(str(tmp_path / "c.tsv"), "{title} {text}")
     assert [(corpus.passage(i)["text"], corpus.passage(i)["title"]) for i in range(3)] == [
         ('"Hello" she said', '"The Wall" (song)'), ('a "b" c', '5\'9" tall'), ("plain", "")]
+
+
+def test_scores_that_rise_are_distances(tmp_path):
+    """langchain 2845: a vector store's `score` may be a distance, the best first; the reader and
+    runs take the highest for the best.
+    """
+    def note(*rows):
+        logged = []
+        path = write_lines(tmp_path / "r.jsonl", [
+            {"question": "q", "ctxs": [{"text": "t", "score": score} for score in scores]}
+            for scores in rows])
+        read_records(path, log=logged.append)
+        return logged
+    assert "the scores of every question rise" in note([0.1, 0.2, 0.3], [0.3, 0.4, 0.9], [1])[0]
+    assert not note([0.1, 0.2, 0.3]) and not note([0.1, 0.2, 0.3], [3, 2, 1], [4, 5, 6])
+    write_lines(tmp_path / "c.jsonl", [{"id": f"d{i}", "text": "t"} for i in range(3)])
+    run, logged = tmp_path / "r.trec", []
+    run.write_text("".join(f"{query} Q0 d{i} {i + 1} 0.{i} x\n" for query in (0, 1)
+                           for i in range(3)))
+    questions = [make_question({"question": "q"}, "f:1", index) for index in (0, 1)]
+    read_run(run, questions, Corpus(str(tmp_path / "c.jsonl"), "{text}"), logged.append)
+    assert len(logged) == 1 and "distances" in logged[0]
