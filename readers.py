@@ -32,6 +32,7 @@ from utils import SWITCH, InputError, shorten
 
 FALLBACK = "t5-base"         # all of T5, v1.1 and Flan-T5 have its vocabulary
 FALLBACK_SIZES = (32100, 32128)  # the embeddings of a model that may
+SPARSE = 0.9  # a tokenizer with less than this share of the embeddings may be another model's
 
 
 def add_prompt_flags(parser):
@@ -201,6 +202,9 @@ def describe_reader(path, reader, tokenizer, origin):
     if isinstance(reader, FiDT5):
         pad = name_id(tokenizer, reader.config.pad_token_id, notes.get("<pad>"))
         line += f", begin with {name_id(tokenizer, reader.start_token)}, padding {pad}"
+    count, embeddings = len(tokenizer), reader.config.vocab_size
+    if isinstance(reader, FiDT5) and count < SPARSE * embeddings:
+        line += f"; the tokenizer has {count:,} tokens, the model embeds {embeddings:,}"
     if origin.ignored:
         line += f"; not followed: {', '.join(origin.ignored)}"
     settings = list_settings(reader.t5.generation_config) if isinstance(reader, FiDT5) else {}

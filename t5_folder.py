@@ -58,7 +58,7 @@ def open_t5_tokenizer(folder, vocab_size):
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         name_special_tokens(tokenizer)
-        tokenizer(["a"])  # some wrong settings show only now
+        tokenizer(["a", "\N{BLACK CHESS KNIGHT}"])  # some wrong settings show only now
     check_words(tokenizer, folder)
     return tokenizer
 

@@ -16,6 +16,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+import ask
+import lm_score
+from checkpoints import read_config
 from conftest import ROOT, TOKENIZER, make_records, make_t5
 from data import Collator
 from model import CROSS_BIAS, FiDT5, plain_fid
@@ -276,7 +279,9 @@ def test_t5_base_is_assumed_for_its_vocabulary_alone(tmp_path, monkeypatch, copy
     with pytest.raises(InputError, match="t5-base .*cannot be opened"):
         open_pair(copy)
     shutil.copytree(TOKENIZER, "t5-base")
-    assert "the tokenizer of t5-base (the vocabulary of T5 is assumed)" in open_pair(copy)[2]
+    line = open_pair(copy)[2]
+    assert "the tokenizer of t5-base (the vocabulary of T5 is assumed)" in line
+    assert line.endswith("the tokenizer has 564 tokens, the model embeds 32,128")
     edit_json(copy / "config.json", vocab_size=384)
     with pytest.raises(InputError, match="has no tokenizer; name the model"):
         open_reader_tokenizer(copy)
@@ -457,6 +462,28 @@ def test_weights_under_other_names_are_named(name, copy):  # A12
     (copy / name).unlink()
     with pytest.raises(InputError, match="has no model.safetensors or pytorch_model.bin"):
         open_reader(copy, trained=True)
+
+
+def test_nothing_untrained_answers_or_scores(copy):  # A12
+    (copy / "model.safetensors").rename(copy / "flax_model.msgpack")
+    args = argparse.Namespace(
+        model=str(copy), model_name_or_path=str(copy), tokenizer=None, t5_name=None, bf16=False,
+        context_max_length=60)
+    config = read_config(copy)
+    for name in ("flax_model.msgpack: looks like weights", "has no model.safetensors"):
+        for open_model in (lambda: ask.load_reader(args, WORLD),
+                           lambda: lm_score.open_scorer(args, True, {}, config, WORLD)):
+            with pytest.raises(InputError, match=name):
+                open_model()
+        (copy / "flax_model.msgpack").unlink(missing_ok=True)
+
+
+def test_a_tokenizer_without_an_unknown_token_is_refused(copy):
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["unk_id"] = None
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="no usable tokenizer"):
+        open_pair(copy)
 
 
 def test_training_from_a_configuration_is_said(copy, capsys):  # A12
