@@ -38,6 +38,7 @@ from checkpoints import (
     read_config,
     read_weights,
     refuse_gguf,
+    refuse_quantised,
 )
 from packed_attention import GROUP_TOKENS, attention, split_by_length
 from utils import InputError, first_line, refusing, shorten
@@ -111,16 +112,6 @@ def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
     freeze_other_parts(model)
     read_generation_config(folder, model)
     return model
-
-
-def refuse_quantised(config, source):
-    """Raise InputError for weights in 4 or 8 bits (bitsandbytes, GPTQ, AWQ, FP8, MXFP4)."""
-    settings = getattr(config, "quantization_config", None)
-    if settings:
-        method = settings.get("quant_method", "") if isinstance(settings, dict) else ""
-        raise InputError(f"{source}: its weights are quantised ({shorten(str(method))}), and only "
-                         "plain ones are read; give the folder that they were made from (training "
-                         "with --lora --load_in_4bit packs those itself)")
 
 
 def set_dropout(config, rate):

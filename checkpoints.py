@@ -321,7 +321,11 @@ def load_tokenizer(path_or_name, fallback):
     if not has_tokenizer(folder):
         base = find_base(folder)
         folder = base if base != folder else find_model(fallback)[0]
-    with refusing(f"{folder}: no usable tokenizer", "name a model that has one"):
+    remedy = "name a model that has one"
+    if os.path.isdir(folder) and "tokenizer.json" not in os.listdir(folder):
+        remedy += ("; a sentencepiece file (.model) alone needs the packages sentencepiece==0.2.1 "
+                   "and protobuf")
+    with refusing(f"{folder}: no usable tokenizer", remedy):
         # not given, transformers would ask on the terminal whether to run the folder's own code
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer(["a"])  # some wrong settings show only now
@@ -385,6 +389,16 @@ def read_config(folder, kind="T5"):
             raise InputError(f"{folder}: config.json says {name} {shorten(value)}, which no model "
                              f"has; give a {kind} model folder")
     return config
+
+
+def refuse_quantised(config, source):
+    """Raise InputError for weights in 4 or 8 bits (bitsandbytes, GPTQ, AWQ, FP8, MXFP4)."""
+    settings = getattr(config, "quantization_config", None)
+    if settings:
+        method = settings.get("quant_method", "") if isinstance(settings, dict) else ""
+        raise InputError(f"{source}: its weights are quantised ({shorten(str(method))}), and only "
+                         "plain ones are read; give the folder that they were made from (training "
+                         "with --lora --load_in_4bit packs those itself)")
 
 
 def is_size(name, value):

@@ -34,6 +34,7 @@ from checkpoints import (
     log_on_main,
     read_config,
     read_weights,
+    refuse_quantised,
     write_weights,
 )
 from data import Collator
@@ -503,6 +504,7 @@ class FiDT5(nn.Module):
         config = read_config(folder)
         if config.model_type not in CLASSES:
             raise InputError(f"{folder}: is a {config.model_type} model; {NEEDED}")
+        refuse_quantised(config, path_or_name)
         if dropout is not None:
             config.dropout_rate = dropout
         if weights is None:

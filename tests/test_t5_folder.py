@@ -495,6 +495,12 @@ def test_training_from_a_configuration_is_said(copy, capsys):  # A12
         open_reader(copy)
 
 
+def test_quantised_weights_are_named(copy):
+    edit_json(copy / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(InputError, match="its weights are quantised \\('gptq'\\)"):
+        open_reader(copy)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.", "_orig_mod."])
 def test_prefixes_of_wrappers_are_left_out(prefix, copy, toy, capsys):  # C
     records, texts = toy
@@ -575,9 +581,12 @@ def test_the_leftover_of_t5s_first_release_is_left_out(tiny, tmp_path, capsys): 
         FiDT5.from_pretrained(tmp_path / "fid")
 
 
-def test_an_adapters_folder_is_named(tmp_path):  # C
-    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="t5-base")
+def test_an_adapters_folder_is_named(tiny, tmp_path):  # C
+    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="no/such")
     save_file({"base_model.model.shared.weight": torch.zeros(1)},
               tmp_path / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="holds an adapter of 't5-base', not a model; merge"):
+    with pytest.raises(InputError, match="holds adapters of 'no/such' .*; set base_model"):
+        open_reader(tmp_path)
+    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path=tiny)
+    with pytest.raises(InputError, match="holds an adapter of .*, not a model; merge the two"):
         open_reader(tmp_path)
