@@ -57,6 +57,7 @@ from retrieval.mining import (
     key_texts,
     list_candidates,
     list_positives,
+    read_limits,
     to_documents,
     write_collated,
     write_positives,
@@ -542,7 +543,8 @@ def write_outputs(args, questions, results, corpus, labels, log):
     paths = collated_paths(args)
     for kind, path in paths.items():
         if kind in args.metrics and kind != "collate_pos":
-            write_collated(kind, path, questions, results, corpus, labels, args, are_candidates)
+            write_collated(kind, path, questions, results, corpus, labels, args, are_candidates,
+                           log)
             log(f"{kind}: {path}")
     names = list_measures(args)
     if are_candidates and (args.output or args.trec or args.html or names):
@@ -552,7 +554,7 @@ def write_outputs(args, questions, results, corpus, labels, log):
         marks = mark_answers(questions, results, corpus, args.match == "regex")
     if "collate_pos" in args.metrics:
         write_positives(paths["collate_pos"], questions, results, corpus, marks, args.max_neg_num,
-                        log)
+                        log, read_limits(args))
     if args.output:
         write_contexts(args.output, questions, results, corpus, marks)
         log(f"contexts: {args.output}")

@@ -152,6 +152,16 @@ def add_output_flags(parser):
     add("--save_name", help="name in the collated files: train.json becomes train.neg.NAME.json")
     add("--max_neg_num", type=int, default=100,
         help="negatives per query that collate_neg and collate_pos keep")
+    add("--neg_ranks", type=int, nargs=2, metavar=("FIRST", "LAST"),
+        help="hard negatives come from these ranks of the search, from 1; not given: all")
+    add("--neg_max_score", type=float, metavar="S",
+        help="hard negatives have this score at most; not given: any")
+    add("--neg_margin", type=float, metavar="M",
+        help="hard negatives score M or more below the positive; its score is that of its hit, the "
+        "lowest of several, and a question whose positive is no hit gets no negative: raise --hits")
+    add("--neg_relative_margin", type=float, metavar="R",
+        help="as --neg_margin, R being a share of the positive's score: 0.05 is NV-Retriever's 95 "
+        "per cent")
     add("--filter_answers", default=False, **SWITCH,
         help="collate_neg leaves out passages that hold an answer")
     add_measure_flags(add)
@@ -350,6 +360,7 @@ def check_collated(args):
     """Raises InputError for collated files that cannot be written or would not be what they say."""
     if list_collated(args) and not args.eval_data:
         raise InputError("collated files are written beside --eval_data, which is missing")
+    check_negatives(args)
     if "collate_pos" in args.metrics:
         check_collate_pos(args)
     if "collate_score" not in args.metrics:
@@ -360,6 +371,27 @@ def check_collated(args):
     if args.output or args.trec or args.html or len(args.metrics) > 1:
         raise InputError("collate_score may score other candidates than are ranked; ask for it "
                          "alone")
+
+
+def check_negatives(args):
+    """Raise InputError for limits of hard negatives that cannot be used."""
+    given = [name for name in ("neg_ranks", "neg_max_score", "neg_margin", "neg_relative_margin")
+             if getattr(args, name) is not None]
+    if given and not {"collate_neg", "collate_pos"} & set(args.metrics):
+        raise InputError(f"--{given[0]} is for mined negatives: give --metrics collate_neg or "
+                         "collate_pos")
+    if args.neg_max_score is not None and not math.isfinite(args.neg_max_score):
+        raise InputError(f"--neg_max_score must be a finite number, got {args.neg_max_score}")
+    check_at_least(args, {"neg_margin": 0, "neg_relative_margin": 0})
+    if args.neg_ranks is None:
+        return
+    first, last = args.neg_ranks
+    if not 1 <= first <= last:
+        raise InputError("--neg_ranks must be two ranks from 1 on, the lower one first, got "
+                         f"{first} {last}")
+    if args.hits is not None and first > args.hits:
+        raise InputError(f"--neg_ranks {first} {last} are below the {args.hits} documents that are "
+                         "searched for: raise --hits")
 
 
 def check_collate_pos(args):

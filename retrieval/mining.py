@@ -5,9 +5,12 @@ The files hold mined positives, negatives, keys, or teacher scores. A candidate 
 index among the record's candidates; it may also be a document of the corpus.
 """
 import json
+import math
 import os
+from typing import NamedTuple
 
 from files import new_file
+from metrics import has_answer
 from names import (
     DOCUMENT_IDS,
     HARD_NEGATIVES,
@@ -130,8 +133,45 @@ def collated_path(path, middle, name):
     return f"{stem}.{middle}.{name}{ending}"
 
 
-def write_collated(kind, path, questions, results, corpus, labels, args, are_candidates):
-    """Writes one of LLM-Embedder's files: each question's record with fields replaced.
+class NegativeLimits(NamedTuple):
+    """Which hits may be hard negatives. A positive's score is that of its own hit."""
+    ranks: object = None            # (first, last), from 1, of the search's result
+    max_score: object = None        # a hit's score is this at most
+    margin: object = None           # and this much below the positive's score at least
+    relative_margin: object = None  # and this share of the positive's score below it at least
+
+    def needs_positive(self):
+        """Return True if a limit goes by the positive's score."""
+        return self.margin is not None or self.relative_margin is not None
+
+    def allow(self, rank, score, positive_score):
+        """Return True for a hit within the limits.
+
+        positive_score is None if no positive is among the hits: none of them is known to be below
+        it then.
+        """
+        if self.ranks is not None and not self.ranks[0] <= rank <= self.ranks[1]:
+            return False
+        highest = math.inf if self.max_score is None else self.max_score
+        if self.needs_positive():
+            if positive_score is None:
+                return False
+            relative = abs(positive_score) * (self.relative_margin or 0)
+            highest = min(highest, positive_score - (self.margin or 0), positive_score - relative)
+        return score <= highest
+
+
+NO_LIMITS = NegativeLimits()
+
+
+def read_limits(args):
+    """Return the NegativeLimits of the flags."""
+    return NegativeLimits(args.neg_ranks, args.neg_max_score, args.neg_margin,
+                          args.neg_relative_margin)
+
+
+def write_collated(kind, path, questions, results, corpus, labels, args, are_candidates, log=print):
+    """Write one of LLM-Embedder's files: each question's record with fields replaced.
 
         kind           the record gets
         collate_key    the hits as `key`
@@ -140,8 +180,10 @@ def write_collated(kind, path, questions, results, corpus, labels, args, are_can
         collate_score  the scores of all candidates as `teacher_scores`
 
     labels: {document index: label} per question. are_candidates: the results go by index among each
-    record's candidates, not by document. args: key_template, max_neg_num, filter_answers.
+    record's candidates, not by document. args: key_template, max_neg_num, filter_answers, match and
+    those of read_limits. Logs how many questions have no negative.
     """
+    without = []
     with new_file(path) as file:
         for i, question in enumerate(questions):
             record = dict(question.record)
@@ -157,15 +199,21 @@ def write_collated(kind, path, questions, results, corpus, labels, args, are_can
                 if not hits:
                     continue
                 negatives = keep_negatives(question, hits, corpus, labels[i], args.key_template,
-                                           args.filter_answers)
+                                           args.filter_answers, scores, read_limits(args),
+                                           args.match == "regex")
+                if not negatives:
+                    without.append(question)
                 put_negatives(record, negatives[:args.max_neg_num], corpus)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if without:
+        log(f"note: {len(without)} of {len(questions)} questions have no hard negative among their "
+            f"hits, {shorten(without[0].id)} the first")
 
 
-def write_positives(path, questions, results, corpus, marks, max_neg_num, log):
-    """Writes DPR's training records of questions and answers, as DPR's were made (sections 3.2 and
+def write_positives(path, questions, results, corpus, marks, max_neg_num, log, limits=NO_LIMITS):
+    """Write DPR's training records of questions and answers, as DPR's were made (sections 3.2 and
     4.2): the highest hit that holds an answer is the positive, the highest that hold none are the
-    hard negatives.
+    hard negatives, within the limits.
 
     Questions without a positive are dropped; logs how many. Positives, negatives and teacher scores
     that a record had are replaced. marks: what measures.mark_answers returns.
@@ -173,19 +221,20 @@ def write_positives(path, questions, results, corpus, marks, max_neg_num, log):
     num_positives = 0
     with new_file(path) as file:
         for i, question in enumerate(questions):
-            doc_indices, _ = results.row(i)
             own_text = normalise(question.text)
-            marked = [(doc_index, mark) for doc_index, mark in zip(doc_indices, marks[i] or [])
-                      if own_text not in spell_document(doc_index, "", corpus)]
-            positives = [doc_index for doc_index, holds_answer in marked if holds_answer]
-            negatives = [doc_index for doc_index, holds_answer in marked if not holds_answer]
+            hits = zip(range(1, len(results.indices[i]) + 1), *results.row(i), marks[i] or [])
+            marked = [hit for hit in hits if own_text not in spell_document(hit[1], "", corpus)]
+            positives = [(doc_index, score) for _, doc_index, score, holds in marked if holds]
             if not positives:
                 continue
             num_positives += 1
+            positive, positive_score = positives[0]
+            negatives = [doc_index for rank, doc_index, score, holds in marked
+                         if not holds and limits.allow(rank, score, positive_score)]
             kept = {name: value for name, value in question.record.items()
                     if name not in (*LIST_FIELDS, "teacher_scores")}
             record = {"id": question.id, "question": question.text, **kept,
-                      "positive_ctxs": [corpus_context(positives[0], corpus)],
+                      "positive_ctxs": [corpus_context(positive, corpus)],
                       "hard_negative_ctxs": [corpus_context(doc_index, corpus)
                                              for doc_index in negatives[:max_neg_num]]}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -246,18 +295,48 @@ def corpus_context(doc_index, corpus):
     return {"title": passage["title"], "text": passage["text"], "passage_id": passage["id"]}
 
 
-def keep_negatives(question, hits, corpus, labels, template, filter_answers):
-    """Return the hits [(document index, text)] that are no positives nor the question's own text;
-    with filter_answers, only those that hold no answer.
+def keep_negatives(question, hits, corpus, labels, template, filter_answers, scores=None,
+                   limits=NO_LIMITS, is_regex=False):
+    """Return the hits [(document index, text)] that are no positives nor the question's own text,
+    and are within the limits; with filter_answers, only those that hold no answer.
+
+    A text holds an answer, as in LLM-Embedder, if the answer is a substring of it, both in lower
+    case; with is_regex, if the pattern matches. scores: of the hits, where limits need them. A
+    positive's score is its hit's, the lowest of several.
+    """
+    are_positives = find_positives(question, hits, corpus, labels, template)
+    own_text = normalise(question.text)
+    scores = [0.0] * len(hits) if scores is None else scores
+    positive_score = min((score for score, is_positive in zip(scores, are_positives)
+                          if is_positive), default=None)
+    kept = []
+    for rank, ((doc_index, text), score, is_positive) in enumerate(zip(hits, scores, are_positives),
+                                                                   1):
+        is_own = own_text and own_text in spell_document(doc_index, text, corpus)
+        holds_answer = filter_answers and holds_string(text, question.answers, is_regex)
+        if not (is_positive or is_own or holds_answer) and limits.allow(rank, score,
+                                                                        positive_score):
+            kept.append((doc_index, text))
+    return kept
+
+
+def holds_string(text, answers, is_regex):
+    """Return True if an answer is a substring of a text, in lower case, or its pattern matches."""
+    if is_regex:
+        return has_answer(text, answers, is_regex)
+    return any(answer.lower() in text.lower() for answer in answers)
+
+
+def find_positives(question, hits, corpus, labels, template):
+    """Return [True for a positive] of hits [(document index, text)].
 
     A positive is known by its text, its index in `pos_index`, its label or its id, by any of the
-    names of either; so is a copy of it in the corpus. A text holds an answer, as in LLM-Embedder,
-    if the answer is a substring of it, both in lower case.
+    names of either; so is a copy of it in the corpus.
     """
     positives = list_positives(question.record)
-    own_texts = {normalise(question.text)}
+    positive_texts = set()
     for key, text in zip(positives, key_texts(question, positives, template)):
-        own_texts.update(map(normalise, (text, plain_text(key))))
+        positive_texts.update(map(normalise, (text, plain_text(key))))
     positive_indices = {doc_index for doc_index, label in labels.items() if label > 0}
     positive_indices.update(question.record.get("pos_index") or [])
     if corpus:
@@ -266,18 +345,12 @@ def keep_negatives(question, hits, corpus, labels, template, filter_answers):
         ids += named if isinstance(named, list) else []
         ids = [spell_id(document_id) for document_id in ids if document_id is not None]
         positive_indices.update(corpus.indices(ids))
-        own_texts.update(normalise(corpus.text(doc_index)) for doc_index in positive_indices
-                         if doc_index >= 0)
-    own_texts.discard("")
-    answers = [answer.lower() for answer in question.answers] if filter_answers else []
-    kept = []
-    for doc_index, text in hits:
-        is_positive = doc_index in positive_indices or not own_texts.isdisjoint(
-            spell_document(doc_index, text, corpus))
-        holds_answer = any(answer in text.lower() for answer in answers)
-        if not is_positive and not holds_answer:
-            kept.append((doc_index, text))
-    return kept
+        positive_texts.update(normalise(corpus.text(doc_index)) for doc_index in positive_indices
+                              if doc_index >= 0)
+    positive_texts.discard("")
+    return [doc_index in positive_indices
+            or not positive_texts.isdisjoint(spell_document(doc_index, text, corpus))
+            for doc_index, text in hits]
 
 
 def normalise(text):

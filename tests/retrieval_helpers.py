@@ -37,5 +37,7 @@ def make_flags(**changes):
     """The flags of retrieve.py that the outputs depend on."""
     defaults = {"key_template": "{title} {text}", "max_neg_num": 9, "filter_answers": False,
                 "metrics": [], "qrels": [], "trec": None, "html": None, "results": [],
-                "match": "string", "relevance_level": 1, "measures_per_query": None}
+                "match": "string", "relevance_level": 1, "measures_per_query": None,
+                "neg_ranks": None, "neg_max_score": None, "neg_margin": None,
+                "neg_relative_margin": None}
     return SimpleNamespace(**defaults | changes)

@@ -200,3 +200,53 @@ def test_scores_of_dpr_records_are_of_what_is_trained_on(corpus, tmp_path):
     example, = read_examples(tmp_path / "out.json")
     assert example.scores == row["teacher_scores"] == [-1, 0]
     assert example.pos + example.neg == keys
+
+
+@pytest.mark.parametrize("limits, left", [
+    ({"neg_ranks": [3, 5]}, [2, 4]), ({"neg_max_score": -3.0}, [4, 5]),
+    ({"neg_margin": 1.0}, [4, 5]), ({"neg_margin": 2.5}, []), ({"neg_relative_margin": 0.5}, [5]),
+    ({"neg_ranks": [1, 5], "neg_max_score": -1.0}, [1, 2, 4])])
+def test_negatives_from_a_range_below_a_score_or_a_margin(limits, left, corpus, tmp_path):
+    """Part D of faults.md: the hits score 0, -1 .. -5, and document 3, the positive, scores -3."""
+    questions = make_questions({"id": "a", "pos_index": [3]})
+    hits = make_results([0, 1, 2, 3, 4, 5])
+    row, = collated(tmp_path, "collate_neg", questions, hits, corpus, **limits)
+    assert row["neg_index"] == left
+    logged = []
+    write_collated("collate_neg", tmp_path / "x", questions, hits, corpus, [{}],
+                   make_flags(**limits), False, logged.append)
+    assert bool(logged) == (not left)
+    # a positive that is no hit: nothing is known to be below it
+    if "neg_margin" in limits:
+        row, = collated(tmp_path, "collate_neg", make_questions({"pos_index": [7]}), hits, corpus,
+                        **limits)
+        assert row["neg_index"] == []
+
+
+def test_limits_of_negatives_beside_mined_positives(corpus, tmp_path):
+    """The positive is the highest hit with an answer, here the second, with the score -1."""
+    hits = make_results([0, 2, 4, 5, 6])
+    for limits, left in (({"neg_ranks": [1, 3]}, ["d0", "d4"]), ({"neg_margin": 2}, ["d5", "d6"]),
+                         ({}, ["d0", "d4", "d5", "d6"])):
+        rows, _ = mine_positives(tmp_path, "question,answer\nwho,2\n", hits, corpus, **limits)
+        assert [context["passage_id"] for context in rows[0]["hard_negative_ctxs"]] == left
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"neg_ranks": [0, 3]}, "two ranks from 1 on"), ({"neg_ranks": [5, 3]}, "the lower one first"),
+    ({"neg_ranks": [30, 40]}, "raise --hits"), ({"neg_margin": -1.0}, "--neg_margin must be 0"),
+    ({"neg_max_score": float("nan")}, "must be a finite number"),
+    ({"neg_margin": 1.0, "metrics": ["collate_key"]}, "is for mined negatives")])
+def test_limits_that_cannot_be_used(changes, message):
+    flags = make_flags(**{"metrics": ["collate_neg"], "hits": 20, "eval_data": "q.json",
+                          "output": None, "retrieval_method": "bm25"} | changes)
+    with pytest.raises(InputError, match=message):
+        check_collated(flags)
+
+
+def test_answers_as_patterns_are_filtered(corpus, tmp_path):
+    questions = make_questions({"answers": [r"text [12]\b"]})
+    for match, left in (("regex", [0, 3]), ("string", [0, 1, 2, 3])):
+        row, = collated(tmp_path, "collate_neg", questions, make_results([0, 1, 2, 3]), corpus,
+                        filter_answers=True, match=match)
+        assert row["neg_index"] == left
