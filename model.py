@@ -223,14 +223,15 @@ class BiasedCrossAttention(T5Attention):
 class FiDT5(nn.Module):
     """A T5 whose encoder reads N passages per question; see the module's docstring for shapes."""
 
-    def __init__(self, t5, stated_start=None):
-        """`stated_start`: the id that targets begin with by the files of the T5, if they name one.
+    def __init__(self, t5, stated_start=None, ignored=()):
+        """`stated_start`: the id that targets begin with by the files of the T5, if they name one;
+        `ignored`: settings of them that are not followed, in words.
         """
         super().__init__()
         self.t5 = t5
         self.t5.encoder = EncoderWrapper(t5.encoder)
         self.config = t5.config
-        self.stated_start = stated_start
+        self.stated_start, self.ignored = stated_start, list(ignored)
         self.id_notes = {}  # {"</s>", ...: what config.json says in place of the tokenizer's id}
 
     @property
@@ -510,7 +511,7 @@ class FiDT5(nn.Module):
         if weights is None:
             find_weights(folder, required=trained)
             weights = read_weights(folder)
-        generation = read_generation(folder, config)
+        generation, ignored = read_generation(folder, config)
         stated_start = read_start(folder, config, generation)
         start = config.pad_token_id if stated_start is None else stated_start
         config.decoder_start_token_id = generation.decoder_start_token_id = start
@@ -526,7 +527,7 @@ class FiDT5(nn.Module):
                 settings = read_settings(os.path.join(folder, "config.json"))
                 t5 = build_t5(config, weights, path_or_name, dtype, settings)
         t5.generation_config = generation
-        return cls(t5, stated_start)
+        return cls(t5, stated_start, ignored)
 
     @property
     def is_tied(self):

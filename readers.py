@@ -205,8 +205,9 @@ def describe_reader(path, reader, tokenizer, origin):
     count, embeddings = len(tokenizer), reader.config.vocab_size
     if isinstance(reader, FiDT5) and count < SPARSE * embeddings:
         line += f"; the tokenizer has {count:,} tokens, the model embeds {embeddings:,}"
-    if origin.ignored:
-        line += f"; not followed: {', '.join(origin.ignored)}"
+    ignored = origin.ignored + (reader.ignored if isinstance(reader, FiDT5) else [])
+    if ignored:
+        line += f"; not followed: {', '.join(ignored)}"
     settings = list_settings(reader.t5.generation_config) if isinstance(reader, FiDT5) else {}
     if settings:
         line += f"; generation_config.json: {describe_settings(settings)}"

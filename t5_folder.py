@@ -244,8 +244,9 @@ class SpecialIds(NamedTuple):
 
 
 def read_generation(folder, config):
-    """Return the GenerationConfig of generation_config.json or, where there is none, of
-    config.json, with what is obeyed: the ids, and those of GREEDY_SETTINGS and BEAM_SETTINGS.
+    """Return (the GenerationConfig of generation_config.json or, where there is none, of
+    config.json; the settings that are not followed, in words). It has what is obeyed: the ids, and
+    those of GREEDY_SETTINGS and BEAM_SETTINGS.
 
     Raise InputError for a file that transformers cannot read.
     """
@@ -257,7 +258,9 @@ def read_generation(folder, config):
             given = GenerationConfig.from_model_config(config)
         names = ("decoder_start_token_id", "eos_token_id", "pad_token_id", *GREEDY_SETTINGS,
                  *BEAM_SETTINGS)
-        return GenerationConfig(**{name: getattr(given, name, None) for name in names})
+        ignored = [f"num_beams {given.num_beams}"] if (given.num_beams or 1) > 1 else []
+        ignored += ["do_sample"] if given.do_sample else []
+        return GenerationConfig(**{name: getattr(given, name, None) for name in names}), ignored
 
 
 def list_settings(generation):

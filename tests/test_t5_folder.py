@@ -176,8 +176,11 @@ def test_generation_settings_are_transformers(name, tiny, tmp_path):
     for beams in (1, 3):
         want = generate(t5, inputs, num_beams=beams)
         assert torch.equal(reader.generate(ids, mask, 12, beams), want)
-    reader.forget_generation()
-    assert not reader.is_steered
+    settings = reader.forget_generation()
+    assert not reader.is_steered and all(SETTINGS[name][key] == settings[key] for key in settings)
+    line = open_pair(folder)[2]
+    assert ("not followed: num_beams 4, do_sample" in line) == (name == "sampling")
+    assert ("no_repeat_ngram_size 1" in line) == (name == "no repeats")
 
 
 def test_ends_that_no_one_can_know_are_refused(tiny, tmp_path):  # A1
