@@ -49,6 +49,14 @@ def f1(prediction, answers):
     return best
 
 
+def regex_match(prediction, patterns):
+    """Return 1.0 if a prediction begins with a match of one of the regular expressions, as in DrQA,
+    else 0.0.
+    """
+    text = unicodedata.normalize("NFD", prediction)
+    return float(any(pattern.match(text) for pattern in map(compile_pattern, patterns) if pattern))
+
+
 # ----------------------------------------------------------------------------------------- passages
 
 def dpr_tokens(text):

@@ -11,7 +11,7 @@ import torch
 from checkpoints import read_training_args
 from data import eval_loader
 from files import new_file, to_number
-from metrics import exact_match, f1, has_answer
+from metrics import exact_match, f1, has_answer, regex_match
 from pages import SAMPLE, Inspected, choose_depth, write_inspection
 from questions import retrieval_score
 from sharding import is_sharded
@@ -103,10 +103,11 @@ class Summary(NamedTuple):
 
 def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch_size,
             num_workers=0, answer_maxlength=ANSWER_MAXLENGTH, num_beams=1, bf16=False,
-            with_scores=False, n_best=None):
+            with_scores=False, n_best=None, is_regex=False):
     """Return the Predictions for all records, in their order, on every process.
 
-    Every record is answered once, in the same batch for any number of processes.
+    Every record is answered once, in the same batch for any number of processes. is_regex: see
+    score_prediction.
     """
     collator = model.make_collator(tokenizer, num_contexts, max_length)
     loader = eval_loader(records, batch_size, collator, num_workers, world.rank, world.size,
@@ -132,7 +133,8 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
         rows = zip(batch["indices"], decode_answers(tokenizer, ids), scores, is_cut.tolist(),
                    best_answers)
         for index, text, *others in rows:
-            predictions.append(score_prediction(index, text, records[index]["answers"], *others))
+            predictions.append(score_prediction(index, text, records[index]["answers"], *others,
+                                                is_regex=is_regex))
     # a batch that was answered twice, by a sharded model, counts once
     answered = {prediction.index: prediction for prediction in gather_lists(predictions, world)}
     return [answered[index] for index in sorted(answered)]
@@ -149,10 +151,15 @@ def list_best(tokenizer, ids, log_probabilities):
     return [[(next(texts), value) for value in row] for row in log_probabilities.tolist()]
 
 
-def score_prediction(index, text, answers, context_scores, is_cut, n_best):
-    """Return the Prediction with its exact match and F1, where there are answers."""
-    em = exact_match(text, answers) if answers else None
-    f1_score = f1(text, answers) if answers else None
+def score_prediction(index, text, answers, context_scores, is_cut, n_best, is_regex=False):
+    """Return the Prediction with its exact match and F1, where there are answers.
+
+    With is_regex the answers are regular expressions, and both are metrics.regex_match.
+    """
+    em = f1_score = None
+    if answers:
+        em = regex_match(text, answers) if is_regex else exact_match(text, answers)
+        f1_score = em if is_regex else f1(text, answers)
     return Prediction(index, text, em, f1_score, context_scores, is_cut, n_best)
 
 
@@ -227,7 +234,7 @@ def is_json_lines(path):
     return str(path).removesuffix(".gz").endswith(".jsonl")
 
 
-def write_predictions(path, predictions, records, with_contexts):
+def write_predictions(path, predictions, records, with_contexts, is_regex=False):
     """Write minFiD's tab-separated lines (index, prediction, answers, em), or JSONL if the path
     ends in .jsonl; `with_contexts`, with the reader's scores of the contexts that it read.
 
@@ -244,7 +251,7 @@ def write_predictions(path, predictions, records, with_contexts):
                 if prediction.n_best is not None:
                     row |= describe_best(prediction.n_best)
                 if with_contexts:
-                    row |= describe_contexts(record, prediction.context_scores)
+                    row |= describe_contexts(record, prediction.context_scores, is_regex)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             else:
                 em = "nan" if prediction.em is None else prediction.em
@@ -259,28 +266,29 @@ def describe_best(n_best):
     return {"probability": answers[0]["probability"], "n_best": answers}
 
 
-def describe_contexts(record, scores):
-    """{best_context, contexts} of a prediction: the id of the context with the highest score of the
-    reader, and every context's id (or index), score and, where there are answers, whether it holds
-    one.
+def describe_contexts(record, scores, is_regex=False):
+    """Return {best_context, contexts} of a prediction: the id of the context with the reader's
+    highest score, and every context's id (or index), score and, where there are answers, whether
+    it holds one.
     """
     contexts = []
     for index, (context, score) in enumerate(zip(record["ctxs"], scores)):
         contexts.append({"id": context.get("id", index), "score": score})
         if record["answers"]:
-            contexts[-1]["has_answer"] = has_answer(context["text"], record["answers"])
+            contexts[-1]["has_answer"] = has_answer(context["text"], record["answers"],
+                                                    is_regex)
     best = max(contexts, key=lambda context: context["score"], default={"id": None})
     return {"best_context": best["id"], "contexts": contexts}
 
 
-def count_best_with_answer(predictions, records):
-    """(questions whose highest-scored context holds an answer, questions with a context that does):
-    whether cross-attention scores can teach a retriever.
+def count_best_with_answer(predictions, records, is_regex=False):
+    """Return (questions whose highest-scored context holds an answer, questions with a context that
+    does): whether cross-attention scores can teach a retriever.
     """
     best, answerable = 0, 0
     for prediction in predictions:
         record = records[prediction.index]
-        marks = [has_answer(context["text"], record["answers"])
+        marks = [has_answer(context["text"], record["answers"], is_regex)
                  for context, _ in zip(record["ctxs"], prediction.context_scores)]
         if any(marks):
             answerable += 1
@@ -316,20 +324,21 @@ def write_scores(path, predictions, records):
 
 # ---------------------------------------------------------------- the page
 
-def write_page(path, title, remark, table, predictions, records, num_contexts, is_share):
-    """Writes the page of test.py --html; is_share: the scores of the contexts are logarithms of
-    shares.
+def write_page(path, title, remark, table, predictions, records, num_contexts, is_share,
+               is_regex=False):
+    """Write the page of test.py --html; is_share: the scores of the contexts are logarithms of
+    shares; is_regex: the answers are regular expressions.
     """
     samples = [record["ctxs"][:num_contexts] for record in records[:SAMPLE]]
     depth = choose_depth(samples, len(records))
-    questions = (inspect(prediction, records[prediction.index], num_contexts, is_share)
+    questions = (inspect(prediction, records[prediction.index], num_contexts, is_share, is_regex)
                  for prediction in predictions)
     write_inspection(path, title, remark, table, questions, len(records), depth=depth,
-                     has_predictions=True, reader_is_share=is_share)
+                     has_predictions=True, reader_is_share=is_share, is_regex=is_regex)
 
 
-def inspect(prediction, record, num_contexts, is_share):
-    """The Inspected of a prediction, with the contexts that were read."""
+def inspect(prediction, record, num_contexts, is_share, is_regex):
+    """Return the Inspected of a prediction, with the contexts that were read."""
     contexts = record["ctxs"][:num_contexts]
     scores = torch.tensor(prediction.context_scores[:len(contexts)])
     if is_share:
@@ -340,6 +349,6 @@ def inspect(prediction, record, num_contexts, is_share):
         shown.append({"id": context.get("id", len(shown)), "title": context.get("title"),
                       "text": context["text"], "reader": score,
                       "score": None if given is None else to_number(given),
-                      "has_answer": has_answer(context["text"], record["answers"])})
+                      "has_answer": has_answer(context["text"], record["answers"], is_regex)})
     return Inspected(record["id"], record["question"], record["answers"], shown, prediction.text,
                      prediction.em, prediction.f1)

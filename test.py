@@ -38,6 +38,7 @@ from readers import (
     open_reader_tokenizer,
     place_reader,
 )
+from retrieval.measures import note_patterns
 from sharding import check_processes
 from utils import InputError, Parser, check_at_least, run_script, start_processes
 
@@ -52,6 +53,9 @@ def parse_args():
         "trained, else 5")
     add("--max_length", type=int,
         help="tokens per question and passage; not given: as trained, else 200")
+    add("--match", choices=["string", "regex"], default="string",
+        help="answers are texts, or regular expressions (CuratedTREC): a prediction that begins "
+        "with a match of one is right, as in DrQA, and F1 is EM then")
     add("--num_workers", type=int, default=0, help="processes that tokenise")
     add = parser.add_argument_group("model").add_argument
     add_answer_flags(add)
@@ -157,6 +161,10 @@ def main(args):
     choose_lengths(args, world.log)
     check_outputs(args)
     records = read_records(args.data)
+    is_regex = args.match == "regex"
+    if is_regex:
+        note_patterns([record["answers"] for record in records],
+                      [f"record {index}" for index in range(len(records))], world.log)
     tokenizer, origin = open_reader_tokenizer(args.model, args.tokenizer, args.t5_name)
     model = open_reader(args.model, args=args, spread=args.fsdp, trained=True)
     place_reader(model, world, args.fsdp)
@@ -175,7 +183,8 @@ def main(args):
     note_contexts(records, args.data, max(args.num_contexts), world.log)
     collator = model.make_collator(tokenizer, max(args.num_contexts), args.max_length)
     note_long_passages(records, collator, world.log)
-    note_answers(args, records, model, collator, world.log)
+    if not is_regex:
+        note_answers(args, records, model, collator, world.log)
     kind = choose_score_kind(args)
     table = [["contexts", "EM", "F1", "correct"]]  # of the page
     world.log(f"{'contexts':>8} {'EM':>6} {'F1':>6} {'correct':>13} {'questions/s':>12}")
@@ -185,7 +194,7 @@ def main(args):
                               max_length=args.max_length, batch_size=args.batch_size,
                               num_workers=args.num_workers, num_beams=args.num_beams,
                               answer_maxlength=args.answer_maxlength, bf16=args.bf16,
-                              with_scores=kind, n_best=args.n_best)
+                              with_scores=kind, n_best=args.n_best, is_regex=is_regex)
         em, f1, correct, count, cut = summarize(predictions)
         speed = len(records) / (time.time() - start)
         if count:
@@ -203,10 +212,10 @@ def main(args):
                       "(--answer_maxlength)")
         if args.pred and world.is_main:
             path = prediction_path(args, num_contexts)
-            write_predictions(path, predictions, records, args.scores is not None)
+            write_predictions(path, predictions, records, args.scores is not None, is_regex)
             print(f"         predictions in {path}")
     if args.scores is not None:
-        best, answerable = count_best_with_answer(predictions, records)
+        best, answerable = count_best_with_answer(predictions, records, is_regex)
         if answerable:
             world.log(f"the context with the highest score holds an answer for {best} of "
                       f"{answerable} questions that have such a context, "
@@ -214,7 +223,7 @@ def main(args):
     if args.html and world.is_main:  # before the scores take the retriever's place
         remark = f"{len(records):,} questions{note}; at most {num_contexts} passages of each read"
         write_page(args.html, f"{args.model} on {args.data}", remark, table, predictions, records,
-                   num_contexts, is_share=kind == "attention")
+                   num_contexts, is_share=kind == "attention", is_regex=is_regex)
         print(f"page: {args.html}")
     if args.scores and world.is_main:
         write_scores(args.scores, predictions, records)

@@ -13,6 +13,7 @@ import retrieve
 from dense.evaluation import annotated_set, evaluate
 from dense.examples import qrels_examples
 from metrics import find_answers, has_answer
+from predict import Prediction, count_best_with_answer, describe_contexts, score_prediction
 from questions import own_ids, read_questions
 from retrieval.corpus import Corpus
 from retrieval.flags import parse_args
@@ -266,6 +267,22 @@ def test_answers_as_regular_expressions(tmp_path, capsys):
     logged = []
     note_patterns([["fine"]], ["f:1"], logged.append)
     assert logged == []
+
+
+def test_predictions_are_matched_by_patterns():
+    """A28: test.py --match regex scores as DrQA does, and marks contexts by the same patterns."""
+    def score(text, **more):
+        patterns = [r"(18|19)\d\d", "("]
+        prediction = score_prediction(0, text, patterns, [1.0, 2.0], False, None, **more)
+        return prediction.em, prediction.f1
+    assert score("1904, it is said", is_regex=True) == (1, 1)
+    assert score("in 1904", is_regex=True) == (0, 0) == score("1904")
+    record = {"ctxs": [{"text": "x"}, {"text": "built in 1904"}], "answers": [r"19\d\d"]}
+    marks = [[context["has_answer"] for context in describe_contexts(record, [1, 2], is_regex)
+              ["contexts"]] for is_regex in (True, False)]
+    assert marks == [[False, True], [False, False]]
+    predictions = [Prediction(0, "1904", 1.0, 1.0, [1, 2])]
+    assert count_best_with_answer(predictions, [record], is_regex=True) == (1, 1)
 
 
 # ---------------------------------------------------------------- own documents
