@@ -42,8 +42,9 @@ def encode_inputs(tokenizer, records, num_contexts, max_length):
     for record, turns in zip(records, histories):
         blank = " " if turns else ""  # between history and question; most tokenizers add it anyway
         texts.append([blank + text for text in input_texts(record, num_contexts)])
-    rows = iter(tokenizer(list(chain.from_iterable(texts)), add_special_tokens=False,
-                          truncation=True, max_length=max_length)["input_ids"])
+    rows = tokenizer(list(chain.from_iterable(texts)), add_special_tokens=False,
+                     verbose=False)["input_ids"]
+    rows = (ids[:max_length] for ids in rows)  # whatever side the tokenizer would cut
     inputs = [list(islice(rows, len(record_texts))) for record_texts in texts]
     for index, turns in enumerate(histories):
         if turns:

@@ -142,7 +142,9 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
 
 def decode_answers(tokenizer, rows):
     """Return the texts of rows of generated ids, without special tokens and blanks around them."""
-    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True,
+                                   clean_up_tokenization_spaces=False)
+    return [text.strip() for text in texts]
 
 
 def list_best(tokenizer, ids, log_probabilities):

@@ -20,9 +20,9 @@ import ask
 import lm_score
 from checkpoints import read_config
 from conftest import ROOT, TOKENIZER, make_records, make_t5
-from data import Collator
+from data import Collator, encode_inputs
 from model import CROSS_BIAS, FiDT5, plain_fid
-from predict import predict
+from predict import decode_answers, predict
 from readers import describe_reader, open_reader, open_reader_tokenizer
 from t5_folder import open_t5_tokenizer, parse_sentencepiece
 from test_model import random_batch
@@ -226,6 +226,9 @@ def test_inputs_are_cut_on_the_right(copy, toy, tmp_path):  # A2
     reader, tokenizer, line = open_pair(copy)
     assert line.endswith("not followed: truncation_side left")
     assert answers(reader, tokenizer, records, max_length=25) == texts
+    as_it_is = AutoTokenizer.from_pretrained(copy)
+    assert as_it_is.truncation_side == "left"
+    assert encode_inputs(as_it_is, records, 3, 25) == encode_inputs(tokenizer, records, 3, 25)
     tokenizer.save_pretrained(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").truncation_side == "right"
 
@@ -236,6 +239,7 @@ def test_answers_are_decoded_as_they_were_generated(copy, tmp_path):  # A3
     assert line.endswith("not followed: clean_up_tokenization_spaces")
     ids = tokenizer("Bob 's boat .").input_ids
     assert tokenizer.batch_decode([ids], skip_special_tokens=True) == ["Bob 's boat ."]
+    assert decode_answers(AutoTokenizer.from_pretrained(copy), [ids]) == ["Bob 's boat ."]
     tokenizer.save_pretrained(tmp_path / "out")
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again.decode(ids, skip_special_tokens=True) == "Bob 's boat ."
