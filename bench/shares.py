@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from checkpoints import load_tokenizer
 from metrics import has_answer
 from model import FiDT5
-from predict import ANSWER_MAXLENGTH, predict, settle_lengths
+from predict import predict, settle_lengths
 from questions import read_records
 from utils import Parser, run_script, start_processes
 
@@ -45,12 +45,13 @@ def main(args):
     records = read_records(args.data)[:args.questions]
     model = FiDT5.from_pretrained(args.model)
     tokenizer = load_tokenizer(args.model, "t5-base")
-    args.num_contexts = args.max_length = None
+    args.num_contexts = args.max_length = args.answer_maxlength = None
     settle_lengths(args, print)
-    model.prepare(args.max_length, ANSWER_MAXLENGTH)
+    model.prepare(args.max_length, args.answer_maxlength)
     for kind in ("attention", "logits"):
         predictions = predict(model, records, tokenizer, world, batch_size=16, with_scores=kind,
-                              num_contexts=args.num_contexts, max_length=args.max_length)
+                              num_contexts=args.num_contexts, max_length=args.max_length,
+                              answer_maxlength=args.answer_maxlength)
         num_holding, num_right = count_holding(records, predictions)
         print(f"{kind:17} {num_holding} of {num_right}")
     by_rank = [prediction._replace(context_scores=[0] * len(prediction.context_scores))
