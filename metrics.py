@@ -12,6 +12,16 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]",
                           flags=regex.IGNORECASE | regex.MULTILINE)
 
+# Letters of scripts that are written without blanks between words (lb=SA: Thai, Lao, Khmer, Burmese
+# and their like), and Hangul, whose words carry their particles. Where words are compared, each of
+# these letters, with its marks, is a word.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}\p{lb=SA}\u30fc"
+UNSPACED_LETTER = regex.compile(f"[{UNSPACED}]")
+UNSPACED_TOKEN = regex.compile(rf"[[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED}]]+|(?=[{UNSPACED}])\X"
+                               r"|[^\p{Z}\p{C}]", flags=regex.VERSION1)
+UNSPACED_WORD = regex.compile(rf"(?=[{UNSPACED}])\X|[^\s{UNSPACED}]+")
+ANY_PUNCTUATION = regex.compile(r"\p{P}")
+
 
 # ------------------------------------------------------------------------------------------ answers
 
@@ -19,11 +29,19 @@ def normalize_answer(text):
     """Return a text in lower case, without ASCII punctuation and articles, with single blanks.
 
     The steps are SQuAD v1.1's in its order. As in FiD and DPR, the module regex finds the articles:
-    a combining mark belongs to its word there, while SQuAD's module re ends a word before it.
+    a combining mark belongs to its word there, while SQuAD's module re ends a word before it. In a
+    text with UNSPACED letters all punctuation goes, such as the full stop of Chinese (MLQA, DRCD).
     """
     text = text.lower().translate(PUNCTUATION)
+    if has_unspaced(text):
+        text = ANY_PUNCTUATION.sub("", text)
     text = regex.sub(r"\b(a|an|the)\b", " ", text)
     return " ".join(text.split())
+
+
+def has_unspaced(text):
+    """Return True for a text with letters of a script without blanks between words."""
+    return not text.isascii() and UNSPACED_LETTER.search(text) is not None
 
 
 def exact_match(prediction, answers):
@@ -37,16 +55,22 @@ def exact_match(prediction, answers):
 
 def f1(prediction, answers):
     """Return the largest F1 between the words of the prediction and of one gold answer (SQuAD
-    v1.1), both as normalize_answer returns them.
+    v1.1), both as normalize_answer returns them; UNSPACED letters are words (MLQA, DRCD, KorQuAD).
     """
-    predicted_words = Counter(normalize_answer(prediction).split())
+    predicted_words = count_words(prediction)
     best = 0.0
     for answer in answers:
-        gold_words = Counter(normalize_answer(answer).split())
+        gold_words = count_words(answer)
         num_common = (predicted_words & gold_words).total()
         if num_common:
             best = max(best, 2 * num_common / (predicted_words.total() + gold_words.total()))
     return best
+
+
+def count_words(text):
+    """Return {word: count} of a normalised text."""
+    text = normalize_answer(text)
+    return Counter(UNSPACED_WORD.findall(text) if has_unspaced(text) else text.split())
 
 
 def regex_match(prediction, patterns):
@@ -60,12 +84,19 @@ def regex_match(prediction, patterns):
 # ----------------------------------------------------------------------------------------- passages
 
 def dpr_tokens(text):
-    """Lower-cased tokens of DPR's SimpleTokenizer.
+    """Return the lower-cased tokens of DPR's SimpleTokenizer.
 
     A token is a run of letters, digits and marks, or one other symbol; the text is brought to
-    Unicode's form NFD first.
+    Unicode's form NFD first. UNSPACED letters are tokens of their own, which DPR has not: a run of
+    Chinese letters is a sentence, and answers are a part of it.
     """
-    return [token.lower() for token in DPR_TOKEN.findall(unicodedata.normalize("NFD", text))]
+    text = unicodedata.normalize("NFD", text)
+    return [token.lower() for token in choose_pattern(text).findall(text)]
+
+
+def choose_pattern(text):
+    """Return the pattern of a text's tokens."""
+    return UNSPACED_TOKEN if has_unspaced(text) else DPR_TOKEN
 
 
 def has_answer(text, answers, is_regex=False):
@@ -104,7 +135,7 @@ def find_answers(text, answers, is_regex=False):
 
 def find_tokens(text, answers):
     """Return the (start, end) of every place in a text, in form NFD, with an answer's tokens."""
-    matches = list(DPR_TOKEN.finditer(text))
+    matches = list(choose_pattern(text).finditer(text))
     tokens = [match[0].lower() for match in matches]
     spans = []
     for part in map(dpr_tokens, answers):

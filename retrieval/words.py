@@ -4,15 +4,14 @@ import unicodedata
 
 import regex
 
+from metrics import UNSPACED
+
 RULES = ("auto", "bm25s", "unicode")
 SAMPLE = 10_000     # documents that `auto` looks at, evenly spaced
 THRESHOLD = 0.001   # the share of their characters from which `auto` chooses `unicode`
 
 # bm25s's words: two letters, digits or underscores at least; marks are none of these
 PLAIN_WORD = re.compile(r"(?u)\b\w\w+\b")
-# scripts that are written without blanks between words (lb=SA: Thai, Lao, Khmer, Burmese and their
-# like), and Hangul, whose words carry their particles
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}\p{lb=SA}\u30fc"
 WORD = regex.compile(rf"(?P<run>[{UNSPACED}][{UNSPACED}\p{{M}}]*)"
                      rf"|[[\p{{L}}\p{{N}}_]--[{UNSPACED}]][[\p{{L}}\p{{N}}\p{{M}}_]--[{UNSPACED}]]+",
                      regex.VERSION1)

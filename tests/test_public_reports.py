@@ -10,6 +10,7 @@ import pytest
 import train_dense
 from conftest import make_bert
 from dense.flags import parse_args as parse_dense
+from metrics import exact_match, f1, find_answers, has_answer
 from questions import make_question, read_records
 from retrieval.corpus import Corpus
 from retrieval.mining import keep_negatives
@@ -163,3 +164,23 @@ def test_scores_that_rise_are_distances(tmp_path):
     questions = [make_question({"question": "q"}, "f:1", index) for index in (0, 1)]
     read_run(run, questions, Corpus(str(tmp_path / "c.jsonl"), "{text}"), logged.append)
     assert len(logged) == 1 and "distances" in logged[0]
+
+
+@pytest.mark.parametrize("text, answer, other", [
+    ("巴黎是法国的首都，位于塞纳河畔。", "巴黎", "里昂"),
+    ("東京は日本の首都である。", "日本の首都", "大阪"),
+    ("กรุงเทพมหานครเป็นเมืองหลวง", "กรุงเทพมหานคร", "เชียงใหม่"), ("서울은 수도이다.", "서울", "서우"),
+    ("Der iPhone手机 ist neu", "iPhone", "Phone")])
+def test_answers_in_scripts_without_blanks(text, answer, other):
+    """DrQA 29: a run of Chinese letters is a sentence and no word."""
+    assert has_answer(text, [answer]) and not has_answer(text, [other])
+    (start, end), = find_answers(text, [answer])
+    assert text[start:end] == answer
+
+
+def test_measures_of_answers_in_scripts_without_blanks():
+    """xtreme 28, DRCD 6: F1 counts letters, and full-width punctuation is no part of an answer."""
+    assert f1("法国首都巴黎", ["首都巴黎"]) == pytest.approx(0.8) and f1("巴黎", ["里昂"]) == 0
+    assert exact_match("「巴黎」。", ["巴黎"]) == 1 and exact_match("巴黎市", ["巴黎"]) == 0
+    assert exact_match("“Paris”", ["Paris"]) == 0  # as in SQuAD's script
+    assert f1("é a1 b", ["b é"]) == pytest.approx(0.8)
