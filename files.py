@@ -153,6 +153,14 @@ def holds_records(item):
                for row in item.values())
 
 
+def holds_scores(item):
+    """Return True for an object of qrels or of a run: {query: {document: number}}."""
+    return isinstance(item, dict) and bool(item) and all(
+        isinstance(scores, dict) and scores and all(isinstance(score, (int, float))
+                                                    for score in scores.values())
+        for scores in item.values())
+
+
 def iterate_records(item, path):
     """Yield (record, location) of an object that holds_records; an id that is the record's name
     becomes its `id`.

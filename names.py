@@ -30,7 +30,8 @@ SCORES = ("score", "label", "relevance", "relevancy", "rel", "grade", "rating", 
 CONTEXTS = ("ctxs", "contexts", "passages", "retrieved_passages")
 
 # fields of known formats that change training there and are not used here
-UNUSED = ("type", "weight", "weights", "margin", "label", "labels", "score", "scores")
+UNUSED = ("type", "weight", "weights", "margin", "label", "labels", "score", "scores",
+          "instruction", "query_instruction")
 
 # columns of qrels and of runs, whose rows name a query and a document: `id` would be ambiguous
 PAIR_QUERIES = ("query_id", "qid", "question_id", "topic_id", "topic", "query")

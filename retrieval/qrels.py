@@ -6,6 +6,7 @@ from collections import defaultdict
 from files import (
     choose_delimiter,
     decode_line,
+    holds_scores,
     parse_json,
     read_cells,
     read_lines,
@@ -35,7 +36,7 @@ def read_qrels(path):
         if not text:
             continue
         if text.startswith("{"):
-            cells = read_pair(parse_json(text, path, line_number), location)
+            rows = read_objects(parse_json(text, path, line_number), location)
         else:
             if is_first:
                 delimiter = choose_separator(text)
@@ -45,34 +46,47 @@ def read_qrels(path):
                 if columns:
                     is_first = False
                     continue
-            cells = pick_columns(cells, columns)
+            rows = [pick_columns(cells, columns)]
         is_first = False
-        try:
-            query, document, score = cells
-            score = to_number(score)
-        except ValueError:
-            raise InputError(f"{location}: not a qrel; it must be query, 0, document, score, or "
-                             "the same without the 0 (a header names the columns, such as "
-                             "query-id, corpus-id, score)") from None
-        given = qrels[query].setdefault(document, score)
-        if given != score:
-            raise InputError(f"{location}: document {shorten(document)} of query {shorten(query)} "
-                             f"has the label {score:g} here and {given:g} before; keep one of them")
+        for cells in rows:
+            add_qrel(qrels, cells, location)
     if not qrels:
         raise InputError(f"{path}: holds no qrels")
     return dict(qrels)
 
 
-def read_pair(row, location):
-    """Return [query, document, score] of a JSON object. Raises InputError."""
+def add_qrel(qrels, cells, location):
+    """Add the cells of a query, a document and a score to qrels. Raises InputError."""
+    try:
+        query, document, score = cells
+        score = to_number(score)
+    except ValueError:
+        raise InputError(f"{location}: not a qrel; it must be query, 0, document, score, or the "
+                         "same without the 0 (a header names the columns, such as query-id, "
+                         "corpus-id, score)") from None
+    given = qrels[query].setdefault(document, score)
+    if given != score:
+        raise InputError(f"{location}: document {shorten(document)} of query {shorten(query)} has "
+                         f"the label {score:g} here and {given:g} before; keep one of them")
+
+
+def read_objects(row, location):
+    """Return [[query, document, score]] of a JSON object: one judgment, or pytrec_eval's form of
+    all of them, {query: {document: score}}.
+
+    Raises InputError.
+    """
     if not isinstance(row, dict):
         raise InputError(f"{location}: not a qrel; a JSON object is needed")
+    if holds_scores(row):
+        return [[query, document, score] for query, scores in row.items()
+                for document, score in scores.items()]
     names = find_columns(list(row), location)
     for name in names[:2]:
         if type(row[name]) not in (str, int):
             raise InputError(f"{location}: not a qrel; '{name}' must be a text or a number")
     query, document, score = (row[name] for name in names)
-    return [str(query), str(document), score]
+    return [[str(query), str(document), score]]
 
 
 def find_columns(fields, location):
@@ -164,7 +178,8 @@ def read_subset(path):
         if text.startswith("{"):
             row = parse_json(text, path, line_number)
             identifier = find_value(row, (*PAIR_QUERIES[:-1], *QUESTION_IDS))
-            queries.update([] if identifier is None else [str(identifier)])
+            found = list(row) if holds_scores(row) else [identifier]
+            queries.update(str(query) for query in found if query is not None)
         elif text and column is None:  # the first line
             delimiter = choose_separator(text)
             cells = split_line(text, delimiter)

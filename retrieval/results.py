@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import decode_line, new_file, read_json, read_lines, to_number
+from files import decode_line, holds_scores, new_file, read_json, read_lines, to_number
 from metrics import relevant_documents
 from names import CONTEXTS, DOCUMENT_IDS, find_name, find_value
 from pages import SAMPLE, Inspected, choose_depth, write_inspection
@@ -285,6 +285,11 @@ def read_rank(text):
 def context_lines(path, texts):
     """Yields the RunLines of records with ctxs; texts: the questions' by id. Raises InputError."""
     for index, (record, location) in enumerate(read_json(path)):
+        if holds_scores(record):  # pytrec_eval's form of a run
+            for query_id, scores in record.items():
+                for document_id, score in scores.items():
+                    yield RunLine(query_id, document_id, to_number(score), location)
+            continue
         question = make_question(record, location, index)
         expected = texts.get(question.id, question.text)
         if expected and question.text != expected:  # a saved run is measured without the texts

@@ -172,6 +172,7 @@ def test_a_judgment_may_come_twice_but_not_with_two_labels(tmp_path):
     ["query-id,corpus-id,score", "q1,d1,1", "2,3,0"],
     ["corpus-id;rel;query-id", '"d1";1;q1', "3;0;2"],
     ["qid\titer\tdocno\tlabel", "q1\t0\td1\t1", "2\t0\t3\t0"],
+    [{"q1": {"d1": 1}, "2": {"3": 0}}], ["{", '"q1": {"d1": 1}, "2": {"3": 0}}'],
     ["q1,0,d1,1", "2,0,3,0"], ["q1 0 d1 1", "2 0 3 0"], ["q1 d1 1", "2 3 0"]])
 def test_qrels_of_every_form(rows, tmp_path):
     """D: HF's rows, csv, columns in any order."""
@@ -194,6 +195,8 @@ def test_ms_marcos_run_has_ranks(corpus, tmp_path):
     path = write_rows(tmp_path / "run", ["q1\td3\t2", "q1\td2\t1", "q2\td4\t1"])
     results = read_run(path, questions, corpus)
     assert [results.row(i)[0] for i in range(2)] == [[2, 3], [4]]
+    path = write_rows(tmp_path / "run.json", [{"q1": {"d3": 0.5, "d2": 0.75}, "q2": {"d4": 1}}])
+    assert read_run(path, questions, corpus).row(0) == ([2, 3], [0.75, 0.5])
     with pytest.raises(InputError, match="run:1: not a line of a TREC run .*nor of MS MARCO's"):
         read_run(write_rows(tmp_path / "run", ["q1 d3 0.5"]), questions, corpus)
 
