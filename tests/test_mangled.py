@@ -819,7 +819,7 @@ def test_files_of_another_kind_are_called_what_they_are(work_folder, tiny, monke
     two = make_run("run", resume=True)
     two.world = World(0, 0, 2, torch.device("cpu"))
     refuse("run.state is of a run of 1 process(es), this one has 2; start as many processes as "
-           "then, 1, or give --overwrite", load_state, "run", two.args, two.world, set())
+           "then, 1, or give --overwrite", load_state, "run", two.args, two.world, set(), {})
 
 
 def test_models_that_no_machine_can_hold_are_refused_at_once(work_folder, tiny):
