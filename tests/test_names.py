@@ -366,7 +366,8 @@ def test_records_without_negatives_train_on_others_passages(bert, tmp_path):
     path = write_rows(tmp_path / "r.json", records)
     flags = ["--train_data", path, "--query_encoder", bert, "--train_group_size", "2",
              "--no_shuffle", "--epochs", "1", "--lr", "1e-3", "--warmup_ratio", "0", "--version",
-             "none", "--cos_temperature", "0.1", "--logging_steps", "1"]
+             "none", "--pooling_method", "cls", "--dense_metric", "cos", "--cos_temperature", "0.1",
+             "--logging_steps", "1"]
     runs = {}
     for name, processes, more in (("one", 1, ["--batch_size", "4"]),
                                   ("two", 2, ["--batch_size", "2", "--chunk_size", "1"])):
