@@ -155,6 +155,8 @@ def open_model_file(path):
     if path.removesuffix(".gz").endswith((".json", ".jsonl", ".csv", ".tsv", ".txt")):
         raise InputError(f"{path}: holds text (records, or a run's log), not a model; give the "
                          "model's folder")
+    if path.endswith((".safetensors", ".h5", ".msgpack", "pytorch_model.bin")):
+        raise InputError(f"{path}: holds weights alone; give its folder, with config.json")
     saved = load_torch_file(path, mmap=True)
     name, weights, flags = None, None, {}
     if isinstance(saved, dict) and {"optimizer", "progress"} <= saved.keys():

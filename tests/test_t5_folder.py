@@ -463,6 +463,8 @@ def test_tokenizers_read_as_transformers_does(name, toy, tmp_path):
 def test_weights_under_other_names_are_named(name, copy):  # A12
     (copy / "model.safetensors").rename(copy / name)
     (copy / "training_args.bin").write_text("")  # of a trainer, no weights
+    with pytest.raises(InputError, match="model.safetensors: holds weights alone; give its folder"):
+        open_reader(TOKENIZER / "model.safetensors")
     for trained in (True, False):
         with pytest.raises(InputError, match=f"{name}: looks like weights"):
             open_reader(copy, trained=trained)
