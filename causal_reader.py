@@ -503,7 +503,7 @@ class CausalReader(nn.Module):
         """
         if num_beams > 1:
             raise InputError(f"--num_beams {num_beams}: a causal language model answers greedily "
-                             "only, leave the flag out")
+                             "only, leave the flag out (--n_best 1 is offered)")
         B, device = len(input_ids), input_ids.device
         is_real = attention_mask.any(2)                                                  # (B, N)
         prompts, mask, weights = input_ids[is_real], attention_mask[is_real], log_weights[is_real]

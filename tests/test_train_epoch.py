@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from conftest import command, make_records, run, run_and_kill
+from conftest import TOKENIZER, command, make_records, run, run_and_kill
+from data import Collator
 
 FAST = ("--num_contexts", 3, "--max_length", 60, "--num_warmup_steps", 2, "--lr", "1e-3")
 
@@ -192,6 +194,20 @@ def test_a_run_does_not_go_on_with_other_data(tiny, tmp_path):
     _, error = run("train_epoch.py", *args, "--resume", code=1)
     assert "m.state is of a run on another content of " in error
     assert error.count("\n") == 1 and "r.json" in error
+
+
+@pytest.mark.parametrize("answer, reason", [
+    ("9 m²", "the tokenizer cannot spell any of their answers"),
+    ("word " * 80, "longer than --eval_answer_maxlength 50 allows"), ("baker", "train longer")])
+def test_an_em_of_zero_is_explained(answer, reason):
+    """A30, A31: training longer is no advice where no answer can be right."""
+    import train_epoch as script
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    dev = [{"answers": [answer]}, {"answers": []}]
+    run_ = SimpleNamespace(args=SimpleNamespace(eval_answer_maxlength=None), dev=dev,
+                           collator=Collator(tokenizer, 1, 100),
+                           unwrapped=SimpleNamespace(count_answer_tokens=lambda limit: limit - 1))
+    assert reason in script.explain_zero(run_)
 
 
 def test_a_dead_process_ends_the_run(tiny, records_file, tmp_path):
