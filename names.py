@@ -41,7 +41,7 @@ PAIR_DOCUMENTS = ("corpus_id", "docid", "docno", "document_id", "passage_id", "p
 # further fields of records that have a meaning here
 OTHER_FIELDS = ("target", "task", "passage", "gold_docs", "chat_history", "key", "key_index",
                 "history", "history_index", "pos_index", "neg_index", "teacher_scores",
-                "pos_scores", "neg_scores", "prompt", "context")
+                "pos_scores", "neg_scores", "prompt", "context", "dataset")
 
 
 @lru_cache(maxsize=4096)
@@ -86,3 +86,11 @@ def list_unknown(fields, *lists):
     """Return the fields that none of the lists of names matches, in their order."""
     known = {fold(name) for names in lists for name in names}
     return [field for field in fields if fold(field) not in known]
+
+
+def may_hold_ids(values):
+    """Return True for values, one a record, that could be ids: single words or numbers, all
+    different.
+    """
+    is_word = all(type(value) in (str, int) and len(str(value).split()) == 1 for value in values)
+    return is_word and len(set(values)) == len(values)

@@ -42,6 +42,7 @@ from names import (
     find_value,
     fold,
     list_unknown,
+    may_hold_ids,
     spell_id,
 )
 from utils import InputError, log_on_main, shorten
@@ -724,6 +725,8 @@ def require_ids(questions, purpose, log):
     first = without[0]
     unknown = list_unknown(first.record, QUESTIONS, ANSWERS, TITLES, POSITIVES, HARD_NEGATIVES,
                            OTHER_NEGATIVES, CONTEXTS, OTHER_FIELDS)
+    unknown = [name for name in unknown
+               if may_hold_ids([question.record.get(name) for question in questions])]
     if unknown or len(without) < len(questions):
         raise InputError(f"{first.location}: {purpose} by the questions' ids, and no field of this "
                          f"one is known to hold its id; its fields are "

@@ -14,12 +14,15 @@ from typing import NamedTuple
 
 from files import choose_delimiter, decode_line, iterate_json, read_cells, read_lines, to_number
 from names import (
+    ANSWERS,
+    DOCUMENT_IDS,
     HARD_NEGATIVES,
     NEGATIVE_IDS,
     OTHER_NEGATIVES,
     POSITIVE_IDS,
     POSITIVES,
     QUESTIONS,
+    TITLES,
     UNUSED,
     find_name,
     find_value,
@@ -302,7 +305,9 @@ def read_triples(path, source):
     if find_name(names, QUESTIONS) and find_name(names, POSITIVES):
         return read_named_columns(path, decode_lines(path), names, delimiter)
     cells = text.split("\t") if "\t" in text else text.split()
-    if len(cells) != 3 or ("\t" not in text and not all(map(str.isdecimal, cells))):
+    is_header = find_name(names, (*QUESTIONS, *DOCUMENT_IDS, *TITLES, *ANSWERS)) is not None
+    if len(cells) != 3 or is_header or (
+            "\t" not in text and not all(map(str.isdecimal, cells))):
         return None
     are_ids = all(cell.strip().isdecimal() for cell in cells) or (source.queries
                                                                   and cells[0] in source.queries)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from files import new_file, write_json
-from names import DOCUMENT_IDS, TEXTS, TITLES, find_name, list_unknown
+from names import DOCUMENT_IDS, TEXTS, TITLES, find_name, list_unknown, may_hold_ids
 from retrieval.ids import IdPacker, PackedIds, find_repeated
 from retrieval.tables import (
     Layout,
@@ -240,9 +240,13 @@ class Corpus:
                                  "blanks out of the ids")
 
     def unknown_columns(self):
-        """Return the columns of the first file that are no text, title or part of the template."""
+        """Return the columns of the first file that may hold ids: neither texts, titles nor parts
+        of the template, with a word or a number in the first document.
+        """
         in_template = [name for _, name, _, _ in Formatter().parse(self.template) if name]
-        return list_unknown(self.parts[0].layout.columns, TEXTS, TITLES, in_template)
+        row, _ = self.row(0)
+        return [name for name in list_unknown(row, TEXTS, TITLES, in_template)
+                if may_hold_ids([row[name]])]
 
     def note_columns(self, log):
         """Log how columns are read where their names do not settle it."""

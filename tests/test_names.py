@@ -71,6 +71,9 @@ def test_an_unknown_id_column_is_refused_where_ids_matter(tmp_path):
     with pytest.raises(InputError, match="f:0: the qrels go by the questions' ids, and no field .*"
                                          "'number', 'question'"):
         require_ids(make({"number": 3}, {"number": 4}), "the qrels go", logged.append)
+    require_ids(make({"dataset": "nq", "kind": "a"}, {"dataset": "nq", "kind": "a"}), "x go", print)
+    rows = [{"text": "x", "summary": "two words", "tags": ["a"]}]
+    Corpus(write_rows(tmp_path / "s.jsonl", rows), "{text}").require_ids("the qrels go")
     with pytest.raises(InputError, match="f:1: .*no field of this one is known to hold its id"):
         require_ids(make({"id": 3}, {"answers": ["a"]}), "the qrels go", logged.append)
     require_ids(make({"answers": ["a"]}), "the qrels go", logged.append)
@@ -313,6 +316,9 @@ def test_tables_of_triples(corpus, tmp_path):
         read_examples(ids)
     with pytest.raises(InputError, match="i.tsv:1: document '12' is not in the corpus"):
         read_examples(ids, Source(corpus=corpus, queries={"7": "who"}))
+    passages = write_rows(tmp_path / "p.tsv", ["id\ttext\ttitle", "1\tx\tT"])
+    with pytest.raises(InputError, match="p.tsv: a table of questions, where JSON records are"):
+        read_examples(passages)
     broken = write_rows(tmp_path / "b.tsv", ["a\tp\tn", "a\tp"])
     with pytest.raises(InputError, match="b.tsv:2: not a triple"):
         read_examples(broken)
