@@ -22,7 +22,7 @@ BREAKS = re.compile(r"\s*[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 ANSWER_MAXLENGTH = 50  # most tokens of an answer, where no flag and no checkpoint sets it
 # minFiD's defaults, for checkpoints that do not say
 UNKNOWN = {"num_contexts": 5, "max_length": 200}
-CHECKED = 10_000  # questions whose answers check_answers looks at: a second or two
+CHECKED = 10_000  # answers that check_answers looks at: a second or two
 
 
 def add_answer_flags(add):
@@ -188,13 +188,16 @@ class AnswerCheck(NamedTuple):
 
 def check_answers(answer_lists, collator, room):
     """Return the AnswerCheck of questions with these lists of answers; room: the most tokens of an
-    answer that are generated.
+    answer that are generated. No more than CHECKED answers are looked at.
 
     An answer can be given if its tokens decode to an exact match of it.
     """
-    unspelled, example, too_long, needed = 0, (), 0, 0
-    answer_lists = [answers for answers in answer_lists if answers][:CHECKED]
-    for answers in answer_lists:
+    looked_at, checked, unspelled, example, too_long, needed = 0, 0, 0, (), 0, 0
+    for answers in filter(None, answer_lists):
+        if looked_at >= CHECKED:
+            break
+        looked_at += len(answers)
+        checked += 1
         rows = [collator.target_ids(answer) for answer in answers]
         texts = decode_answers(collator.tokenizer, rows)
         if not any(exact_match(text, [answer]) for text, answer in zip(texts, answers)):
@@ -203,7 +206,7 @@ def check_answers(answer_lists, collator, room):
         length = min(map(len, rows)) - 1  # without the end of sequence
         too_long += length > room
         needed = max(needed, length)
-    return AnswerCheck(len(answer_lists), unspelled, example, too_long, needed)
+    return AnswerCheck(checked, unspelled, example, too_long, needed)
 
 
 def note_unspelled(check, what, log):
