@@ -321,11 +321,10 @@ def check_corpus(args):
     if args.corpus:
         return
     if args.retrieval_method == "run":
-        needs = [args.output, args.html, "nq" in args.metrics, list_collated(args), args.match ==
-                 "regex", args.exclude_self]
-        if not args.qrels or any(needs):
-            raise InputError("a run is measured by --qrels; --output, --html, --exclude_self, "
-                             "collated files and the metric nq need the passages: give --corpus")
+        looks_at_texts = args.output or args.html or "nq" in args.metrics or list_collated(args)
+        if not args.qrels or looks_at_texts:
+            raise InputError("a run is measured by --qrels; --output, --html, collated files and "
+                             "the metric nq need the passages: give --corpus")
         return
     if args.retrieval_method != "rank" or args.results:
         raise InputError(f"--retrieval_method {args.retrieval_method} needs --corpus")

@@ -313,6 +313,16 @@ def test_a_querys_own_document_is_left_out(method, corpus, tmp_path, capsys):
         assert json.load(open(tmp_path / "m.json"))["recall@7"] == pytest.approx(2 / 3)
 
 
+def test_own_documents_of_a_saved_run_need_no_corpus(tmp_path, capsys):
+    write_rows(tmp_path / "run", ["a Q0 a 1 3 x", "a Q0 b 2 2 x", "c Q0 b 1 2 x"])
+    write_rows(tmp_path / "qrels", ["a 0 b 1", "c 0 b 1"])
+    run_retrieve("--retrieval_method", "run", "--results", tmp_path / "run", "--qrels",
+                 f"qrels={tmp_path}/qrels", "--metrics", "mrr", "--cutoffs", 1, "--exclude_self",
+                 "--measures", tmp_path / "m.json")
+    assert json.load(open(tmp_path / "m.json"))["mrr@1"] == 1
+    assert "--exclude_self: 1 of 2 queries have" in capsys.readouterr().out
+
+
 def test_own_documents_in_training_and_by_position(corpus, tmp_path):
     """A18 in train_dense.py; ids that are positions are no ids of the question's own."""
     qrels = {"d1": {"d1": 1, "d3": 1}, "q": {"d2": 1}}
