@@ -431,9 +431,10 @@ class CausalReader(nn.Module):
         fixed = max(map(len, collator.prompt_ids([bare])[0]))
         place = f"{path}: record {shorten(record['id'])}"
         if fixed + answer > self.longest:
-            raise InputError(f"{place}: its question takes {fixed} tokens without a passage, its "
-                             f"answer {answer}, the model reads {self.longest}; shorten them, or "
-                             "drop the record")
+            reserved = "its answer" if targets else "an answer may take"
+            raise InputError(f"{place}: its question takes {fixed} tokens without a passage, "
+                             f"{reserved} {answer}, the model reads {self.longest}; shorten the "
+                             "question, or drop the record")
         raise InputError(f"{place}: passage and answer take {tokens + answer} tokens, the model "
                          f"reads {self.longest}; lower --max_length to {self.longest - answer}")
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, T5EncoderModel
 
 import readers
+import train_dense
 import train_epoch
 from adapters import (
     add_lora,
@@ -23,6 +24,7 @@ from causal_lm import open_causal_lm
 from checkpoints import load_tokenizer
 from conftest import killed_script, make_bert, make_records, make_t5, run
 from cost import count_numbers
+from dense.flags import parse_args as parse_dense_args
 from test_train_epoch import assert_same_run
 from utils import InputError
 
@@ -164,6 +166,25 @@ def test_frozen_weights_in_bfloat16(llama, tmp_path):  # E16
     before = load_file(f"{llama}/model.safetensors")
     name = "model.embed_tokens.weight"
     assert torch.equal(weights[name], before[name].bfloat16().float())
+
+
+def test_frozen_weights_of_a_retriever_in_bfloat16(tmp_path):  # E16
+    bert = make_bert(tmp_path / "bert")
+    data = tmp_path / "r.jsonl"
+    data.write_text(json.dumps({"query": "which town", "pos": ["the town"], "neg": ["a river"]}))
+    train_dense.main(parse_dense_args("", [str(value) for value in (
+        "--output_dir", tmp_path / "m", "--train_data", data, "--query_encoder", bert, "--lora", 2,
+        "--lora_alpha", 1, "--lora_targets", "query", "--frozen_bf16", "--max_steps", 2,
+        "--num_warmup_steps", 0, "--lr", "1e-2", "--group_size", 2, "--query_max_length", 12,
+        "--key_max_length", 12)]))
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    before = load_file(f"{bert}/model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    name = "encoder.layer.0.attention.self.{}.weight"
+    changed = {part: not torch.equal(weights[name.format(part)],
+                                     before[name.format(part)].bfloat16().float())
+               for part in ("query", "key")}
+    assert changed == {"query": True, "key": False}
 
 
 def test_adapters_that_do_not_fit_are_one_line(llama, tmp_path):  # E13

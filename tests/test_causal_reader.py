@@ -411,7 +411,7 @@ def test_a_question_that_is_too_long_is_found_before_the_first_update(folders, t
     long = records[1] | {"question": "who " * 300}
     for trains in (False, True):
         with pytest.raises(InputError, match="f.json: record 'r-1': its question takes [0-9]+ "
-                           "tokens without a passage, .* shorten them, or drop the record"):
+                           "tokens without a passage, .* shorten the question, or drop"):
             reader.check_records([records[0], long], 2, "f.json", trains=trains)
     target = records[1] | {"target": "bread " * 60, "ctxs": [{"title": "T", "text": "town " * 99}]}
     with pytest.raises(InputError, match="passage and answer take .* lower --max_length to"):
