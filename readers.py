@@ -105,6 +105,7 @@ def place_reader(reader, world, spread):
         reader.shard(world)
         if isinstance(reader, CausalReader):
             reader.check_reading("--fsdp")
+            reader.reshard()  # what lies outside the blocks stays gathered after a pass
     else:
         reader.to(world.device)
 

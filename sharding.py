@@ -33,7 +33,9 @@ def shard(reader, blocks, biases, world):
         fully_shard(unit.float(), mesh=mesh)
     for block in blocks:
         register_fsdp_forward_method(block, "run")
-    register_fsdp_forward_method(reader, "generate")
+    for name in ("generate", "check_reading"):  # they gather the weights outside the blocks too
+        if hasattr(reader, name):
+            register_fsdp_forward_method(reader, name)
 
 
 def run_function(block, function, *inputs):
