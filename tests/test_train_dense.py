@@ -222,7 +222,7 @@ def test_resume_after_kill_gives_the_same_weights(files, tmp_path, monkeypatch):
                                            (["--train_data", "tool.json", "--select_positive",
                                              "teacher", "--teacher_scores_min", "0",
                                              "--max_sample_num", "0"], "no example is left"),
-                                           (["--train_data", "qa.json", "--eval_data", "qa.json"],
+                                           (["--train_data", "qa.json", "--eval_data", "chat.json"],
                                             "needs --corpus"),
                                            (["--train_data", "qa.json", "--lr", "1e30",
                                              "--max_steps", "9"], "is not finite in update"),
