@@ -67,15 +67,16 @@ def annotated_set(qrels, corpus, queries, group_size, source="the qrels", log=pr
 
 
 def read_dev_set(path, corpus, metrics, template, log, exclude_self=False):
-    """Return the DevSet of DPR's records, or without a corpus of any with positives and negatives
-    (measured by average rank), or of LLM-Embedder's with pos_index or answers (by retrieval from
-    the corpus).
+    """Return the DevSet of DPR's records, or without a corpus of any that have positives and
+    negatives alone (measured by average rank), or of LLM-Embedder's with pos_index or answers (by
+    retrieval from the corpus).
 
     Raises InputError.
     """
     questions = read_questions(path)
     first = questions[0].record
-    if "positive_ctxs" in first or (corpus is None and all(labelled_keys(first))):
+    is_retrieved = first.get("pos_index") is not None or questions[0].answers
+    if "positive_ctxs" in first or not (corpus or is_retrieved) and all(labelled_keys(first)):
         return rank_set(questions, template, log)
     if corpus is None:
         raise InputError(f"{path}: its queries are measured by retrieval, which needs --corpus")

@@ -65,8 +65,8 @@ def add_data_flags(parser):
 def add_evaluation_flags(parser):
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_data", metavar="FILE",
-        help="records to measure on: DPR's, or without --corpus any with positives and negatives, "
-        "by average rank; others by retrieval from --corpus")
+        help="records to measure on: DPR's, or without --corpus any with positives and negatives "
+        "alone, by average rank; others by retrieval from --corpus")
     add("--eval_qrels", action="append", default=[], metavar="qrels=FILE",
         help="qrels to measure on; repeatable")
     add("--eval_method", choices=["annotated", "retrieval"], default="annotated",
