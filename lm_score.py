@@ -57,7 +57,7 @@ from questions import (
     read_questions,
     refuse_table,
 )
-from readers import describe_reader, open_reader_tokenizer
+from readers import describe_origin, describe_reader, open_reader_tokenizer
 from retrieval.corpus import check_template, format_key, open_corpus
 from retrieval.fingerprint import hash_file, hash_windows, model_files
 from retrieval.mining import check_indices, collated_path
@@ -300,6 +300,7 @@ def open_scorer(args, is_reader, trained, config, world):
         if is_reader:
             given = {} if args.chat_template is None else {"chat_template": args.chat_template}
             prompts = choose_prompts(given, trained.get("prompts", {}), name)
+            world.log(f"reader {name}: {config.model_type}, {describe_origin(origin)}")
     check_vocabulary(tokenizer, embeddings_of(model), "give the folder that the model came with")
     frame = ("", "")
     if args.chat_template and not is_reader:

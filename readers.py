@@ -194,8 +194,7 @@ def settle_settings(tokenizer):
 
 def describe_reader(path, reader, tokenizer, origin):
     """Return the line that says how a reader's folder was read."""
-    whose = "its own tokenizer" if not origin.reason else (
-        f"the tokenizer of {origin.name} ({origin.reason})")
+    whose = describe_origin(origin)
     notes = reader.id_notes if isinstance(reader, FiDT5) else {}
     ids = [name_id(tokenizer, end, notes.get("</s>") if number == 0 else None)
            for number, end in enumerate(reader.end_tokens)]
@@ -213,6 +212,13 @@ def describe_reader(path, reader, tokenizer, origin):
     if settings:
         line += f"; generation_config.json: {describe_settings(settings)}"
     return line
+
+
+def describe_origin(origin):
+    """Return whose a reader's tokenizer is, in words."""
+    if not origin.reason:
+        return "its own tokenizer"
+    return f"the tokenizer of {origin.name} ({origin.reason})"
 
 
 def describe_settings(settings):
