@@ -599,7 +599,7 @@ def test_what_the_outputs_need_is_checked_before_the_search(corpus):
     check_records(make_questions({"pos_index": ["d1"]}), [{}], corpus,
                   make_flags(metrics=["collate_key"]))
     for record, message in (({"pos_index": 3}, "'pos_index' must be a list"),
-                            ({"pos": "text"}, "'pos' must be a list"),
+                            ({"pos": {"a": 1}}, "'pos' must be a list"),
                             ({"task": ["qa"]}, "'task' must be a text")):
         with pytest.raises(InputError, match=f"f:0: {message}"):
             make_questions(record)
