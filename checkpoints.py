@@ -346,9 +346,10 @@ def check_words(tokenizer, folder):
 
 def check_vocabulary(tokenizer, embeddings, remedy):
     """Raises InputError if the tokenizer has ids that a model has no embedding for."""
-    if len(tokenizer) > embeddings.num_embeddings:
+    count = getattr(embeddings, "weight", embeddings).shape[0]
+    if len(tokenizer) > count:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} ids, the "
-                         f"model embeds {embeddings.num_embeddings}; {remedy}")
+                         f"model embeds {count}; {remedy}")
 
 
 def has_tokenizer(folder):

@@ -64,6 +64,11 @@ class BiEncoder(nn.Module):
                 scores = 2 * scores - queries.square().sum(1, keepdim=True) - keys.square().sum(1)
             return scores / self.temperature
 
+    def check_tokenizer(self, tokenizer):
+        """Raise InputError if the tokenizer has ids that an encoder has no embedding for."""
+        for encoder in self.encoders.values():
+            check_vocabulary(tokenizer, encoder.model.get_input_embeddings(), OWN_TOKENIZER)
+
     def use_texts(self, texts):
         """Take from a Texts how many tokens of a prompt are left out of the pooling; raise
         InputError if a tokenizer has ids that its encoder has no embedding for.
@@ -151,10 +156,13 @@ class CrossEncoder(nn.Module):
             inputs["token_type_ids"] = types
         return self.model(**inputs).logits[:, 0].float()
 
+    def check_tokenizer(self, tokenizer):
+        """Raise InputError if the tokenizer has ids that the model has no embedding for."""
+        check_vocabulary(tokenizer, self.model.get_input_embeddings(), OWN_TOKENIZER)
+
     def use_texts(self, texts):
         """Raise InputError if the tokenizer has ids that the model has no embedding for."""
-        check_vocabulary(texts.tokenizers["query"], self.model.get_input_embeddings(),
-                         OWN_TOKENIZER)
+        self.check_tokenizer(texts.tokenizers["query"])
 
     def save_pretrained(self, folder, *_):
         """Writes the folder; further arguments are BiEncoder's, and not used."""

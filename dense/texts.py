@@ -284,7 +284,9 @@ def describe_texts(args, model, texts):
     def source(name, flag=None):
         if flag and getattr(args, f"{flag}_is_flag", False):
             return f"--{flag}"
-        return os.path.basename(query.sources.get(name, "default"))
+        path = query.sources.get(name, "default")
+        parts = path.split(os.sep)
+        return "/".join(parts[-2:]) if name == "pooling" else parts[-1]
     encoder = model.query_encoder
     if encoder.head_first:
         normalised = "each token normalised"

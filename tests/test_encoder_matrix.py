@@ -475,7 +475,7 @@ def test_scores_of_retrieve(bert, tmp_path, capsys):
         np.testing.assert_allclose(scores, row[indices], atol=1e-5)
         assert np.all(np.diff(scores) <= 0)
     said = capsys.readouterr().out
-    assert "pooling mean (config.json), normalised by its modules, metric ip " in said
+    assert "pooling mean (1_Pooling/config.json), normalised by its modules, metric ip " in said
     assert "11 tokens per query (sentence_bert_config.json)" in said
     assert "prompts 'who was this ' and 'the town '" in said and "20 dimensions of 24" in said
     assert "1 documents have no text, 'd4' the first" in said
