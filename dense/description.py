@@ -128,9 +128,11 @@ def read_description(folder):
     if os.path.exists(os.path.join(folder, "adapter_config.json")):
         raise InputError(f"{folder}: is an adapter (adapter_config.json); merge it into its model "
                          "with peft's merge_and_unload and give that model's folder")
-    if os.path.exists(os.path.join(folder, "modules.json")):
-        return read_modules(folder)
-    return read_plain(folder)
+    with refusing(f"{folder}: cannot be opened as an encoder", "give the folder of a retriever or "
+                  "an encoder, or fetch it again"):
+        if os.path.exists(os.path.join(folder, "modules.json")):
+            return read_modules(folder)
+        return read_plain(folder)
 
 
 def read_plain(folder):

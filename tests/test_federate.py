@@ -228,9 +228,9 @@ def test_only_clients_of_the_same_flags_share_a_model(opened, files):
     """The flags say more than the shapes of the weights: here how the vectors are pooled."""
     data = f"{files}/a.json"
     a, b = opened(name="a", data=data), opened(name="b", data=data)
-    mean = opened(name="mean", data=data, flags="--pooling_method mean")
-    assert a.model is b.model and mean.model is not a.model
-    assert [run.model.query_encoder.pooling for run in (a, mean)] == ["cls", "mean"]
+    first = opened(name="first", data=data, flags="--pooling_method cls")
+    assert a.model is b.model and first.model is not a.model
+    assert [run.model.query_encoder.pooling for run in (a, first)] == ["mean", "cls"]
 
 
 def test_a_refused_update_leaves_no_gradient_behind(bert, files, tmp_path, monkeypatch):
