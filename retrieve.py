@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from dense.batches import GroupCollator
+from dense.batches import GroupCollator, check_one_instruction
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from dense.texts import describe_texts, settle_texts
 from files import lock, write_json
@@ -332,15 +332,6 @@ def open_retriever(args, corpus, world):
     else:
         world.log(describe_texts(args, model, texts))
     return model.to(world.device).eval(), GroupCollator(texts, args, corpus)
-
-
-def check_one_instruction(collator, tasks):
-    """Raises InputError if the tasks have different instructions before the documents."""
-    before_documents = {collator.instruction(task)[1] for task in tasks}
-    if len(before_documents) > 1:
-        raise InputError(f"questions of the tasks {', '.join(tasks)} want other instructions "
-                         "before the documents; one index has one: search task by task, or leave "
-                         "instructions out with --add_instruction false")
 
 
 def log_instructions(args, collator, tasks, log):

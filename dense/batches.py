@@ -200,7 +200,7 @@ def check_one_instruction(collator, tasks):
     before_documents = {collator.instruction(task)[1] for task in tasks}
     if len(before_documents) > 1:
         raise InputError(f"questions of the tasks {', '.join(sorted(set(tasks)))} want other "
-                         "instructions before the documents, which are encoded once; search task "
+                         "instructions before the documents, which are encoded once: search task "
                          "by task, or leave instructions out with --add_instruction false")
 
 
