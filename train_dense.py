@@ -158,12 +158,16 @@ def score_with_ranker(run, batch, count):
 
 
 def duplicate_mask(flags, batch, count, positives):
-    """(Q, K) bool, True at copies of a query's positive, or None if they are not looked for."""
+    """Return (Q, K) bool, True at copies of a query's positives, but for the one that it trains on,
+    or None if they are not looked for.
+    """
     if not flags.mask_duplicates or flags.ranker:
         return None
     own_keys = int(batch["sizes"][:count].sum())
     identities = gather_rows(batch["identities"][:own_keys].to(positives.device))        # (K)
-    return losses.duplicates(identities, positives)
+    is_copy = losses.mark_copies(identities, batch["positives"][:count])                 # (B, K)
+    is_copy = gather_rows(is_copy.to(torch.uint8)).bool()                                # (Q, K)
+    return is_copy.scatter(1, positives[:, None], False)
 
 
 def distillation_loss(flags, scores, groups, teacher, temperature):

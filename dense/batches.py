@@ -115,6 +115,7 @@ class GroupCollator:
     teacher     scores (B, G), G being the largest size; nan in the rows of examples without any,
                 and after the keys of a smaller group
     identities  (K) int64, equal for equal documents
+    positives   the identities of each query's positives (B lists), with --mask_duplicates
     """
 
     def __init__(self, texts, args, corpus=None):
@@ -141,6 +142,8 @@ class GroupCollator:
             "teacher": torch.tensor(teacher, dtype=torch.float32),
             "identities": torch.tensor([identity(text) for text in key_texts]),
         }
+        if getattr(self.args, "mask_duplicates", False):
+            batch["positives"] = [self.positives(visit) for visit in visits]
         if self.args.ranker:
             batch["pairs"] = self.pairs(repeat_each(queries, sizes), key_texts)
         else:
@@ -148,6 +151,10 @@ class GroupCollator:
             batch["queries"] = self.queries(queries, tasks, instructions)
             batch["keys"] = self.keys(key_texts, repeat_each(tasks, sizes))
         return batch
+
+    def positives(self, visit):
+        """Return the identities of a visit's positive and of all that its example has."""
+        return [identity(self.key_text(key)) for key in (visit.keys[0], *visit.example.pos)]
 
     def instruction(self, task):
         """Return (the text before queries, the text before keys) of a task."""

@@ -143,7 +143,7 @@ def add_loss_flags(parser):
         "given: cosines by --cos_temperature, others by the checkpoint's temperature, else 1")
     add("--stable_distill", default=False, help="LLM-Embedder's stabilized distillation", **SWITCH)
     add("--mask_duplicates", action="store_true",
-        help="leave copies of a query's positive out of its negatives")
+        help="leave copies of a query's positives out of its negatives")
     add("--train_group_size", "--group_size", type=int, default=8,
         help="keys per query: a positive and its negatives")
     add("--select_positive", choices=["first", "random", "teacher", "teacher-pos"], default="first",

@@ -61,11 +61,11 @@ def fid_kd(scores, reader_scores, teacher_temperature=1.0, student_temperature=1
                         student_temperature) / scores.shape[1]
 
 
-def duplicates(identities, positives):
-    """(Q, K) bool: True at keys that are the same document as the query's positive, but not at the
-    positive itself.
+def mark_copies(identities, positives):
+    """Return (B, K) bool: True at keys that are one of a query's positives.
 
-    identities (K) int64, equal for equal documents; positives (Q) column indices.
+    identities (K) int64, equal for equal documents; positives: B lists of such numbers.
     """
-    is_same = identities[positives][:, None] == identities[None]                        # (Q, K)
-    return is_same.scatter(1, positives[:, None], False)
+    rows = [torch.isin(identities, torch.tensor(row, device=identities.device))
+            for row in positives]
+    return torch.stack(rows) if rows else identities.new_zeros((0, len(identities)), dtype=bool)

@@ -199,7 +199,7 @@ def parse_spec(spec):
         cuts = {name: int(options[name]) for name in CUTS if name in options}
     except ValueError:
         raise InputError(f"'{spec}' is not qrels=FILE,name=value,... with numbers for scores and "
-                         "counts") from None
+                         "counts, and no comma in a file's name") from None
     unknown = options.keys() - {"qrels", "query_subset", "score", *LIMITS, *CUTS}
     if unknown:
         raise InputError(f"'{spec}': unknown filter {min(unknown)}")

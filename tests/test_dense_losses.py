@@ -11,7 +11,11 @@ from dense import losses
 def test_contrastive_masks_duplicates():
     scores = torch.tensor([[2.0, 1.0, 3.0, 0.5], [0.1, 0.2, 2.5, 0.3]])
     identities, positives = torch.tensor([7, 8, 7, 9]), torch.tensor([0, 2])
-    masked = losses.duplicates(identities, positives)
+    is_copy = losses.mark_copies(identities, [[7], [7]])
+    assert is_copy.tolist() == [[True, False, True, False]] * 2
+    others = losses.mark_copies(identities, [[8, 9], [3]])
+    assert others.tolist() == [[False, True] * 2, [False] * 4]
+    masked = is_copy.scatter(1, positives[:, None], False)
     assert masked.tolist() == [[False, False, True, False], [True, False, False, False]]
     first = -torch.log_softmax(torch.tensor([2.0, 1.0, 0.5]), 0)[0]
     second = -torch.log_softmax(torch.tensor([0.2, 2.5, 0.3]), 0)[1]

@@ -56,6 +56,20 @@ def test_a_smaller_last_micro_batch_counts_by_its_queries(bert, tmp_path):
     assert losses[2] == pytest.approx(losses[0], abs=1e-6)
 
 
+def test_a_query_s_other_positives_are_no_negatives(bert, tmp_path):
+    """sentence-transformers 3189: two visits of one query, each with another of its positives."""
+    texts = ["town of it", "river in it"]
+    rows = [{"query": "who wrote it", "pos": texts[::step], "neg": [f"animal {step}"]}
+            for step in (1, -1)]
+    alone = [dict(row, pos=row["pos"][:1]) for row in rows]
+    flags = ["--group_size", 2, "--batch_size", 2, "--max_steps", 1, "--mask_duplicates"]
+    masked, = train(tmp_path / "both", bert, "--train_data", write_lines(tmp_path / "b", rows),
+                    *flags)
+    other, = train(tmp_path / "one", bert, "--train_data", write_lines(tmp_path / "o", alone),
+                   *flags)
+    assert masked < other - 0.01
+
+
 def test_dev_questions_of_several_tasks_are_refused(bert, tmp_path):
     """retrieve.py refuses them, too: the documents would get the first task's instruction."""
     dev = write_lines(tmp_path / "dev.jsonl", [
