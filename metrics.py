@@ -29,12 +29,9 @@ def normalize_answer(text):
     """Return a text in lower case, without ASCII punctuation and articles, with single blanks.
 
     The steps are SQuAD v1.1's in its order. As in FiD and DPR, the module regex finds the articles:
-    a combining mark belongs to its word there, while SQuAD's module re ends a word before it. In a
-    text with UNSPACED letters all punctuation goes, such as the full stop of Chinese (MLQA, DRCD).
+    a combining mark belongs to its word there, while SQuAD's module re ends a word before it.
     """
     text = text.lower().translate(PUNCTUATION)
-    if has_unspaced(text):
-        text = ANY_PUNCTUATION.sub("", text)
     text = regex.sub(r"\b(a|an|the)\b", " ", text)
     return " ".join(text.split())
 
@@ -55,7 +52,10 @@ def exact_match(prediction, answers):
 
 def f1(prediction, answers):
     """Return the largest F1 between the words of the prediction and of one gold answer (SQuAD
-    v1.1), both as normalize_answer returns them; UNSPACED letters are words (MLQA, DRCD, KorQuAD).
+    v1.1), both as normalize_answer returns them.
+
+    In a text with UNSPACED letters each of them is a word, and punctuation of any script is left
+    out, as in MLQA, DRCD and KorQuAD.
     """
     predicted_words = count_words(prediction)
     best = 0.0
@@ -70,7 +70,9 @@ def f1(prediction, answers):
 def count_words(text):
     """Return {word: count} of a normalised text."""
     text = normalize_answer(text)
-    return Counter(UNSPACED_WORD.findall(text) if has_unspaced(text) else text.split())
+    if has_unspaced(text):
+        return Counter(UNSPACED_WORD.findall(ANY_PUNCTUATION.sub("", text)))
+    return Counter(text.split())
 
 
 def regex_match(prediction, patterns):

@@ -193,8 +193,9 @@ def test_answers_in_scripts_without_blanks(text, answer, other):
 
 
 def test_measures_of_answers_in_scripts_without_blanks():
-    """xtreme 28, DRCD 6: F1 counts letters, and full-width punctuation is no part of an answer."""
+    """xtreme 28, DRCD 6: F1 counts letters without full-width punctuation; EM stays FiD's."""
     assert f1("法国首都巴黎", ["首都巴黎"]) == pytest.approx(0.8) and f1("巴黎", ["里昂"]) == 0
-    assert exact_match("「巴黎」。", ["巴黎"]) == 1 and exact_match("巴黎市", ["巴黎"]) == 0
+    assert f1("「巴黎」。", ["巴黎"]) == 1
+    assert exact_match("「巴黎」。", ["巴黎"]) == 0 and exact_match("巴黎!", ["巴黎"]) == 1
     assert exact_match("“Paris”", ["Paris"]) == 0  # as in SQuAD's script
     assert f1("é a1 b", ["b é"]) == pytest.approx(0.8)
