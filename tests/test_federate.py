@@ -301,7 +301,7 @@ def test_what_a_record_holds_is_not_told_to_the_server(bert, files, tmp_path):
     """A client's error may quote its records: the server learns that there is one, and no more."""
     import federate as script
     secret = tmp_path / "secret.json"
-    secret.write_text('{"query": "Mrs Smith of ward 7", "pos": "one text"}\n')
+    secret.write_text('{"query": "Mrs Smith of ward 7", "pos": [5]}\n')
     flags = ["out", "--mode", "retriever", "--", *RETRIEVER, "--query_encoder", bert]
     grid = LocalGrid(script.client_app, [{"name": "clinic", "data": str(secret)}],
                      {"flags": " ".join(flags)})
