@@ -98,7 +98,7 @@ def parse_args():
 
 
 def check_args(args):
-    """Settles how to search and rejects flags that do not fit. Raises InputError."""
+    """Settle how to search, and reject flags that do not fit. Raises InputError."""
     if read_number("WORLD_SIZE", 1) > 1:
         raise InputError("ask.py runs in one process: start it without torchrun")
     for name in ("query_encoder", "key_encoder"):
@@ -180,8 +180,8 @@ def timed(seconds, part):
 
 
 def load_reader(args, world):
-    """(model, tokenizer) of the reader; settles the number of contexts and the lengths as in its
-    training, where no flag does.
+    """Return (model, tokenizer) of the reader. Set the number of contexts and the lengths, where no
+    flag does, as in its training.
     """
     tokenizer, origin = open_reader_tokenizer(args.model, args.tokenizer, args.t5_name)
     model = open_reader(args.model, args=args, trained=True).to(world.device)
@@ -193,7 +193,7 @@ def load_reader(args, world):
 
 
 def open_search(args, corpus, world):
-    """What a search needs: (BM25 index, words) or a DenseIndex; made if it is not there."""
+    """Return what a search needs: (BM25 index, words) or a DenseIndex; made if it is not there."""
     if args.retrieval_method == "dense":
         return open_dense(args, corpus, [args.task], world)
     return open_bm25(args, corpus, world)
@@ -212,7 +212,7 @@ class Answer(NamedTuple):
 
 
 def answer_question(args, text, corpus, index, model, tokenizer, world):
-    """The Answer to a question's text; `index` is what open_search returns."""
+    """Return the Answer to a question's text; `index` is what open_search returns."""
     seconds = {}
     contexts = find_contexts(args, text, corpus, index, world, seconds)
     record = {"id": 0, "question": text, "answers": [], "ctxs": contexts}
@@ -229,7 +229,7 @@ def answer_question(args, text, corpus, index, model, tokenizer, world):
 
 
 def find_contexts(args, text, corpus, index, world, seconds):
-    """The contexts {id, title, text, score} of a question, best first; puts the times into
+    """Return the contexts {id, title, text, score} of a question, best first. Put the times into
     `seconds`.
     """
     questions = [make_question({"question": text}, "the question", 0, args.task)]
@@ -290,7 +290,7 @@ def describe_seconds(seconds, digits=3):
 
 
 def print_answer(answer, count, in_colour):
-    """Prints an answer and the `count` passages of the highest shares."""
+    """Print an answer and the `count` passages of the highest shares."""
     def paint(text, colour):
         return f"{colour}{text}{PLAIN}" if in_colour else text
     width = min(shutil.get_terminal_size().columns, WIDEST)
@@ -324,7 +324,7 @@ def best_lines(answer):
 
 
 def print_record(answer, index):
-    """Prints an answer as a record for other scripts, in one line."""
+    """Print an answer as a record for other scripts, in one line."""
     record = {"id": index, "question": answer.question, "prediction": answer.text,
               "ctxs": answer.contexts, "seconds": answer.seconds}
     if answer.n_best:
@@ -362,7 +362,7 @@ def write_page(path, answers, footer, count):
 
 
 def make_section(answer, count):
-    """The HTML of a question, its answer and its passages."""
+    """Return the HTML of a question, its answer and its passages."""
     shown, num_others, others_share = choose_shown(answer, count, LONG_EXCERPT)
     passages = []
     for passage in shown:

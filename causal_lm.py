@@ -304,7 +304,8 @@ def depends_on_longest(config):
 
 @torch.inference_mode()
 def agrees_when_packed(model):
-    """True if the PROBE's logits are the same packed as text by text, which sets the attention.
+    """Return True if the PROBE's logits are the same packed as text by text, which sets the
+    attention.
 
     Models that do more than causal attention differ, such as those with ALiBi or a state.
     """

@@ -78,7 +78,7 @@ def choose_prompts(given, stated, source):
 
 
 def find_fault(name, value):
-    """Why the field of Prompts cannot have the value, or None."""
+    """Return why the field of Prompts cannot have the value, or None."""
     if name == "passage_weights" and value not in PASSAGE_WEIGHTS:
         return f"must be one of {', '.join(PASSAGE_WEIGHTS)}"
     if name == "answer_lines" and value not in ANSWER_LINES:
@@ -116,8 +116,7 @@ def fill_template(template, question, context):
 
 
 def drop_passage(template):
-    """The template of a question without a passage: lines that hold the passage alone are left out.
-    """
+    """Return the template of a question without a passage: without the passage's own lines."""
     whitespace = template[len(template.rstrip()):]  # it stands before the answer, and stays
     lines = [line for line in template.split("\n")
              if "{question}" in line or not ("{text}" in line or "{title}" in line)]
@@ -137,7 +136,7 @@ def cut_passage(ids, offsets, span, max_length):
 
 
 def read_scores(contexts, prompts):
-    """The retriever's scores of contexts, or all 0 where they weigh the same.
+    """Return the retriever's scores of contexts, or all 0 where they weigh the same.
 
     Raises ValueError for a context without a finite score.
     """
@@ -169,7 +168,7 @@ class PromptCollator:
     """
 
     def __init__(self, tokenizer, num_contexts, max_length, prompts, longest=None):
-        """longest: the most tokens that the model reads, prompt and target, or None."""
+        """Set what is read; longest is the most tokens of prompt and target, None for no limit."""
         self.tokenizer, self.num_contexts, self.max_length = tokenizer, num_contexts, max_length
         self.prompts, self.longest = prompts, longest
         self.template = prompts.prompt_template.replace(r"\n", "\n")
@@ -206,13 +205,13 @@ class PromptCollator:
         return self.fill_prompts(record, (*histories, "")[fitting])
 
     def fits(self, record, history):
-        """True if a record's prompts, with this history, have at most max_length tokens."""
+        """Return True if a record's prompts, with this history, have at most max_length tokens."""
         texts = [text for text, _ in self.fill_prompts(record, history)]
         pairs = encode_prompts(self.tokenizer, texts)
         return max(len(add_start(self.start, pair.prompt)) for pair in pairs) <= self.max_length
 
     def fill_prompts(self, record, history):
-        """prompt_texts with this history, a text that goes before the question."""
+        """Return prompt_texts with this history, a text that goes before the question."""
         question = history + record["question"]
         contexts = record["ctxs"][:self.num_contexts]
         if contexts:
@@ -228,7 +227,7 @@ class PromptCollator:
         return [text for text, _ in self.prompt_texts(record)]
 
     def prompt_ids(self, records):
-        """The token ids of each record's prompts."""
+        """Return the token ids of each record's prompts."""
         prompts = [self.prompt_texts(record) for record in records]
         texts = [text for record_prompts in prompts for text, _ in record_prompts]
         pairs = iter(encode_prompts(self.tokenizer, texts))
@@ -274,7 +273,7 @@ class PromptCollator:
         return pad_labels(targets, self.target_ids)
 
     def target_ids(self, target):
-        """The target's token ids after a prompt, with exactly one </s>, at the end."""
+        """Return the target's token ids after a prompt, with exactly one </s>, at the end."""
         eos = self.tokenizer.eos_token_id
         pair, = encode_pairs(self.tokenizer, [self.prompt_end()], [target])
         return [token for token in pair.answer if token != eos] + [eos]
@@ -307,7 +306,9 @@ class CausalReader(nn.Module):
 
     @property
     def longest(self):
-        """The most tokens that the model reads, or None where its configuration sets no limit."""
+        """Return the most tokens that the model reads, or None where its configuration sets no
+        limit.
+        """
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def describe(self):
@@ -348,7 +349,7 @@ class CausalReader(nn.Module):
         shard(self, blocks, [], world)
 
     def check_tokenizer(self, tokenizer):
-        """Raises InputError for a tokenizer that does not fit the model, or that lacks an end of
+        """Raise InputError for a tokenizer that does not fit the model, or that lacks an end of
         sequence; answers then end with its end of sequence too.
         """
         name, eos = tokenizer.name_or_path, tokenizer.eos_token_id
@@ -369,8 +370,8 @@ class CausalReader(nn.Module):
 
     @property
     def end_tokens(self):
-        """The ids that end an answer: those of config.json, of generation_config.json (chat models
-        have several) and, as the last one, the tokenizer's.
+        """Return the ids that end an answer: those of config.json, of generation_config.json (chat
+        models have several) and, as the last one, the tokenizer's.
         """
         ends = [*list_ids(self.config.get_text_config().eos_token_id),
                 *list_ids(self.config.eos_token_id),
@@ -472,8 +473,8 @@ class CausalReader(nn.Module):
         return loss, logits
 
     def run(self, ids, mask, count, cache=None, use_cache=False):
-        """The model's output for ids (K, n), the last of each row's tokens in mask (K, past + n);
-        logits (K, count, V) of the last `count` ids only.
+        """Return the model's output for ids (K, n), the last of each row's tokens in mask (K, past
+        + n); logits (K, count, V) of the last `count` ids only.
         """
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "past_key_values": cache,
                   "use_cache": use_cache}
@@ -597,7 +598,7 @@ class CausalReader(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_name, dropout=None, prompts=None, dtype=torch.float32):
-        """A reader from a causal language model's folder or hub name; see open_lm."""
+        """Return a reader from a causal language model's folder or hub name; see open_lm."""
         reader = cls(open_lm(path_or_name, dropout, dtype), prompts)
         if dtype is not None:
             reader.check_reading(path_or_name)
@@ -651,8 +652,7 @@ class CausalReader(nn.Module):
                 if name not in copies}
 
     def save_pretrained(self, folder):
-        """Writes the files of transformers' AutoModelForCausalLM, adapters merged into the weights.
-        """
+        """Write a folder of transformers' AutoModelForCausalLM, adapters merged into the weights."""
         lm = self.lm
         os.makedirs(folder, exist_ok=True)
         if is_sharded(self):

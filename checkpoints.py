@@ -146,8 +146,8 @@ def find_args(path_or_name):
 
 
 def open_model_file(path):
-    """(name of the model that it was trained from, weights, flags of its training) of a file of
-    minFiD, minDPR or DPR.
+    """Return (name of the model that it was trained from, weights, flags of its training) of a file
+    of minFiD, minDPR or DPR.
 
     Raises InputError.
     """
@@ -307,8 +307,8 @@ def announce_random_start(name):
 
 
 def load_tokenizer(path_or_name, fallback):
-    """The tokenizer that a model folder carries, else that of `fallback` (the released FiD readers
-    and minFiD have none).
+    """Return the tokenizer that a model folder carries, else that of `fallback` (the released FiD
+    readers and minFiD have none).
 
     Raises InputError.
     """
@@ -345,7 +345,7 @@ def check_words(tokenizer, folder):
 
 
 def check_vocabulary(tokenizer, embeddings, remedy):
-    """Raises InputError if the tokenizer has ids that a model has no embedding for."""
+    """Raise InputError if the tokenizer has ids that a model has no embedding for."""
     count = getattr(embeddings, "weight", embeddings).shape[0]
     if len(tokenizer) > count:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} ids, the "
@@ -360,8 +360,8 @@ def has_tokenizer(folder):
 
 
 def read_training_args(path):
-    """What a checkpoint says of its training (num_contexts, max_length, ...): our args.json or
-    minFiD's args; else {}. Raises InputError.
+    """Return what a checkpoint says of its training (num_contexts, max_length, ...): our args.json
+    or minFiD's args; else {}. Raises InputError.
     """
     trained = open_model_file(str(path))[2] if os.path.isfile(path) else read_args(path)
     for name in ("num_contexts", "max_length", "eval_answer_maxlength"):
@@ -372,7 +372,7 @@ def read_training_args(path):
 
 
 def read_config(folder, kind="T5"):
-    """The configuration of a model folder.
+    """Return the configuration of a model folder.
 
     Raises InputError where there is none that transformers knows, or one with absurd sizes.
     """

@@ -32,8 +32,9 @@ def input_texts(record, num_contexts):
 
 
 def encode_inputs(tokenizer, records, num_contexts, max_length):
-    """Per record the token ids of each of its inputs, at most max_length: "question: ... title: ...
-    context: ...", with "history: TURN TURN ..." before it where the record has a chat_history.
+    """Return per record the token ids of each of its inputs, at most max_length: "question: ...
+    title: ... context: ...", with "history: TURN TURN ..." before it where the record has a
+    chat_history.
 
     What does not fit is cut: first the oldest turns, then the passage's end. There is no </s>.
     """
@@ -94,7 +95,7 @@ def list_targets(record):
 
 
 def check_targets(records, tokenizer, max_length, path):
-    """Raises InputError for a training record without an answer or, with max_length > 0, with a
+    """Raise InputError for a training record without an answer or, with max_length > 0, with a
     longer one in tokens.
     """
     for record in records:

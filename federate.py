@@ -308,7 +308,7 @@ def federate(args, grid=None):
 
 
 def open_server(args, task, out, arguments, world, grid, simulated):
-    """The Server of one model, from the start or from OUT.state. Raises InputError."""
+    """Return the Server of one model, from the start or from OUT.state. Raises InputError."""
     strategy, noise_multiplier = make_strategy(args)
     sets = ["dev"] if task.measures_on(task.parse(out, arguments)) else []
     run = task.open(out, arguments, world, sets)

@@ -234,7 +234,7 @@ def read_settings(path, kind=dict):
 
 
 def parse_json(text, path, line_number):
-    """The object that `text`, which begins at this line, spells.
+    """Return the object that `text`, which begins at this line, spells.
 
     Raises InputError with file, line and column where it spells none, or one that cannot be used.
     """

@@ -21,7 +21,7 @@ def encode(stack, ids, groups):
 
 
 def encode_by_block(stack, chunks, use_checkpoint=False):
-    """encode of each chunk (ids, groups), [(S, D)], a block at a time for all of them.
+    """Return encode of each chunk (ids, groups), [(S, D)], a block at a time for all of them.
 
     use_checkpoint: only what goes into a block is kept, and the block is computed again in the
     backward pass.
@@ -85,7 +85,8 @@ def feed_forward(layer, x, p):
 # ---------------------------------------------------------------- decoder
 
 def decode(stack, ids, memory, memory_bias, cache=None, raw_scores=None, use_checkpoint=False):
-    """Last hidden states (B, T, D) of the target ids (B, T), which attend to the memory (B, M, D).
+    """Return last hidden states (B, T, D) of the target ids (B, T), which attend to the memory (B,
+    M, D).
 
     memory_bias (B, 1 or H, 1 or T, M) is added to the cross-attention's scores. `cache`, a list,
     holds each block's past keys and values, empty at first: the ids follow on what it holds.

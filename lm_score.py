@@ -218,8 +218,8 @@ def read_jobs(args, is_reader, world):
 
 
 def list_keys(question, corpus):
-    """The keys of a record, in the order of its teacher_scores: those of labelled_keys, ctxs, or
-    the documents that pos_index and neg_index name.
+    """Return the keys of a record, in the order of its teacher_scores: those of labelled_keys,
+    ctxs, or the documents that pos_index and neg_index name.
 
     Raises InputError for a record without any of these fields.
     """
@@ -249,7 +249,7 @@ def to_context(key, template, location):
 
 
 def choose_answers(question, how):
-    """The answers whose likelihood is asked for. Raises InputError where there is none."""
+    """Return the answers whose likelihood is asked for. Raises InputError where there is none."""
     answers, target = gold_answers(question.record, question.location)
     own_target = question.record.get("target")
     if isinstance(own_target, str) and has_text(own_target):
@@ -266,7 +266,7 @@ def choose_answers(question, how):
 # ---------------------------------------------------------------- models
 
 def open_scorer(args, is_reader, trained, config, world):
-    """The Scorer of --model_name_or_path; `trained`: what it says of its training.
+    """Return the Scorer of --model_name_or_path; `trained`: what it says of its training.
 
     Raises InputError.
     """
@@ -323,7 +323,7 @@ def embeddings_of(model):
 
 
 def open_seq2seq(name, dtype, device):
-    """A sequence-to-sequence model other than a T5, such as BART. Raises InputError."""
+    """Return a sequence-to-sequence model other than a T5, such as BART. Raises InputError."""
     folder, _ = find_model(name)
     find_weights(folder, required=True)
     with refusing(f"{name}: its weights cannot be read", "fetch the folder again"):
@@ -392,7 +392,7 @@ def count_excess(scorer, text):
 
 
 def make_texts(scorer, job, keys):
-    """For each key a list of Texts, one per answer, of the job's template."""
+    """Return for each key a list of Texts, one per answer, of the job's template."""
     answers = [strip(answer, job) for answer in job.answers]
     if scorer.kind == "causal" and job.template == TEMPLATES["lrlm"]:
         if any(scorer.frame):
@@ -486,8 +486,8 @@ def make_side_by_side(scorer, job, keys, answers):
 
 
 def make_reader_texts(scorer, job):
-    """For each passage a list of Texts as the reader was trained: with the record's chat_history,
-    the passage cut on the right, and </s> behind the answer.
+    """Return for each passage a list of Texts as the reader was trained: with the record's
+    chat_history, the passage cut on the right, and </s> behind the answer.
 
     Raises InputError if question and answer do not fit.
     """
@@ -592,7 +592,7 @@ def answer_logits(scorer, prompts, is_real, labels, owners):
 # ---------------------------------------------------------------- the run
 
 def make_fingerprint(args, world):
-    """What the scores depend on, on every process: the data, the model, and the flags."""
+    """Return what the scores depend on, on every process: the data, the model, and the flags."""
     fingerprint = []
     if world.is_main:
         name = args.model_name_or_path

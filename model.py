@@ -224,8 +224,10 @@ class FiDT5(nn.Module):
     """A T5 whose encoder reads N passages per question; see the module's docstring for shapes."""
 
     def __init__(self, t5, stated_start=None, ignored=()):
-        """`stated_start`: the id that targets begin with by the files of the T5, if they name one;
-        `ignored`: settings of them that are not followed, in words.
+        """Wrap a T5 of transformers.
+
+        stated_start: the id that targets begin with, if the T5's files name one.
+        ignored: the settings of these files that are not followed, in words.
         """
         super().__init__()
         self.t5 = t5
@@ -248,7 +250,7 @@ class FiDT5(nn.Module):
 
     @property
     def end_tokens(self):
-        """The ids that end an answer."""
+        """Return the ids that end an answer."""
         ends = self.config.eos_token_id
         return ends if isinstance(ends, list) else [ends]
 
@@ -299,14 +301,14 @@ class FiDT5(nn.Module):
         self.config.passage_stride = max_length
 
     def check_records(self, records, num_contexts, path, trains=False):
-        """Any record can be read."""
+        """Do nothing: a T5 reader can read any record."""
 
     def make_collator(self, tokenizer, num_contexts, max_length):
         """What turns samples into this reader's batches."""
         return Collator(tokenizer, num_contexts, max_length)
 
     def add_adapters(self, args, device):
-        """Raises InputError."""
+        """Raise InputError: a T5 reader takes no adapters."""
         raise InputError("--lora is for causal language models: the layers of a T5 reader "
                          "(layers.py) run without the modules that peft replaces; leave it out")
 
@@ -345,8 +347,8 @@ class FiDT5(nn.Module):
         return memory
 
     def decode(self, ids, memory, cache=None, raw_scores=None):
-        """Logits (B, T, V), float32, after the target ids (B, T); see layers.decode for `cache` and
-        `raw_scores`.
+        """Return logits (B, T, V), float32, after the target ids (B, T); see layers.decode for
+        `cache` and `raw_scores`.
         """
         bias = torch.zeros(memory.mask.shape, device=ids.device).masked_fill(~memory.mask, LOWEST)
         bias = bias[:, None, None]  # (B, M) -> (B, 1, 1, M)
@@ -365,7 +367,9 @@ class FiDT5(nn.Module):
 
     @property
     def scales_states(self):
-        """True if the decoder's states are scaled before the output layer, as in transformers."""
+        """Return True if the decoder's states are scaled before the output layer, as in
+        transformers.
+        """
         config = self.config
         if config.model_type == "umt5":
             return config.tie_word_embeddings
@@ -425,12 +429,12 @@ class FiDT5(nn.Module):
 
     @property
     def is_steered(self):
-        """True if generation_config.json holds settings that change greedy answers."""
+        """Return True if generation_config.json holds settings that change greedy answers."""
         return any(name in GREEDY_SETTINGS for name in list_settings(self.t5.generation_config))
 
     def greedy(self, memory, max_length):
-        """The likeliest token at each step, (B, <= max_length); questions that have ended leave the
-        batch.
+        """Return the likeliest token at each step, (B, <= max_length); questions that have ended
+        leave the batch.
         """
         ends = torch.tensor(self.end_tokens, device=memory.mask.device)
         B, device = len(memory.mask), memory.mask.device

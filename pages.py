@@ -206,8 +206,8 @@ class Kept(NamedTuple):
 
 
 def choose_kept(question, depth):
-    """The Kept passages of a question: the first ones, and of those below `depth` the first with an
-    answer, the first that is relevant, and the reader's favourite.
+    """Return the Kept passages of a question: the first ones, and of those below `depth` the first
+    with an answer, the first that is relevant, and the reader's favourite.
     """
     ranks = set(range(1, min(depth, len(question.contexts)) + 1))
     ranks |= {find_rank(question, "has_answer"), find_rank(question, "is_relevant")} - {0}
@@ -230,8 +230,9 @@ def find_rank(question, name):
 
 
 def describe_row(question):
-    """[em, f1, rank of the first answer, of the first relevant passage, passages, those with an
-    answer]: by this pages.js filters. A rank is 0 where there is none, None where it is not known.
+    """Return [em, f1, rank of the first answer, of the first relevant passage, passages, those with
+    an answer]: by this pages.js filters. A rank is 0 where there is none, None where it is not
+    known.
     """
     answer_rank = find_rank(question, "has_answer") if question.answers else None
     relevant_rank = find_rank(question, "is_relevant") if question.is_labelled else None

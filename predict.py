@@ -26,7 +26,7 @@ CHECKED = 10_000  # answers that check_answers looks at: a second or two
 
 
 def add_answer_flags(add):
-    """Adds what the answers of a reader depend on, by the function of a group."""
+    """Add what the answers of a reader depend on, by the function of a group."""
     add_tokenizer_flags(add)
     add("--answer_maxlength", type=int,
         help="most tokens to generate; default: as evaluated in training, else "

@@ -175,7 +175,7 @@ def is_key(item):
 
 
 def check_types(record, location, names=LIST_FIELDS):
-    """Raises InputError for a record whose fields of these names are no lists of what they should
+    """Raise InputError for a record whose fields of these names are no lists of what they should
     hold (passages, indices, or else keys), or whose task is no text.
     """
     for name in names:
@@ -308,7 +308,7 @@ def history_turns(record, location=""):
 # ---------------------------------------------------------------- records for the reader
 
 def read_records(path, keep_contexts=None, log=log_on_main):
-    """The records of a file, checked, their contexts in the reader's order.
+    """Return the records of a file, checked, their contexts in the reader's order.
 
     Every record gets `question`, `answers` (may be empty), `ctxs` and `id`; other fields are kept.
     Contexts are sorted by descending score, ties in file order, if the file's first context has one
@@ -368,7 +368,8 @@ def retrieval_score(context):
 
 
 def check_record(record, location, index):
-    """A copy of the record with the fields that the reader uses; `index` is its id if it has none.
+    """Return a copy of the record with the fields that the reader uses; `index` is its id if it has
+    none.
 
     Raises InputError.
     """
@@ -480,7 +481,7 @@ class Question(NamedTuple):
 
 
 def make_question(record, location, index, task=""):
-    """The Question of a record; `index` is its id if it has none, `task` its task.
+    """Return the Question of a record; `index` is its id if it has none, `task` its task.
 
     Raises InputError.
     """
@@ -576,7 +577,8 @@ def split_line(line, separator, location):
 
 
 def split_header(line, location):
-    """(column names, the separator) of a table's first line, names being None if it is no header.
+    """Return (column names, the separator) of a table's first line, names being None if it is no
+    header.
 
     A header names a question, and an id or answers unless it is the only column. Raises InputError
     for one that names no question, or a column twice.
@@ -623,8 +625,8 @@ def read_named_columns(path, lines, names, separator):
 
 
 def make_record(row, location):
-    """The record of {column: cell}, without the empty ones: `id`, `answers` as a list, the others
-    as they are named.
+    """Return the record of {column: cell}, without the empty ones: `id`, `answers` as a list, the
+    others as they are named.
 
     Raises InputError.
     """
@@ -641,7 +643,7 @@ def make_record(row, location):
 
 
 def parse_two_columns(line, path, location):
-    """The record of a line without a header: question and answers, or id and text.
+    """Return the record of a line without a header: question and answers, or id and text.
 
     A second column that is a list holds answers, as in DPR's files, whose cells are quoted as csv
     does. Any other line is an id and, as it stands after the first tab, a text; so is one that

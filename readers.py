@@ -90,7 +90,7 @@ def open_reader(path_or_name, dropout=None, args=None, spread=False, trained=Fal
 
 
 def open_fid(path_or_name, dropout, given, dtype, trained):
-    """A FiDT5. Raises InputError if flags of causal language models are given."""
+    """Return a FiDT5. Raises InputError if flags of causal language models are given."""
     if given:
         raise InputError(f"--{min(given)} is for causal language models, {path_or_name} is a T5; "
                          "leave it out")
@@ -98,7 +98,7 @@ def open_fid(path_or_name, dropout, given, dtype, trained):
 
 
 def place_reader(reader, world, spread):
-    """Moves a reader to this process's device or, if it is to be `spread` over all processes, this
+    """Move a reader to this process's device or, if it is to be `spread` over all processes, this
     one's part of it (sharding.py).
     """
     if spread:

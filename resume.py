@@ -48,7 +48,7 @@ def restore_random_states(states, device):
 # ---------------------------------------------------------------- resume state
 
 def save_state(run):
-    """Writes OUT.state: weights, optimizer, schedule, every process's random states, progress.
+    """Write OUT.state: weights, optimizer, schedule, every process's random states, progress.
 
     All processes call it.
     """

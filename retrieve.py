@@ -124,7 +124,7 @@ def keep_judged(questions, qrels, log):
 
 
 def check_records(questions, labels, corpus, args):
-    """Raises InputError, before the search, for questions without what the outputs need."""
+    """Raise InputError, before the search, for questions without what the outputs need."""
     for name in list_measures(args):
         if questions and name == "nq" and not any(question.answers for question in questions):
             raise InputError("nq cannot be measured: no query has 'answers'")
@@ -186,7 +186,7 @@ def limit_hits(args, corpus, questions, log):
 # ---------------------------------------------------------------- BM25
 
 def search_bm25(args, corpus, questions, world):
-    """BM25 by bm25s; each process scores a strided share of the questions."""
+    """Return the Results of BM25 by bm25s; each process scores a strided share of the questions."""
     index, words = open_bm25(args, corpus, world)
     if not questions:
         return None
@@ -260,9 +260,9 @@ class DenseIndex(NamedTuple):
 
 
 def search_dense(args, corpus, questions, world):
-    """Dense retrieval: every process searches its part of the corpus for all questions.
+    """Return the Results of dense retrieval, on the main process.
 
-    The main process merges the best of all parts.
+    Every process searches its part of the corpus for all questions; the main one merges them.
     """
     tasks = sorted({question.task for question in questions}) or [args.task]
     index = open_dense(args, corpus, tasks, world)
@@ -273,7 +273,7 @@ def search_dense(args, corpus, questions, world):
 
 
 def open_dense(args, corpus, tasks, world):
-    """The DenseIndex of the flags for questions of these tasks; encodes what is missing."""
+    """Return the DenseIndex of the flags for questions of these tasks, encoded if need be."""
     model, collator = open_retriever(args, corpus, world)
     check_one_instruction(collator, tasks)
     log_instructions(args, collator, tasks, world.log)
@@ -297,7 +297,7 @@ def search_settings(args):
 
 
 def search_query_vectors(args, index, query_vectors, world):
-    """Results of the questions' vectors (Q, D) on the main process, None on the others."""
+    """Return results of the questions' vectors (Q, D) on the main process, None on the others."""
     if index.parts is None:
         first, last = part_range(len(index.vectors), world.rank, world.size)
         doc_indices, scores = search_vectors(index.vectors, query_vectors, first, last, args.hits,
@@ -310,7 +310,7 @@ def search_query_vectors(args, index, query_vectors, world):
 
 
 def open_retriever(args, corpus, world):
-    """(BiEncoder or CrossEncoder, collator) of the flags; the model settles lengths and pooling."""
+    """Return (BiEncoder or CrossEncoder, collator); set lengths and pooling from the model."""
     texts = settle_texts(args, args.key_encoder, world.log)
     if args.ranker:
         model = CrossEncoder.open(args.query_encoder, trained=True)
@@ -335,7 +335,7 @@ def open_retriever(args, corpus, world):
 
 
 def log_instructions(args, collator, tasks, log):
-    """Logs whose instructions are used, or that none are though the model is known for them."""
+    """Log whose instructions are used, or that none are though the model is known for them."""
     if collator.texts.prompts is not None:
         return  # describe_texts names them
     uses_instructions = any(any(collator.instruction(task)) for task in tasks)
@@ -347,7 +347,7 @@ def log_instructions(args, collator, tasks, log):
 
 
 def open_vectors(args, corpus, model, collator, task, world):
-    """The corpus's vectors (N, D), in --index; encodes those that are missing."""
+    """Return the corpus's vectors (N, D), in --index, after encoding the missing ones."""
     encoder = model.encoders.get("key", model.query_encoder)
     settings = {"template": corpus.template, "max_length": args.key_max_length,
                 "metric": model.metric, "dtype": args.dtype, "bf16": args.bf16,
@@ -430,7 +430,7 @@ def rank_candidates(args, corpus, questions, world):
 
 @torch.no_grad()
 def score_texts(args, model, collator, question, texts, world):
-    """The model's scores (n) of key texts for one question, a numpy array."""
+    """Return the model's scores (n) of key texts for one question, a numpy array."""
     if not texts:
         return np.zeros(0, np.float32)
     with torch.autocast(world.device.type, torch.bfloat16, enabled=args.bf16):

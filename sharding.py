@@ -20,7 +20,7 @@ from utils import InputError
 
 
 def shard(reader, blocks, biases, world):
-    """Spreads a reader over the processes; `blocks` are the units, `biases` are modules within them
+    """Spread a reader over the processes; `blocks` are the units, `biases` are modules within them
     that others use too.
 
     The weights may be of any type and lie in a file: a unit at a time becomes float32, and what

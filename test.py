@@ -88,8 +88,8 @@ def parse_args():
 
 
 def choose_lengths(args, log):
-    """Sets the numbers of contexts and the input length: as given, else as trained; logs where they
-    differ.
+    """Set the numbers of contexts and the input length: as given, else as trained. Log where
+    they differ.
 
     Raises InputError if a value is out of range.
     """
@@ -103,8 +103,7 @@ def choose_lengths(args, log):
 
 
 def check_outputs(args):
-    """Raises InputError for an output that cannot be written, or that nothing would be written to.
-    """
+    """Raise InputError for an output that cannot be written, or that would stay empty."""
     predictions = []
     if args.pred:
         predictions = [prediction_path(args, num_contexts) for num_contexts in args.num_contexts]
@@ -125,7 +124,9 @@ def check_outputs(args):
 
 
 def prediction_path(args, num_contexts):
-    """Where the predictions with that many contexts go: --pred, numbered if there are several."""
+    """Return where the predictions with that many contexts go: --pred, numbered if there are
+    several.
+    """
     if len(args.num_contexts) == 1 or is_stream(args.pred):
         return args.pred
     ending = ".gz" if args.pred.endswith(".gz") else ""

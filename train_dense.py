@@ -78,8 +78,8 @@ class RetrieverRun(Run):
 # ---------------------------------------------------------------- loss
 
 def compute_loss(run, batch):
-    """(loss over the queries of all processes, their number); every process computes the same one,
-    see dense/gather.py.
+    """Return (loss over the queries of all processes, their number); every process computes the
+    same one, see dense/gather.py.
     """
     flags = run.task_flags[batch["task"]]
     # a batch that is not real takes part in the gather with no rows
@@ -210,8 +210,7 @@ def combine_losses(weighted_losses):
 # ---------------------------------------------------------------- training
 
 def train_update(run, batches, micro_batches):
-    """One optimizer step over that many micro-batches; returns (mean loss, its weight, 1, queries)
-    over all processes.
+    """Take an optimizer step over micro-batches. Return (mean loss, 1, queries of all processes).
 
     Raises InputError naming the records if the loss or the gradient is not finite; the weights are
     untouched then.
@@ -385,8 +384,7 @@ def keep_measures(run, measures):
 # ---------------------------------------------------------------- saving
 
 def save_best(run):
-    """Writes OUT: the retriever as a sentence-transformers folder with its tokenizer and args.json.
-    """
+    """Write OUT: a sentence-transformers folder of the retriever, its tokenizer and args.json."""
     args = run.args
     model = merge_adapters(run.unwrapped, args) if args.lora else run.unwrapped
     roles = {"": "query"} if args.ranker else {role: role or "query" for role in model.encoders}
@@ -404,7 +402,9 @@ def save_best(run):
 
 
 def describe_retriever(run):
-    """The content of args.json: what retrieve.py needs to use the retriever as it was trained."""
+    """Return the content of args.json: what retrieve.py needs to use the retriever as it was
+    trained.
+    """
     args, model = run.args, run.unwrapped
     used = used_instructions(run)
     # of the flags, what was used: by default no instruction is, unless an example names a task
@@ -428,7 +428,7 @@ def used_instructions(run):
 
 
 def sentence_transformers_prompts(run):
-    """{query, document: instruction} if all tasks have the same instructions, else {}."""
+    """Return {query, document: instruction} if all tasks have the same instructions, else {}."""
     instructions = {run.collator.instruction(task) for task in run.task_flags}
     if len(instructions) != 1:
         return {}
@@ -445,7 +445,7 @@ def encoders_of(model, args):
 
 
 def merge_adapters(model, args):
-    """A copy of the model, on the CPU, whose LoRA adapters are merged into the weights."""
+    """Return a copy of the model, on the CPU, whose LoRA adapters are merged into the weights."""
     model = copy_to_cpu(model)
     for module in encoders_of(model, args):
         module.model = unload_adapters(module.model).float()
@@ -455,7 +455,7 @@ def merge_adapters(model, args):
 # ---------------------------------------------------------------- setting up
 
 def open_model(args, texts, device):
-    """The retriever or ranker of the flags, with LoRA adapters if they are asked for."""
+    """Return the retriever or ranker of the flags, with LoRA adapters if they are asked for."""
     if args.ranker:
         model = CrossEncoder.open(args.query_encoder, args.dropout)
     else:
@@ -473,8 +473,8 @@ def second_encoder(args):
 
 
 def open_retriever(args, texts):
-    """The BiEncoder of the flags; sets --pooling_method and --dense_metric to what the checkpoint
-    states if not given.
+    """Return the BiEncoder of the flags. --pooling_method and --dense_metric become the checkpoint's
+    where they are not given.
     """
     model = BiEncoder.open(args.query_encoder, second_encoder(args), pooling=args.pooling_method,
                            metric=args.dense_metric, dropout=args.dropout,
@@ -491,7 +491,7 @@ def open_retriever(args, texts):
 
 
 def add_adapters(model, args, device):
-    """Freezes the transformers, packs them with --load_in_4bit, and adds LoRA adapters of rank
+    """Freeze the transformers, pack them with --load_in_4bit, and add LoRA adapters of rank
     --lora. Raises InputError.
     """
     for module in encoders_of(model, args):
@@ -532,7 +532,8 @@ def read_dev(args, corpus, queries, log):
 
 
 def set_up(args, world, sets=BOTH_SETS):
-    """The RetrieverRun of these flags: everything read and built, from the start or from OUT.state.
+    """Return the RetrieverRun of these flags: everything read and built, from the start or from
+    OUT.state.
 
     sets: what is read, of "train" and "dev". Raises InputError.
     """
@@ -646,7 +647,7 @@ def count_warmup(args, updates):
 
 
 def describe(run):
-    """Logs the lines that a run starts with."""
+    """Log the lines that a run starts with."""
     args, log = run.args, run.world.log
     log(describe_machine(run.world, args.gpus))
     kind = f"retriever, metric {args.dense_metric}, pooling {args.pooling_method}"

@@ -105,7 +105,7 @@ SET_PATHS = {"train": "data_train", "dev": "data_val"}
 # ---------------------------------------------------------------- flags
 
 def parse_args(arguments=None):
-    """The flags as a Namespace, of the command line or of a list of arguments."""
+    """Return the flags as a Namespace, of the command line or of a list of arguments."""
     # no abbreviations: --model would be taken for --model_name_or_path
     parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
@@ -227,7 +227,7 @@ def settle_paths(args, sets):
 
 
 def check_retriever(args):
-    """Raises InputError for flags of the frozen retriever that do not fit together."""
+    """Raise InputError for flags of the frozen retriever that do not fit together."""
     others = [name for name in ("corpus", "index", "num_retrieved") if getattr(args, name)]
     if not args.retriever:
         if others:
@@ -248,7 +248,7 @@ def check_retriever(args):
 
 
 def check_args(args, sets=BOTH_SETS):
-    """Rejects wrong flags before anything is read. Raises InputError.
+    """Reject wrong flags before anything is read. Raises InputError.
 
     sets: see set_up.
     """
@@ -403,7 +403,7 @@ def plan_cost(run):
 
 
 def answer(run, reader, records):
-    """The Summary of a reader's answers to records, with the run's lengths and contexts."""
+    """Return the Summary of a reader's answers to records, with the run's lengths and contexts."""
     args = run.args
     predictions = predict(reader, records, run.tokenizer, run.world, num_contexts=args.num_contexts,
                           max_length=args.max_length, batch_size=args.batch_size_val,
@@ -449,7 +449,7 @@ def explain_zero(run):
 
 
 def report(run, measures):
-    """Logs a line and a row of the updates since the last report and keeps the reader if its dev EM
+    """Log a line and a row of the updates since the last report, and keep the reader if its dev EM
     is the best.
     """
     progress = run.progress
@@ -483,7 +483,7 @@ def keep_measures(run, measures):
 
 
 def save_best(run):
-    """Writes OUT: the reader as a folder of transformers with its tokenizer and args.json."""
+    """Write OUT: the reader as a folder of transformers with its tokenizer and args.json."""
     args, progress = run.args, run.progress
     if not run.world.is_main:
         if args.fsdp:
@@ -501,7 +501,7 @@ def save_best(run):
 # ---------------------------------------------------------------- setting up
 
 def set_up(args, world, sets=BOTH_SETS):
-    """The Run of these flags: everything read and built, from the start or from OUT.state.
+    """Return the Run of these flags: everything read and built, from the start or from OUT.state.
 
     sets: what is read, of "train" and "dev". Raises InputError.
     """

@@ -359,8 +359,8 @@ def run_script(main, args):
 
 
 def call_main(main, args):
-    """Calls main(args) and returns the exit code: 0, or 1 after the one line on stderr that bad
-    input and lost processes become.
+    """Call main(args). Return the exit code: 0, or 1 after one line on stderr for bad input or lost
+    processes.
     """
     rank = int(os.environ["RANK"]) if os.environ.get("RANK", "").isdecimal() else 0
     same_command = "the same command" + (" with --resume" if hasattr(args, "resume") else "")

@@ -119,7 +119,7 @@ class GroupCollator:
     """
 
     def __init__(self, texts, args, corpus=None):
-        """texts: a Texts, which dense/texts.py settles."""
+        """Set up a collator for these Texts (dense/texts.py)."""
         self.texts = texts
         self.args = args
         self.corpus = corpus
@@ -171,7 +171,7 @@ class GroupCollator:
         return self.tokenize(prompted, "query", self.args.query_max_length)
 
     def keys(self, texts, tasks):
-        """Token ids of key texts, each with its task's instruction."""
+        """Return token ids of key texts, each with its task's instruction."""
         prompted = []
         for text, task in zip(texts, tasks):
             _, before_key = self.instruction(task)
@@ -184,7 +184,8 @@ class GroupCollator:
                         append_eos=self.texts.appends_end)
 
     def pairs(self, queries, keys):
-        """[(token ids, token types)] of the pairs of a query and a key text, for a ranker."""
+        """Return [(token ids, token types)] of the pairs of a query and a key text, for a ranker.
+        """
         max_length = self.args.query_max_length + self.args.key_max_length
         tokenizer = self.texts.tokenizers["query"]
         rows = tokenizer(queries, keys, truncation=True, max_length=max_length,

@@ -78,8 +78,8 @@ HUB_PREFIXES = ("question_encoder.", "ctx_encoder.")
 
 def open_encoders(name, key_name=None, pooling=None, dropout=None, trained=False,
                   truncate_dim=None):
-    """(query encoder, key encoder or None if one serves both, what the checkpoint states of metric,
-    temperature, separator).
+    """Return (query encoder, key encoder or None if one serves both, what the checkpoint states of
+    metric, temperature, separator).
 
     For the arguments see BiEncoder.open. Raises InputError.
     """
@@ -166,7 +166,7 @@ def open_encoder(description, pooling=None, dropout=None, trained=False):
 
 
 def open_transformer(folder, dropout=None, trained=False):
-    """The transformer of a folder in float32.
+    """Return the transformer of a folder in float32.
 
     One without weights starts from random ones, which is printed, or is refused if it must be
     `trained`. Raises InputError for a file that lacks weights of the transformer.
@@ -268,7 +268,7 @@ def open_activation(name, path):
 
 
 def open_dpr_file(path, dropout=None):
-    """(query encoder, key encoder) of minDPR's file ('query_encoder.encoder.'...) or DPR's
+    """Return (query encoder, key encoder) of minDPR's file ('query_encoder.encoder.'...) or DPR's
     ('question_model.'...).
     """
     folder, weights = find_model(path)
@@ -300,8 +300,8 @@ def open_dpr_folder(folder, config, dropout=None):
 
 
 def build_dpr_encoder(config, weights, prefixes, path, dropout):
-    """The TextEncoder of the weights whose names begin with one of the prefixes; DPR's may have a
-    projection behind it.
+    """Return the TextEncoder of the weights whose names begin with one of the prefixes; DPR's may
+    have a projection behind it.
     """
     bert_weights, projection = {}, {}
     for prefix in prefixes:
@@ -326,7 +326,7 @@ def build_dpr_encoder(config, weights, prefixes, path, dropout):
 
 
 def build_bert(config, weights, source, dropout=None):
-    """A transformer of a configuration with these weights.
+    """Return a transformer of a configuration with these weights.
 
     Raises InputError, naming `source`, if they do not fit.
     """
@@ -342,8 +342,8 @@ def build_bert(config, weights, source, dropout=None):
 
 
 def open_fid_retriever(folder, config, dropout=None):
-    """FiD's distilled retriever (arXiv 2012.04584): BERT, projection and norm of each token, then
-    the mean over all positions or over the real ones.
+    """Return FiD's distilled retriever (arXiv 2012.04584): BERT, projection and norm of each token,
+    then the mean over all positions or over the real ones.
 
     Raises InputError for different masks of questions and passages: they share one encoder.
     """
@@ -371,8 +371,8 @@ def open_fid_retriever(folder, config, dropout=None):
 # ---------------------------------------------------------------- rankers
 
 def open_ranker(name, dropout=None, trained=False):
-    """(transformers' sequence classifier with one score, the activation of its scores or None); for
-    the arguments see CrossEncoder.open.
+    """Return (transformers' sequence classifier with one score, the activation of its scores or
+    None); for the arguments see CrossEncoder.open.
 
     Raises InputError.
     """
@@ -452,7 +452,7 @@ def read_ranker_activation(folder, config):
 # ---------------------------------------------------------------- saving
 
 def save_encoder(folder, encoder, metric, max_length, prompts):
-    """Writes one encoder as a sentence-transformers folder; FiD's retriever in FiD's own layout."""
+    """Write one encoder as a sentence-transformers folder; FiD's retriever in FiD's own layout."""
     if encoder.head_first:
         save_fid_retriever(folder, encoder)
         return
@@ -507,7 +507,7 @@ def pair_activations(layers):
 
 
 def save_head(folder, layer, activation=None):
-    """Writes a layer of the head as the module of sentence-transformers that open_head opens."""
+    """Write a layer of the head as the module of sentence-transformers that open_head opens."""
     if isinstance(layer, Normalize):
         write_json(os.path.join(folder, "config.json"), {})
         return

@@ -107,8 +107,8 @@ def check_labels(question, pos_index, metrics, corpus_size):
 
 
 def rank_set(questions, template, log, hard=30, other=30):
-    """DPR's average-rank validation, with its defaults: each question's first positive, 30 hard and
-    30 other negatives; logs how many questions have no positive.
+    """Return DPR's average-rank validation, with its defaults: each question's first positive, 30
+    hard and 30 other negatives; logs how many questions have no positive.
     """
     dev = DevSet("rank", [], [], [], [], [])
     for question in questions:
@@ -156,7 +156,8 @@ class FirstDocuments:
 
 
 def sample_dev_set(dev, corpus, world):
-    """(DevSet, corpus, the share of the work that they take): a part to time an evaluation by.
+    """Return (DevSet, corpus, the share of the work that they take): a part to time an evaluation
+    by.
 
     A search takes the time of encoding the corpus, anything else that of the queries.
     """

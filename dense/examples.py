@@ -342,8 +342,8 @@ def make_triple(text, are_ids, source, location):
 # ---------------------------------------------------------------- contexts with a reader's scores
 
 def trains_on_contexts(record, reader_scores, distills):
-    """True if a record's keys are its `ctxs`: it has no others, or they have a reader's scores to
-    be distilled and the others have none.
+    """Return True if a record's keys are its `ctxs`: it has no others, or they have a reader's
+    scores to be distilled and the others have none.
     """
     if not record.get("ctxs"):
         return False
@@ -354,7 +354,7 @@ def trains_on_contexts(record, reader_scores, distills):
 
 
 def score_contexts(record, location, reader_scores):
-    """(contexts, their scores or None) of a reader's record, a group to distil as it stands.
+    """Return (contexts, their scores or None) of a reader's record, a group to distil as it stands.
 
     The scores are the record's `teacher_scores`, one per context, or the contexts' own `score`. A
     retriever must not learn from its own scores. So `score` counts only where test.py --scores has
@@ -455,7 +455,7 @@ def reason_to_drop_unlabelled(example, group_size, margin, least):
 
 
 def read_training(args, corpus, queries, log):
-    """The TrainingData of the flags; logs what is dropped.
+    """Return the TrainingData of the flags; logs what is dropped.
 
     Raises InputError if nothing is left, or teacher scores are missing.
     """
@@ -533,8 +533,8 @@ def uses_others(args, flags):
 
 
 def drop_examples(examples, args, flags, log):
-    """The examples of a dataset that are trained on, at most --max_sample_num; logs why others are
-    dropped.
+    """Return the examples of a dataset that are trained on, at most --max_sample_num; logs why
+    others are dropped.
     """
     if not args.graded:
         examples, dropped = filter_examples(examples, args.train_group_size, flags.select_positive,
@@ -576,7 +576,7 @@ def make_group_rule(args, flags, example):
 # ---------------------------------------------------------------- the group of one visit
 
 def choose_group(example, rule, rng):
-    """(keys, their scores or None) of one visit: a positive and group_size - 1 negatives, by
+    """Return (keys, their scores or None) of one visit: a positive and group_size - 1 negatives, by
     LLM-Embedder's rules.
 
     select_positive   first or random of pos; teacher: the highest score of all keys; teacher-pos:

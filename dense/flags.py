@@ -283,7 +283,7 @@ def check_training_data(args, sets):
 
 
 def check_unused(args):
-    """Raises InputError for flags that others leave without effect."""
+    """Raise InputError for flags that others leave without effect."""
     if args.ranker and args.mask_duplicates:
         raise InputError("--mask_duplicates masks other queries' negatives, which a ranker does "
                          "not read; leave it out")

@@ -40,7 +40,7 @@ class BiEncoder(nn.Module):
         return {"": self.query_encoder}
 
     def encode(self, texts, role, chunk_size=0):
-        """Vectors (n, D) of n lists of token ids; role is query or key; chunk_size: see
+        """Return vectors (n, D) of n lists of token ids; role is query or key; chunk_size: see
         dense/grad_cache.py.
         """
         encoder = self.encoders.get(role, self.query_encoder)
@@ -90,8 +90,9 @@ class BiEncoder(nn.Module):
     @classmethod
     def open(cls, name, key_name=None, *, metric=None, pooling=None, temperature=None, dropout=None,
              truncate_dim=None, trained=False):
-        """The retriever of a folder or hub name (ours, sentence-transformers', transformers',
-        FiD's), or of minDPR's or DPR's file; key_name opens a second encoder for the keys.
+        """Return the retriever of a folder or hub name (ours, sentence-transformers',
+        transformers', FiD's), or of minDPR's or DPR's file; key_name opens a second encoder for the
+        keys.
 
         What is None is as the checkpoint states, else as sentence-transformers has it (cos, mean,
         of a causal language model the last token), 1 and its own dropout; the temperature of
@@ -170,7 +171,8 @@ class CrossEncoder(nn.Module):
 
     @classmethod
     def open(cls, name, dropout=None, trained=False):
-        """The ranker of a folder or hub name; an encoder without a ranking head gets a random one.
+        """Return the ranker of a folder or hub name; an encoder without a ranking head gets a
+        random one.
 
         Raises InputError, with `trained` also for a folder that is no trained ranker.
         """

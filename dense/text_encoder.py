@@ -94,7 +94,7 @@ class TextEncoder(nn.Module):
                 and self.truncate_dim is None)
 
     def forward(self, texts, role="query", chunk_size=0):
-        """Vectors (n, D) float32 of n texts given as lists of token ids; chunk_size: see
+        """Return vectors (n, D) float32 of n texts given as lists of token ids; chunk_size: see
         run_in_chunks.
         """
         device = next(self.parameters()).device
@@ -127,8 +127,8 @@ class TextEncoder(nn.Module):
         return self.head(pooled).float()
 
     def encode_chunk(self, ids, lengths, skip=0):
-        """Vectors (n, D) of n texts of falling lengths, whose token ids lie side by side in ids
-        (S); the first `skip` tokens of each are left out of the pooling.
+        """Return vectors (n, D) of n texts of falling lengths, whose token ids lie side by side in
+        ids (S); the first `skip` tokens of each are left out of the pooling.
         """
         lengths_tensor = torch.tensor(lengths, device=ids.device)                      # (n)
         starts = lengths_tensor.cumsum(0) - lengths_tensor                             # (n)
@@ -198,7 +198,7 @@ def encode_bert(bert, ids, types, offsets, groups):
 
 
 def encode_padded(model, ids, types, lengths):
-    """The same of any transformer that can run in transformers, on texts padded to the longest, the
+    """Return token states of any transformer of transformers, on texts padded to the longest, the
     first one. types: None where the tokenizer gives none.
     """
     is_real = torch.arange(int(lengths[0]), device=ids.device) < lengths[:, None]       # (n, L)

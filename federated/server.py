@@ -324,7 +324,7 @@ def run_rounds(server, last, rounds):
 
 
 def save_state(server):
-    """Writes OUT.state: what the next round depends on, and the best so far."""
+    """Write OUT.state: what the next round depends on, and the best so far."""
     write_state(f"{server.run.out}.state", {
         "weights": {name: weight.cpu() for name, weight in server.weights.items()},
         "strategy": remembered(server.strategy), "progress": asdict(server.run.progress),
@@ -332,7 +332,7 @@ def save_state(server):
 
 
 def restore_state(server):
-    """Sets what save_state wrote, if --resume is given and there is a state.
+    """Set what save_state wrote, if --resume is given and there is a state.
 
     Raises InputError for a state of other flags, of another model, or one that is not whole.
     """

@@ -74,7 +74,7 @@ class TokenLists:
 
 
 def build_index(folder, corpus, words, k1, b):
-    """Makes the index of a corpus in a folder.
+    """Make the index of a corpus in a folder.
 
     Raises InputError if no document has a word, or the index cannot be written whole.
     """

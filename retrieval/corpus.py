@@ -86,7 +86,7 @@ class Corpus:
             self.open_lines(path, write_plain_lines(path, table_rows(path)))
 
     def open_lines(self, path, plain_path):
-        """Adds a file by its plain lines: maps their bytes, and reads or makes their table.
+        """Add a file by its plain lines: maps their bytes, and reads or makes their table.
 
         Raises NotPlain for a table whose rows are not lines.
         """
@@ -162,7 +162,7 @@ class Corpus:
     # ---------------------------------------------------------------- documents
 
     def row(self, doc_index):
-        """(columns {name: value}, location) of a document."""
+        """Return (columns {name: value}, location) of a document."""
         part = next(part for part in reversed(self.parts) if part.first <= doc_index)
         index = doc_index - part.first
         lines = part.content[part.starts[index]:part.starts[index + 1]]
@@ -197,7 +197,9 @@ class Corpus:
     # ---------------------------------------------------------------- ids
 
     def ids(self, doc_indices):
-        """The ids of documents (a list) by their indices; without an id column, these as text."""
+        """Return the ids of documents (a list) by their indices; without an id column, these as
+        text.
+        """
         if not self.has_ids:
             return [str(doc_index) for doc_index in doc_indices]
         doc_indices = np.asarray(doc_indices, np.int64)
@@ -208,7 +210,7 @@ class Corpus:
         return ids.tolist()
 
     def indices(self, ids):
-        """The indices of documents (a list) by their ids, -1 for an unknown id."""
+        """Return the indices of documents (a list) by their ids, -1 for an unknown id."""
         if not self.has_ids:
             return [self.index_of_number(document_id) for document_id in ids]
         expected = [document_id.encode() for document_id in ids]
@@ -346,7 +348,7 @@ def keep_table(folder, stamp, starts, ids):
 # ---------------------------------------------------------------- templates
 
 def format_key(key, template, location):
-    """The text of a key: itself, or its columns in the template.
+    """Return the text of a key: itself, or its columns in the template.
 
     Raises InputError, with the location, for one that does not fit the template.
     """

@@ -67,7 +67,7 @@ def hash_windows(path, count):
 
 
 def check_fingerprint(folder, expected):
-    """True if the folder's index has this fingerprint, False if there is no index.
+    """Return True if the folder's index has this fingerprint, False if there is no index.
 
     Raises InputError if it has another one, or the folder holds anything else.
     """
@@ -100,7 +100,7 @@ def check_fingerprint(folder, expected):
 
 
 def remove_other_index(folder, expected):
-    """Removes the files of the folder's index if it has another fingerprint, index.json last: what
+    """Remove the files of the folder's index if it has another fingerprint, index.json last: what
     kill -9 leaves is still known as another one's. Raises InputError if they cannot be removed.
     """
     path = os.path.join(folder, "index.json")

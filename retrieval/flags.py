@@ -47,7 +47,7 @@ def add_data_flags(parser):
 
 
 def add_corpus_flags(add):
-    """Adds what the texts of documents and questions depend on, by the function of a group."""
+    """Add what the texts of documents and questions depend on, by the function of a group."""
     add("--corpus", nargs="+", metavar="FILE",
         help="documents: a .tsv or .csv with a header, as psgs_w100.tsv, BEIR's .jsonl or JSON "
              "lines, may end in .gz; scripts/make_corpus.py makes one of text files")
@@ -100,7 +100,7 @@ def add_method_flags(parser):
 
 
 def add_search_flags(add):
-    """Adds what dense retrieval and BM25 are told of encoders and indices."""
+    """Add what dense retrieval and BM25 are told of encoders and indices."""
     add("--key_encoder", help="encoder of the documents, if it is a checkpoint of its own")
     add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
     add("--pooling_method", choices=list(POOLING),
@@ -198,7 +198,7 @@ def add_run_flags(parser):
 # ---------------------------------------------------------------- defaults and checks
 
 def settle_defaults(args):
-    """Resolves paths; what no flag says is as in the checkpoint's training, else as in DEFAULTS."""
+    """Resolve paths; what no flag says is as in the checkpoint's training, else as in DEFAULTS."""
     args.eval_data = resolve_path(args.eval_data, args.data_root)
     args.corpus = [resolve_path(path, args.data_root) for path in args.corpus or []]
     if args.index is None and args.corpus:
@@ -225,7 +225,7 @@ def settle_defaults(args):
 
 
 def read_stated_flags(model):
-    """The flags of its training that a checkpoint's args.json states.
+    """Return the flags of its training that a checkpoint's args.json states.
 
     Raises InputError for one of those that are defaults here and of a wrong type.
     """
@@ -244,7 +244,7 @@ def read_stated_flags(model):
 
 
 def check_args(args):
-    """Rejects invalid combinations of flags before anything is read. Raises InputError."""
+    """Reject invalid combinations of flags before anything is read. Raises InputError."""
     check_search(args)
     check_at_least(args, {"hits": 1, "max_neg_num": 1, "relevance_level": 1})
     if not all(map(math.isfinite, args.fusion_weights or [])):
@@ -267,7 +267,7 @@ def check_args(args):
 
 
 def check_search(args):
-    """Raises InputError for flags of corpus and search that cannot be used."""
+    """Raise InputError for flags of corpus and search that cannot be used."""
     check_templates(args)
     check_at_least(args, dict.fromkeys(("train_sample", "nprobe", "efSearch", "truncate_dim"), 1))
     check_at_least(args, {"query_max_length": 3, "key_max_length": 3, "num_workers": 0, "k1": 0,
@@ -289,7 +289,7 @@ def list_collated(args):
 
 
 def check_metrics(args):
-    """Raises InputError for an unknown name, or a file of measures without a measure."""
+    """Raise InputError for an unknown name, or a file of measures without a measure."""
     for name in args.metrics:
         if name not in METRICS and name not in COLLATED:
             raise InputError(f"--metrics {name}: unknown, choose of "
@@ -301,7 +301,7 @@ def check_metrics(args):
 
 
 def check_questions(args):
-    """Raises InputError for questions without outputs, or outputs without questions."""
+    """Raise InputError for questions without outputs, or outputs without questions."""
     has_questions = bool(args.eval_data or args.queries
                          or args.retrieval_method == "run" and args.qrels)
     has_outputs = bool(args.output or args.trec or args.metrics or args.html)
@@ -317,7 +317,7 @@ def check_questions(args):
 
 
 def check_corpus(args):
-    """Raises InputError if the documents are needed and --corpus is missing."""
+    """Raise InputError if the documents are needed and --corpus is missing."""
     if args.corpus:
         return
     if args.retrieval_method == "run":
@@ -334,7 +334,7 @@ def check_corpus(args):
 
 
 def check_method(args):
-    """Raises InputError for flags that are for another --retrieval_method."""
+    """Raise InputError for flags that are for another --retrieval_method."""
     method = args.retrieval_method
     if args.ranker and (args.query_prompt or args.key_prompt or args.truncate_dim):
         raise InputError("--query_prompt, --key_prompt and --truncate_dim are for encoders; a "
@@ -356,7 +356,7 @@ def check_method(args):
 
 
 def check_collated(args):
-    """Raises InputError for collated files that cannot be written or would not be what they say."""
+    """Raise InputError for collated files that cannot be written or would not be what they say."""
     if list_collated(args) and not args.eval_data:
         raise InputError("collated files are written beside --eval_data, which is missing")
     check_negatives(args)

@@ -33,7 +33,7 @@ SETTINGS = ("retrieval_method", "hits", "version", "add_instruction", "query_tem
 # ---------------------------------------------------------------- retrieving
 
 def retrieve_once(args, paths, world):
-    """Writes OUT.retrieved/NAME.jsonl, the records of each {name: file} with --num_retrieved
+    """Write OUT.retrieved/NAME.jsonl, the records of each {name: file} with --num_retrieved
     passages of --corpus; what an earlier run has made of the same is kept.
 
     args: train_epoch.py's flags. Raises InputError.
@@ -218,8 +218,8 @@ def merge_passages(gold, retrieved, by_id):
 
 
 def find_passage(passage, others, by_id):
-    """The first of others that is this passage, or None: one with its id or its text, white space
-    apart. Not by_id: the corpus's ids are but positions.
+    """Return the first of others that is this passage, or None: one with its id or its text, white
+    space apart. Not by_id: the corpus's ids are but positions.
     """
     identifier = find_value(passage, DOCUMENT_IDS) if by_id else None
     for other in others:

@@ -22,7 +22,7 @@ class PackedIds(NamedTuple):
 
     @property
     def count(self):
-        """The number of documents that have an id: all or none."""
+        """Return the number of documents that have an id: all or none."""
         return len(self.order)
 
     def ids(self, indices):

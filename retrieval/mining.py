@@ -37,7 +37,8 @@ OLD_SCORES = ("pos_scores", "neg_scores")  # FlagEmbedding's, of keys that are r
 # ---------------------------------------------------------------- candidates
 
 def list_candidates(record, scored=False):
-    """(keys, document indices) of a record's candidates, the first of these fields that it has:
+    """Return (keys, document indices) of a record's candidates, the first of these fields that it
+    has:
 
         keys            document indices
         key             key_index
@@ -70,7 +71,7 @@ def list_candidates(record, scored=False):
 
 
 def check_candidates(questions, corpus, template, need_indices, scored=False):
-    """Raises InputError for candidates that are no keys, or lack a document index they need."""
+    """Raise InputError for candidates that are no keys, or lack a document index they need."""
     if questions and not any(question.record.get("key") or has_keys(question.record)
                              for question in questions):
         raise InputError("no question has candidates, in 'key', 'positive_ctxs', 'history', or "

@@ -192,7 +192,7 @@ def read_subset(path):
 
 
 def parse_spec(spec):
-    """({option: text}, {limit: score}, {cut: count}) of a flag. Raises InputError."""
+    """Return ({option: text}, {limit: score}, {cut: count}) of a flag. Raises InputError."""
     try:
         options = dict(part.split("=", 1) for part in spec.split(","))
         limits = {name: to_number(options[name]) for name in LIMITS if name in options}

@@ -98,7 +98,7 @@ def drop_own(results, own, hits):
 # ---------------------------------------------------------------- writing
 
 def write_contexts(path, questions, results, corpus, marks):
-    """Writes reader records, each with its ctxs by rank: a list for .json, else one per line.
+    """Write reader records, each with its ctxs by rank: a list for .json, else one per line.
 
     marks: per question, has_answer of each document by rank, or None (measures.mark_answers).
     """
@@ -120,7 +120,8 @@ def write_contexts(path, questions, results, corpus, marks):
 
 
 def read_contexts(results, i, corpus, marks):
-    """The ctxs of one question: [{id, title, text, score, has_answer if there are marks}]."""
+    """Return the ctxs of one question: [{id, title, text, score, has_answer if there are marks}].
+    """
     ctxs = []
     for doc_index, score in zip(*results.row(i)):
         ctxs.append(corpus.passage(doc_index) | {"score": round_score(score)})
@@ -283,7 +284,7 @@ def read_rank(text):
 
 
 def context_lines(path, texts):
-    """Yields the RunLines of records with ctxs; texts: the questions' by id. Raises InputError."""
+    """Yield the RunLines of records with ctxs; texts: the questions' by id. Raises InputError."""
     for index, (record, location) in enumerate(read_json(path)):
         if holds_scores(record):  # pytrec_eval's form of a run
             for query_id, scores in record.items():

@@ -169,7 +169,7 @@ def name_columns(header):
 # ---------------------------------------------------------------- plain lines
 
 def plain_lines(path):
-    """The path of a file of plain lines: `path` itself or, made of it, PATH.lines.
+    """Return the path of a file of plain lines: `path` itself or, made of it, PATH.lines.
 
     The latter if it has been made, or for a file that is gzipped, a JSON list or begins with a byte
     order mark.

@@ -52,7 +52,7 @@ def take_only_item(items):
 @torch.no_grad()
 def encode_corpus(model, corpus, tokenize, max_length, folder, dtype, world, expected,
                   num_workers=0, bf16=False):
-    """The array (N, D) of a corpus's vectors; encodes what is not done yet, on all processes.
+    """Encode what is missing, on all processes. Return the corpus's vectors (N, D).
 
     model: a BiEncoder. tokenize: texts -> token ids, cut off at max_length. expected: the
     fingerprint of the index. Raises InputError if the folder holds another index, is out of room or
@@ -83,7 +83,7 @@ def is_encoded(folder, expected):
 
 
 def encode_missing(model, token_blocks, max_length, folder, dtype, world, num_workers, bf16):
-    """Encodes this process's share of the blocks that are not done; returns when all have.
+    """Encode this process's share of the missing blocks, and wait until all processes have.
 
     Returns [documents that take up max_length, documents, indices of those without a text] of its
     share.

@@ -113,7 +113,7 @@ def read_nq(path):
 
 
 def read_tqa(path):
-    """[Original] of TriviaQA's objects {Question, QuestionId, Answer}. Raises InputError."""
+    """Return [Original] of TriviaQA's objects {Question, QuestionId, Answer}. Raises InputError."""
     originals = []
     for item, location in read_items(path):
         if not isinstance(item, dict):

@@ -182,7 +182,7 @@ READERS = {".txt": read_plain, ".md": read_markdown, ".html": read_html, ".htm":
 # ---------------------------------------------------------------- sections to passages
 
 def cut_passages(sections, max_words):
-    """The passages of a document's sections: sentences, as many as fit into max_words."""
+    """Return the passages of a document's sections: sentences, as many as fit into max_words."""
     passages, words = [], []
     for sentence in list_sentences(sections):
         if words and len(words) + len(sentence) > max_words:
