@@ -28,14 +28,14 @@ def add_lora_flags(add, switch=None):
     switch = switch or {"action": "store_true"}
     add("--lora", type=int, metavar="R",
         help="train LoRA adapters of rank R on frozen weights, merged when saved (needs the "
-        "package peft); not given: all weights are trained")
+        "package peft); default: all weights are trained")
     add("--lora_alpha", type=float, metavar="A",
-        help="adapters count A / R; not given: twice the rank")
+        help="scale the adapters' output by A / R; default: twice R")
     add("--lora_dropout", type=float, metavar="P",
-        help="dropout rate of what adapters read; not given: 0")
+        help="dropout rate of the adapters' input; default: 0")
     add("--lora_targets", nargs="+", metavar="NAME",
-        help="linear layers that get adapters, by the ends of their names, such as q_proj v_proj; "
-        "not given: all but the output layer")
+        help="linear layers that get adapters, given by the ends of their names, such as q_proj "
+        "v_proj; default: all except the output layer")
     add("--load_in_4bit", default=False, **switch,
         help="keep the frozen weights under --lora in 4 bits (needs the package bitsandbytes)")
     add("--frozen_bf16", default=False, **switch,

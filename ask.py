@@ -73,22 +73,24 @@ def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("reader").add_argument
     add("model", help="the reader: checkpoint folder, minFiD file or hub name")
-    add("--num_contexts", type=int, help="passages to read; not given: as trained, else 5")
+    add("--num_contexts", type=int, help="passages to read; default: as trained, else 5")
     add("--max_length", type=int,
-        help="tokens per question and passage; not given: as trained, else 200")
+        help="tokens per question and passage; default: as trained, else 200")
     add_answer_flags(add)
     add_prompt_flags(parser)
     add = parser.add_argument_group("questions and answers").add_argument
     add("--question", action="append", metavar="TEXT",
-        help="a question, in quotes; may be repeated; not given: one per line of a pipe, or typed")
-    add("--show", type=int, default=5, metavar="N", help="passages to show of those that were read")
-    add("--html", metavar="FILE", help="write questions, answers and passages as one page")
+        help="a question, in quotes; may be repeated; default: read one per line from a pipe, or "
+        "typed at a prompt")
+    add("--show", type=int, default=5, metavar="N",
+        help="how many of the passages that were read to show")
+    add("--html", metavar="FILE", help="write questions, answers and passages to an HTML page")
     add("--json", action="store_true",
-        help="print a record per question, with all passages as ctxs, in place of text")
+        help="print each question as a JSON record with all passages as ctxs, not as text")
     add_corpus_flags(parser.add_argument_group("documents").add_argument)
     add = parser.add_argument_group("retrieval").add_argument
     add("--retrieval_method", choices=["dense", "bm25"],
-        help="not given: dense if there is a --query_encoder")
+        help="how to find passages; default: dense if --query_encoder is given")
     add("--query_encoder", default="",
         help="retriever: checkpoint folder or hub name; needed for dense retrieval")
     add_search_flags(add)

@@ -652,7 +652,7 @@ class CausalReader(nn.Module):
                 if name not in copies}
 
     def save_pretrained(self, folder):
-        """Write a folder of transformers' AutoModelForCausalLM, adapters merged into the weights."""
+        """Write a folder of transformers' AutoModelForCausalLM, with adapters merged in."""
         lm = self.lm
         os.makedirs(folder, exist_ok=True)
         if is_sharded(self):

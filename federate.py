@@ -76,19 +76,19 @@ def parse_args(arguments=None):
     add = parser.add_argument
     add("model", metavar="OUT", help="folder to write the best global model to")
     add("--mode", choices=["retriever", "generator", "alternate"], required=True,
-        help="what is trained: a retriever, the reader that generates answers, or both in turns, "
-        "each client's contexts being found and scored by the global models; then OUT.retriever "
-        "and OUT.generator are written, and the flags of both scripts follow, each behind a --")
+        help="what to train: a retriever, the reader (generator), or both in turns (alternate), "
+        "with contexts found and scored by the global models. alternate writes OUT.retriever and "
+        "OUT.generator, and takes the flags of both scripts, each after a --")
     add = parser.add_argument_group("rounds").add_argument
     add("--rounds", type=int, default=10, help="rounds of training")
     add("--local_epochs", type=int, default=1,
         help="passes of each client over its records in a round")
     add("--local_updates", type=int, default=0,
-        help="updates of each client in a round, in place of passes; 0: by --local_epochs")
+        help="updates of each client in a round; 0: given by --local_epochs")
     add("--local_optimizer", choices=["adamw", "sgd"], default="adamw",
-        help="the clients' optimizer; it starts anew in each round")
+        help="the clients' optimizer; its state is reset in each round")
     add("--transport", choices=["float32", "bf16"], default="float32",
-        help="how weights travel; bf16 halves the bytes")
+        help="data type of the weights in transit; bf16 halves the bytes")
     add = parser.add_argument_group("alternation").add_argument
     add("--turns", type=int, default=2, help="turns of both models, each of --rounds rounds")
     add("--retrieve_flags", default="", metavar="FLAGS",
@@ -97,32 +97,36 @@ def parse_args(arguments=None):
         help="further flags of test.py, which scores them, such as '--batch_size 4'")
     add = parser.add_argument_group("strategy").add_argument
     add("--strategy", nargs="+", default=["FedAvg"], metavar="NAME PARAMETER=VALUE",
-        help=f"what is made of the clients' weights: {', '.join(list_strategies(False))}, with "
+        help=f"how to aggregate the clients' weights: {', '.join(list_strategies(False))}, with "
         "Flower's names of the parameters, such as FedAdam eta=0.01 fraction_train=0.5")
     add("--privacy", nargs="+", metavar="NAME PARAMETER=VALUE",
-        help="differential privacy around the strategy, all clients weighing the same: "
+        help="differential privacy around the strategy, with equal weights for all clients: "
         f"{', '.join(list_strategies(True))}, such as noise_multiplier=1 clipping_norm=0.5")
     add = parser.add_argument_group("clients").add_argument
-    add("--simulate", type=int, metavar="K", help="K clients in this process")
+    add("--simulate", type=int, metavar="K", help="simulate K clients in this process")
     add("--data", metavar="FILE", help="records that --split deals out to the simulated clients")
     add("--split", choices=["iid", "topic", "dirichlet"], default="iid",
-        help="at random; whole topics; or each topic by shares drawn from Dirichlet(--alpha)")
-    add("--alpha", type=float, default=0.5, help="the smaller, the more the clients differ")
-    add("--topic_field", default="topic", metavar="FIELD", help="the field of a record's topic")
+        help="how to assign records to clients: at random, by whole topics, or by shares of each "
+        "topic drawn from Dirichlet(--alpha)")
+    add("--alpha", type=float, default=0.5,
+        help="parameter of the Dirichlet split: the smaller, the more the clients differ")
+    add("--topic_field", default="topic", metavar="FIELD", help="field that holds a record's topic")
     add("--client", action="append", default=[], metavar="'data=FILE name=NAME ...'",
-        help="a simulated client with a file of its own, repeated for each; also corpus, index, "
-        "folder, flags and processes, with which its local step runs under torchrun")
+        help="a simulated client with its own file; repeat for each client. Further options: "
+        "corpus, index, folder, flags, and processes (run its local step under torchrun)")
     add("--num_clients", type=int,
-        help="clients that must be online for a round; not given: all simulated ones, else 2")
+        help="clients that must be online for a round; default: all simulated ones, else 2")
     add("--min_clients", type=int,
-        help="answers that a round needs; not given: half of the clients, and at least one")
-    add("--attempts", type=int, default=2, help="how often a round is tried")
-    add("--timeout", type=float, default=3600, help="seconds that a round waits for answers")
+        help="results that a round needs; default: half of the clients, at least one")
+    add("--attempts", type=int, default=2, help="how many times to try a round")
+    add("--timeout", type=float, default=3600, help="seconds that a round waits for results")
     add("--patience", type=float, default=600, help="seconds to wait for clients to be online")
     add = parser.add_argument_group("run").add_argument
-    add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
-    add("--overwrite", action="store_true", help="replace an earlier run's OUT, and start anew")
-    add("--verbose", action="store_true", help="show Flower's own messages, too")
+    add("--resume", action="store_true",
+        help="continue from OUT.state; start from scratch if there is no such file")
+    add("--overwrite", action="store_true",
+        help="replace the OUT of an earlier run, and start from scratch")
+    add("--verbose", action="store_true", help="also show Flower's own messages")
     args = parser.parse_args(own)
     args.script_flags, args.arguments = script_flags, arguments
     return args

@@ -125,43 +125,44 @@ def parse_args():
         help="records with answers and keys: pos and neg, history, or ctxs; .json or .jsonl, may "
         "end in .gz")
     add("--corpus", nargs="+", metavar="FILE",
-        help="documents of records that have pos_index and neg_index only")
+        help="documents, only for records with pos_index and neg_index")
     add("--key_template", default="{title} {text}",
         help="the text of a key that is an object, or a document")
     add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
     add("--save_name",
-        help="name in the written file: train.json becomes train.scored.NAME.json; not given: the "
+        help="name in the output file: train.json becomes train.scored.NAME.json; default: the "
         "last part of the model's name")
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", default="meta-llama/Llama-2-7b-chat-hf",
         help="causal language model, sequence-to-sequence model, or reader: folder or hub name")
     add("--reader", action="store_true",
-        help="the model is a reader, which has prompts of its own, though its folder does not say "
-        "so, as those of train_epoch.py do")
+        help="the model is a reader with its own prompts, although its folder does not have the "
+        "args.json of train_epoch.py")
     add_tokenizer_flags(add)
-    add("--bf16", action="store_true", help="compute in bfloat16; not given: float32")
+    add("--bf16", action="store_true", help="compute in bfloat16, not in float32")
     add = parser.add_argument_group("texts").add_argument
     add("--chat_template", default=None, **SWITCH,
-        help="the text up to the answer is the user's turn of the tokenizer's chat template, the "
-        "answer the assistant's (causal language models); not given: of a reader as trained, else "
-        "false")
+        help="make the text before the answer the user's turn of the tokenizer's chat template, "
+        "and the answer the assistant's (causal language models); default: for a reader as "
+        "trained, else false")
     add("--template",
-        help="text with {key}, {query} and, at its end, {answer}, \\n being a line end; not given: "
-        "LLM-Embedder's by the record's task, qa where it names none. A reader has its own")
+        help="text with {key}, {query} and, at its end, {answer}; \\n is a new line; default: "
+        "LLM-Embedder's for the record's task, or qa if it has none; a reader uses its own")
     add("--context_max_length", type=int, default=1024,
-        help="tokens per text, at most as many as the model has positions; keys are cut to fit")
-    add("--key_max_length", type=int, default=512, help="tokens per key, cut on the right")
+        help="maximum tokens per text, at most the model's positions; keys are truncated to fit")
+    add("--key_max_length", type=int, default=512, help="tokens per key, truncated on the right")
     add = parser.add_argument_group("scores").add_argument
     add("--likelihood", choices=["mean", "sum"], default="mean",
-        help="log-likelihood per token of the answer (LLM-Embedder), or of all of them (REPLUG)")
+        help="log-likelihood of the answer: mean over its tokens (LLM-Embedder), or their sum "
+        "(REPLUG)")
     add("--answer", choices=["first", "best", "mean"], default="first",
-        help="which of several answers: the record's target, else its first; the likeliest; the "
-        "mean of all their scores")
+        help="which answer to score if a record has several: its target, else the first; the most "
+        "likely one; or the mean of all scores")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", "--lm_batch_size", type=int, default=8,
-        help="questions at a time; the passes through the model have as many tokens as suit the "
-        "device")
-    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU")
+        help="questions at a time; the model's batches are sized by tokens to suit the device")
+    add("--gpus", default="",
+        help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
     return parser.parse_args()
 
 

@@ -29,12 +29,13 @@ def add_answer_flags(add):
     """Add what the answers of a reader depend on, by the function of a group."""
     add_tokenizer_flags(add)
     add("--answer_maxlength", type=int,
-        help="most tokens to generate; default: as evaluated in training, else "
+        help="maximum number of tokens to generate; default: as evaluated in training, else "
         f"{ANSWER_MAXLENGTH}")
-    add("--num_beams", type=int, help="beams; 1 is greedy; default: 1, or N with --n_best N")
+    add("--num_beams", type=int,
+        help="beams of beam search, 1 is greedy; default: 1, or N with --n_best N")
     add("--n_best", type=int, metavar="N",
-        help="also give the N best answers of beam search with their probabilities; 1: the "
-        "probability of the answer; default: none")
+        help="also output the N best answers of beam search with their probabilities; 1: the "
+        "greedy answer's probability; default: none")
 
 
 def settle_beams(args):
@@ -53,8 +54,8 @@ def add_tokenizer_flags(add):
         help="folder or hub name of the model whose tokenizer is used; default: the checkpoint's "
         "own")
     add("--t5_name", metavar="NAME",
-        help="whose tokenizer is used if the checkpoint has none; default: that of the model that "
-        "the checkpoint names as trained from, else t5-base's if the sizes fit")
+        help="model whose tokenizer is used if the checkpoint has none; default: the model that "
+        "the checkpoint was trained from, if it names one, else t5-base if the sizes fit")
 
 
 def settle_lengths(args, log):

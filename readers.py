@@ -41,21 +41,21 @@ def add_prompt_flags(parser):
     """
     add = parser.add_argument_group("causal language models").add_argument
     add("--prompt_template", metavar="TEXT",
-        help="the prompt of one passage, with {question}, {title} and {text}; \\n is a new line; a "
-        "line with the passage alone is left out for a question without contexts; the answer "
-        "follows after the whitespace at the end, else after a space; not given: as trained, else "
+        help="the prompt of one passage, with {question}, {title} and {text}; \\n is a line break. "
+        "For a question without contexts, lines that hold only the passage are left out. The answer "
+        "follows the whitespace at the end, else a space; default: as trained, else "
         f"'{TEMPLATE}'")
     add("--chat_template", default=None, **SWITCH,
-        help="the prompt is the user's turn of the tokenizer's chat template, the answer is the "
-        "assistant's; not given: as trained, else false")
+        help="make the prompt the user's turn of the tokenizer's chat template, and the answer "
+        "the assistant's; default: as trained, else false")
     add("--answer_lines", choices=ANSWER_LINES,
-        help="first: an answer ends at its first line end; all: at an end token alone; not given: "
-        "as trained, else first for a model that was not trained here, all in training")
+        help="first: an answer ends at its first line break; all: only at an end token; default: "
+        "as trained, else all in training, first for a model that was not trained here")
     add("--passage_weights", choices=PASSAGE_WEIGHTS,
-        help="what a passage counts in the loss and in the answer: all the same, or the softmax of "
-        "its retrieval score; not given: as trained, else equal")
+        help="weight of a passage in the loss and in the answer: equal, or the softmax of the "
+        "retrieval scores; default: as trained, else equal")
     add("--retriever_temperature", type=float, metavar="T",
-        help="the scores are divided by T before the softmax; not given: as trained, else 1")
+        help="divide the retrieval scores by T before the softmax; default: as trained, else 1")
 
 
 def open_reader(path_or_name, dropout=None, args=None, spread=False, trained=False, trains=False):

@@ -49,41 +49,43 @@ def parse_args():
     add("model", help="checkpoint folder, minFiD file or hub name")
     add("data", help="records to answer: .json or .jsonl, may end in .gz")
     add("--num_contexts", type=int, nargs="+", metavar="N",
-        help="contexts per question, one table row each; 0 asks without any; not given: as "
+        help="contexts per question, one table row each; 0 answers without contexts; default: as "
         "trained, else 5")
     add("--max_length", type=int,
-        help="tokens per question and passage; not given: as trained, else 200")
+        help="tokens per question and passage; default: as trained, else 200")
     add("--match", choices=["string", "regex"], default="string",
-        help="answers are texts, or regular expressions (CuratedTREC): a prediction that begins "
-        "with a match of one is right, as in DrQA, and F1 is EM then")
+        help="how to compare answers: as strings, or as regular expressions (CuratedTREC): a "
+        "prediction is correct if its beginning matches one, as in DrQA, and F1 equals EM")
     add("--num_workers", type=int, default=0, help="processes that tokenise")
     add = parser.add_argument_group("model").add_argument
     add_answer_flags(add)
     add_prompt_flags(parser)
     add = parser.add_argument_group("outputs").add_argument
     add("--pred", metavar="FILE",
-        help="write predictions: tab-separated index, prediction, golds, score as minFiD does, or "
-        "JSONL if FILE ends in .jsonl; with several --num_contexts one file each")
+        help="write predictions: tab-separated index, prediction, golds and score, as minFiD "
+        "does, or JSON lines if FILE ends in .jsonl; one file for each of several --num_contexts")
     add("--scores", metavar="FILE", nargs="?", const="",
-        help="the reader's scores of the contexts (cross-attention or, of a causal language model, "
-        "the log of the context's posterior given the answer): into the .jsonl of --pred and, if "
-        "FILE is given (.json or .jsonl), as 'score' into the records (the given one is kept as "
-        "'retrieval_score')")
+        help="write the reader's scores of the contexts (cross-attention, or log posteriors given "
+        "the answer for a causal language model) to the .jsonl of --pred and, if FILE is given "
+        "(.json or .jsonl), write the records to it with these scores as 'score'; retrieval "
+        "scores are kept as 'retrieval_score'")
     add("--measures", metavar="FILE",
-        help="write EM and F1 as JSON, as fractions; of several --num_contexts the last one's")
+        help="write EM and F1 (fractions) as JSON; with several --num_contexts, those of the last "
+        "one")
     add("--score_kind", choices=["logits", "attention"],
         help="cross-attention scores: the mean of a passage's scores before the softmax (FiD-KD), "
-        "or the log of the attention that the passage gets (as in Atlas); not given: logits with "
-        "--scores, attention for --html alone")
+        "or the log of its attention (Atlas); default: logits with --scores, attention with only "
+        "--html")
     add("--html", metavar="FILE",
-        help="write a page to look at: each question with its prediction, its passages and the "
-        "reader's attention to them; of several --num_contexts the last one's")
+        help="write an HTML page with each question, its prediction, its passages and the "
+        "reader's attention to them; with several --num_contexts, those of the last one")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
-    add("--bf16", action="store_true", help="bfloat16 autocast")
+    add("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
     add("--fsdp", action="store_true",
-        help="spread the weights over the processes, for models that do not fit one GPU")
-    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU")
+        help="shard the weights over the processes, for models that do not fit one GPU")
+    add("--gpus", default="",
+        help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
     return parser.parse_args()
 
 

@@ -473,8 +473,8 @@ def second_encoder(args):
 
 
 def open_retriever(args, texts):
-    """Return the BiEncoder of the flags. --pooling_method and --dense_metric become the checkpoint's
-    where they are not given.
+    """Return the BiEncoder of the flags. Set --pooling_method and --dense_metric from it where they
+    are not given.
     """
     model = BiEncoder.open(args.query_encoder, second_encoder(args), pooling=args.pooling_method,
                            metric=args.dense_metric, dropout=args.dropout,

@@ -110,55 +110,57 @@ def parse_args(arguments=None):
     parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("model", nargs="?",
-        help="folder to write the best reader to; OUT.jsonl and OUT.state lie beside it")
+        help="folder to write the best reader to; OUT.jsonl and OUT.state are written next to it")
     add("data_train", nargs="?", help="training records: .json or .jsonl, may end in .gz")
     add("data_val", nargs="?", help="dev records, which choose the best checkpoint")
     add = parser.add_argument_group("data").add_argument
     for name, flag in PATH_FLAGS.items():
         add(f"--{flag}", metavar="PATH",
-            help=f"in place of the argument {name}: all three as flags, or none")
+            help=f"replaces the argument {name}; give all three as flags, or none")
     add("--data_test", "--test_file", metavar="FILE",
         help="records to evaluate the best checkpoint on at the end")
     add("--num_contexts", type=int,
-        help="contexts per question; not given: 5, with --retriever --num_retrieved + 1")
+        help="contexts per question; default: 5, or --num_retrieved + 1 with --retriever")
     add("--max_length", type=int, default=250,
         help="tokens per question and passage, truncated on the right")
     add("--answer_maxlength", type=int, default=-1,
-        help="refuse targets of more tokens; -1 allows any length")
+        help="refuse training targets with more tokens; -1 allows any length")
     add("--eval_answer_maxlength", type=int, metavar="N",
-        help="most tokens to generate for an answer in evaluation, which test.py and ask.py take "
-        f"over; default: {ANSWER_MAXLENGTH}")
+        help="maximum number of tokens to generate for an answer in evaluation, also the default "
+        f"of test.py and ask.py; default: {ANSWER_MAXLENGTH}")
     add("--num_workers", type=int, default=0, help="processes that tokenise")
     add("--no_shuffle", action="store_true",
         help="keep the file's order and each record's first answer")
     add = parser.add_argument_group("frozen retriever").add_argument
     add("--retriever", "--embedding_model", metavar="DIR",
-        help="retriever whose passages are read, a folder or hub name, or bm25; "
-        "retrieved once, and kept in OUT.retrieved")
+        help="retrieve the passages with this retriever (folder, hub name, or bm25), once; they "
+        "are kept in OUT.retrieved")
     add("--corpus", "--full_dataset_file_path", metavar="FILE",
-        help="its documents: a .tsv or .csv with a header, or JSON lines, may end in .gz")
+        help="the retriever's documents: a .tsv or .csv with a header, or JSON lines, may end in "
+        ".gz")
     add("--index", "--full_dataset_index_path", metavar="DIR",
-        help="folder of the corpus's vectors, made or reused; not given: beside the corpus")
+        help="folder of the corpus's vectors, created or reused; default: next to the corpus")
     add("--num_retrieved", "--embedding_max_num_to_retrieve", type=int, metavar="N",
-        help="passages that are retrieved for a question; not given: 3")
+        help="passages to retrieve for a question; default: 3")
     add = parser.add_argument_group("model").add_argument
     add("--t5_name", "--model_name_or_path", default="t5-base",
         help="checkpoint to start from, a T5 or a causal language model: hub name or folder")
     add("--tokenizer", metavar="NAME",
         help="folder or hub name of the model whose tokenizer is used; default: that of --t5_name "
-        "or, for a released FiD reader and minFiD's file, of the model that it was trained from")
+        "or, for a released FiD reader and minFiD's file, that of the model it was trained from")
     add("--dropout", type=float, default=0.1, help="dropout rate")
     add("--use_checkpoint", action="store_true",
         help="recompute the encoder's activations in the backward pass to save memory")
     add("--bf16", action="store_true", help="bfloat16 autocast; weights and optimizer stay float32")
     add_lora_flags(add)
     add("--save_adapters", action="store_true",
-        help="save the adapters of --lora alone, in peft's form, with the name of their model; not "
-        "given: the whole model, adapters merged")
+        help="save only the adapters of --lora, in peft's format, with the name of their base "
+        "model; default: save the whole model with the adapters merged")
     add("--fsdp", action="store_true",
-        help="spread weights, gradients and optimizer state over the processes, for models that do "
-        "not fit one GPU (PyTorch's fully_shard); OUT must be a path that all of them can write")
-    add("--freeze", metavar="REGEX", help="do not train the weights whose names this finds")
+        help="shard weights, gradients and optimizer state over the processes, for models that do "
+        "not fit one GPU (PyTorch's fully_shard); all processes must be able to write OUT")
+    add("--freeze", metavar="REGEX",
+        help="do not train weights whose names match this regular expression")
     add_prompt_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", "--per_device_train_batch_size", type=int, default=1,
@@ -170,31 +172,35 @@ def parse_args(arguments=None):
         help="mean: an update's gradient is that of one large batch; sum: the micro-batches' mean "
         "gradients are added up, the scale of FiD and minFiD")
     add("--epochs", type=int, default=20, help="passes over the training records")
-    add("--lr", type=float, default=1e-5, help="highest learning rate of the linear schedule")
+    add("--lr", type=float, default=1e-5, help="peak learning rate of the linear schedule")
     add("--num_warmup_steps", type=int, default=1000, help="updates of linear warm-up")
     add("--warmup_ratio", type=float,
-        help="share of the updates that is warm-up, in place of --num_warmup_steps")
+        help="fraction of the updates used for warm-up, replaces --num_warmup_steps")
     add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay, on all weights")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--clip", type=float, default=1.0, help="maximum gradient norm")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=42,
         help="seed of the order, the answers and (plus the rank) dropout")
     add("--eval_every", type=int, default=0,
-        help="also evaluate every that many updates; 0: at the end of epochs only")
+        help="also evaluate every N updates; 0: only at the end of epochs")
     add("--save_every", type=int, default=0,
-        help="also save OUT.state every that many updates; 0: after evaluations only")
-    add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
-    add("--overwrite", action="store_true", help="replace an earlier run's OUT, and start anew")
+        help="also save OUT.state every N updates; 0: only after evaluations")
+    add("--resume", action="store_true",
+        help="continue from OUT.state; start from scratch if there is no such file")
+    add("--overwrite", action="store_true",
+        help="replace the OUT of an earlier run, and start from scratch")
     add("--logging_steps", type=int, metavar="N",
-        help="without a terminal a line of progress every N updates; not given: about every minute")
+        help="print progress every N updates if the output is not a terminal; default: about "
+        "every minute")
     add("--tensorboard", action="store_true",
         help="write to OUT.tensorboard as well (needs the package)")
     add("--plan", action="store_true",
-        help="tell what the run will cost (hours, memory, disk) after a few updates, and stop; "
-        "nothing is written but, with --retriever, OUT.retrieved and the index")
+        help="estimate the cost of the run (hours, memory, disk) from a few updates, and stop; "
+        "writes only, with --retriever, OUT.retrieved and the index")
     add("--tqdm", action="store_true",
         help="show progress bars even if the output is not a terminal")
-    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
+    add("--gpus", default="",
+        help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
     args = parser.parse_intermixed_args(arguments)
     if args.retriever and args.num_retrieved is None:
         args.num_retrieved = 3

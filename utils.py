@@ -105,7 +105,17 @@ LOCAL_RANK_FLAG = re.compile(r"--local[-_]rank=(\d+)")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every flag's default, under a description whose lines stay as written."""
+    """Show every flag's default, under a description whose lines stay as written."""
+
+    def _get_help_string(self, action):
+        """Return a flag's help with its default, unless the help has words for it."""
+        if "default: " in action.help or action.required:
+            return action.help
+        if action.default in (None, "", []) and action.option_strings:
+            return f"{action.help} (default: none)"
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

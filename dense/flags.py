@@ -40,24 +40,26 @@ def add_data_flags(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_data", nargs="+", default=[], metavar="FILE",
         help="records of LLM-Embedder, DPR, Tevatron or FlagEmbedding, triplets, tables of "
-        "triples, or a reader's with the scores that test.py --scores or lm_score.py wrote; named "
-        "twice, a file counts twice")
+        "triples, or a reader's records with the scores of test.py --scores or lm_score.py; a "
+        "file that is given twice counts twice")
     add("--corpus", nargs="+", metavar="FILE",
         help="documents: .tsv or .csv with a header, BEIR's .jsonl or JSON lines, may end in .gz")
     add("--queries", nargs="+", default=[], metavar="FILE",
-        help="queries that the qrels, or triples of ids, name: BEIR's .jsonl, or .tsv of id and "
+        help="the queries of the qrels, or of triples of ids: BEIR's .jsonl, or .tsv of id and "
         "text")
     add("--positives", action="append", default=[], metavar="qrels=FILE,min_score=1",
         help="positive documents, with Trove's filters min_score, max_score (exclusive), first_k, "
         "random_k, top_k, bottom_k, score=NUMBER|floor|ceil, query_subset; repeatable")
     add("--negatives", action="append", default=[], metavar="qrels=FILE,max_score=1",
-        help="negative documents, likewise")
+        help="negative documents, with the same filters")
     add("--graded", action="append", default=[], metavar="qrels=FILE",
-        help="documents with graded labels, likewise; trained by KL")
+        help="documents with graded labels, with the same filters; trained by KL")
     add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
-    add("--max_sample_num", type=int, help="examples of a dataset that are used at most")
+    add("--max_sample_num", type=int,
+        help="use at most this many examples of a dataset; default: all")
     add("--inbatch_same_dataset", choices=["epoch", "random"],
-        help="one dataset per batch: epoch uses every example once, random draws datasets by size")
+        help="draw each batch from one dataset: epoch uses every example once, random draws "
+        "datasets by size; default: mix datasets")
     add("--num_workers", type=int, default=0, help="processes that tokenise")
     add("--no_shuffle", action="store_true", help="keep the order of the examples")
 
@@ -70,18 +72,18 @@ def add_evaluation_flags(parser):
     add("--eval_qrels", action="append", default=[], metavar="qrels=FILE",
         help="qrels to measure on; repeatable")
     add("--eval_method", choices=["annotated", "retrieval"], default="annotated",
-        help="how --eval_qrels measures: ranking each query's annotated documents, or searching "
-        "the whole corpus")
+        help="how to measure --eval_qrels: rank each query's annotated documents, or search the "
+        "whole corpus")
     add("--eval_group_size", type=int, default=100,
         help="annotated documents per query, the most relevant ones")
     add("--metrics", nargs="+", default=["mrr", "recall", "ndcg"], metavar="NAME",
-        help=f"of {', '.join(METRICS)}")
+        help=f"metrics to report: any of {', '.join(METRICS)}")
     add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K",
-        help="ranks that the metrics look at")
+        help="ranks at which to measure")
     add_measure_flags(add)
     add("--best_metric", metavar="NAME@K",
-        help="what the kept checkpoint is the best of; not given: the first metric at the first "
-        "cutoff from 10 on, or the average rank")
+        help="metric that selects the checkpoint; default: the first metric at its first cutoff "
+        "of 10 or more, or the average rank")
 
 
 def add_text_flags(parser):
@@ -90,39 +92,43 @@ def add_text_flags(parser):
     add("--key_template", default="{title} {text}",
         help="the text of a document; DPR's pair is '{title} [SEP] {text}'")
     add("--pair_types", action="store_true",
-        help="token type 1 after a text's first [SEP], as minDPR has for pairs")
+        help="use token type 1 after a text's first [SEP], as minDPR does for pairs")
     add("--query_max_length", type=int,
         help="tokens per query; default: the checkpoint's, else 256")
-    add("--key_max_length", type=int, help="tokens per key; default: the checkpoint's, else 256")
+    add("--key_max_length", type=int,
+        help="tokens per document; default: the checkpoint's, else 256")
     add_prompt_flags(add)
     add("--add_instruction",
         help="put --version's instruction before the texts of records with a task; default: true, "
         "unless the checkpoint has prompts", **SWITCH)
     add("--version", choices=INSTRUCTIONS,
-        help="whose instructions; default: bge, unless the checkpoint has prompts")
+        help="whose instructions to use; default: bge, unless the checkpoint has prompts")
 
 
 def add_model_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add("--query_encoder", default="BAAI/bge-base-en",
         help="checkpoint to start from: hub name, folder, minDPR's or DPR's file; the default is "
-        "for English")
+        "an English model")
     add("--key_encoder",
-        help="checkpoint of the second encoder of --tie_encoders false; not given: as "
+        help="checkpoint of the second encoder, with --tie_encoders false; default: as "
         "--query_encoder")
     add("--tie_encoders", default=True, help="one encoder for queries and keys", **SWITCH)
     add("--pooling_method", choices=list(POOLING),
-        help="how token states become one vector; default: the checkpoint's, else mean, of a "
-        "causal language model last")
+        help="how token states become one vector; default: the checkpoint's, else mean, or last "
+        "for a causal language model")
     add("--truncate_dim", type=int, metavar="N",
         help="train the first N numbers of each vector (Matryoshka); default: the checkpoint's, "
         "else all")
-    add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
+    add("--dense_metric", choices=["ip", "cos", "l2"],
+        help="similarity of vectors: inner product, cosine, or (negative) L2 distance; "
+        "default: the checkpoint's, else cos")
     add("--cos_temperature", type=float, default=0.01,
-        help="what cosines are divided by in training (in distillation see --student_temperature)")
-    add("--dropout", type=float, help="dropout rate; not given: the checkpoint's")
+        help="divide cosines by this in training; for distillation see --student_temperature")
+    add("--dropout", type=float, help="dropout rate; default: the checkpoint's")
     add_lora_flags(add, SWITCH)
-    add("--freeze", metavar="REGEX", help="do not train the weights whose names this finds")
+    add("--freeze", metavar="REGEX",
+        help="do not train weights whose names match this regular expression")
     add("--ranker", action="store_true",
         help="train a cross-encoder that reads query and key together")
 
@@ -130,33 +136,36 @@ def add_model_flags(parser):
 def add_loss_flags(parser):
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=["infonce", "kl", "fid-kd"],
-        help="one loss alone; not given: the weighted sum of what the records allow")
+        help="train with only this loss; default: the weighted sum of those that the records allow")
     add("--contrastive_weight", type=float, default=0.2,
-        help="weight of InfoNCE beside distillation")
-    add("--distill_weight", type=float, default=1.0, help="weight of distillation beside InfoNCE")
+        help="weight of InfoNCE when combined with distillation")
+    add("--distill_weight", type=float, default=1.0,
+        help="weight of distillation when combined with InfoNCE")
     add("--teacher_temperature", type=float, default=1.0,
-        help="what teacher scores or labels are divided by")
+        help="divide teacher scores or labels by this")
     add("--student_temperature", type=float,
-        help="what the model's scores are divided by in distillation: with --loss kl or fid-kd the "
-        "cosines, inner products or distances themselves, in place of --cos_temperature; without "
-        "--loss, as in LLM-Embedder, cosines that --cos_temperature has divided already; not "
-        "given: cosines by --cos_temperature, others by the checkpoint's temperature, else 1")
-    add("--stable_distill", default=False, help="LLM-Embedder's stabilized distillation", **SWITCH)
+        help="divide the model's scores by this in distillation. With --loss kl or fid-kd it "
+        "replaces --cos_temperature; without --loss, cosines are divided by both, as in "
+        "LLM-Embedder; default: --cos_temperature for cosines, else the checkpoint's temperature, "
+        "else 1")
+    add("--stable_distill", default=False,
+        help="use LLM-Embedder's stabilized distillation", **SWITCH)
     add("--mask_duplicates", action="store_true",
         help="leave copies of a query's positives out of its negatives")
     add("--train_group_size", "--group_size", type=int, default=8,
         help="keys per query: a positive and its negatives")
     add("--select_positive", choices=["first", "random", "teacher", "teacher-pos"], default="first",
-        help="which positive")
+        help="which positive of a record to train on")
     add("--select_negative", choices=["first", "random", "teacher+", "teacher-"], default="random",
-        help="which negatives; where a distillation alone has no positive, which keys")
+        help="which negatives of a record to train on; in distillation without positives, which "
+        "keys")
     add("--reader_scores", action="store_true",
-        help="take the 'score' of ctxs for a reader's where the file does not say so by "
-        "'retrieval_score', as FiD's own files with cross-attention scores do not")
+        help="treat the 'score' of ctxs as a reader's, in files without 'retrieval_score', such "
+        "as FiD's own with cross-attention scores")
     add("--teacher_scores_margin", type=float, help="drop records whose teacher scores lie closer")
     add("--teacher_scores_min", type=float,
         help="drop records whose highest teacher score is lower")
-    add("--use_train_config", default=False, help="LLM-Embedder's own settings for each task",
+    add("--use_train_config", default=False, help="use LLM-Embedder's settings for each task",
         **SWITCH)
 
 
@@ -165,49 +174,55 @@ def add_optimisation_flags(parser):
     add("--batch_size", "--per_device_train_batch_size", type=int, default=16,
         help="queries per process and micro-batch")
     add("--grad_accumulation", "--gradient_accumulation_steps", type=int, default=1, metavar="N",
-        help="micro-batches per update; they share no negatives")
+        help="micro-batches per update; they do not share negatives")
     add("--chunk_size", type=int, default=0,
-        help="GradCache: texts encoded at a time, so that a batch of any size fits; 0: all")
+        help="GradCache: encode this many texts at a time, so that any batch size fits; 0: all at "
+        "once")
     add("--gradient_checkpointing", default=False, help="the same as --chunk_size 32", **SWITCH)
     add("--epochs", "--num_train_epochs", type=int, default=3, help="passes over the examples")
     add("--max_steps", type=int, default=0,
-        help="updates in all, whatever the epochs; 0: as many as the epochs have")
+        help="total updates, overrides --epochs; 0: as given by --epochs")
     add("--early_exit_steps", type=int, default=0,
-        help="stop after so many updates of the schedule; 0: do not")
+        help="stop after this many updates of the schedule; 0: never")
     add("--lr", "--learning_rate", type=float, default=5e-6,
-        help="highest learning rate of the linear schedule")
-    add("--warmup_ratio", type=float, default=0.1, help="share of the updates that is warm-up")
-    add("--num_warmup_steps", type=int, help="updates of warm-up, in place of the share")
+        help="peak learning rate of the linear schedule")
+    add("--warmup_ratio", type=float, default=0.1, help="fraction of the updates used for warm-up")
+    add("--num_warmup_steps", type=int, help="updates of linear warm-up, replaces --warmup_ratio")
     add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay, on all weights")
     add("--adam_eps", type=float, default=1e-8, help="AdamW's epsilon")
-    add("--clip", "--max_grad_norm", type=float, default=1.0, help="largest gradient norm")
+    add("--clip", "--max_grad_norm", type=float, default=1.0, help="maximum gradient norm")
     add("--bf16", default=False, help="bfloat16 autocast; weights and optimizer stay float32",
         **SWITCH)
     add("--deepspeed", metavar="FILE",
-        help="accepted for LLM-Embedder's commands, not used: its stage 0 is what DDP does")
+        help="accepted for compatibility with LLM-Embedder's commands and ignored: its stage 0 is "
+        "what DDP does")
 
 
 def add_run_flags(parser):
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", required=True,
-        help="folder to write the best retriever to; OUT.jsonl and OUT.state lie beside it")
+        help="folder to write the best retriever to; OUT.jsonl and OUT.state are written next to "
+        "it")
     add("--save_steps", type=int, default=2000,
-        help="save OUT.state, and OUT if nothing is measured, every that many updates")
+        help="save OUT.state, and OUT if nothing is measured, every N updates")
     add("--eval_steps", type=int, default=0,
-        help="measure every that many updates; 0: as --save_steps")
+        help="measure every N updates; 0: as --save_steps")
     add("--logging_steps", type=int, default=100,
-        help="print the loss every that many updates; without a terminal the progress is printed "
-        "about every minute, too")
+        help="print the loss every N updates; without a terminal, progress is also printed about "
+        "every minute")
     add("--seed", type=int, default=42,
         help="seed of the order, the groups and (plus the rank) dropout")
-    add("--resume", action="store_true", help="go on from OUT.state; without such a file, start")
-    add("--overwrite", action="store_true", help="replace an earlier run's OUT, and start anew")
+    add("--resume", action="store_true",
+        help="continue from OUT.state; start from scratch if there is no such file")
+    add("--overwrite", action="store_true",
+        help="replace the OUT of an earlier run, and start from scratch")
     add("--plan", action="store_true",
-        help="tell what the run will cost (hours, memory, disk) after a few updates, and stop; OUT "
-        "is not touched")
+        help="estimate the cost of the run (hours, memory, disk) from a few updates, and stop; "
+        "OUT is not touched")
     add("--tqdm", action="store_true",
         help="show progress bars even if the output is not a terminal")
-    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
+    add("--gpus", default="",
+        help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
 
 
 # ---------------------------------------------------------------- checks

@@ -52,24 +52,25 @@ def add_corpus_flags(add):
         help="documents: a .tsv or .csv with a header, as psgs_w100.tsv, BEIR's .jsonl or JSON "
              "lines, may end in .gz; scripts/make_corpus.py makes one of text files")
     add("--key_template",
-        help="the text of a document; not given: the checkpoint's, else '{title} {text}'")
+        help="the text of a document; default: the checkpoint's, else '{title} {text}'")
     add("--query_template",
-        help="the text of a question; not given: the checkpoint's, else '{query}'")
+        help="the text of a query; default: the checkpoint's, else '{query}'")
     add("--task", default="",
-        help="task (qa, chat ...) whose instruction questions that name none get, and the "
-             "documents")
+        help="task (qa, chat, ...) whose instruction is used for the documents and for questions "
+        "without a task")
     add("--query_max_length", type=int,
         help="tokens per query; default: the checkpoint's, else 256")
     add("--key_max_length", type=int,
         help="tokens per document; default: the checkpoint's, else 256")
     add_prompt_flags(add)
     add("--add_instruction", **SWITCH,
-        help="--version's instruction before texts whose query has a task; not given: as in "
-             "training")
+        help="put --version's instruction before the texts of queries with a task; default: as in "
+        "training")
     add("--version", choices=INSTRUCTIONS,
-        help="whose instructions; not given: the checkpoint's, else by its name")
+        help="whose instructions to use; default: the checkpoint's, else chosen by its name")
     add("--pair_types", action="store_true",
-        help="token type 1 after a text's first [SEP], for minDPR's file; our folders state it")
+        help="use token type 1 after a text's first [SEP], as minDPR does for pairs; only needed "
+        "for minDPR's file")
     add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
 
 
@@ -85,106 +86,112 @@ def add_prompt_flags(add):
 def add_method_flags(parser):
     add = parser.add_argument_group("method").add_argument
     add("--retrieval_method", choices=METHODS, default="dense",
-        help="rank orders given candidates: the records' key, history, or pos and neg, or an "
-             "earlier result; fuse merges earlier results; run takes one as it is, to measure it")
+        help="rank: reorder given candidates (the records' key, history, or pos and neg, or an "
+        "earlier result); fuse: merge earlier results; run: take an earlier result as it is, to "
+        "measure it")
     add("--results", nargs="+", default=[], metavar="FILE",
         help="earlier results to rank, fuse or measure: TREC runs or records with ctxs")
-    add("--hits", type=int, help="documents per query; not given: 200, or all of a saved run")
+    add("--hits", type=int, help="documents per query; default: 200, or all of a saved run")
     add("--query_encoder", default="BAAI/bge-base-en",
-        help="retriever (dense, rank) or, with --ranker, cross-encoder; the default is for English")
+        help="retriever (dense, rank) or, with --ranker, cross-encoder; the default is an English "
+        "model")
     add("--ranker", action="store_true", help="rank with a cross-encoder")
     add("--fusion", choices=["rrf", "weighted"], default="rrf",
-        help="reciprocal rank, or sum of scores scaled to 0 .. 1")
-    add("--fusion_weights", type=float, nargs="+", help="one per result; not given: equal")
+        help="reciprocal rank fusion, or the weighted sum of scores scaled to 0 .. 1")
+    add("--fusion_weights", type=float, nargs="+",
+        help="one weight per result; default: equal weights")
     add_search_flags(add)
 
 
 def add_search_flags(add):
     """Add what dense retrieval and BM25 are told of encoders and indices."""
-    add("--key_encoder", help="encoder of the documents, if it is a checkpoint of its own")
-    add("--dense_metric", choices=["ip", "cos", "l2"], help="not given: the checkpoint's, else cos")
+    add("--key_encoder",
+        help="separate checkpoint of the document encoder; default: as --query_encoder")
+    add("--dense_metric", choices=["ip", "cos", "l2"],
+        help="similarity of vectors: inner product, cosine, or (negative) L2 distance; "
+        "default: the checkpoint's, else cos")
     add("--pooling_method", choices=list(POOLING),
-        help="how token states become one vector; default: the checkpoint's, else mean, of a "
-        "causal language model last")
+        help="how token states become one vector; default: the checkpoint's, else mean, or last "
+        "for a causal language model")
     add("--truncate_dim", type=int, metavar="N",
         help="keep the first N numbers of each vector (Matryoshka); default: the checkpoint's, "
         "else all")
     add("--index", metavar="DIR",
-        help="folder of the corpus's vectors and index, made or reused; not given: beside the "
-             "corpus")
+        help="folder of the corpus's vectors and index, created or reused; default: next to the "
+        "corpus")
     add("--overwrite_index", action="store_true",
-        help="replace an index in --index that was made of another model or corpus, or with other "
-             "settings, in place of refusing it")
+        help="replace the index in --index if it is of another model or corpus, or has other "
+        "settings; without it, such an index is an error")
     add("--dtype", choices=["float16", "float32"], default="float16",
-        help="numbers of the stored vectors")
+        help="data type of the stored vectors")
     add("--faiss_index_factory", default="Flat",
         help="Flat (exact) or a faiss factory string: IVF4096,PQ64, HNSW32, OPQ16,PQ16 ...")
     add("--train_sample", type=int,
-        help="vectors that an index, or each process's part, is trained on at most; not given: 40 "
-             "per list of an IVF index, 200,000 at least")
+        help="maximum number of vectors to train an index on, per process; default: 40 per list "
+        "of an IVF index, at least 200,000")
     add("--nprobe", type=int,
-        help="lists that an IVF index searches; not given: twice the square root of its lists, and "
-             "as many as hold twice --hits documents at least")
+        help="lists to search in an IVF index; default: twice the square root of the number of "
+        "lists, and enough to hold twice --hits documents")
     add("--efSearch", type=int,
-        help="breadth of an HNSW search; not given: --hits, 64 at least")
+        help="breadth of an HNSW search; default: --hits, at least 64")
     add("--k1", type=float, default=0.9, help="BM25's k1")
     add("--b", type=float, default=0.4, help="BM25's b")
     add("--bm25_words", choices=RULES, default="auto",
-        help="bm25s: its words, of two letters or digits or more; unicode: with their letters' "
-             "marks, and pairs of letters in scripts without blanks (Chinese, Japanese, Korean, "
-             "Thai ...); auto: unicode where the corpus has such letters, else bm25s; a line says "
-             "which when the index is made")
+        help="bm25s: words of two or more letters or digits, as in bm25s; unicode: words with "
+        "combining marks, and pairs of letters in scripts without spaces (Chinese, Japanese, "
+        "Korean, Thai, ...); auto: unicode if the corpus has such letters, else bm25s (printed "
+        "when the index is made)")
     add("--stopwords", default="en",
-        help="whose common words BM25 leaves out: en (English), another language of bm25s (de, fr, "
-             "es ...), or none")
+        help="stop words that BM25 ignores: en (English), another language of bm25s (de, fr, es, "
+        "...), or none")
     add("--stemmer",
-        help="language whose PyStemmer stemmer BM25 uses (needs the package PyStemmer)")
+        help="language of the stemmer that BM25 uses (needs the package PyStemmer)")
 
 
 def add_output_flags(parser):
     add = parser.add_argument_group("outputs").add_argument
-    add("--output", metavar="FILE", help="reader records with ctxs, .json or .jsonl")
-    add("--trec", metavar="FILE", help="TREC run")
+    add("--output", metavar="FILE", help="write reader records with ctxs (.json or .jsonl)")
+    add("--trec", metavar="FILE", help="write a TREC run")
     add("--metrics", nargs="+", default=[], metavar="NAME",
-        help=f"{', '.join(METRICS)}; {', '.join(COLLATED)} write files beside --eval_data")
+        help=f"{', '.join(METRICS)}; {', '.join(COLLATED)} write files next to --eval_data")
     add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K",
-        help="ranks that the metrics look at")
+        help="ranks at which to measure")
     add("--save_name", help="name in the collated files: train.json becomes train.neg.NAME.json")
     add("--max_neg_num", type=int, default=100,
         help="negatives per query that collate_neg and collate_pos keep")
     add("--neg_ranks", type=int, nargs=2, metavar=("FIRST", "LAST"),
-        help="hard negatives come from these ranks of the search, from 1; not given: all")
+        help="take hard negatives from these ranks of the search, counted from 1; default: all")
     add("--neg_max_score", type=float, metavar="S",
-        help="hard negatives have this score at most; not given: any")
+        help="take hard negatives with at most this score; default: any")
     add("--neg_margin", type=float, metavar="M",
-        help="hard negatives score M or more below the positive; its score is that of its hit, the "
-        "lowest of several, and a question whose positive is no hit gets no negative: raise --hits")
+        help="take hard negatives that score at least M below the positive. The score of the "
+        "positive is that of its hit, the lowest if there are several; a question whose positive "
+        "was not found gets no negatives (raise --hits)")
     add("--neg_relative_margin", type=float, metavar="R",
-        help="as --neg_margin, R being a share of the positive's score: 0.05 is NV-Retriever's 95 "
-        "per cent")
+        help="like --neg_margin, with a margin of R times the positive's score; NV-Retriever's 95 "
+        "per cent is 0.05")
     add("--filter_answers", default=False, **SWITCH,
-        help="collate_neg leaves out passages that hold an answer")
+        help="leave passages that contain an answer out of collate_neg")
     add_measure_flags(add)
     add("--measures", metavar="FILE", help="write the measures as JSON")
     add("--measures_per_query", metavar="FILE",
-        help="write each query's measures: JSON lines if FILE ends in .jsonl, else lines of query, "
-        "measure and value with tabs between them")
+        help="write each query's measures: as JSON lines if FILE ends in .jsonl, else as "
+        "tab-separated query, measure and value")
     add("--html", metavar="FILE",
-        help="write a page to look at: each question with its documents, which of them hold an "
-        "answer and which are relevant")
+        help="write an HTML page with each question and its documents, marking those that contain "
+        "an answer or are relevant")
 
 
 def add_measure_flags(add):
     """Add the flags that change what a measure counts, by the function of a group."""
     add("--relevance_level", type=int, default=1, metavar="N",
-        help="the least label that counts as relevant (trec_eval's -l); nDCG's gains stay the "
-        "labels, and a filter such as min_score=2 takes labels away instead")
+        help="lowest label that counts as relevant (trec_eval's -l). nDCG still uses the labels "
+        "as gains; a filter such as min_score=2 would remove them")
     add("--match", choices=["string", "regex"], default="string",
-        help="how an answer is looked for in a passage: as a text, or as a regular expression "
+        help="how to find an answer in a passage: as a string, or as a regular expression "
         "(CuratedTREC; DPR's --match)")
     add("--exclude_self", action="store_true",
-        help="leave the document that has the query's own id out of the query's ranking (ArguAna, "
-        "Quora)")
+        help="remove the document with the query's own id from the ranking (ArguAna, Quora)")
 
 
 def add_run_flags(parser):
@@ -192,7 +199,8 @@ def add_run_flags(parser):
     add("--num_workers", type=int, default=0, help="processes that read and tokenise")
     add("--bf16", default=False, help="encode in bfloat16", **SWITCH)
     add("--seed", type=int, default=42, help="seed of random retrieval and of the training sample")
-    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES, for example 0,1; empty runs on the CPU")
+    add("--gpus", default="",
+        help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
 
 
 # ---------------------------------------------------------------- defaults and checks

@@ -50,9 +50,9 @@ def parse_args():
     parser.add_argument("datasets", nargs="+", choices=list(DATASETS),
                         help="NaturalQuestions, TriviaQA")
     parser.add_argument("--data", default="data", help="folder that scripts/get_data.sh filled")
-    parser.add_argument("--out", help="folder to write NQ/ and TQA/ to; not given: --data")
+    parser.add_argument("--out", help="folder to write NQ/ and TQA/ to; default: --data")
     parser.add_argument("--passages", metavar="FILE",
-                        help="Wikipedia's passages; not given: psgs_w100.tsv.gz in --data (a .gz "
+                        help="Wikipedia's passages; default: psgs_w100.tsv.gz in --data (a .gz "
                         "is unpacked once, beside it)")
     return parser.parse_args()
 

@@ -51,7 +51,7 @@ def parse_args():
     add("folder", metavar="DIR", help="folder of documents")
     add("--words", type=int, default=100, help="most words of a passage")
     add("--output", metavar="FILE",
-        help="where the passages go; not given: DIR.jsonl, if there is no such file")
+        help="where the passages go; default: DIR.jsonl, if there is no such file")
     return parser.parse_args()
 
 
