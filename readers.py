@@ -42,8 +42,8 @@ def add_prompt_flags(parser):
     add = parser.add_argument_group("causal language models").add_argument
     add("--prompt_template", metavar="TEXT",
         help="the prompt of one passage, with {question}, {title} and {text}; \\n is a line break. "
-        "For a question without contexts, lines that hold only the passage are left out. The answer "
-        "follows the whitespace at the end, else a space; default: as trained, else "
+        "For a question without contexts, lines that hold only the passage are left out. The "
+        "answer follows the whitespace at the end, else a space; default: as trained, else "
         f"'{TEMPLATE}'")
     add("--chat_template", default=None, **SWITCH,
         help="make the prompt the user's turn of the tokenizer's chat template, and the answer "
