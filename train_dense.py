@@ -19,7 +19,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -306,10 +306,21 @@ def train_epoch(run):
 def evaluate(run):
     """{measure: value} of the retriever as it is on the dev set; training goes on afterwards."""
     start = time.time()
-    measures = measure_retriever(run.unwrapped, run.dev, run.collator, run.corpus, run.args.metrics,
-                                 run.args.cutoffs, run.world)
+    measures = measure_retriever(run.unwrapped, run.dev, make_dev_collator(run), run.corpus,
+                                 run.args.metrics, run.args.cutoffs, run.world)
     run.model.train()
     return measures | {"eval_seconds": time.time() - start}
+
+
+def make_dev_collator(run):
+    """Return the GroupCollator of the dev set: the prompts that OUT will state go before all its
+    texts, as they do when retrieve.py measures OUT, whatever task a question names.
+    """
+    prompts = sentence_transformers_prompts(run)
+    if not prompts:
+        return run.collator
+    prompts = {"query": prompts["query"], "key": prompts["document"]}
+    return GroupCollator(replace(run.collator.texts, prompts=prompts), run.args, run.corpus)
 
 
 def plan_cost(run):
@@ -322,8 +333,8 @@ def plan_cost(run):
     if run.dev is not None:
         dev, corpus, share = sample_dev_set(run.dev, run.corpus, world)
         start = time.time()
-        measure_retriever(run.unwrapped, dev, run.collator, corpus, args.metrics, args.cutoffs,
-                          world)
+        measure_retriever(run.unwrapped, dev, make_dev_collator(run), corpus, args.metrics,
+                          args.cutoffs, world)
         eval_seconds = (time.time() - start) / share
         interval = args.eval_steps or args.save_steps
         evaluations = math.ceil(run.last_update / interval) - run.progress.total_updates // interval
@@ -428,7 +439,9 @@ def used_instructions(run):
 
 
 def sentence_transformers_prompts(run):
-    """Return {query, document: instruction} if all tasks have the same instructions, else {}."""
+    """Return {query, document: what OUT puts before all texts} if that is one for all tasks, else
+    {}. Of records whose own prompts differ the queries get none.
+    """
     instructions = {run.collator.instruction(task) for task in run.task_flags}
     if len(instructions) != 1:
         return {}
@@ -579,7 +592,7 @@ def set_up(args, world, sets=BOTH_SETS):
                        dataset_sizes=data.dataset_sizes, task_flags=data.task_flags,
                        updates=updates, inputs=inputs)
     if dev:
-        check_one_instruction(run.collator, dev.tasks)
+        check_one_instruction(make_dev_collator(run), dev.tasks)
     if state:
         restore_state(run, state)
     return run

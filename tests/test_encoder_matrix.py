@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 import retrieval.flags
 import train_dense
 from conftest import make_bert
+from dense import evaluation
 from dense.flags import parse_args
 from dense.instructions import named_version
 from dense.model import BiEncoder, CrossEncoder
@@ -520,6 +521,30 @@ def test_a_checkpoint_states_the_instructions_that_were_used(bert, tmp_path):
     assert collator.instruction("") == collator.instruction("qa") == (instruction, "")
     assert open_theirs(tmp_path / "with").prompts["query"] == instruction
     check_vectors(tmp_path / "with")
+
+
+@pytest.mark.parametrize("fields, flags", [
+    ({"task": "qa"}, ["--version", "e5"]), ({"prompt": "the town "}, []), ({}, [])])
+def test_dev_sets_get_the_prompts_that_are_saved(fields, flags, bert, tmp_path):
+    """A23, E2: qrels name no task, and are measured with the prompts that OUT then has."""
+    qrels = write_lines(tmp_path / "qrels.jsonl", [
+        {"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(len(TEXTS))])
+    queries = write_lines(tmp_path / "queries.jsonl", [
+        {"_id": f"q{i}", "text": text} for i, text in enumerate(TEXTS)])
+    corpus = write_lines(tmp_path / "corpus.jsonl", [
+        {"_id": f"d{i}", "title": "", "text": text[::-1]} for i, text in enumerate(TEXTS)])
+    measured = []
+
+    def measure(model, dev, collator, *rest):
+        measured.append(collator)
+        return evaluation.evaluate(model, dev, collator, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dense, "measure_retriever", measure)
+        train(tmp_path / "out", bert, [row | fields for row in RECORDS], *flags, "--eval_qrels",
+              f"qrels={qrels}", "--queries", queries, "--corpus", corpus)
+    _, collator = open_ours(tmp_path / "out", "--task", "qa")
+    assert measured[0].instruction("") == collator.instruction("qa")
+    assert any(collator.instruction("")) == bool(fields)
 
 
 @pytest.mark.parametrize("name, version", [
