@@ -94,7 +94,8 @@ def save_adapters(transformer, folder, base):
 
 
 def merge_saved_adapters(transformer, folder):
-    """Return the transformer with the adapters of a folder merged into its weights.
+    """Return the transformer with the adapters of a folder merged into its weights, of which those
+    are trained that were before.
 
     Raise InputError without peft, and for adapters of another model or another kind than LoRA.
     """
@@ -111,11 +112,15 @@ def merge_saved_adapters(transformer, folder):
         if not isinstance(config, LoraConfig):
             raise InputError(f"{folder}: holds {config.peft_type} adapters, and only LoRA's can be "
                              "merged; give the folder of a whole model")
+        trained = {name for name, weight in transformer.named_parameters() if weight.requires_grad}
         model = get_peft_model(transformer, config)
         loading = set_adapters(model, load_peft_weights(folder, device="cpu"))
         missing = [name for name in loading.missing_keys if "lora_" in name]
         check_fit(missing, [], loading.unexpected_keys, folder)
-        return model.merge_and_unload()
+        merged = model.merge_and_unload()
+    for name, weight in merged.named_parameters():  # peft has frozen all of them
+        weight.requires_grad_(name in trained)
+    return merged
 
 
 def pack_weights(transformer, device, bf16):

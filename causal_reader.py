@@ -30,7 +30,7 @@ from adapters import (
 )
 from borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
 from causal_lm import differs, list_ids, open_lm, probe_ids
-from checkpoints import check_vocabulary, write_weights
+from checkpoints import check_vocabulary, find_base, find_model, write_weights
 from data import list_targets, pad_labels, pad_passages
 from files import to_number
 from questions import history_turns, retrieval_score
@@ -326,8 +326,13 @@ class CausalReader(nn.Module):
     def add_adapters(self, args, device):
         """Freeze the weights and add the LoRA adapters of the flags (adapters.add_lora_flags).
 
-        device: where --load_in_4bit packs the weights before.
+        device: where --load_in_4bit packs the weights before. Raise InputError for adapters that
+        are to be saved alone, but belong to a model that is made of adapters itself.
         """
+        folder = find_model(args.t5_name)[0]
+        if args.save_adapters and find_base(folder) != folder:
+            raise InputError(f"--save_adapters: {args.t5_name} holds adapters itself, and adapters "
+                             "must belong to a whole model; leave the flag out")
         if args.load_in_4bit:
             pack_weights(self.lm, device, args.bf16)
         if args.frozen_bf16:

@@ -100,10 +100,10 @@ def find_base(folder):
     """Return the folder of the model that a folder of peft's adapters belongs to; any other folder
     is its own base.
 
-    Raise InputError for adapters whose model cannot be found.
+    Raise InputError for adapters whose model cannot be found, or is made of adapters itself.
     """
     path = os.path.join(folder, "adapter_config.json")
-    if not os.path.exists(path) or os.path.exists(os.path.join(folder, "config.json")):
+    if not holds_adapters(folder):
         return folder
     base = read_settings(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -112,14 +112,24 @@ def find_base(folder):
     if os.path.isfile(base):
         raise InputError(f"{path}: base_model_name_or_path must be a folder or a hub name, "
                          f"{shorten(base)} is a file")
-    if os.path.isdir(base):
-        return base
-    with refusing(f"{folder}: holds adapters of {shorten(base)}", "set base_model_name_or_path in "
-                  "its adapter_config.json to that model's folder"):
-        try:
-            return find_model(base)[0]
-        except InputError as error:
-            raise ValueError(str(error)) from None
+    if not os.path.isdir(base):
+        with refusing(f"{folder}: holds adapters of {shorten(base)}", "set base_model_name_or_path "
+                      "in its adapter_config.json to that model's folder"):
+            try:
+                base = find_model(base)[0]
+            except InputError as error:
+                raise ValueError(str(error)) from None
+    if holds_adapters(base):
+        raise InputError(f"{path}: base_model_name_or_path must be a whole model, {shorten(base)} "
+                         "holds adapters itself; merge those into their model first (peft: "
+                         "merge_and_unload, then save_pretrained)")
+    return base
+
+
+def holds_adapters(folder):
+    """Return True for a folder of peft's adapters without the model that they belong to."""
+    return (os.path.exists(os.path.join(folder, "adapter_config.json"))
+            and not os.path.exists(os.path.join(folder, "config.json")))
 
 
 def refuse_gguf(path):

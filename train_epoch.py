@@ -664,6 +664,7 @@ def main(args):
     if test and any(record["answers"] for record in test):
         best_reader = open_reader(run.out, spread=args.fsdp, trained=True)
         place_reader(best_reader, world, args.fsdp)
+        best_reader.check_tokenizer(run.tokenizer)
         summary = answer(run, best_reader, test)
         world.log(f"test EM {summary.em:.2f} ({summary.correct}/{summary.count}), F1 "
                   f"{summary.f1:.2f} with the best checkpoint on {args.data_test}")

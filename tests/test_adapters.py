@@ -107,7 +107,7 @@ def test_a_retriever_learns(tmp_path):
     run("train_dense.py", "--output_dir", tmp_path / "m", "--train_data", data, "--query_encoder",
         bert, "--lora", 4, "--load_in_4bit", "--max_steps", 20, "--lr", "1e-2", "--batch_size", 9,
         "--group_size", 2, "--logging_steps", 1, "--query_max_length", 12, "--key_max_length", 12,
-        "--cos_temperature", 0.05)
+        "--cos_temperature", 0.05, "--pooling_method", "cls")
     losses = [json.loads(line)["loss"] for line in open(tmp_path / "m.jsonl")]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     weights = load_file(tmp_path / "m" / "model.safetensors")
@@ -151,6 +151,20 @@ def test_adapters_alone_open_again(llama, tmp_path):  # E16
     model, _ = open_causal_lm(tmp_path / "m", "cpu")
     for name, weight in reader.lm.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_training_from_adapters(llama, tmp_path):  # E13, E16
+    """All weights are trained, as from the merged model; adapters of adapters are refused."""
+    train_epoch.main(make_args(tmp_path, llama, "--save_adapters"))
+    adapters, out = str(tmp_path / "m"), tmp_path / "second"
+    reader = readers.open_reader(adapters, trains=True)
+    assert all(weight.requires_grad for weight in reader.parameters())
+    args = make_args(tmp_path, adapters, "--save_adapters")
+    with pytest.raises(InputError, match="--save_adapters: .* holds adapters itself"):
+        reader.add_adapters(args, CPU)
+    save_adapters(add_lora(AutoModelForCausalLM.from_pretrained(llama), 2), out, adapters)
+    with pytest.raises(InputError, match="must be a whole model"):
+        readers.open_reader(out)
 
 
 def test_frozen_weights_in_bfloat16(llama, tmp_path):  # E16

@@ -458,6 +458,15 @@ def test_answers_end_at_the_first_line_end(folders, tokenizer, text, answer):  #
     assert tokenizer.decode(generated[0]) == text
 
 
+def test_the_test_set_is_answered_by_first_lines(folders, records_file, tmp_path, capsys):  # E11
+    """The best checkpoint, opened again for --data_test, has the tokenizer that it needs."""
+    train_epoch.main(train_epoch.parse_args([str(value) for value in (
+        tmp_path / "m", records_file, records_file, "--data_test", records_file, "--t5_name",
+        folders["llama"], "--answer_lines", "first", "--epochs", 1, "--batch_size", 4,
+        "--num_contexts", 1, "--max_length", 80, "--eval_answer_maxlength", 3)]))
+    assert "test EM 0.00 (0/11)" in capsys.readouterr().out
+
+
 def test_lines_end_answers_of_models_not_trained_here(folders, tmp_path, capsys):  # E11
     assert open_reader(folders["llama"]).prompts.answer_lines == "first"
     assert "was not trained here: its answers end at their first line" in capsys.readouterr().out
