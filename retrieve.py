@@ -25,6 +25,7 @@ from dense.texts import describe_texts, settle_texts
 from files import lock, write_json
 from questions import (
     Question,
+    gold_passages,
     own_ids,
     read_questions,
     read_unique_questions,
@@ -140,6 +141,7 @@ def check_records(questions, labels, corpus, args):
     for question in questions:
         if mines:
             key_texts(question, list_positives(question.record), args.key_template)
+            gold_passages(question.record, question.location)
         if mines or by_pos_index:
             check_indices(question, question.record.get("pos_index") or [], corpus)
 
@@ -489,7 +491,7 @@ def search(args, corpus, questions, world):
     if questions and world.is_main:
         if excludes:
             results = leave_out_own(args, corpus, questions, results, world.log)
-        note_missing(args, questions, results, world.log)
+        note_missing(args, questions, results, len(corpus or ()) - bool(excludes), world.log)
     return results
 
 
@@ -510,8 +512,11 @@ def ranks_candidates(args):
     return args.retrieval_method == "rank" and not args.results
 
 
-def note_missing(args, questions, results, log):
-    """Log how many questions find no document or, by an approximate index, fewer than --hits."""
+def note_missing(args, questions, results, total, log):
+    """Log how many questions find no document or, by an approximate index, fewer than --hits.
+
+    total: of the documents that a question could find.
+    """
     counts = (results.indices >= 0).sum(axis=1)
     empty = [question for question, count in zip(questions, counts) if not count]
     if empty:
@@ -520,10 +525,11 @@ def note_missing(args, questions, results, log):
             f"{shorten(empty[0].id)} ({shorten(empty[0].text)}) the first{reason}")
     if args.retrieval_method != "dense" or args.faiss_index_factory == "Flat":
         return
-    few = int(((counts > 0) & (counts < args.hits)).sum())
+    hits = min(args.hits, total)
+    few = int(((counts > 0) & (counts < hits)).sum())
     if few:
-        log(f"note: {few} of {len(questions)} queries find fewer than {args.hits} documents in the "
-            "lists that are searched; raise --nprobe")
+        log(f"note: {few} of {len(questions)} queries find fewer than {hits} documents; raise "
+            "--nprobe (of an HNSW index --efSearch)")
 
 
 # ---------------------------------------------------------------- outputs

@@ -277,7 +277,8 @@ def unused_fields(record):
     hard = find_keys(record, HARD_NEGATIVES)
     if hard:
         names += [name for name in OTHER_NEGATIVES if find_keys(record, [name])]
-    used = {id(keys) for keys in (find_keys(record, POSITIVES), hard)}
+    negatives = hard or find_keys(record, OTHER_NEGATIVES)
+    used = {id(keys) for keys in (find_keys(record, POSITIVES), negatives)}
     for name in record:
         keys = record[name]
         if (fold(name) in KEY_FOLDS and name not in names and isinstance(keys, (list, dict))

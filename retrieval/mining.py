@@ -23,7 +23,14 @@ from names import (
     fold,
     spell_id,
 )
-from questions import LIST_FIELDS, check_types, find_keys, has_keys, labelled_keys
+from questions import (
+    LIST_FIELDS,
+    check_types,
+    find_keys,
+    gold_passages,
+    has_keys,
+    labelled_keys,
+)
 from retrieval.corpus import format_key
 from retrieval.results import stack
 from utils import InputError, shorten
@@ -332,16 +339,18 @@ def find_positives(question, hits, corpus, labels, template):
     """Return [True for a positive] of hits [(document index, text)].
 
     A positive is known by its text, its index in `pos_index`, its label or its id, by any of the
-    names of either; so is a copy of it in the corpus.
+    names of either; so are a copy of it in the corpus, and a reader's record's `passage`.
     """
     positives = list_positives(question.record)
-    positive_texts = set()
+    gold = gold_passages(question.record, question.location)
+    positive_texts = {normalise(passage["text"]) for passage in gold}
     for key, text in zip(positives, key_texts(question, positives, template)):
         positive_texts.update(map(normalise, (text, plain_text(key))))
     positive_indices = {doc_index for doc_index, label in labels.items() if label > 0}
     positive_indices.update(question.record.get("pos_index") or [])
     if corpus:
-        ids = [find_value(key, DOCUMENT_IDS) for key in positives if isinstance(key, dict)]
+        ids = [find_value(key, DOCUMENT_IDS) for key in [*positives, *gold]
+               if isinstance(key, dict)]
         named = find_value(question.record, POSITIVE_IDS)
         ids += named if isinstance(named, list) else []
         ids = [spell_id(document_id) for document_id in ids if document_id is not None]

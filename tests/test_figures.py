@@ -3,6 +3,7 @@ the measures of a saved run, against trec_eval where it has them.
 """
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from retrieval.results import (
     write_run,
 )
 from retrieval_helpers import make_questions, make_results, write_corpus, write_rows
+from retrieve import note_missing
 from utils import InputError, World, call_main
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -311,6 +313,17 @@ def test_a_querys_own_document_is_left_out(method, corpus, tmp_path, capsys):
     assert count in capsys.readouterr().out
     if method != "random":
         assert json.load(open(tmp_path / "m.json"))["recall@7"] == pytest.approx(2 / 3)
+
+
+def test_a_document_that_is_left_out_is_not_missed(capsys):
+    """A18, A34: the note that an approximate search finds too little counts what there is."""
+    args = SimpleNamespace(retrieval_method="dense", faiss_index_factory="IVF2,Flat", hits=8)
+    questions = make_questions({}, {})
+    results = make_results([0, 1, 2, 3, 4, 5, 6, -1], [0, 1, 2, 3, 4, 5, 6, -1])
+    note_missing(args, questions, results, 7, print)
+    assert capsys.readouterr().out == ""
+    note_missing(args, questions, results, 8, print)
+    assert "2 of 2 queries find fewer than 8 documents" in capsys.readouterr().out
 
 
 def test_own_documents_of_a_saved_run_need_no_corpus(tmp_path, capsys):

@@ -74,11 +74,14 @@ def test_collated_candidates_keep_their_texts(tmp_path):
 
 
 def test_positives_are_never_mined(corpus, tmp_path):
+    """A16, and its kind: the passage of a reader's record is a positive, too."""
     hits = make_results([0, 1, 2, 3, 4, 5])
     second = {"title": "t2", "text": "text 2"}
     for record, labels, left in (({"pos": ["t1 text 1"]}, {}, [0, 2, 3, 4, 5]),
                                  ({"pos": [second]}, {}, [0, 1, 3, 4, 5]),
                                  ({"pos_index": [4], "pos": ["other"]}, {}, [0, 1, 2, 3, 5]),
+                                 ({"passage": "text 5"}, {}, [0, 1, 2, 3, 4]),
+                                 ({"passage": {"id": "d0", "text": "x"}}, {}, [1, 2, 3, 4, 5]),
                                  ({}, {3: 1, 5: 0, -2: 1}, [0, 1, 2, 4, 5]),
                                  ({"answers": ["Text 4"]}, {}, [0, 1, 2, 3, 5])):
         questions = make_questions(record)

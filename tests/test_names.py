@@ -340,6 +340,10 @@ def test_flag_embeddings_scores_and_prompt_are_used(tmp_path):
     assert examples[0].scores is None
     assert logged[1].endswith("'type' (1), 'margin' (1), 'neg_scores' (1), 'negative_ctxs' (1), "
                               "'hard_negatives' (1)")
+    # those that are used in place of hard ones are not named
+    plain = {"query": "q", "positive_ctxs": [{"text": "p"}], "negative_ctxs": [{"text": "m"}]}
+    example, = read_examples(write_rows(tmp_path / "r.jsonl", [plain]), log=logged.append)
+    assert example.neg == [{"text": "m"}] and len(logged) == 2
     record["neg_scores"] = [0.4]
     with pytest.raises(InputError, match="r.jsonl:1: 2 teacher_scores for 1 positives and 2 neg"):
         read_examples(write_rows(tmp_path / "r.jsonl", [record]))
