@@ -43,11 +43,12 @@ HUB_FILES = ["*.json", "*.model", "vocab*", "merges.txt", "*_Dense/*", "*_LayerN
              "0_Transformer/*"]
 
 # names of weights in the formats of other libraries, and files of a run that are none
-WEIGHT_NAMES = (r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|npz|t7)(\.index(\.json)?)?$"
-                r"|\.ckpt[-.]|\.data-\d+-of-\d+$")
+WEIGHT_NAMES = (r"(?i)\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|npz|t7|ot|pkl|tflite|"
+                r"distcp)(\.index(\.json)?)?$|\.ckpt[-.]|\.data-\d+-of-\d+$")
 RUN_FILES = (r"^(optimizer|scheduler|scaler|trainer|rng_state|training_args|training_state|"
              r"random_states)[\w-]*\.")
 REMEDIES = (
+    ("^checkpoint[^/]*/", "give the folder in which it lies"),
     ("^adapter_model", "merge the adapter into its base model (peft: merge_and_unload, then "
                        "save_pretrained) and give that folder"),
     (r"\.msgpack", "convert them with transformers 4: from_pretrained(FOLDER, from_flax=True), "
@@ -231,8 +232,12 @@ def refuse_other_weights(folder):
     """
     if not os.path.isdir(folder):
         return
-    others = [name for name in sorted(os.listdir(folder)) if re.search(WEIGHT_NAMES, name)
-              and not re.search(RUN_FILES, name)]
+    names = sorted(os.listdir(folder))
+    for part in [name for name in names if name.startswith("checkpoint")]:  # transformers' Trainer
+        if os.path.isdir(os.path.join(folder, part)):
+            names += [f"{part}/{name}" for name in sorted(os.listdir(os.path.join(folder, part)))]
+    others = [name for name in names if re.search(WEIGHT_NAMES, name)
+              and not re.search(RUN_FILES, os.path.basename(name))]
     for name in others:
         remedy = next(text for pattern, text in REMEDIES if re.search(pattern, name))
         raise InputError(f"{os.path.join(folder, name)}: looks like weights, which are read from "

@@ -342,7 +342,7 @@ def has_cross_bias(names, settings):
 
     T5's first releases hold a weight of that name, too, which no version of T5 since has used.
     """
-    if any(re.match(r"(module\.|model\.)?encoder\.encoder\.", name) for name in names):
+    if any(re.search(r"(^|\.)encoder\.encoder\.", name) for name in names):
         return True
     return bool(settings.get(CROSS_BIAS_MARK, "passage_stride" in settings))
 

@@ -24,7 +24,7 @@ from data import Collator, encode_inputs
 from model import CROSS_BIAS, FiDT5, plain_fid
 from predict import decode_answers, predict
 from readers import describe_reader, open_reader, open_reader_tokenizer
-from t5_folder import open_t5_tokenizer, parse_sentencepiece
+from t5_folder import has_cross_bias, open_t5_tokenizer, parse_sentencepiece
 from test_model import random_batch
 from utils import InputError, World
 
@@ -459,8 +459,11 @@ def test_tokenizers_read_as_transformers_does(name, toy, tmp_path):
 @pytest.mark.parametrize("name", ["flax_model.msgpack", "tf_model.h5", "pytorch_model.pt",
                                   "adapter_model.safetensors", "model.ckpt.index", "t5.gguf",
                                   "consolidated.00.pth", "model.fp16.safetensors",
-                                  "pytorch_model-00001-of-00001.bin"])
+                                  "pytorch_model-00001-of-00001.bin", "rust_model.ot",
+                                  "MODEL.SAFETENSORS", "__0_0.distcp",
+                                  "checkpoint-500/model.safetensors"])
 def test_weights_under_other_names_are_named(name, copy):  # A12
+    (copy / name).parent.mkdir(exist_ok=True)
     (copy / "model.safetensors").rename(copy / name)
     (copy / "training_args.bin").write_text("")  # of a trainer, no weights
     with pytest.raises(InputError, match="model.safetensors: holds weights alone; give its folder"):
@@ -502,6 +505,14 @@ def test_training_from_a_configuration_is_said(copy, capsys):  # A12
     save_file({}, copy / "model.safetensors")
     with pytest.raises(InputError, match="model.safetensors: holds no weights"):
         open_reader(copy)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "reader."])
+def test_the_bias_of_fids_own_files_is_kept_under_a_wrapper(prefix):  # A14
+    assert has_cross_bias([f"{prefix}encoder.encoder.block.0.module.layer.0.SelfAttention.q.weight",
+                           prefix + CROSS_BIAS], {})
+    assert not has_cross_bias([f"{prefix}encoder.block.0.layer.0.SelfAttention.q.weight",
+                               prefix + CROSS_BIAS], {})
 
 
 def test_quantised_weights_are_named(copy):
