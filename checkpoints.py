@@ -317,8 +317,8 @@ def split_weights(weights):
 
 def announce_random_start(name):
     """Print, on the main process, that a model starts from random weights."""
-    log_on_main(f"WARNING: {name} holds no weights: starting from random initialisation, nothing "
-                "that it computes means anything before it is trained")
+    log_on_main(f"WARNING: {name} holds no weights: starting from random initialisation; its "
+                "outputs mean nothing before training")
 
 
 def load_tokenizer(path_or_name, fallback):
@@ -464,8 +464,7 @@ def drop_wrapper(weights, expected, source):
     wrapper = find_wrapper(weights, expected)
     if not wrapper:
         return weights
-    log_on_main(f"note: {source}: the names of its weights begin with {wrapper!r}, which is left "
-                "out")
+    log_on_main(f"note: {source}: the prefix {wrapper!r} of its weights' names is left out")
     return {name.removeprefix(wrapper): weight for name, weight in weights.items()}
 
 
@@ -509,8 +508,8 @@ def check_fit(missing, mismatched, unused, source, optional="", unused_is_fine=F
         raise InputError(f"{source}: weights do not match config.json: {name} {problem}{others}; "
                          "give the folder that the weights came with")
     if unused:
-        log_on_main(f"note: {source}: {len(unused)} weights of the file are not used, "
-                    f"{min(unused)} the first")
+        log_on_main(f"note: {source}: {len(unused)} weights of the file are not used "
+                    f"(first: {min(unused)})")
 
 
 def versions():
@@ -545,7 +544,7 @@ def claim_folder(out, resume, overwrite, world):
         for path in (f"{out}.state", f"{out}.jsonl"):
             remove_leftovers(os.path.realpath(path))
         if resume and not os.path.exists(f"{out}.state"):
-            world.log(f"note: there is no {out}.state to resume from; starting anew")
+            world.log(f"note: there is no {out}.state to resume from; starting from scratch")
         yield
     finally:
         if is_new:

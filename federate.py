@@ -348,8 +348,8 @@ def describe(server):
                f"weights travel as {args.transport}, {count * size / 1e6:.1f} MB each way; "
                f"{' in '.join([' '.join(args.strategy), *filter(None, [privacy])])}")
     if args.privacy and args.strategy[0] not in AVERAGES:
-        server.log(f"note: no epsilon is told; the noise is made for an average, and "
-                   f"{args.strategy[0]} is none")
+        server.log(f"note: no epsilon is reported: the noise is calibrated for an average, "
+                   f"and {args.strategy[0]} does not average")
     if not server.run.dev:
         server.log("note: nothing is measured, the latest model is kept; --eval_data, --eval_qrels "
                    "or --eval_file behind -- name a held-out file")

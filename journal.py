@@ -27,7 +27,7 @@ class Journal:
             done.update(parts)
             if not size:
                 world.log(f"note: {path} is of other data, another model or other flags; starting "
-                          "anew")
+                          "from scratch")
         self.done = dict(gather_lists(done.items(), world))
         wait_for_all(world)
 

@@ -73,8 +73,8 @@ def settle_lengths(args, log):
         if given is None:
             setattr(args, name, trained or default)
             if trained is None:
-                log(f"note: {args.model} does not tell its {name}; taking {default}, --{name} "
-                    "changes it")
+                log(f"note: {args.model} does not store its {name}; using {default} "
+                    f"(--{name} changes it)")
         elif trained is not None and given not in (trained, [trained]):
             log(f"warning: --{name} {str(given).strip('[]')}, but the checkpoint was trained with "
                 f"{trained}")
@@ -231,8 +231,8 @@ def note_too_long(check, what, limit, room, flag, log):
     """Log how many questions have longer answers than are generated with the flag's limit."""
     if check.too_long:
         log(f"note: {check.too_long} of {check.checked} {what} have no answer of at most {room} "
-            f"tokens, so that --{flag} {limit} cuts every right one; --{flag} "
-            f"{check.needed + limit - room + 1} would do for all")
+            f"tokens: --{flag} {limit} cuts every right answer; --{flag} "
+            f"{check.needed + limit - room + 1} is enough for all")
 
 
 def is_json_lines(path):

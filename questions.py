@@ -348,9 +348,8 @@ def note_rising(orders, path, log):
     first then has the lowest, as distances have.
     """
     if set(orders) - {None} == {"rising"} and orders.count("rising") > 1:
-        log(f"warning: {path}: the scores of every question rise, and the highest counts as the "
-            "best: of distances that is the farthest; if they are distances, write them with a "
-            "minus")
+        log(f"warning: {path}: the scores of every question rise, as distances do, but the highest "
+            "counts as the best; if they are distances, negate them")
 
 
 def context_score(context):
@@ -460,7 +459,7 @@ def note_files(files, num_contexts, log):
         if records is None:
             continue
         if index > 0 and os.path.samefile(path, training_path):
-            log(f"note: {path} is the training file too: measures on it do not tell how new "
+            log(f"note: {path} is also the training file: its measures do not show how new "
                 "questions are answered")
         else:
             note_contexts(records, path, num_contexts, log)
@@ -734,7 +733,7 @@ def require_ids(questions, purpose, log):
                          f"one is known to hold its id; its fields are "
                          f"{shorten(sorted(first.record))}; rename the one with the id to 'id', or "
                          "add one")
-    log("note: the questions have no ids; a question's id is its position, 0 for the first")
+    log("note: the questions have no ids; their positions, from 0, are used")
 
 
 def note_ids(question, log):

@@ -84,8 +84,8 @@ def open_reader(path_or_name, dropout=None, args=None, spread=False, trained=Fal
     find_weights(folder, required=trained)
     if not trains and "num_contexts" not in stated and "answer_lines" not in given:
         prompts = prompts._replace(answer_lines="first")
-        log_on_main(f"note: {path_or_name} was not trained here: its answers end at their first "
-                    "line end (--answer_lines all: at an end token alone)")
+        log_on_main(f"note: {path_or_name} was not trained here: its answers end at the first "
+                    "line break (--answer_lines all: only at an end token)")
     return CausalReader.from_pretrained(path_or_name, dropout, prompts, dtype)
 
 

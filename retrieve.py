@@ -120,7 +120,7 @@ def keep_judged(questions, qrels, log):
         return questions  # read_labels refuses them
     if len(kept) < len(questions):
         log(f"note: {len(kept)} of {len(questions)} queries are named by the qrels; the others are "
-            "left out")
+            "not searched for")
     return kept
 
 
@@ -178,11 +178,11 @@ def limit_hits(args, corpus, questions, log):
         return
     ranks_all = corpus and args.hits >= len(corpus)
     if list_measures(args) and args.hits < max(args.cutoffs) and not ranks_all:
-        log(f"note: --hits {args.hits} leaves out the --cutoffs above it")
+        log(f"note: --cutoffs above --hits {args.hits} are left out")
         args.cutoffs = [k for k in args.cutoffs if k <= args.hits] or [args.hits]
     if corpus and questions and args.hits > len(corpus):
         args.hits = len(corpus)
-        log(f"note: --hits is more than the corpus has; {args.hits} are taken")
+        log(f"note: --hits is lowered to {args.hits}, the size of the corpus")
 
 
 # ---------------------------------------------------------------- BM25
@@ -231,23 +231,20 @@ def make_bm25_index(args, corpus, words, share, world):
         with lock(args.index):
             # another command may have made it meanwhile
             if not check_fingerprint(args.index, expected):
-                if args.stopwords.startswith("en"):
-                    world.log("BM25: English stop words are left out (--stopwords names another "
-                              "language, or none)")
-                log_words(words, share, world.log)
+                log_words(args, words, share, world.log)
                 bm25.build_index(args.index, corpus, words, args.k1, args.b)
                 write_json(os.path.join(args.index, "index.json"), expected)
     await_index(args.index, expected, world)
 
 
-def log_words(words, share, log):
-    """Log the rule that words are cut by, and why."""
-    kinds = {"bm25s": "two letters or digits or more, as bm25s has them",
-             "unicode": "by Unicode's letters and marks, and pairs of letters in scripts without "
-                        "blanks"}
-    reason = "" if share is None else (f"; {100 * share:.2g} % of the documents' characters need "
-                                       "the rule unicode")
-    log(f"BM25: words are {kinds[words.rule]} (--bm25_words {words.rule}{reason})")
+def log_words(args, words, share, log):
+    """Log how texts are split into words, and why."""
+    kinds = {"bm25s": "two or more letters or digits",
+             "unicode": "Unicode letters with their marks, in pairs for scripts without spaces"}
+    reason = "" if share is None else (f", chosen as {100 * share:.2g} % of the documents' "
+                                       "characters need unicode")
+    log(f"BM25: words are {kinds[words.rule]} (--bm25_words {words.rule}{reason}); stop words: "
+        f"{args.stopwords} (--stopwords)")
 
 
 # ---------------------------------------------------------------- dense retrieval
@@ -520,9 +517,10 @@ def note_missing(args, questions, results, total, log):
     counts = (results.indices >= 0).sum(axis=1)
     empty = [question for question, count in zip(questions, counts) if not count]
     if empty:
-        reason = "; no word of theirs is in a document" if args.retrieval_method == "bm25" else ""
-        log(f"note: {len(empty)} of {len(questions)} queries find no document, "
-            f"{shorten(empty[0].id)} ({shorten(empty[0].text)}) the first{reason}")
+        is_bm25 = args.retrieval_method == "bm25"
+        reason = "; no document contains any of their words" if is_bm25 else ""
+        log(f"note: {len(empty)} of {len(questions)} queries find no document "
+            f"(first: {shorten(empty[0].id)}, {shorten(empty[0].text)}){reason}")
     if args.retrieval_method != "dense" or args.faiss_index_factory == "Flat":
         return
     hits = min(args.hits, total)

@@ -663,9 +663,7 @@ def describe(run):
     """Log the lines that a run starts with."""
     args, log = run.args, run.world.log
     log(describe_machine(run.world, args.gpus))
-    kind = f"retriever, metric {args.dense_metric}, pooling {args.pooling_method}"
-    if args.ranker:
-        kind = "ranker"
+    kind = "ranker" if args.ranker else "retriever"
     trained = count_trained(run.unwrapped)
     log(f"{len(run.train_set.examples)} training examples of {len(run.dataset_sizes)} dataset(s), "
         f"groups of {run.train_set.group_rules[0].group_size}; {trained:,} trained parameters; "

@@ -625,8 +625,8 @@ def describe(run):
     if args.retriever:
         note_reach(run.dev, args.data_val, log)
     if warmup >= run.last_update:
-        log(f"warning: the warm-up of {warmup} updates outlasts the run, the learning rate never "
-            f"gets to {args.lr:g}; --warmup_ratio 0.1 would fit")
+        log(f"warning: the warm-up of {warmup} updates outlasts the run: the learning rate never "
+            f"reaches {args.lr:g}; --warmup_ratio 0.1 would fit")
     if run.progress.total_updates:
         log(f"resuming after {run.progress.total_updates} updates, in epoch {run.progress.epoch}")
 
@@ -659,8 +659,8 @@ def main(args):
     world.log(f"done in {time.time() - start:.0f} s; best dev EM {dev_em:.2f} "
               f"({run.progress.best_at}) in {run.out}")
     if dev_em == 0:
-        world.log("warning: no dev question was answered right, so that the checkpoint was chosen "
-                  f"by F1 or as the last: {explain_zero(run)}")
+        world.log("warning: no dev question was answered right; the checkpoint was chosen by F1 or "
+                  f"is the last one: {explain_zero(run)}")
     if test and any(record["answers"] for record in test):
         best_reader = open_reader(run.out, spread=args.fsdp, trained=True)
         place_reader(best_reader, world, args.fsdp)

@@ -104,8 +104,8 @@ def open_encoders(name, key_name=None, pooling=None, dropout=None, trained=False
             encoder.lowercases = description.lowercases
             encoder.skips_prompt = description.skips_prompt
     if key is query and os.path.isdir(query.folder) and is_dpr(query.folder):
-        log_on_main(f"note: {query.folder} is one of DPR's two encoders, and encodes queries and "
-                    "documents; --key_encoder names the context encoder")
+        log_on_main(f"note: {query.folder} is one of DPR's two encoders; it encodes queries and "
+                    "documents unless --key_encoder names the context encoder")
     dimensions = {encoder.dimension for encoder in (query_encoder, key_encoder) if encoder}
     if len(dimensions) > 1:
         raise InputError(f"{name} gives vectors of {query_encoder.dimension} numbers, {key_name} "
@@ -202,8 +202,8 @@ def load_weights(kind, folder, config):
             weights = read_weights(folder)
             wrapper = find_wrapper(weights, model.state_dict())
             if wrapper and wrapper != f"{model.base_model_prefix}.":
-                log_on_main(f"note: {folder}: the names of its weights begin with {wrapper!r}, "
-                            "which is left out")
+                log_on_main(f"note: {folder}: the prefix {wrapper!r} of its weights' names "
+                            "is left out")
                 weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
                 model, loading = type(model).from_pretrained(None, state_dict=weights, **settings)
     return model, loading
@@ -408,7 +408,7 @@ def open_ranker(name, dropout=None, trained=False):
         check_fit([name for name in missing if name not in head], loading["mismatched_keys"],
                   loading["unexpected_keys"], folder, unused_is_fine=True)
         if head:
-            log_on_main(f"note: {folder}: the ranking head is new, it has no {min(head)}")
+            log_on_main(f"note: {folder}: no {min(head)}: the ranking head is random")
     return model, activation
 
 

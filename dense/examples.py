@@ -113,7 +113,7 @@ def to_doc_indices(qrels, corpus, queries, source="the qrels", log=print):
     if len(known) < len(qrels):
         absent = next(query_id for query_id in qrels if query_id not in queries)
         log(f"note: {source}: {len(qrels) - len(known)} of {len(qrels)} queries are in none of the "
-            f"query files, {shorten(absent)} the first; they are dropped")
+            f"query files (first: {shorten(absent)}); they are dropped")
     # one call for all documents: a call for each query's would take longer
     pairs = [(query_id, document_id) for query_id in known for document_id in qrels[query_id]]
     doc_indices = corpus.indices([document_id for _, document_id in pairs])
@@ -129,7 +129,7 @@ def to_doc_indices(qrels, corpus, queries, source="the qrels", log=print):
                          "the corpus; give their file with --corpus")
     if absent:
         log(f"note: {source}: {len(absent)} of {len(pairs)} labels are of documents that are not "
-            f"in the corpus, {shorten(absent[0])} the first; they are dropped")
+            f"in the corpus (first: {shorten(absent[0])}); they are dropped")
     return indexed
 
 
@@ -548,7 +548,7 @@ def drop_examples(examples, args, flags, log):
         lone = [example for example in examples if example.pos and not example.neg]
         if lone and args.train_group_size > 1 and not has_only_in_batch_negatives(args):
             log(f"note: records without negatives: {len(lone)} of {len(examples)}, first "
-                f"{lone[0].location}; the other questions' passages are theirs")
+                f"{lone[0].location}; other questions' passages are their negatives")
     return examples[:flags.max_sample_num]
 
 

@@ -154,7 +154,7 @@ def describe_run(run, task, args):
     last_update = total_rounds(args) * (args.local_updates or len(plan) * args.local_epochs)
     if task.script.count_warmup(run.args, last_update) >= last_update:
         run.world.log(f"warning: the warm-up outlasts the {last_update} updates of all rounds, the "
-                      f"learning rate never gets to {run.args.lr:g}; lower --num_warmup_steps")
+                      f"learning rate never reaches {run.args.lr:g}; lower --num_warmup_steps")
 
 
 def retrieve(message, args, tasks, client):

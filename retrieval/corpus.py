@@ -261,8 +261,8 @@ class Corpus:
                 log(f"note: {part.path}: '{field}' is read as the {name}")
         if not self.has_ids:
             log(f"note: {self.parts[0].path} has no column of ids (its columns are "
-                f"{', '.join(map(str, self.parts[0].layout.columns))[:200]}): a document's id is "
-                "its position, 0 for the first")
+                f"{', '.join(map(str, self.parts[0].layout.columns))[:200]}): documents' "
+                "positions, from 0, are their ids")
 
     def index_of_number(self, text):
         """The index that a text spells as str() does, or -1 if it is none of a document."""

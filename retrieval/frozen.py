@@ -66,7 +66,7 @@ def retrieve_once(args, paths, world):
 
     if args.resume and os.path.exists(f"{args.model}.state") and missing != ["test"]:
         world.log("warning: the retriever's weights, the corpus or the questions have changed "
-                  "since the run that goes on here began")
+                  "since the resumed run began")
     transformers.utils.logging.disable_progress_bar()
     start = time.time()
     questions = {name: make_questions(records[name], paths[name]) for name in missing}

@@ -66,9 +66,8 @@ def note_absent_queries(qrels, query_ids, log):
     """Log how many queries the qrels judge that are not among those of query_ids."""
     absent = [query_id for query_id in qrels if query_id not in query_ids]
     if absent:
-        log(f"note: {len(absent)} of the {len(qrels)} queries that the qrels judge are not among "
-            f"the queries, {shorten(absent[0])} the first; the means are over the "
-            f"{len(qrels) - len(absent)} that are")
+        log(f"note: {len(absent)} of {len(qrels)} judged queries are not among the queries (first: "
+            f"{shorten(absent[0])}); the means are over the other {len(qrels) - len(absent)}")
 
 
 def index_labels(rows, corpus, log):
@@ -85,8 +84,8 @@ def index_labels(rows, corpus, log):
         raise InputError(f"none of the qrels' documents (such as {shorten(absent[0])}) is in the "
                          "corpus; give the corpus that they are of")
     if absent:
-        log(f"note: {len(absent)} of {len(ids)} labelled documents are not in the corpus, "
-            f"{shorten(absent[0])} the first; they count as not found")
+        log(f"note: {len(absent)} of {len(ids)} labelled documents are not in the corpus "
+            f"(first: {shorten(absent[0])}); they count as not found")
     for i, document_id in enumerate(absent):
         doc_indices[document_id] = -2 - i
     return [{doc_indices[document_id]: label for document_id, label in row.items()} for row in rows]

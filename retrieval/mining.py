@@ -215,7 +215,7 @@ def write_collated(kind, path, questions, results, corpus, labels, args, are_can
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     if without:
         log(f"note: {len(without)} of {len(questions)} questions have no hard negative among their "
-            f"hits, {shorten(without[0].id)} the first")
+            f"hits (first: {shorten(without[0].id)})")
 
 
 def write_positives(path, questions, results, corpus, marks, max_neg_num, log, limits=NO_LIMITS):

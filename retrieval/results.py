@@ -243,10 +243,10 @@ def read_run(path, questions, corpus, log=print, hits=None):
         raise InputError(f"{path}: holds no document for any of the questions (the first is "
                          f"{shorten(questions[0].id)}); is it of others?")
     if others:
-        log(f"note: {others} documents in {path} are of questions that are not asked here")
+        log(f"note: {others} documents in {path} belong to other questions")
     if repeated:
         log(f"note: {len(repeated)} lines of {path} name a document that their question already "
-            f"has, {repeated[0].location} the first; a document's best score counts")
+            f"has (first: {repeated[0].location}); a document's best score counts")
     return from_dictionaries([scores[question.id] for question in questions], hits)
 
 

@@ -136,8 +136,8 @@ def note_empty_documents(empty, corpus, world):
     all_empty = gather_lists(empty, world)
     if all_empty:
         first = corpus.ids([min(all_empty)])[0]
-        world.log(f"note: {len(all_empty):,} documents have no text, {shorten(str(first))} the "
-                  "first; they get the vector of the empty text")
+        world.log(f"note: {len(all_empty):,} documents have no text (first: "
+                  f"{shorten(str(first))}); they get the vector of the empty text")
 
 
 def check_finite(rows, first, dtype):

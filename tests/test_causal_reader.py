@@ -469,7 +469,7 @@ def test_the_test_set_is_answered_by_first_lines(folders, records_file, tmp_path
 
 def test_lines_end_answers_of_models_not_trained_here(folders, tmp_path, capsys):  # E11
     assert open_reader(folders["llama"]).prompts.answer_lines == "first"
-    assert "was not trained here: its answers end at their first line" in capsys.readouterr().out
+    assert "was not trained here: its answers end at the first line" in capsys.readouterr().out
     assert open_reader(folders["llama"], trains=True).prompts.answer_lines == "all"
     given = Namespace(answer_lines="all")
     assert open_reader(folders["llama"], args=given).prompts.answer_lines == "all"

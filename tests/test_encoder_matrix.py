@@ -334,7 +334,7 @@ def test_a_wrapper_s_prefix_is_left_out(wrapper, bert, tmp_path, capsys):
     shutil.copytree(bert, tmp_path / "wrapped")
     rename(tmp_path / "wrapped", lambda name: wrapper + name)
     assert torch.equal(encode_ours(tmp_path / "wrapped")[0], expected)
-    assert f"begin with {wrapper!r}, which is left out" in capsys.readouterr().out
+    assert f"the prefix {wrapper!r} of its weights' names is left out" in capsys.readouterr().out
 
 
 def test_missing_weights_are_refused(bert, tmp_path, capsys):
@@ -350,7 +350,7 @@ def test_missing_weights_are_refused(bert, tmp_path, capsys):
     shutil.copytree(bert, tmp_path / "more")
     rename(tmp_path / "more", lambda name: name if "pooler" not in name else f"cls.{name}")
     assert torch.equal(encode_ours(tmp_path / "more")[0], encode_ours(bert)[0])
-    assert "2 weights of the file are not used, cls.pooler.dense.bias the first" in (
+    assert "2 weights of the file are not used (first: cls.pooler.dense.bias)" in (
         capsys.readouterr().out)
 
 
@@ -479,7 +479,7 @@ def test_scores_of_retrieve(bert, tmp_path, capsys):
     assert "pooling mean (1_Pooling/config.json), normalised by its modules, metric ip " in said
     assert "11 tokens per query (sentence_bert_config.json)" in said
     assert "prompts 'who was this ' and 'the town '" in said and "20 dimensions of 24" in said
-    assert "1 documents have no text, 'd4' the first" in said
+    assert "1 documents have no text (first: 'd4')" in said
     # the index is of these files and of no others
     with pytest.raises(InputError, match="holds an index of another instruction"):
         search("--key_prompt", "")

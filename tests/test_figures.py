@@ -211,9 +211,9 @@ def test_absent_queries_and_documents_are_said_in_both_scripts(corpus, tmp_path,
     run_retrieve("--retrieval_method", "random", "--corpus", corpus.parts[0].path, "--queries",
                  tmp_path / "q.jsonl", "--qrels", f"qrels={tmp_path}/qrels", "--metrics", "recall",
                  "--cutoffs", 8, "--measures", tmp_path / "m.json")
-    of_queries = ("note: 1 of the 3 queries that the qrels judge are not among the queries, 'q9' "
-                  "the first; the means are over the 2 that are")
-    of_documents = ("note: 2 of 4 labelled documents are not in the corpus, 'gone' the first; they "
+    of_queries = ("note: 1 of 3 judged queries are not among the queries (first: 'q9'); the means "
+                  "are over the other 2")
+    of_documents = ("note: 2 of 4 labelled documents are not in the corpus (first: 'gone'); they "
                     "count as not found")
     logged = capsys.readouterr().out.splitlines()
     assert of_queries in logged and of_documents in logged
@@ -230,10 +230,10 @@ def test_absent_queries_and_documents_are_said_in_both_scripts(corpus, tmp_path,
     logged = []
     examples = qrels_examples(corpus, queries, qrels, {"q1": {"d5": 0}}, "qrels=F", logged.append)
     assert [(example.pos, example.neg) for example in examples] == [([1], [5]), ([2], [])]
-    assert logged == ["note: qrels=F: 1 of 3 queries are in none of the query files, 'q9' the "
-                      "first; they are dropped",
-                      "note: qrels=F: 2 of 4 labels are of documents that are not in the corpus, "
-                      "'gone' the first; they are dropped"]
+    assert logged == ["note: qrels=F: 1 of 3 queries are in none of the query files (first: "
+                      "'q9'); they are dropped",
+                      "note: qrels=F: 2 of 4 labels are of documents that are not in the corpus "
+                      "(first: 'gone'); they are dropped"]
     for absent, message in (({"q9": {"d1": 1}}, "none of the queries, such as 'q9'"),
                             ({"q1": {"no": 1}}, "none of the .*documents")):
         with pytest.raises(InputError, match=message):

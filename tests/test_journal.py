@@ -27,7 +27,7 @@ def test_parts_survive_and_a_line_that_is_cut_off_is_done_again(tmp_path, capsys
                                                              {"part": 8, "result": [3]}]
     assert capsys.readouterr().out == ""
     other = Journal(output, {"model": "b"}, ALONE)
-    assert other.done == {} and "starting anew" in capsys.readouterr().out
+    assert other.done == {} and "starting from scratch" in capsys.readouterr().out
     other.add(0, [4])
     other.file.close()
     assert Journal(output, {"model": "b"}, ALONE).done == {0: [4]}

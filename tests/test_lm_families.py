@@ -175,7 +175,7 @@ def test_weights_that_are_missing_or_unused_are_named(folders, name, tmp_path, c
               tmp_path / "model.safetensors")
     capsys.readouterr()
     opened = open_lm(tmp_path).state_dict()
-    assert "begin with 'module.', which is left out" in capsys.readouterr().out
+    assert "the prefix 'module.' of its weights' names is left out" in capsys.readouterr().out
     for key, value in open_lm(folders(name)).state_dict().items():
         assert torch.equal(opened[key], value), key
 

@@ -23,7 +23,7 @@ def test_labels_of_absent_documents_count_as_not_found(corpus):
     qrels = {"0": {"d1": 1, "gone": 2, "lost": 1}, "1": {"d2": 1}}
     questions, logged = make_questions({}, {}), []
     labels = read_labels(questions, qrels, corpus, logged.append)
-    assert logged == ["note: 2 of 4 labelled documents are not in the corpus, 'gone' the first; "
+    assert logged == ["note: 2 of 4 labelled documents are not in the corpus (first: 'gone'); "
                       "they count as not found"]
     results = make_results([1, 3, 4], [5, 2, -1])
     names = ["recall", "ndcg", "map"]

@@ -151,7 +151,7 @@ def test_a_document_that_comes_twice_counts_once_by_its_best_score(corpus, tmp_p
                                              "q1 Q0 d2 2 5.0 p", "q1 Q0 d1 3 1.0 p"])
     assert read_run(run_path, questions, corpus, logged.append).row(0) == ([1, 2], [9.0, 5.0])
     assert logged == [f"note: 1 lines of {run_path} name a document that their question already "
-                      f"has, {run_path}:4 the first; a document's best score counts"]
+                      f"has (first: {run_path}:4); a document's best score counts"]
     for scores in (({"score": 9.0}, {"score": 5.0}, {"score": 1.0}), ({}, {}, {})):
         record = {"id": "q1", "question": "who", "ctxs": [
             {"docid": document, **score} for document, score in zip(("d1", "d2", "d1"), scores)]}

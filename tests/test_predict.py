@@ -147,4 +147,4 @@ def test_answers_longer_than_the_limit_are_counted(collator):
     logged = []
     note_too_long(check, "questions of f", max(lengths), max(lengths) - 1, "limit", logged.append)
     assert "1 of 2 questions of f have no answer of at most" in logged[0]
-    assert f"--limit {max(lengths) + 2} would do for all" in logged[0]
+    assert f"--limit {max(lengths) + 2} is enough for all" in logged[0]

@@ -129,7 +129,7 @@ def test_dev_records_that_are_the_training_records_are_told(tmp_path):
     assert not logged
     note_files([(train, records), (dev, records), (link, records)], 1, logged.append)
     line, = logged
-    assert line.startswith(f"note: {link} is the training file too")
+    assert line.startswith(f"note: {link} is also the training file")
 
 
 def test_a_table_of_questions_is_no_file_of_records(tmp_path):

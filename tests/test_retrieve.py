@@ -100,7 +100,7 @@ def test_bm25_equals_bm25s(world_files, tmp_path):
     import bm25s
     stdout, _ = retrieve(world_files, "--retrieval_method", "bm25", "--hits", 5, "--trec",
                          tmp_path / "run", "--index", tmp_path / "index", "--k1", 1.2)
-    assert "BM25: English stop words are left out" in stdout
+    assert "stop words: en (--stopwords)" in stdout
     corpus = Corpus(str(world_files / "corpus.jsonl"), "{title} {text}")
     texts = [corpus.text(i) for i in range(60)]
     index = bm25s.BM25(k1=1.2, b=0.4)
@@ -320,7 +320,7 @@ def test_cutoffs_above_the_hits_are_left_out(corpus, tmp_path):
               tmp_path / "q.json", "--metrics", "recall"]
     stdout, _ = run("retrieve.py", *common, "--hits", 2, "--measures", tmp_path / "m.json",
                     "--cutoffs", 1, 2, 5)
-    assert "note: --hits 2 leaves out the --cutoffs above it" in stdout
+    assert "note: --cutoffs above --hits 2 are left out" in stdout
     assert "note: recall is the mean over the 1 of 2 questions that have labels" in stdout
     assert set(json.load(open(tmp_path / "m.json"))) == {"method", "queries", "measured_queries",
                                                          "relevance_level", "recall@1",

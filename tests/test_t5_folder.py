@@ -526,7 +526,7 @@ def test_prefixes_of_wrappers_are_left_out(prefix, copy, toy, capsys):  # C
     records, texts = toy
     edit_weights(copy, lambda weights: {prefix + name: w for name, w in weights.items()})
     reader, tokenizer, _ = open_pair(copy)
-    assert f"begin with {prefix!r}, which is left out" in capsys.readouterr().out
+    assert f"the prefix {prefix!r} of its weights' names is left out" in capsys.readouterr().out
     assert answers(reader, tokenizer, records[:4]) == texts[:4]
 
 

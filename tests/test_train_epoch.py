@@ -238,7 +238,7 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     assert f"note: no record of {questions} has answers" in out and "test EM" not in out
     assert "11 in all, 4 of warm-up" in out
     assert "warning: no dev question was answered right" in out
-    assert f"note: {records_file} is the training file too" in out
+    assert f"note: {records_file} is also the training file" in out
     out, _ = run("test.py", tmp_path / "m", records_file, "--num_contexts", 0, 2, "--max_length",
                  50, "--pred", tmp_path / "p.jsonl", "--scores", tmp_path / "s.jsonl",
                  "--num_beams", 2, "--n_best", 2)
@@ -274,7 +274,7 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
         row["prediction"] for row in rows]
     # without answers: a look at the first predictions
     out, _ = run("test.py", tiny, questions)
-    assert "does not tell its num_contexts; taking 5" in out
+    assert "does not store its num_contexts; using 5" in out
     assert "warning: 0 of 5 records" in out
     assert [f"who {i} -> " in out for i in range(5)] == [True, True, True, False, False]
 

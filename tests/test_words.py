@@ -57,7 +57,7 @@ def test_questions_find_their_documents(language, tmp_path, capsys):
     assert json.load(open(tmp_path / "m.json"))["mrr@3"] == 1
     logged = capsys.readouterr().out
     rule = "bm25s" if "German" in language else "unicode"  # NFC is all that German needs
-    assert f"(--bm25_words {rule}; " in logged and "find no document" not in logged
+    assert f"(--bm25_words {rule}, chosen as " in logged and "find no document" not in logged
 
 
 def test_latin_texts_have_the_words_of_bm25s():
@@ -101,8 +101,8 @@ def test_queries_that_find_nothing_are_counted(tmp_path, capsys):
     common = ["--retrieval_method", "bm25", "--corpus", tmp_path / "c.jsonl", "--queries",
               tmp_path / "q.jsonl", "--trec", tmp_path / "run", "--index", tmp_path / "index"]
     run_retrieve(*common, "--bm25_words", "bm25s")
-    assert ("note: 2 of 2 queries find no document, 'a' ('面包店') the first; no word of theirs is "
-            "in a document") in capsys.readouterr().out
+    assert ("note: 2 of 2 queries find no document (first: 'a', '面包店'); no document contains "
+            "any of their words") in capsys.readouterr().out
     run_retrieve(*common, code=1)  # the index was made with other words
     assert "an index of another words (words: 'bm25s', now 'unicode')" in capsys.readouterr().err
     run_retrieve(*common, "--overwrite_index")
