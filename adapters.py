@@ -79,10 +79,21 @@ def add_lora(transformer, rank, alpha=None, dropout=None, targets=None):
         raise InputError("--lora needs the package peft: pip install peft") from None
     adapters = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout or 0.0,
                           target_modules=targets or ALL_LINEAR)
-    with (warnings.catch_warnings(action="ignore"),  # of what peft finds out and sets right itself
+    with (warnings.catch_warnings(action="ignore"),  # about what peft corrects itself
           refusing("--lora: peft cannot add the adapters", "name layers that the model has with "
                    "--lora_targets, or leave the flag out")):
         return get_peft_model(transformer, adapters)
+
+
+def prepare_lora(transformer, args, device):
+    """Return the transformer with the LoRA adapters of add_lora_flags; its weights are frozen, and
+    packed on the device with --load_in_4bit. Raise InputError as add_lora.
+    """
+    if args.load_in_4bit:
+        pack_weights(transformer, device, args.bf16)
+    if args.frozen_bf16:
+        freeze_in_bf16(transformer)
+    return add_lora(transformer, args.lora, args.lora_alpha, args.lora_dropout, args.lora_targets)
 
 
 def save_adapters(transformer, folder, base):

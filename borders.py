@@ -1,4 +1,4 @@
-"""Where a prompt ends and its answer begins, in tokens.
+"""Split the tokens of a text into those of its prompt and those of its answer.
 
 Prompt and answer are tokenised as one text, because a tokenizer may join characters across words:
 ":" and a line end are one token of Llama-3's tokenizer, a space and the word after it of most.
@@ -7,18 +7,18 @@ Prompt and answer are tokenised as one text, because a tokenizer may join charac
     its tokens       [Answer] [:\n] [Paris]
     prompt, answer   [Answer] [:\n] | [Paris]
 
-The line ends at the prompt's end are the prompt's, the spaces there are the answer's. If one token
-holds characters of both, the split is that of lm-evaluation-harness (TemplateLM._encode_pair): all
-whitespace between the two is the answer's, the prompt has the tokens that it has alone, and the
-answer those of the whole text after as many. Training, generation and scoring share this module.
+Line breaks at the end of the prompt belong to the prompt, spaces to the answer. If one token holds
+characters of both, the split is that of lm-evaluation-harness (TemplateLM._encode_pair): whitespace
+between the two belongs to the answer. If the prompt alone has n tokens, the answer begins after the
+first n tokens of the whole text. Training, generation and scoring share this module.
 """
 from typing import NamedTuple
 
 from utils import InputError, refusing
 
-# what stands for an answer that is not known yet; the prompt before it has the same tokens
+# placeholder for an answer that is not known yet; it does not change the prompt's tokens
 STAND_IN = "a"
-# what stands for the texts of a conversation while a chat template is read
+# placeholders for the texts of a conversation while a chat template is read
 QUESTION_MARK, ANSWER_MARK = "qzx-question-qzx", "qzx-answer-qzx"
 
 

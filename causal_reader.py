@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from adapters import (
-    add_lora,
     copy_to_cpu,
-    freeze_in_bf16,
-    pack_weights,
+    prepare_lora,
     save_adapters,
     unload_adapters,
 )
@@ -333,12 +331,7 @@ class CausalReader(nn.Module):
         if args.save_adapters and find_base(folder) != folder:
             raise InputError(f"--save_adapters: {args.t5_name} holds adapters itself, and adapters "
                              "must belong to a whole model; leave the flag out")
-        if args.load_in_4bit:
-            pack_weights(self.lm, device, args.bf16)
-        if args.frozen_bf16:
-            freeze_in_bf16(self.lm)
-        self.lm = add_lora(self.lm, args.lora, args.lora_alpha, args.lora_dropout,
-                           args.lora_targets)
+        self.lm = prepare_lora(self.lm, args, device)
         self.base = args.t5_name if args.save_adapters else None
 
     def shard(self, world):

@@ -1,6 +1,6 @@
-"""The names that files of the field give to the same field: one list for every reader of files.
+"""The names under which files store a field (ids, texts, positives ...), for all scripts.
 
-A name matches whatever its case, hyphens, underscores and blanks: `query-id`, `Query_ID` and
+A name matches regardless of case, hyphens, underscores and blanks: `query-id`, `Query_ID` and
 `queryId` are one name.
 """
 from functools import lru_cache
@@ -51,7 +51,7 @@ def fold(name):
 
 
 def find_name(fields, names):
-    """Return the field that one of the names matches, in the order of the names, or None.
+    """Return the field that matches the earliest of the names, or None.
 
     A field spelled exactly as the name goes before others that match it.
     """

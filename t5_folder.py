@@ -1,8 +1,8 @@
-"""What the files of a T5 reader's folder mean: its tokenizer, the ids that begin, end and pad
-texts, how answers are generated, and which of its weights share an embedding.
+"""Read a T5 reader's folder: its tokenizer, the ids that begin, end and pad texts, the settings of
+generation, and which of its weights share an embedding.
 
-tokenizer.json is taken as it is, without the class of transformers that would build its parts from
-scratch, and spiece.model is read without the sentencepiece package. The tokenizer decides which
+tokenizer.json is used unchanged, not through the class of transformers that would rebuild its
+parts, and spiece.model is read without the sentencepiece package. The tokenizer decides which
 ids end and pad texts: every target was made by it. config.json decides which id a target begins
 with: the decoder was trained on it.
 """
@@ -21,7 +21,7 @@ from files import read_settings
 from utils import InputError, refusing, shorten
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
-# classes whose tokenizer.json or spiece.model is all that there is to know
+# classes that add nothing to their tokenizer.json or spiece.model
 PLAIN_CLASSES = (None, "T5Tokenizer", "T5TokenizerFast", "MT5Tokenizer", "MT5TokenizerFast",
                  "PreTrainedTokenizerFast", "TokenizersBackend")
 STANDARD = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -244,9 +244,10 @@ class SpecialIds(NamedTuple):
 
 
 def read_generation(folder, config):
-    """Return (the GenerationConfig of generation_config.json or, where there is none, of
-    config.json; the settings that are not followed, in words). It has what is obeyed: the ids, and
-    those of GREEDY_SETTINGS and BEAM_SETTINGS.
+    """Return (the settings to follow, a GenerationConfig; names of the settings that are ignored).
+
+    They come from generation_config.json, else from config.json. The ids, GREEDY_SETTINGS and
+    BEAM_SETTINGS are followed.
 
     Raise InputError for a file that transformers cannot read.
     """

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 import transformers
 
-from adapters import add_lora, copy_to_cpu, freeze_in_bf16, pack_weights, unload_adapters
+from adapters import copy_to_cpu, prepare_lora, unload_adapters
 from checkpoints import claim_folder, save_checkpoint, versions
 from cost import log_cost, measure_updates, note_cost
 from dense import losses
@@ -508,12 +508,7 @@ def add_adapters(model, args, device):
     --lora. Raises InputError.
     """
     for module in encoders_of(model, args):
-        if args.load_in_4bit:
-            pack_weights(module.model, device, args.bf16)
-        if args.frozen_bf16:
-            freeze_in_bf16(module.model)
-        module.model = add_lora(module.model, args.lora, args.lora_alpha, args.lora_dropout,
-                                args.lora_targets)
+        module.model = prepare_lora(module.model, args, device)
         if not args.ranker:  # no vector passes through a pooler; DDP would wait for its gradient
             for name, parameter in module.model.named_parameters():
                 if ".pooler." in name:

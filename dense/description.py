@@ -1,5 +1,4 @@
-"""How the files of a retriever's folder turn a text into a vector: read once, here, into a
-Description.
+"""Read from the files of a retriever's folder how a text becomes a vector, into a Description.
 
     layout                     recognised by
     sentence-transformers'     modules.json; the transformer may lie in a folder of its own
@@ -44,7 +43,7 @@ HARMLESS = ("torch_dtype", "dtype", "attn_implementation", "add_pooling_layer", 
 
 @dataclass
 class Description:
-    """What a folder's files hold of how texts become vectors.
+    """How texts become vectors, as a folder's files set it.
 
     folder        of the transformer and its tokenizer
     pooling       names of POOLING, joined by "+"
@@ -52,11 +51,12 @@ class Description:
     skips_prompt  the prompt's tokens do not take part in the pooling (include_prompt false)
     metric        ip, cos or l2
     truncate_dim  numbers of a vector that are kept, None for all
-    prompts       {query, key: text} that the files state, put before every text
-    default_name  of the prompt that encode, not encode_query or encode_document, puts before texts
+    prompts       {query, key: text} of the files, put before every text
+    default_name  name of the prompt that encode puts before texts; encode_query and
+                  encode_document do not use it
     document_names
-                  of prompts for documents that encode_document does not use
-    lengths       {query, key: most tokens of a text} that the files state beside the tokenizer
+                  names of prompts for documents that encode_document does not use
+    lengths       {query, key: most tokens of a text} that files other than the tokenizer's set
     lowercases    texts are put into lower case before the tokenizer's own normalisation
     has_modules   the folder has modules.json, which sentence-transformers writes
     is_ours       train_dense.py wrote the folder

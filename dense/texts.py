@@ -1,7 +1,6 @@
 """How texts become token ids: tokenizers, lengths and prompts, settled once for all scripts.
 
-A flag goes before what our args.json states, that before the folder's other files, and those before
-a default.
+Settings come from, in this order: flags, our args.json, the folder's other files, defaults.
 """
 import os
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from dense.instructions import INSTRUCTIONS
 from files import read_args
 from utils import InputError, shorten
 
-MAX_LENGTH = 256   # tokens of a text, where no flag and no file states it
+MAX_LENGTH = 256   # tokens of a text if neither a flag nor a file sets it
 UNLIMITED = 10 ** 7  # tokenizers without a length of their own have a larger one
 ROLES = ("query", "key")
 
@@ -27,10 +26,10 @@ class Texts:
     tokenizers    {query, key}; the same one for both where one encoder serves both
     prompts       {query, key} put before every text, or None: `instructions` are by task
     instructions  {task: (before a query, before a key)}, see INSTRUCTIONS
-    appends_end   the end token goes behind texts that the tokenizer does not end, as
-                  train_dense.py did for last-token pooling before it wrote this down
+    appends_end   append the end token if the tokenizer does not, as early versions of
+                  train_dense.py did for last-token pooling
     skip          {query, key}: tokens of the prompt that are left out of the pooling
-    sources       {query, key, prompts: what states the length or the prompts}
+    sources       {query, key, prompts: the flag or file that sets the length or the prompts}
     descriptions  {query, key: Description}, empty for a ranker
     """
     tokenizers: dict
@@ -275,10 +274,10 @@ def count_prompt(args, texts, role):
     return len(ids) - (len(ids) > 0 and ids[-1] in tokenizer.all_special_ids)
 
 
-# ---------------------------------------------------------------- what is said at the start
+# ---------------------------------------------------------------- the line at the start of a run
 
 def describe_texts(args, model, texts):
-    """Return the line that says how a retriever makes vectors, and what states each setting."""
+    """Return a line on how a retriever makes vectors, with the source of each setting."""
     query = texts.descriptions["query"]
 
     def source(name, flag=None):

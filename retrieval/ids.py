@@ -1,5 +1,5 @@
-"""The ids of a file's documents, packed: each costs its own length and 12 bytes, however long the
-longest one is.
+"""The ids of a file's documents, packed: each takes its own length plus 12 bytes, so that one long
+id does not make the others longer.
 """
 import re
 from hashlib import blake2b
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 SHORT = 2 ** 32  # numbers below it take 4 bytes
-# the characters, in UTF-8, at which str.split() cuts a line of a run
+# whitespace of str.split(), in UTF-8; an id with it would break the line of a run
 BLANK = re.compile(rb"[\t-\r\x1c-\x20]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]"
                    rb"|\xe2\x81\x9f|\xe3\x80\x80")
 

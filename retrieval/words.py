@@ -1,4 +1,4 @@
-"""The words of BM25: those of bm25s, or by Unicode's classes in scripts that bm25s cuts wrongly."""
+"""Split texts into words for BM25: as bm25s does, or by Unicode's classes for other scripts."""
 import re
 import unicodedata
 
@@ -30,13 +30,12 @@ ASCII = re.compile(r"[\x00-\x7f]+")
 def split_words(text, rule, stopwords=()):
     """Return the words of a text in lower case, by a rule.
 
-    bm25s     two letters, digits or underscores or more, as bm25s has them
-    unicode   the same with the marks of their letters; in scripts without blanks, each two letters
-              that stand side by side, or a letter that stands alone. A run of such a script that is
-              one of the stop words has no words.
+    bm25s     two or more letters, digits or underscores, as in bm25s
+    unicode   the same with combining marks; in scripts without spaces, each pair of adjacent
+              letters, or a single letter. A run of such a script that is a stop word is left out.
 
-    The text is brought to Unicode's form NFC first. Texts in ASCII, or in Latin, Greek and Cyrillic
-    letters that have no marks of their own in NFC, have the same words by both.
+    The text is normalised to NFC first. Both rules give the same words for Latin, Greek and
+    Cyrillic letters without combining marks in NFC.
     """
     if text.isascii():
         return PLAIN_WORD.findall(text)
@@ -54,7 +53,7 @@ def split_words(text, rule, stopwords=()):
 
 
 def pair_letters(run):
-    """Return each two letters, with their marks, that stand side by side in a run of letters."""
+    """Return the pairs of adjacent letters, with their marks, of a run of letters."""
     letters = GRAPHEME.findall(run)
     if len(letters) == 1:
         return letters
