@@ -29,11 +29,14 @@ PARQUET = ('python -c "import json, sys, pyarrow.parquet as p; [print(json.dumps
            'for r in p.read_table(sys.argv[1]).to_pylist()]" {path} > {stem}.jsonl')
 ARROW = ('python -c "import json, sys, datasets as d; [print(json.dumps(r, default=str)) for r in '
          'd.Dataset.from_file(sys.argv[1])]" {path} > {stem}.jsonl')
+UTF16 = "write it in UTF-8: iconv -f UTF-16 -t UTF-8 {path} > {stem}.utf8{ending}"
 OTHER_FORMS = {
     b"PAR1": ("a parquet file", f"make JSON lines of it (with the package pyarrow): {PARQUET}"),
     b"ARROW1": ("an Arrow file", f"make JSON lines of it (with the package datasets): {ARROW}"),
     b"\xff\xff\xff\xff": ("an Arrow file",
                            f"make JSON lines of it (with the package datasets): {ARROW}"),
+    b"\xff\xfe": ("in UTF-16", UTF16),
+    b"\xfe\xff": ("in UTF-16", UTF16),
     b"PK\x03\x04": ("a zip file or a spreadsheet's own form", "unpack it, or save the table as "
                     "\"CSV UTF-8\""),
     b"BZh": ("packed by bzip2", "unpack it: bunzip2 {path}"),
@@ -212,9 +215,12 @@ def refuse_other_forms(path):
     for start, (form, remedy) in OTHER_FORMS.items():
         is_named = start == b"\x1f\x8b" and str(path).endswith(".gz")
         if beginning.startswith(start) and not is_named:
-            stem = shlex.quote(os.path.splitext(str(path))[0])
-            raise InputError(f"{path}: is {form}, which is not read; "
-                             f"{remedy.format(path=shlex.quote(str(path)), stem=stem)}")
+            stem, ending = os.path.splitext(str(path))
+            if ending == ".jsonl" and "{stem}.jsonl" in remedy:
+                stem = str(path)  # a command that writes the file that it reads would empty it
+            command = remedy.format(path=shlex.quote(str(path)), stem=shlex.quote(stem),
+                                    ending=ending)
+            raise InputError(f"{path}: is {form}, which is not read; {command}")
 
 
 def read_settings(path, kind=dict):

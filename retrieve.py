@@ -241,8 +241,10 @@ def log_words(args, words, share, log):
     """Log how texts are split into words, and why."""
     kinds = {"bm25s": "two or more letters or digits",
              "unicode": "Unicode letters with their marks, in pairs for scripts without spaces"}
-    reason = "" if share is None else (f", chosen as {100 * share:.2g} % of the documents' "
-                                       "characters need unicode")
+    reason = ""
+    if share is not None:
+        percent = float(f"{100 * share:.2g}")  # not 1e+02
+        reason = f", chosen as {percent:g} % of the documents' characters need unicode"
     log(f"BM25: words are {kinds[words.rule]} (--bm25_words {words.rule}{reason}); stop words: "
         f"{args.stopwords} (--stopwords)")
 
@@ -354,6 +356,8 @@ def open_vectors(args, corpus, model, collator, task, world):
                 "instruction": collator.instruction(task)[1]}
     if encoder.truncate_dim is not None:
         settings["truncate_dim"] = encoder.truncate_dim
+    if encoder.pooling == "last":
+        settings["end_token"] = collator.texts.appends_end
     expected = fingerprint(corpus, args.key_encoder or args.query_encoder, settings, world)
     if args.overwrite_index and world.is_main:
         remove_other_index(args.index, expected)

@@ -11,7 +11,7 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", "config.json", "modules.json",
                   "config_sentence_transformers.json")
 INDEX_ENDINGS = (".npy", ".faiss", ".json")  # of an index's own files, bm25s's too
 # what indices were made with before index.json stated it
-FORMER_SETTINGS = {"words": "bm25s"}
+FORMER_SETTINGS = {"words": "bm25s", "end_token": True}
 TOKENIZER_BEGINNINGS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens",
                         "added_tokens")
 

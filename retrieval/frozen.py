@@ -4,6 +4,7 @@ functions, and kept beside the reader.
 OUT.retrieved holds train.jsonl, dev.jsonl and test.jsonl, as retrieve.py --output writes them, and
 made_of.json, which tells what they were made of.
 """
+import argparse
 import hashlib
 import json
 import os
@@ -47,10 +48,11 @@ def retrieve_once(args, paths, world):
     corpus = open_corpus(flags.corpus, flags.key_template, world)
     flags.hits = min(flags.hits, len(corpus))
     model = None if args.retriever == "bm25" else args.retriever
-    flags.prompts = None
+    # in a copy: the search settles and logs it, and says what is from no flag
+    settled = argparse.Namespace(**vars(flags), prompts=None)
     if model is not None:
-        flags.prompts = settle_texts(flags, None, world.log).prompts
-    settings = {name: getattr(flags, name) for name in SETTINGS}
+        settled.prompts = settle_texts(settled, None, log=lambda line: None).prompts
+    settings = {name: getattr(settled, name) for name in SETTINGS}
     if model is None:
         settings["bm25_words"] = flags.bm25_words
     made_of = fingerprint(corpus, model, settings | {"has_ids": corpus.has_ids}, world)

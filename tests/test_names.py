@@ -452,7 +452,8 @@ def test_pyserinis_run_is_read(tmp_path):
     (b'[{"question": 5}]', "record 0: 'question' must be a text, it is 5"),
     (b"{'question': 'who'}\n", "r.jsonl:1: not valid JSON .*in JSON texts are in double quotes"),
     (b'{"question": "wh', "r.jsonl:1: .*may be cut off there"),
-    (b"PAR1\x15\x04", "a parquet file.*python -c .*pyarrow.*r.jsonl > .*r.jsonl"),
+    (b"PAR1\x15\x04", "a parquet file.*python -c .*pyarrow.*r.jsonl > .*r.jsonl.jsonl"),
+    (b"\xff\xfe{\x00", "in UTF-16.*iconv .*r.jsonl > .*r.utf8.jsonl"),
     (b"\x1f\x8b\x08\x00", "is gzipped.*its name must end in .gz"),
     (b"PK\x03\x04", "is a zip file or a spreadsheet's own form")])
 def test_messages_name_the_trouble(content, message, tmp_path):
