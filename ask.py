@@ -217,7 +217,7 @@ def answer_question(args, text, corpus, index, model, tokenizer, world):
     """Return the Answer to a question's text; `index` is what open_search returns."""
     seconds = {}
     contexts = find_contexts(args, text, corpus, index, world, seconds)
-    record = {"id": 0, "question": text, "answers": [], "ctxs": contexts}
+    record = {"id": text, "question": text, "answers": [], "ctxs": contexts}  # errors name it
     with timed(seconds, "read"):
         prediction, = predict(model, [record], tokenizer, world, batch_size=1,
                               num_contexts=args.num_contexts, max_length=args.max_length,

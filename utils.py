@@ -300,6 +300,9 @@ def join_processes(backend, rank, size, patience):
     Raise InputError if the others are not there after JOIN_PATIENCE, or the port cannot be used.
     """
     host, port = os.environ["MASTER_ADDR"], read_number("MASTER_PORT", 0)
+    if not 0 < port < 2 ** 16:
+        raise InputError(f"MASTER_PORT={port} must be a port, 1 to {2 ** 16 - 1}; choose another, "
+                         "or start with torchrun, which sets it")
     try:
         socket.getaddrinfo(host, port)
     except (OSError, OverflowError, UnicodeError) as error:

@@ -111,7 +111,7 @@ def environment(monkeypatch):
     ({"WORLD_SIZE": "0"}, "RANK=0 must be below WORLD_SIZE=0"),
     ({"WORLD_SIZE": "2", "RANK": "0", **HERE, "MASTER_PORT": "x"}, "MASTER_PORT=x in the"),
     ({"WORLD_SIZE": "2", "RANK": "0", **HERE, "MASTER_PORT": "99999"},
-     "could not join the others|no address that this machine finds"),
+     "MASTER_PORT=99999 must be a port, 1 to 65535"),
     ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29555"},
      "MASTER_ADDR=nowhere.invalid, MASTER_PORT=29555 is no address that this machine finds"),
 ])
