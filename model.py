@@ -55,7 +55,7 @@ from t5_folder import (
     settle_ids,
     share_embeddings,
 )
-from utils import InputError, refusing, shorten
+from utils import InputError, first_line, refusing, shorten
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time, counted with padding
 # a finite mask: a question without a token attends to all of its padding
@@ -398,17 +398,31 @@ class FiDT5(nn.Module):
         if num_beams == 1 and not self.is_steered:
             ids = self.greedy(memory, max_length)
         else:
-            ids = self.t5.generate(encoder_outputs=BaseModelOutput(memory.states),
-                                   attention_mask=memory.mask, max_length=max_length,
-                                   num_beams=num_beams, do_sample=False,
-                                   num_return_sequences=n_best or 1,
-                                   decoder_start_token_id=self.start_token,
-                                   eos_token_id=self.end_tokens,
-                                   pad_token_id=self.config.pad_token_id)
+            ids = self.generate_as_set(memory, max_length, num_beams, n_best or 1)
         if n_best:
             ids = ids.view(len(input_ids), n_best, -1)                   # (B * n, T) -> (B, n, T)
             others.append(self.log_probabilities(ids, memory))
         return (ids, *others) if others else ids
+
+    def generate_as_set(self, memory, max_length, num_beams, count):
+        """Return transformers' ids (B * count, T), which follow the settings of
+        generation_config.json. Raise InputError for a setting that cannot be.
+        """
+        try:
+            return self.t5.generate(encoder_outputs=BaseModelOutput(memory.states),
+                                    attention_mask=memory.mask, max_length=max_length,
+                                    num_beams=num_beams, do_sample=False,
+                                    num_return_sequences=count,
+                                    decoder_start_token_id=self.start_token,
+                                    eos_token_id=self.end_tokens,
+                                    pad_token_id=self.config.pad_token_id)
+        except (ValueError, TypeError) as error:
+            settings = list_settings(self.t5.generation_config)
+            if not settings:
+                raise
+            raise InputError(f"generation_config.json has settings, among {', '.join(settings)}, "
+                             f"that cannot be followed ({first_line(error)}); correct them, or "
+                             "take them out of the file") from error
 
     def log_probabilities(self, ids, memory):
         """Return log p (B, n) of generated ids (B, n, T): the sum over their tokens after the start
@@ -518,9 +532,11 @@ class FiDT5(nn.Module):
         generation, ignored = read_generation(folder, config)
         stated_start = read_start(folder, config, generation)
         start = config.pad_token_id if stated_start is None else stated_start
-        config.decoder_start_token_id = generation.decoder_start_token_id = start
-        if generation.eos_token_id is not None:  # which transformers' generate goes by
-            config.eos_token_id = generation.eos_token_id
+        with refusing(f"{folder}: the ids of generation_config.json cannot be used",
+                      "correct them"):
+            config.decoder_start_token_id = generation.decoder_start_token_id = start
+            if generation.eos_token_id is not None:  # which transformers' generate goes by
+                config.eos_token_id = generation.eos_token_id
         check_special_tokens(config, folder)
         with refusing(f"{path_or_name}: no T5 can be built of its config.json and weights",
                       "give the folder of a trained model, or of a T5"):

@@ -454,6 +454,16 @@ def test_tokenizers_read_as_transformers_does(name, toy, tmp_path):
                                             clean_up_tokenization_spaces=False)
 
 
+def test_generation_settings_that_cannot_be_are_one_line(copy):
+    edit_json(copy / "generation_config.json", repetition_penalty=-1)
+    reader, tokenizer, _ = open_pair(copy)
+    with pytest.raises(InputError, match="among repetition_penalty, that cannot be followed"):
+        answers(reader, tokenizer, make_records(1))
+    edit_json(copy / "generation_config.json", repetition_penalty=None, eos_token_id="x")
+    with pytest.raises(InputError, match="the ids of generation_config.json cannot be used"):
+        open_pair(copy)
+
+
 # ---------------------------------------------------------------- weights
 
 @pytest.mark.parametrize("name", ["flax_model.msgpack", "tf_model.h5", "pytorch_model.pt",
