@@ -26,7 +26,8 @@ POSITIVE_IDS = ("positive_document_ids", "positive_passage_ids", "positive_docid
                 "positive_pids")
 NEGATIVE_IDS = ("negative_document_ids", "negative_passage_ids", "negative_docids", "negative_ids",
                 "negative_pids")
-SCORES = ("score", "label", "relevance", "relevancy", "rel", "grade", "rating", "judgment")
+SCORES = ("score", "label", "relevance", "relevancy", "rel", "grade", "rating", "judgment",
+          "judgement", "relevance_label", "relevance_score")
 CONTEXTS = ("ctxs", "contexts", "passages", "retrieved_passages")
 
 # fields of known formats that change training there and are not used here

@@ -29,6 +29,7 @@ from checkpoints import claim_folder, save_checkpoint, versions
 from cost import log_cost, measure_updates, note_cost
 from dense import losses
 from dense.batches import GroupCollator, GroupSet, check_one_instruction, plan_batches
+from dense.description import find_path, holds_pair
 from dense.evaluation import annotated_set, read_dev_set, sample_dev_set
 from dense.evaluation import evaluate as measure_retriever
 from dense.examples import TrainingData, read_training
@@ -481,8 +482,12 @@ def open_model(args, texts, device):
 
 
 def second_encoder(args):
-    """Return the name of the checkpoint of the keys' own encoder, None if there is one for both."""
-    return None if args.tie_encoders else args.key_encoder or args.query_encoder
+    """Return the name of the checkpoint of the keys' own encoder, None where there is one for both
+    or --query_encoder holds two.
+    """
+    if args.tie_encoders or not args.key_encoder and holds_pair(find_path(args.query_encoder)):
+        return None
+    return args.key_encoder or args.query_encoder
 
 
 def open_retriever(args, texts):

@@ -93,8 +93,8 @@ def read_descriptions(name, key_name=None):
     """
     name = find_path(name)
     is_file = os.path.isfile(name)
-    is_pair = os.path.isdir(os.path.join(name, "query"))
-    if key_name and (is_file or is_pair):
+    is_pair = holds_pair(name)
+    if key_name and is_pair:
         raise InputError(f"--key_encoder {key_name}: {name} has an encoder of the keys already; "
                          "leave the flag out")
     if is_file:
@@ -108,6 +108,11 @@ def read_descriptions(name, key_name=None):
         if key_name:
             key = read_description(find_path(key_name))
     return {"query": query, "key": key}
+
+
+def holds_pair(path):
+    """Return whether a folder, or minDPR's or DPR's file, has two encoders."""
+    return os.path.isfile(path) or os.path.isdir(os.path.join(path, "query"))
 
 
 def find_path(name):

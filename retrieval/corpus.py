@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from files import new_file, write_json
-from names import DOCUMENT_IDS, TEXTS, TITLES, find_name, list_unknown, may_hold_ids
+from names import DOCUMENT_IDS, TEXTS, TITLES, find_name, list_unknown, may_hold_ids, spell_id
 from retrieval.ids import IdPacker, PackedIds, find_repeated
 from retrieval.tables import (
     Layout,
@@ -137,10 +137,11 @@ class Corpus:
                 if row.get(id_column) in (None, ""):
                     raise InputError(f"{path}:{line_number}: no '{id_column}', which other "
                                      "documents have; add it")
-                if type(row[id_column]) not in (str, int):
+                identifier = spell_id(row[id_column])
+                if type(row[id_column]) not in (str, int) and not identifier.isdecimal():
                     raise InputError(f"{path}:{line_number}: '{id_column}' must be a text or an "
                                      f"integer, it is {shorten(row[id_column])}")
-                ids.append(str(row[id_column]).encode())
+                ids.append(identifier.encode())
             if len(starts) % CHUNK == 0:
                 packer.add(ids)
                 ids = []

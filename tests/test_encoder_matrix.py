@@ -523,6 +523,16 @@ def test_a_checkpoint_states_the_instructions_that_were_used(bert, tmp_path):
     check_vectors(tmp_path / "with")
 
 
+def test_two_encoders_are_trained_further(bert, tmp_path):
+    """A folder with two encoders needs no --key_encoder, and takes none."""
+    train(tmp_path / "two", bert, RECORDS, "--tie_encoders", "false")
+    train(tmp_path / "more", tmp_path / "two", RECORDS, "--tie_encoders", "false")
+    assert (tmp_path / "more" / "key" / "modules.json").exists()
+    with pytest.raises(InputError, match="has an encoder of the keys already"):
+        train(tmp_path / "x", tmp_path / "two", RECORDS, "--tie_encoders", "false", "--key_encoder",
+              str(bert))
+
+
 @pytest.mark.parametrize("fields, flags", [
     ({"task": "qa"}, ["--version", "e5"]), ({"prompt": "the town "}, []), ({}, [])])
 def test_dev_sets_get_the_prompts_that_are_saved(fields, flags, bert, tmp_path):
