@@ -309,7 +309,7 @@ def test_qrels_choose_among_the_queries_of_all_splits(world_files, tmp_path):
                     world_files / "queries.jsonl", "--qrels", f"qrels={tmp_path}/qrels.tsv",
                     "--retrieval_method", "bm25", "--hits", 4, "--index", tmp_path / "index",
                     "--trec", tmp_path / "run", "--metrics", "mrr", "--cutoffs", 4)
-    assert "note: 2 of 12 queries are named by the qrels; the others are left out" in stdout
+    assert "note: 2 of 12 queries are named by the qrels; the others are not searched for" in stdout
     assert set(ranks(tmp_path / "run")[0]) == {"3", "7"}
 
 
