@@ -71,11 +71,14 @@ def test_a_query_s_other_positives_are_no_negatives(bert, tmp_path):
 
 
 def test_dev_questions_of_several_tasks_are_refused(bert, tmp_path):
-    """retrieve.py refuses them, too: the documents would get the first task's instruction."""
+    """retrieve.py refuses them, too: the documents would get the first task's instruction. Of one
+    task's training all texts get that instruction, in OUT as well.
+    """
     dev = write_lines(tmp_path / "dev.jsonl", [
         {"query": "who", "task": task, "pos_index": [0]} for task in ("qa", "tool")])
     corpus = write_lines(tmp_path / "corpus.jsonl", [{"title": "", "text": "baker"}])
-    data = write_lines(tmp_path / "train.jsonl", [{"query": "a", "pos": ["b"], "neg": ["c"]}])
+    data = write_lines(tmp_path / "train.jsonl", [
+        {"query": "a", "pos": ["b"], "neg": ["c"], "task": task} for task in ("qa", "tool")])
     with pytest.raises(InputError, match="tasks qa, tool want other instructions before the doc"):
         train(tmp_path / "out", bert, "--train_data", data, "--eval_data", dev, "--corpus", corpus,
               "--metrics", "mrr", "--version", "llm-embedder", "--max_steps", 1)
