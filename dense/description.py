@@ -252,7 +252,7 @@ def read_transformer(description, task="feature-extraction"):
         length = first_given(own.get(role), shared)
         if length is None:
             continue
-        if type(length) is not int or length < 1:
+        if type(length) is not int or length < 2:  # the special tokens alone take two
             raise InputError(f"{path}: a text's length of {shorten(length)} tokens cannot be; "
                              "fetch it again")
         description.lengths[role] = length
