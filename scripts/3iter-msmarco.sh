@@ -42,11 +42,11 @@ LENGTHS=${LENGTHS:---query_max_length 32 --key_max_length 144}
 GIGABYTES=50
 MINING=
 RETRIEVER_FLAGS=${RETRIEVER_FLAGS:-$(batch 64) --group_size 16 --lr 2e-5 --epochs 3 \
---select_positive random}
+--pooling_method cls --select_positive random}
 RANKER_FLAGS=${RANKER_FLAGS:-$(batch 64) --group_size 16 --lr 3e-5 --epochs 3 \
 --select_positive random}
 DISTILLED_FLAGS=${DISTILLED_FLAGS:-$(batch 64) --group_size 24 --lr 3e-5 --epochs 6 \
---contrastive_weight 0.2}
+--pooling_method cls --contrastive_weight 0.2}
 . "$ROOT/scripts/3iter.sh"
 
 if [ "$TOY" ]; then

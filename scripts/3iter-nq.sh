@@ -36,10 +36,11 @@ CORPUS=${CORPUS:-$DATA/qa/nq/corpus.json}
 HITS=${HITS:-100}
 LENGTHS=${LENGTHS:---query_max_length 32 --key_max_length 192}
 MINING="--filter_answers"  # a passage that holds an answer is no negative
-RETRIEVER_FLAGS=${RETRIEVER_FLAGS:-$(batch 64) --group_size 16 --lr 1e-5 --max_steps 20000}
+RETRIEVER_FLAGS=${RETRIEVER_FLAGS:-$(batch 64) --group_size 16 --lr 1e-5 --max_steps 20000 \
+--pooling_method cls}
 RANKER_FLAGS=${RANKER_FLAGS:-$(batch 32) --group_size 16 --lr 3e-5 --max_steps 20000}
 DISTILLED_FLAGS=${DISTILLED_FLAGS:-$(batch 64) --group_size 16 --lr 3e-5 --epochs 15 \
---contrastive_weight 1}
+--pooling_method cls --contrastive_weight 1}
 . "$ROOT/scripts/3iter.sh"
 
 if [ "$TOY" ]; then
