@@ -103,9 +103,9 @@ def find_base(folder):
 
     Raise InputError for adapters whose model cannot be found, or is made of adapters itself.
     """
-    path = os.path.join(folder, "adapter_config.json")
     if not holds_adapters(folder):
         return folder
+    path = os.path.join(folder, "adapter_config.json")
     base = read_settings(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise InputError(f"{path}: does not name the model that the adapters belong to; set "
@@ -391,12 +391,12 @@ def read_config(folder, kind="T5"):
 
     Raises InputError where there is none that transformers knows, or one with absurd sizes.
     """
-    adapter = read_settings(os.path.join(folder, "adapter_config.json"))
     if not os.path.exists(os.path.join(folder, "config.json")):
         refuse_gguf(folder)
-    if adapter and not os.path.exists(os.path.join(folder, "config.json")):
+    if holds_adapters(folder):
+        settings = read_settings(os.path.join(folder, "adapter_config.json"))
         raise InputError(f"{folder}: holds an adapter of "
-                         f"{shorten(adapter.get('base_model_name_or_path'))}, not a model; merge "
+                         f"{shorten(settings.get('base_model_name_or_path'))}, not a model; merge "
                          "the two (peft: merge_and_unload, then save_pretrained) and give that "
                          "folder")
     with refusing(f"{folder}: no usable config.json", f"give a {kind} model folder"):

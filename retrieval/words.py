@@ -12,8 +12,9 @@ THRESHOLD = 0.001   # the share of their characters from which `auto` chooses `u
 
 # bm25s's words: two letters, digits or underscores at least; marks are none of these
 PLAIN_WORD = re.compile(r"(?u)\b\w\w+\b")
-WORD = regex.compile(rf"(?P<run>[{UNSPACED}][{UNSPACED}\p{{M}}]*)"
-                     rf"|[[\p{{L}}\p{{N}}_]--[{UNSPACED}]][[\p{{L}}\p{{N}}\p{{M}}_]--[{UNSPACED}]]+",
+FIRST = rf"[[\p{{L}}\p{{N}}_]--[{UNSPACED}]]"       # characters of a word with blanks around it
+OTHER = rf"[[\p{{L}}\p{{N}}\p{{M}}_]--[{UNSPACED}]]"
+WORD = regex.compile(rf"(?P<run>[{UNSPACED}][{UNSPACED}\p{{M}}]*)|{FIRST}{OTHER}+",
                      regex.VERSION1)
 GRAPHEME = regex.compile(r"\X")
 # characters that a word may be written with or without: vowel points of Hebrew and Arabic, the
