@@ -97,9 +97,6 @@ def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
         refuse_gguf(folder)
     find_weights(folder, required=trained)
     weights = read_weights(folder)
-    if dtype is None:
-        stored = [weight.dtype for weight in (weights or {}).values() if weight.is_floating_point()]
-        dtype = stored[0] if stored else torch.float32
     if dropout is not None:
         set_dropout(config, dropout)
     with refusing(f"{path_or_name}: no causal language model can be built of its config.json and "

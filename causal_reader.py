@@ -28,11 +28,10 @@ from adapters import (
 )
 from borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
 from causal_lm import differs, list_ids, open_lm, probe_ids
-from checkpoints import check_vocabulary, find_base, find_model, write_weights
+from checkpoints import check_vocabulary, find_base, find_model
 from data import list_targets, pad_labels, pad_passages
 from files import to_number
 from questions import history_turns, retrieval_score
-from sharding import any_question, is_sharded, shard
 from utils import InputError, first_line, refusing, shorten
 
 TEMPLATE = r"Background: {title} {text}\n\nQuestion: {question}\nAnswer:"
@@ -334,18 +333,6 @@ class CausalReader(nn.Module):
         self.lm = prepare_lora(self.lm, args, device)
         self.base = args.t5_name if args.save_adapters else None
 
-    def shard(self, world):
-        """Spreads the weights over the processes (sharding.py).
-
-        Raises InputError for a model that does not say what its blocks are.
-        """
-        names = set(self.lm._no_split_modules or [])  # of their classes
-        blocks = [module for module in self.lm.modules() if type(module).__name__ in names]
-        if not blocks:
-            raise InputError(f"--fsdp: transformers does not say what the blocks of a "
-                             f"{self.config.model_type} model are; leave it out")
-        shard(self, blocks, [], world)
-
     def check_tokenizer(self, tokenizer):
         """Raise InputError for a tokenizer that does not fit the model, or that lacks an end of
         sequence; answers then end with its end of sequence too.
@@ -537,11 +524,7 @@ class CausalReader(nn.Module):
             alive = ~torch.isin(token, ends)
             if self.prompts.answer_lines == "first":
                 alive &= ~self.find_line_ends(answers[questions, :step + 1])
-            remaining, steps_left = int(alive.sum()), max_length - 1 - step
-            if not steps_left or not any_question(self, remaining):
-                break
-            if not remaining:
-                self.accompany(prompts[:1, -1:], steps_left)
+            if step == max_length - 1 or not alive.any():
                 break
             kept = alive[owner]                                                          # (k)
             if not alive.all():
@@ -583,23 +566,13 @@ class CausalReader(nn.Module):
             rows.append(row[:length] + [last] * (len(row) - length))
         return torch.tensor(rows, device=answers.device)
 
-    def accompany(self, token, steps):
-        """Computes with other processes, whose questions go on for `steps` steps at most: sharded
-        blocks are gathered by all. It is of a token (1, 1), as few models take a batch of none.
-        """
-        for steps_left in range(steps - 1, -1, -1):
-            self.run(token, torch.ones_like(token, dtype=torch.bool), 1)
-            if not steps_left or not any_question(self, 0):
-                return
-
     # ---------------------------------------------------------------- files
 
     @classmethod
-    def from_pretrained(cls, path_or_name, dropout=None, prompts=None, dtype=torch.float32):
+    def from_pretrained(cls, path_or_name, dropout=None, prompts=None):
         """Return a reader from a causal language model's folder or hub name; see open_lm."""
-        reader = cls(open_lm(path_or_name, dropout, dtype), prompts)
-        if dtype is not None:
-            reader.check_reading(path_or_name)
+        reader = cls(open_lm(path_or_name, dropout), prompts)
+        reader.check_reading(path_or_name)
         return reader
 
     @torch.no_grad()
@@ -643,24 +616,10 @@ class CausalReader(nn.Module):
         output = self.run(ids[:, 3:4], mask, 1, output.past_key_values, True)
         return differs(output.logits[0, 0], expected[3])
 
-    def plain_weights(self):
-        """{name: weight} of the language model, each once."""
-        copies = self.lm.all_tied_weights_keys or {}
-        return {name: weight for name, weight in self.lm.state_dict().items()
-                if name not in copies}
-
     def save_pretrained(self, folder):
         """Write a folder of transformers' AutoModelForCausalLM, with adapters merged in."""
         lm = self.lm
         os.makedirs(folder, exist_ok=True)
-        if is_sharded(self):
-            lm.config.architectures = [type(lm).__name__]
-            lm.config.dtype = torch.float32  # as it was trained, whatever it was opened from
-            lm.config.save_pretrained(folder)
-            if lm.can_generate():
-                lm.generation_config.save_pretrained(folder)
-            write_weights(folder, self.plain_weights())
-            return
         if self.base:
             save_adapters(lm, folder, self.base)
             return

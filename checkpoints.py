@@ -30,12 +30,11 @@ from files import (
     write_aside,
     write_json,
 )
-from sharding import gather_weight
 from utils import InputError, first_line, log_on_main, refusing, shorten
 
 # what a configuration may say: a model of more layers, or of larger numbers, would take all memory
 MOST_LAYERS, MOST = 1000, 10 ** 7
-# of weights in one file, and in memory while sharded ones are written
+# at most this many bytes of weights go into one file
 FILE_BYTES = 5 * 10 ** 9
 # what is fetched of a model on the hub, beside its weights: settings, vocabularies, the layers of
 # sentence-transformers
@@ -277,9 +276,6 @@ def check_weights(weights, path):
 def write_weights(folder, weights):
     """Writes {name: weight} as model.safetensors; what does not go into one file goes into several,
     with an index, as transformers does.
-
-    The weights of a sharded model are gathered, a file at a time; the other processes call
-    send_weights.
     """
     parts = split_weights(weights)
     weight_map = {}
@@ -287,19 +283,13 @@ def write_weights(folder, weights):
         file_name = "model.safetensors"
         if len(parts) > 1:
             file_name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        part = {name: gather_weight(weights[name]) for name in names}
+        part = {name: weights[name].detach().contiguous() for name in names}
         save_file(part, os.path.join(folder, file_name), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file_name)
     if len(parts) > 1:
         total_size = sum(weight.numel() * weight.element_size() for weight in weights.values())
         write_json(os.path.join(folder, "model.safetensors.index.json"),
                    {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-
-
-def send_weights(weights):
-    """What the other processes do while the main one calls write_weights with a sharded model's."""
-    for weight in weights.values():
-        gather_weight(weight)
 
 
 def split_weights(weights):

@@ -1,7 +1,6 @@
 """The reader's data: records to input texts and targets, batches of token ids, and who reads what
 in an epoch.
 """
-import math
 import os
 import random
 from itertools import chain, islice
@@ -213,14 +212,12 @@ class TrainSet(torch.utils.data.Dataset):
         return index, record, choose_target(record, seed)
 
 
-def plan_epoch(num_records, epoch, seed, shuffle, batch_size, accumulation, rank=0, world_size=1,
-               in_step=False):
+def plan_epoch(num_records, epoch, seed, shuffle, batch_size, accumulation, rank=0, world_size=1):
     """This process's part of an epoch: [update][micro-batch][(index, is_real)].
 
     All processes shuffle alike; an update takes batch_size * accumulation * world_size records in
     that order, the last one of an epoch what remains. A process left without a record there joins
-    with one that is not real, so that the gradient exchange has all processes; `in_step`: so does
-    one that is left without a micro-batch (sharding.py).
+    with one that is not real, so that the gradient exchange has all processes.
     """
     order = torch.arange(num_records)
     if shuffle:
@@ -229,10 +226,8 @@ def plan_epoch(num_records, epoch, seed, shuffle, batch_size, accumulation, rank
     updates = []
     for update_indices in order.split(batch_size * accumulation * world_size):
         entries = [(index, True) for index in update_indices[rank::world_size].tolist()]
-        filler = (update_indices[0].item(), False)
-        batches = [entries[i:i + batch_size] for i in range(0, len(entries), batch_size)]
-        count = math.ceil(len(update_indices) / world_size / batch_size) if in_step else 1
-        updates.append(batches + [[filler]] * (count - len(batches)))
+        entries = entries or [(update_indices[0].item(), False)]
+        updates.append([entries[i:i + batch_size] for i in range(0, len(entries), batch_size)])
     return updates
 
 
@@ -250,17 +245,11 @@ def train_loader(dataset, updates, collator, num_workers):
     return make_loader(dataset, batches, collator, num_workers)
 
 
-def eval_loader(records, batch_size, collator, num_workers, rank=0, world_size=1, in_step=False):
+def eval_loader(records, batch_size, collator, num_workers, rank=0, world_size=1):
     """Batches of consecutive records, strided over the processes: each record once, in the same
     batch for any number of them.
-
-    in_step: where processes would have different numbers of batches, those that have one less get
-    the first batch again (sharding.py).
     """
     samples = [(index, record, None) for index, record in enumerate(records)]
     batches = [range(first, min(first + batch_size, len(records)))
                for first in range(0, len(records), batch_size)]
-    own = batches[rank::world_size]
-    if in_step and len(own) < math.ceil(len(batches) / world_size):
-        own.append(batches[0])
-    return make_loader(samples, own, collator, num_workers)
+    return make_loader(samples, batches[rank::world_size], collator, num_workers)

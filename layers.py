@@ -29,18 +29,16 @@ def encode_by_block(stack, chunks, use_checkpoint=False):
     p = dropout_rate(stack)
     longest = max((group.L for _, groups in chunks for group in groups), default=1)
     xs = [dropout(stack.embed_tokens(ids), p) for ids, _ in chunks]  # [(S, D)]
-
-    def encode_chunks(block, xs, bias):
-        if use_checkpoint:
-            return [checkpoint(encode_block, block, x, bias, groups, p, use_reentrant=False)
-                    for x, (_, groups) in zip(xs, chunks)]
-        return [encode_block(block, x, bias, groups, p) for x, (_, groups) in zip(xs, chunks)]
-
     for block in stack.block:
         attention = block.layer[0].SelfAttention
         if attention.has_relative_attention_bias:  # T5's first block, each of umT5's
             bias = attention.compute_bias(longest, longest)[0]  # (H, L, L)
-        xs = run_block(block, encode_chunks, xs, bias)
+        for i, (_, groups) in enumerate(chunks):
+            if use_checkpoint:
+                xs[i] = checkpoint(encode_block, block, xs[i], bias, groups, p,
+                                   use_reentrant=False)
+            else:
+                xs[i] = encode_block(block, xs[i], bias, groups, p)
     return [dropout(stack.final_layer_norm(x), p) for x in xs]
 
 
@@ -97,27 +95,12 @@ def decode(stack, ids, memory, memory_bias, cache=None, raw_scores=None, use_che
     past = cache[0][0].shape[2] if cache else 0
     x = dropout(stack.embed_tokens(ids), p)  # (B, T, D)
     for i, block in enumerate(stack.block):
-        # of a sharded block (sharding.py) nothing is kept: under autocast that would be its weights
-        is_recomputed = use_checkpoint and hasattr(block, "run")
         attention = block.layer[0].SelfAttention
         if attention.has_relative_attention_bias:  # T5's first block, each of umT5's
             causal_bias = make_causal_bias(attention, past, ids.shape[1], ids.device)
-        x = run_block(block, recompute_block if is_recomputed else decode_block, x, memory,
-                      memory_bias, causal_bias, cache, i, p, raw_scores,
-                      use_checkpoint and not is_recomputed)
+        x = decode_block(block, x, memory, memory_bias, causal_bias, cache, i, p, raw_scores,
+                         use_checkpoint)
     return dropout(stack.final_layer_norm(x), p)
-
-
-def run_block(block, function, *inputs):
-    """function(block, *inputs); a sharded block (sharding.py) has its weights gathered for it."""
-    if hasattr(block, "run"):
-        return block.run(function, *inputs)
-    return function(block, *inputs)
-
-
-def recompute_block(*inputs):
-    """decode_block, computed again in the backward pass."""
-    return checkpoint(decode_block, *inputs, use_reentrant=False)
 
 
 def decode_block(block, x, memory, memory_bias, causal_bias, cache, index, p, raw_scores,

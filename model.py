@@ -41,7 +41,6 @@ from data import Collator
 from files import read_settings
 from layers import decode, encode, encode_by_block
 from packed_attention import group_texts, split_by_length
-from sharding import any_question, is_sharded, shard
 from t5_folder import (
     CROSS_BIAS,
     CROSS_BIAS_MARK,
@@ -58,6 +57,7 @@ from t5_folder import (
 from utils import InputError, first_line, refusing, shorten
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time, counted with padding
+BY_BLOCK = {"cpu": False, "cuda": True}  # whether all chunks pass a block before the next block
 # a finite mask: a question without a token attends to all of its padding
 LOWEST = torch.finfo(torch.float32).min
 # v1.1, Flan and ByT5 are one of them
@@ -175,7 +175,7 @@ class EncoderWrapper(nn.Module):
             chunks.append((ids[start:end], group_texts(chunk_lengths, ids.device)))
             start = end
         stack = self.encoder.module
-        if ids.is_cuda or is_sharded(stack.block[0]):
+        if BY_BLOCK[ids.device.type]:
             use_checkpoint = self.encoder.use_checkpoint and self.training
             states = encode_by_block(stack, chunks, use_checkpoint)
         else:
@@ -312,14 +312,6 @@ class FiDT5(nn.Module):
         raise InputError("--lora is for causal language models: the layers of a T5 reader "
                          "(layers.py) run without the modules that peft replaces; leave it out")
 
-    def shard(self, world):
-        """Spreads the weights over the processes (sharding.py)."""
-        blocks = [*self.t5.encoder.encoder.module.block, *self.t5.decoder.block]
-        # the first block's bias is all blocks'
-        biases = [module for name, module in self.named_modules()
-                  if name.endswith("relative_attention_bias")]
-        shard(self, blocks, biases, world)
-
     def describe(self):
         """What args.json says of the reader, beside its training: nothing."""
         return {}
@@ -387,10 +379,6 @@ class FiDT5(nn.Module):
         scores (B, N) of the passages; the ids are the same. With `n_best` n the ids are (B, n, T),
         the n best answers in beam search's order, and their log probabilities (B, n) come last.
         """
-        if self.is_steered and is_sharded(self):
-            raise InputError("generation_config.json has settings that --fsdp cannot follow, such "
-                             f"as {min(list_settings(self.t5.generation_config))}; leave --fsdp "
-                             "out, or take them out of the file")
         memory, others = self.encode(input_ids, attention_mask), []
         if return_scores:
             kind = "logits" if return_scores is True else return_scores
@@ -464,7 +452,7 @@ class FiDT5(nn.Module):
             # waits for
             alive = ~torch.isin(token, ends)
             remaining = int(alive.sum())
-            if not any_question(self, remaining):
+            if not remaining:
                 return ids[:, :step + 1]
             if remaining < len(active):
                 active = active[alive]
@@ -510,13 +498,12 @@ class FiDT5(nn.Module):
     # ---------------------------------------------------------------- files
 
     @classmethod
-    def from_pretrained(cls, path_or_name, dropout=None, dtype=torch.float32, trained=False):
+    def from_pretrained(cls, path_or_name, dropout=None, trained=False):
         """Return a reader from any of: a T5 folder or hub name, our folder, a released FiD reader,
         minFiD's file.
 
-        `dropout` replaces the configuration's rate; with the dtype None the weights stay in the
-        file, as they are, until they are used. A folder without weights gives random ones and says
-        so, or is refused if it must be `trained`. Raise InputError where nothing fits: unknown
+        `dropout` replaces the configuration's rate. A folder without weights gives random ones and
+        says so, or is refused if it must be `trained`. Raise InputError where nothing fits: unknown
         name, unreadable file, other architecture, other shapes.
         """
         folder, weights = find_model(path_or_name)
@@ -545,7 +532,7 @@ class FiDT5(nn.Module):
                 t5 = build_random_t5(config, folder)
             else:
                 settings = read_settings(os.path.join(folder, "config.json"))
-                t5 = build_t5(config, weights, path_or_name, dtype, settings)
+                t5 = build_t5(config, weights, path_or_name, settings)
         t5.generation_config = generation
         return cls(t5, stated_start, ignored)
 
@@ -617,16 +604,16 @@ def build_random_t5(config, folder):
     return t5
 
 
-def build_t5(config, weights, source, dtype=torch.float32, settings=None):
-    """Return the T5 of a configuration with these weights (any wrapping), as they are if dtype is
-    None; `settings` are config.json's.
+def build_t5(config, weights, source, settings=None):
+    """Return the float32 T5 of a configuration with these weights (any wrapping); `settings` are
+    config.json's.
 
     Raise InputError, which names `source`, where names or shapes differ.
     """
     with torch.device("meta"):  # no time goes into random weights
         t5 = CLASSES[config.model_type](config)
     with_bias = has_cross_bias(weights, settings or {})
-    weights = {plain_key(key): value.to(dtype or value.dtype) for key, value in weights.items()}
+    weights = {plain_key(key): value.float() for key, value in weights.items()}
     weights = drop_wrapper(weights, t5.state_dict(), source)
     cross_bias = weights.pop(CROSS_BIAS, None)
     if cross_bias is None and (settings or {}).get(CROSS_BIAS_MARK):

@@ -14,7 +14,6 @@ from files import new_file, to_number
 from metrics import exact_match, f1, has_answer, regex_match
 from pages import SAMPLE, Inspected, choose_depth, write_inspection
 from questions import retrieval_score
-from sharding import is_sharded
 from utils import InputError, check_at_least, gather_lists, progress_bar, shorten
 
 # what ends a line or a cell of a table, for one program or another, with the blanks around it
@@ -111,8 +110,7 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
     score_prediction.
     """
     collator = model.make_collator(tokenizer, num_contexts, max_length)
-    loader = eval_loader(records, batch_size, collator, num_workers, world.rank, world.size,
-                         is_sharded(model))
+    loader = eval_loader(records, batch_size, collator, num_workers, world.rank, world.size)
     model.eval()
     ends = torch.tensor(model.end_tokens, device=world.device)
     predictions = []
@@ -136,9 +134,7 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
         for index, text, *others in rows:
             predictions.append(score_prediction(index, text, records[index]["answers"], *others,
                                                 is_regex=is_regex))
-    # a batch that was answered twice, by a sharded model, counts once
-    answered = {prediction.index: prediction for prediction in gather_lists(predictions, world)}
-    return [answered[index] for index in sorted(answered)]
+    return sorted(gather_lists(predictions, world), key=lambda prediction: prediction.index)
 
 
 def decode_answers(tokenizer, rows):

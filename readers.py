@@ -4,8 +4,6 @@ whose tokenizer it reads with.
 import os
 from typing import NamedTuple
 
-import torch
-
 from causal_lm import is_causal
 from causal_reader import (
     ANSWER_LINES,
@@ -58,24 +56,22 @@ def add_prompt_flags(parser):
         help="divide the retrieval scores by T before the softmax; default: as trained, else 1")
 
 
-def open_reader(path_or_name, dropout=None, args=None, spread=False, trained=False, trains=False):
+def open_reader(path_or_name, dropout=None, args=None, trained=False, trains=False):
     """Return the reader of a checkpoint, by its configuration: FiDT5 or CausalReader.
 
-    `dropout` replaces the configuration's rates; `args` may hold the values of add_prompt_flags;
-    the weights of one that will be spread over the processes stay in the file until place_reader.
+    `dropout` replaces the configuration's rates; `args` may hold the values of add_prompt_flags.
     `trains`: it will be trained, so that its answers end with an end token. Raise InputError for
     any other model, for what the readers refuse and, if it must be `trained`, for one without
     weights.
     """
-    dtype = None if spread else torch.float32
     given = {name: getattr(args, name, None) for name in Prompts._fields}
     given = {name: value for name, value in given.items() if value is not None}
     if os.path.isfile(path_or_name):  # minFiD's
-        return open_fid(path_or_name, dropout, given, dtype, trained)
+        return open_fid(path_or_name, dropout, given, trained)
     folder = find_base(find_model(path_or_name)[0])
     config = read_config(folder, "T5 or causal language")
     if config.model_type in CLASSES:
-        return open_fid(path_or_name, dropout, given, dtype, trained)
+        return open_fid(path_or_name, dropout, given, trained)
     if not is_causal(config):
         raise InputError(f"{folder}: is a {config.model_type} model; {NEEDED}, or a causal "
                          "language model (GPT-2, Llama, Qwen2, ...)")
@@ -86,28 +82,15 @@ def open_reader(path_or_name, dropout=None, args=None, spread=False, trained=Fal
         prompts = prompts._replace(answer_lines="first")
         log_on_main(f"note: {path_or_name} was not trained here: its answers end at the first "
                     "line break (--answer_lines all: only at an end token)")
-    return CausalReader.from_pretrained(path_or_name, dropout, prompts, dtype)
+    return CausalReader.from_pretrained(path_or_name, dropout, prompts)
 
 
-def open_fid(path_or_name, dropout, given, dtype, trained):
+def open_fid(path_or_name, dropout, given, trained):
     """Return a FiDT5. Raises InputError if flags of causal language models are given."""
     if given:
         raise InputError(f"--{min(given)} is for causal language models, {path_or_name} is a T5; "
                          "leave it out")
-    return FiDT5.from_pretrained(path_or_name, dropout, dtype, trained)
-
-
-def place_reader(reader, world, spread):
-    """Move a reader to this process's device or, if it is to be `spread` over all processes, this
-    one's part of it (sharding.py).
-    """
-    if spread:
-        reader.shard(world)
-        if isinstance(reader, CausalReader):
-            reader.check_reading("--fsdp")
-            reader.reshard()  # what lies outside the blocks stays gathered after a pass
-    else:
-        reader.to(world.device)
+    return FiDT5.from_pretrained(path_or_name, dropout, trained)
 
 
 # ---------------------------------------------------------------- the tokenizer

@@ -1,14 +1,7 @@
-"""The resume state OUT.state: what a training run needs to end as if it had never been stopped.
-
-With --fsdp every process keeps its own rows of the weights and of the optimizer's moments, the main
-one in OUT.state and process R of N after U updates in OUT.state.RofN.U. OUT.state is replaced when
-all of them are written, and names U: a run that is killed meanwhile goes on from the parts before.
-"""
-import glob
+"""The resume state OUT.state: what a training run needs to end as if it had never been stopped."""
 import math
 import os
 import random
-import re
 from dataclasses import asdict
 
 import torch
@@ -17,17 +10,13 @@ from adapters import is_packed
 from checkpoints import check_weights, load_torch_file
 from files import new_file
 from retrieval.fingerprint import CORPUS_WINDOWS, hash_file, hash_windows
-from sharding import is_sharded, join_state, local_state
 from training import Progress
-from utils import InputError, gather_lists, refusing, shorten, wait_for_all
+from utils import InputError, gather_lists, refusing, shorten
 
 START_ANEW = "give --overwrite in place of --resume to start anew"
 # {part of a state: its type}
 FORM = {"model": dict, "optimizer": dict, "scheduler": dict, "random": list, "progress": dict,
         "args": dict, "world_size": int, "dataset_sizes": list, "inputs": dict}
-PART_FORM = {"model": dict, "optimizer": dict}
-# the end of a part's name, which tells its update; a killed run may have left it half-written
-PART = re.compile(r"\d+of\d+\.(\d+)(?:\.\d+\.writing)?")
 
 # ---------------------------------------------------------------- random states
 
@@ -52,22 +41,14 @@ def save_state(run):
 
     All processes call it.
     """
-    world, update = run.world, run.progress.total_updates
+    world = run.world
     states = gather_lists([random_states(world.device)], world)
-    in_parts = is_sharded(run.unwrapped)
-    if in_parts:
-        own = local_state(run)
-        if not world.is_main:
-            write_state(part_path(run.out, world.rank, world.size, update), own)
-        wait_for_all(world)
-    else:
-        own = {"model": kept_weights(run.unwrapped), "optimizer": run.optimizer.state_dict()}
     if world.is_main:
         write_state(f"{run.out}.state", {
-            **own, "scheduler": run.scheduler.state_dict(), "random": states,
+            "model": kept_weights(run.unwrapped), "optimizer": run.optimizer.state_dict(),
+            "scheduler": run.scheduler.state_dict(), "random": states,
             "progress": asdict(run.progress), "args": vars(run.args), "world_size": world.size,
             "dataset_sizes": run.dataset_sizes, "inputs": run.inputs})
-        remove_parts(run.out, update if in_parts else None)
 
 
 def kept_weights(model):
@@ -79,19 +60,6 @@ def kept_weights(model):
         return weights
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: weights[name] for name in trained}
-
-
-def part_path(out, rank, size, update):
-    """Where a process keeps its part of the state, with --fsdp."""
-    return f"{out}.state.{rank}of{size}.{update}"
-
-
-def remove_parts(out, kept=None):
-    """Removes the parts of states, but for those of the update `kept`."""
-    for path in glob.glob(f"{glob.escape(out)}.state.*"):
-        part = PART.fullmatch(path.removeprefix(f"{out}.state."))
-        if part and part[1] != str(kept):
-            os.remove(path)
 
 
 def write_state(path, state):
@@ -106,10 +74,8 @@ def write_state(path, state):
 def forget_replaced_state(run):
     """Removes the state of the run that --overwrite replaces: --resume must not go on with it."""
     path = f"{run.out}.state"
-    if run.args.overwrite and run.world.is_main:
-        if os.path.exists(path):
-            os.remove(path)
-        remove_parts(run.out)
+    if run.args.overwrite and run.world.is_main and os.path.exists(path):
+        os.remove(path)
 
 
 def load_state(out, args, world, free_flags, inputs):
@@ -144,20 +110,7 @@ def load_state(out, args, world, free_flags, inputs):
                          f"or {START_ANEW}")
     refuse_other_flags(path, vars(args), state["args"], free_flags)
     refuse_other_inputs(path, inputs, state["inputs"])
-    if world.rank > 0 and getattr(args, "fsdp", False):
-        state |= load_part(out, world, state["progress"]["total_updates"])
     return state
-
-
-def load_part(out, world, update):
-    """{model, optimizer} that this process has kept with --fsdp. Raises InputError."""
-    path = part_path(out, world.rank, world.size, update)
-    if not os.path.exists(path):
-        raise InputError(f"{path}: is missing, a process's part of the state {out}.state; put it "
-                         f"there, or {START_ANEW}")
-    part = load_torch_file(path)
-    check_form(part, PART_FORM, path)
-    return part
 
 
 def refuse_other_flags(path, now, then, free_flags):
@@ -229,9 +182,6 @@ def restore_state(run, state):
                          f"examples, now there are {describe_sizes(run.dataset_sizes)}; give the "
                          f"same data, or {START_ANEW}")
     check_weights(state["model"], path)
-    if is_sharded(run.unwrapped):
-        with refusing(f"{path}: its parts are not those of this model", START_ANEW):
-            state = state | join_state(run, state)
     try:
         is_whole = state["model"].keys() == kept_weights(run.unwrapped).keys()
         run.unwrapped.load_state_dict(state["model"], strict=not is_whole)

@@ -36,10 +36,8 @@ from readers import (
     describe_reader,
     open_reader,
     open_reader_tokenizer,
-    place_reader,
 )
 from retrieval.measures import note_patterns
-from sharding import check_processes
 from utils import InputError, Parser, check_at_least, run_script, start_processes
 
 
@@ -82,8 +80,6 @@ def parse_args():
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
     add("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
-    add("--fsdp", action="store_true",
-        help="shard the weights over the processes, for models that do not fit one GPU")
     add("--gpus", default="",
         help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
     return parser.parse_args()
@@ -156,11 +152,6 @@ def note_answers(args, records, model, collator, log):
 def main(args):
     world = start_processes(args.gpus)
     settle_beams(args)
-    if args.fsdp:
-        check_processes(world)
-        if args.num_beams > 1:
-            raise InputError(f"--num_beams {args.num_beams}: with --fsdp readers answer greedily, "
-                             "leave one of the two out")
     choose_lengths(args, world.log)
     check_outputs(args)
     records = read_records(args.data)
@@ -169,8 +160,7 @@ def main(args):
         note_patterns([record["answers"] for record in records],
                       [f"record {index}" for index in range(len(records))], world.log)
     tokenizer, origin = open_reader_tokenizer(args.model, args.tokenizer, args.t5_name)
-    model = open_reader(args.model, args=args, spread=args.fsdp, trained=True)
-    place_reader(model, world, args.fsdp)
+    model = open_reader(args.model, args=args, trained=True).to(world.device)
     model.check_tokenizer(tokenizer)
     world.log(describe_reader(args.model, model, tokenizer, origin))
     model.prepare(args.max_length, args.answer_maxlength)

@@ -28,7 +28,6 @@ from checkpoints import (
     claim_folder,
     find_model,
     save_checkpoint,
-    send_weights,
     versions,
 )
 from cost import log_cost, measure_updates, note_cost
@@ -55,12 +54,10 @@ from readers import (
     describe_settings,
     open_reader,
     open_reader_tokenizer,
-    place_reader,
 )
 from resume import forget_replaced_state, hash_inputs, load_state, restore_state, save_state
 from retrieval.fingerprint import model_files
 from retrieval.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
-from sharding import check_processes
 from training import (
     BOTH_SETS,
     Progress,
@@ -156,9 +153,6 @@ def parse_args(arguments=None):
     add("--save_adapters", action="store_true",
         help="save only the adapters of --lora, in peft's format, with the name of their base "
         "model; default: save the whole model with the adapters merged")
-    add("--fsdp", action="store_true",
-        help="shard weights, gradients and optimizer state over the processes, for models that do "
-        "not fit one GPU (PyTorch's fully_shard); all processes must be able to write OUT")
     add("--freeze", metavar="REGEX",
         help="do not train weights whose names match this regular expression")
     add_prompt_flags(parser)
@@ -272,9 +266,6 @@ def check_args(args, sets=BOTH_SETS):
     if args.warmup_ratio is not None and not 0 <= args.warmup_ratio <= 1:
         raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
     check_lora(args)
-    if args.fsdp and args.lora:
-        raise InputError("--fsdp spreads a model whose weights are all trained, --lora trains few "
-                         "of them; leave one out")
     check_retriever(args)
 
 
@@ -348,7 +339,7 @@ def plan_run(run, epoch):
     """This process's part of an epoch of the run: [update][micro-batch][(index, is_real)]."""
     args, world = run.args, run.world
     return plan_epoch(len(run.train_set.records), epoch, args.seed, not args.no_shuffle,
-                      args.batch_size, args.grad_accumulation, world.rank, world.size, args.fsdp)
+                      args.batch_size, args.grad_accumulation, world.rank, world.size)
 
 
 def train_epoch(run):
@@ -492,8 +483,6 @@ def save_best(run):
     """Write OUT: the reader as a folder of transformers with its tokenizer and args.json."""
     args, progress = run.args, run.progress
     if not run.world.is_main:
-        if args.fsdp:
-            send_weights(run.unwrapped.plain_weights())
         return
     dev_em, dev_f1 = progress.best or (None, None)  # a federation may have measured nothing
     info = {"dev_em": dev_em, "dev_f1": dev_f1, "epoch": progress.epoch,
@@ -531,9 +520,7 @@ def set_up(args, world, sets=BOTH_SETS):
     check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
 
     # model
-    if args.fsdp:
-        set_seed(args.seed)  # every process draws the same weights, where the checkpoint has none
-    reader = open_reader(args.t5_name, args.dropout, args, spread=args.fsdp, trains=True)
+    reader = open_reader(args.t5_name, args.dropout, args, trains=True)
     reader.check_tokenizer(tokenizer)
     settings = reader.forget_generation()
     world.log(describe_reader(args.t5_name, reader, tokenizer, origin))
@@ -548,10 +535,7 @@ def set_up(args, world, sets=BOTH_SETS):
         reader.add_adapters(args, world.device)
     if args.freeze:
         freeze(reader, args.freeze)
-    place_reader(reader, world, args.fsdp)
-    if args.fsdp:
-        set_seed(args.seed, world.rank)
-    reader.train()
+    reader.to(world.device).train()
 
     # optimizer and schedule
     update_size = args.batch_size * args.grad_accumulation * world.size
@@ -634,8 +618,6 @@ def describe(run):
 def main(args):
     check_args(args)
     world = start_processes(args.gpus, LONG_PATIENCE if args.retriever else PATIENCE)
-    if args.fsdp:
-        check_processes(world)
     set_seed(args.seed, world.rank)
     claim = claim_folder(args.model, args.resume, args.overwrite, world)
     with nullcontext() if args.plan else claim:
@@ -662,8 +644,7 @@ def main(args):
         world.log("warning: no dev question was answered right; the checkpoint was chosen by F1 or "
                   f"is the last one: {explain_zero(run)}")
     if test and any(record["answers"] for record in test):
-        best_reader = open_reader(run.out, spread=args.fsdp, trained=True)
-        place_reader(best_reader, world, args.fsdp)
+        best_reader = open_reader(run.out, trained=True).to(world.device)
         best_reader.check_tokenizer(run.tokenizer)
         summary = answer(run, best_reader, test)
         world.log(f"test EM {summary.em:.2f} ({summary.correct}/{summary.count}), F1 "

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoints import versions
 from data import train_loader
 from files import new_file
-from sharding import is_sharded
 from utils import InputError, World, peak_bytes, progress_bar, refusing
 
 # what a run reads; in a federation a client has no dev set, the server no training set
@@ -105,8 +104,7 @@ class Run:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def exchange_gradients(self, is_last):
-        """Context of one micro-batch: processes exchange gradients at an update's last one only;
-        where they are spread over the processes, at each one.
+        """Context of one micro-batch: processes exchange gradients at an update's last one only.
         """
         is_copied = isinstance(self.model, DistributedDataParallel)
         return self.model.no_sync() if is_copied and not is_last else nullcontext()
@@ -156,10 +154,8 @@ def count_trained(model):
 
 
 def wrap_model(model, world):
-    """The model inside DistributedDataParallel if there are several processes, unless its weights
-    are spread over them.
-    """
-    if world.size == 1 or is_sharded(model):
+    """Return the model, inside DistributedDataParallel if there are several processes."""
+    if world.size == 1:
         return model
     # without device_ids: the models move their inputs, and DDP would look at each token id alone
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -205,8 +201,6 @@ def step_optimizer(run, loss):
     """
     parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
-    if is_sharded(run.unwrapped):
-        norm = norm.full_tensor()
     if not math.isfinite(loss):
         return "loss"
     if not math.isfinite(norm):

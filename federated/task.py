@@ -41,9 +41,8 @@ class Task:
                 raise
             raise InputError(f"{self.script.__name__}.py does not take these flags: "
                              f"{' '.join(arguments)}") from None
-        for name in ("fsdp", "plan"):
-            if getattr(args, name, False):
-                raise InputError(f"--{name} is not offered in a federation; leave it out")
+        if args.plan:
+            raise InputError("--plan is not offered in a federation; leave it out")
         args.resume = args.overwrite = False  # a federation has its own state
         return args
 

@@ -1,12 +1,14 @@
 """checkpoints.py: the folder that a run writes, and what it must not touch there."""
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from transformers import AutoModelForSeq2SeqLM
 
-from checkpoints import claim_folder, finish_saving, save_checkpoint
+from checkpoints import claim_folder, finish_saving, read_weights, save_checkpoint, write_weights
 from conftest import run
 from utils import InputError, World
 
@@ -203,3 +205,16 @@ def test_an_error_without_a_kind_while_saving_is_one_of_writing(tmp_path):
         raise Exception("No space left on device (os error 28)")  # as tokenizers do
     with pytest.raises(InputError, match="cannot be written .*No space left"):
         save_checkpoint(str(tmp_path / "out"), {}, write_tokenizer)
+
+
+def test_large_weights_go_into_several_files(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoints.FILE_BYTES", 20_000)
+    weights = read_weights(tiny)
+    (tmp_path / "config.json").write_text((Path(tiny) / "config.json").read_text())
+    write_weights(tmp_path, weights)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again = read_weights(tmp_path)
+    assert again.keys() == weights.keys()
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], weights[name]) and torch.equal(theirs[name], weights[name])
+               for name in weights)

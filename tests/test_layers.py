@@ -44,7 +44,7 @@ def test_loss_and_gradients_equal_the_padded_model(name, targets, tokens, attent
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
 def test_block_by_block_equals_chunk_by_chunk(use_checkpoint, tiny, monkeypatch):
-    """What GPUs and sharded readers run: the same states and gradients, and dropout that drops the
+    """What GPUs run: the same states and gradients, and dropout that drops the
     same units when a block is computed again.
     """
     monkeypatch.setitem(model_file.CHUNK_TOKENS, "cpu", 15)
@@ -55,7 +55,7 @@ def test_block_by_block_equals_chunk_by_chunk(use_checkpoint, tiny, monkeypatch)
             reader = FiDT5.from_pretrained(tiny, dropout=dropout).train()
             reader.set_checkpoint(is_recomputed)
             with monkeypatch.context() as patch:
-                patch.setattr(model_file, "is_sharded", lambda block, by_block=by_block: by_block)
+                patch.setitem(model_file.BY_BLOCK, "cpu", by_block)
                 torch.manual_seed(0)
                 states = reader.encode(ids, mask).states
             results.append((states, gradients(states.square().sum(), reader)))

@@ -32,6 +32,7 @@ def test_a_replaced_runs_state_goes(overwrite, is_main, is_left, tmp_path):
 def test_a_flag_that_is_newer_than_the_state_may_be_off():
     refuse_other_flags("m.state", {"lr": 1, "new": False, "other": None, "gpus": "0"}, {"lr": 1},
                        {"gpus"})
+    refuse_other_flags("m.state", {"lr": 1}, {"lr": 1, "fsdp": False}, set())  # a removed flag
     with pytest.raises(InputError, match=r"is of a run with --new None \(now True\)"):
         refuse_other_flags("m.state", {"lr": 1, "new": True}, {"lr": 1}, set())
     with pytest.raises(InputError, match=r"is of a run with --lr 1 \(now 0\)"):

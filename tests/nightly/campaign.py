@@ -69,7 +69,7 @@ def snapshot(folder):
         if path.is_dir():
             continue
         name = str(path.relative_to(folder))
-        if ".state" in name:  # with --fsdp also its parts
+        if name.endswith(".state"):
             found[name] = digest(torch.load(path, weights_only=True))
         elif name.endswith(".html"):
             text = re.sub(r"[\d.]+ s\b", "", path.read_text())

@@ -47,7 +47,6 @@ READER_TASK = ["--t5_name", "in/t5", "--num_contexts", 2, "--max_length", 40, "-
 RUNS = {
     "reader": (READER, 1),
     "reader of two processes": (READER, 2),
-    "spread reader of two processes": ([*READER, "--fsdp"], 2),
     "reader with a frozen retriever": ([*READER[:6], *READER[8:], "--retriever", "bm25", "--corpus",
                                         "in/small.jsonl.gz"], 1),
     "retriever": (RETRIEVER, 1),
