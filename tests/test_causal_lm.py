@@ -24,7 +24,6 @@ from causal_lm import (
     packed_logits,
     score_texts,
     to_ids,
-    use_fused_gelu,
     why_not_packed,
 )
 from utils import InputError
@@ -94,7 +93,6 @@ def test_packed_scores_equal_single_passes(family, pass_tokens, monkeypatch):
     monkeypatch.setitem(causal_lm.PASS_TOKENS, "cpu", pass_tokens)
     model = make_model(PACKED[family])
     expected = plain_scores(model, make_families())
-    use_fused_gelu(model)
     assert why_not_packed(model) is None
     scores = torch.tensor(score_texts(model, make_families()))
     assert expected.std() > 1
@@ -152,16 +150,6 @@ def test_three_levels_share_beginnings():
     answers = [[1, 2, 3, 8], [1, 2, 3, 9]]  # of one key
     packed = pack_texts([[answers, [[1, 4, 8], [1, 4, 9]]]], "cpu")
     assert packed.input_ids.shape == (1, 1 + 2 + 2 + 1 + 2)
-
-
-def test_fused_gelu_is_the_same():
-    model = make_model(CONFIGS["gpt2"])
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        expected = model(ids).logits
-        use_fused_gelu(model)
-        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
-    assert isinstance(model.transformer.h[0].mlp.act, torch.nn.GELU)
 
 
 def test_bf16_comes_near(tmp_path):
