@@ -14,17 +14,12 @@ from packed_attention import packed_attention
 
 # ---------------------------------------------------------------- encoder
 
-def encode(stack, ids, groups):
-    """Last hidden states (S, D) of packed token ids (S); `groups` says which rows are one passage.
-    """
-    return encode_by_block(stack, [(ids, groups)])[0]
+def encode(stack, chunks, use_checkpoint=False):
+    """Return the last hidden states [(S, D)] of chunks [(ids, groups)]: packed token ids (S), and
+    which rows are one passage. All chunks pass one block before the next.
 
-
-def encode_by_block(stack, chunks, use_checkpoint=False):
-    """Return encode of each chunk (ids, groups), [(S, D)], a block at a time for all of them.
-
-    use_checkpoint: only what goes into a block is kept, and the block is computed again in the
-    backward pass.
+    use_checkpoint: keep only the inputs of each block, and compute the block again in the backward
+    pass.
     """
     p = dropout_rate(stack)
     longest = max((group.L for _, groups in chunks for group in groups), default=1)

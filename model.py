@@ -39,7 +39,7 @@ from checkpoints import (
 )
 from data import Collator
 from files import read_settings
-from layers import decode, encode, encode_by_block
+from layers import decode, encode
 from packed_attention import group_texts, split_by_length
 from t5_folder import (
     CROSS_BIAS,
@@ -57,7 +57,7 @@ from t5_folder import (
 from utils import InputError, first_line, refusing, shorten
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time, counted with padding
-BY_BLOCK = {"cpu": False, "cuda": True}  # whether all chunks pass a block before the next block
+BY_BLOCK = {"cpu": False, "cuda": True}  # do all chunks pass one block before the next?
 # a finite mask: a question without a token attends to all of its padding
 LOWEST = torch.finfo(torch.float32).min
 # v1.1, Flan and ByT5 are one of them
@@ -91,12 +91,13 @@ class Memory(NamedTuple):
 
 
 class CheckpointWrapper(nn.Module):
-    """The encoder's blocks on one chunk of passages; with use_checkpoint only the result is kept.
+    """The encoder's blocks on chunks of passages; with use_checkpoint a chunk's result alone is
+    kept.
 
     The backward pass then computes the chunk again under the random state of the first pass, so
-    that dropout drops the same units (arXiv 1604.06174). On a GPU, whose kernels want more tokens
-    at a time than the activations of all blocks leave room for, the encoder goes block by block,
-    and what goes into each block is kept (layers.encode_by_block).
+    that dropout drops the same units (arXiv 1604.06174). GPU kernels need larger chunks, and the
+    activations of all blocks on such a chunk would not fit. There all chunks pass one block before
+    the next, and the inputs of each block are kept.
     """
 
     def __init__(self, module):
@@ -104,11 +105,15 @@ class CheckpointWrapper(nn.Module):
         self.module = module
         self.use_checkpoint = False
 
-    def forward(self, ids, groups):
-        if self.use_checkpoint and self.training:
-            return checkpoint(encode, self.module, ids, groups, use_reentrant=False,
-                              preserve_rng_state=True)
-        return encode(self.module, ids, groups)
+    def forward(self, chunks):
+        """Return the states [(S, D)] of chunks [(ids, groups)], see layers.encode."""
+        use_checkpoint = self.use_checkpoint and self.training
+        if BY_BLOCK[self.module.embed_tokens.weight.device.type]:
+            return encode(self.module, chunks, use_checkpoint)
+        if use_checkpoint:
+            return [checkpoint(encode, self.module, [chunk], use_reentrant=False)[0]
+                    for chunk in chunks]
+        return [encode(self.module, [chunk])[0] for chunk in chunks]
 
 
 class EncoderWrapper(nn.Module):
@@ -174,13 +179,8 @@ class EncoderWrapper(nn.Module):
             end = start + sum(chunk_lengths)
             chunks.append((ids[start:end], group_texts(chunk_lengths, ids.device)))
             start = end
-        stack = self.encoder.module
-        if BY_BLOCK[ids.device.type]:
-            use_checkpoint = self.encoder.use_checkpoint and self.training
-            states = encode_by_block(stack, chunks, use_checkpoint)
-        else:
-            states = [self.encoder(*chunk) for chunk in chunks]
-        return torch.cat([torch.zeros(0, stack.config.d_model, device=ids.device), *states])
+        nothing = torch.zeros(0, self.encoder.module.config.d_model, device=ids.device)
+        return torch.cat([nothing, *self.encoder(chunks)])
 
 
 # ---------------------------------------------------------------- decoder
