@@ -29,12 +29,12 @@ import torch
 import transformers
 
 from data import note_long_passages
-from files import check_paths, decode_line, new_file
-from pages import END, begin_page, check_page, clean, cut_excerpt, plain, split_at_answers
-from predict import add_answer_flags, describe_best, predict, settle_beams, settle_lengths
-from questions import make_question
-from readers import add_prompt_flags, describe_reader, open_reader, open_reader_tokenizer
-from retrieval.corpus import open_corpus
+from pages.page import END, begin_page, check_page, clean, cut_excerpt, plain, split_at_answers
+from reader.open import add_prompt_flags, describe_reader, open_reader, open_reader_tokenizer
+from reader.predict import add_answer_flags, describe_best, predict, settle_beams, settle_lengths
+from records.corpus import open_corpus
+from records.files import check_paths, decode_line, new_file
+from records.questions import make_question
 from retrieval.flags import (
     add_corpus_flags,
     add_run_flags,

@@ -7,7 +7,7 @@ from itertools import chain, islice
 
 import torch
 
-from questions import history_turns
+from records.questions import history_turns
 from utils import InputError, shorten
 
 COUNTED = 1000  # passages whose lengths are counted when a run starts: a fraction of a second

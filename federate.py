@@ -35,7 +35,6 @@ except ImportError as error:
 
 import transformers
 
-from checkpoints import claim_folder
 from federated import client as client_side
 from federated.alternation import alternate
 from federated.client import read_client
@@ -45,7 +44,8 @@ from federated.split import split_file
 from federated.strategies import AVERAGES, list_strategies, make_strategy
 from federated.task import check_mode
 from federated.transport import CLIENT_FAILED, OpenError
-from resume import hash_inputs
+from training.checkpoints import claim_folder
+from training.resume import hash_inputs
 from utils import (
     InputError,
     Parser,

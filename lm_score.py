@@ -22,32 +22,24 @@ import torch
 import transformers
 from transformers import AutoModelForSeq2SeqLM
 
-from borders import add_start, chat_frame, encode_pairs, start_tokens
-from causal_lm import (
+from data import Collator, encode_inputs, format_passage
+from layers.causal import (
     Text,
     log_likelihoods,
     open_causal_lm,
     score_texts,
     sum_by_text,
 )
-from causal_reader import PromptCollator, choose_prompts
-from checkpoints import (
-    check_fit,
-    check_vocabulary,
-    find_base,
-    find_model,
-    find_weights,
-    load_tokenizer,
-    read_config,
-    read_training_args,
-)
-from data import Collator, encode_inputs, format_passage
-from files import check_paths, new_file
-from journal import Journal
+from layers.packed_attention import split_by_length
 from model import CLASSES, FiDT5, Memory
-from packed_attention import split_by_length
-from predict import add_tokenizer_flags
-from questions import (
+from reader.borders import add_start, chat_frame, encode_pairs, start_tokens
+from reader.causal import PromptCollator, choose_prompts
+from reader.open import describe_origin, describe_reader, open_reader_tokenizer
+from reader.predict import add_tokenizer_flags
+from records.corpus import check_template, format_key, open_corpus
+from records.files import check_paths, new_file
+from records.journal import Journal
+from records.questions import (
     check_types,
     gold_answers,
     has_keys,
@@ -57,10 +49,18 @@ from questions import (
     read_questions,
     refuse_table,
 )
-from readers import describe_origin, describe_reader, open_reader_tokenizer
-from retrieval.corpus import check_template, format_key, open_corpus
 from retrieval.fingerprint import hash_file, hash_windows, model_files
 from retrieval.mining import check_indices, collated_path
+from training.checkpoints import (
+    check_fit,
+    check_vocabulary,
+    find_base,
+    find_model,
+    find_weights,
+    load_tokenizer,
+    read_config,
+    read_training_args,
+)
 from utils import (
     LONG_PATIENCE,
     SWITCH,
@@ -435,7 +435,7 @@ def context_text(job):
 
 def make_causal_texts(tokenizer, prompts, answers, location):
     """Return for each prompt a list of Texts, one per answer, split where the prompt ends
-    (borders.py).
+    (reader/borders.py).
 
     Special tokens stand before as the tokenizer has them, none after (LLM-Embedder).
     """

@@ -23,7 +23,11 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from checkpoints import (
+from data import Collator
+from layers.packed_attention import group_texts, split_by_length
+from layers.t5 import decode, encode
+from records.files import read_settings
+from training.checkpoints import (
     announce_random_start,
     check_fit,
     check_vocabulary,
@@ -37,11 +41,7 @@ from checkpoints import (
     refuse_quantised,
     write_weights,
 )
-from data import Collator
-from files import read_settings
-from layers import decode, encode
-from packed_attention import group_texts, split_by_length
-from t5_folder import (
+from training.t5_folder import (
     CROSS_BIAS,
     CROSS_BIAS_MARK,
     EMBEDDINGS,
@@ -310,7 +310,7 @@ class FiDT5(nn.Module):
     def add_adapters(self, args, device):
         """Raise InputError: a T5 reader takes no adapters."""
         raise InputError("--lora is for causal language models: the layers of a T5 reader "
-                         "(layers.py) run without the modules that peft replaces; leave it out")
+                         "(layers/t5.py) run without the modules that peft replaces; leave it out")
 
     def describe(self):
         """What args.json says of the reader, beside its training: nothing."""

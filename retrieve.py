@@ -22,8 +22,10 @@ import transformers
 from dense.batches import GroupCollator, check_one_instruction
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from dense.texts import describe_texts, settle_texts
-from files import lock, write_json
-from questions import (
+from records.corpus import open_corpus
+from records.files import lock, write_json
+from records.qrels import merge_qrels
+from records.questions import (
     Question,
     gold_passages,
     own_ids,
@@ -32,7 +34,6 @@ from questions import (
     require_ids,
 )
 from retrieval import bm25
-from retrieval.corpus import open_corpus
 from retrieval.exact_search import merge_processes, part_range, search_vectors
 from retrieval.faiss_index import describe_search, open_indices, search_indices
 from retrieval.fingerprint import (
@@ -63,7 +64,6 @@ from retrieval.mining import (
     write_collated,
     write_positives,
 )
-from retrieval.qrels import merge_qrels
 from retrieval.results import (
     IdTable,
     Results,

@@ -6,16 +6,21 @@ r"""Evaluates a reader checkpoint: exact match, F1, predictions, scores of the c
         --gpus 0,1,2,3,4,5,6,7
 
 OUT is a folder written by train_epoch.py, any T5 folder or hub name, a released FiD reader,
-minFiD's file, or the folder or hub name of a causal language model (causal_reader.py). The number
+minFiD's file, or the folder or hub name of a causal language model (reader/causal.py). The number
 of contexts and the lengths default to those that the checkpoint was trained with.
 """
 import os
 import time
 
 from data import note_long_passages
-from files import check_paths, is_stream, write_json
-from pages import check_page
-from predict import (
+from pages.page import check_page
+from reader.open import (
+    add_prompt_flags,
+    describe_reader,
+    open_reader,
+    open_reader_tokenizer,
+)
+from reader.predict import (
     add_answer_flags,
     check_answers,
     count_best_with_answer,
@@ -30,13 +35,8 @@ from predict import (
     write_predictions,
     write_scores,
 )
-from questions import TABLE_ENDINGS, note_contexts, read_records
-from readers import (
-    add_prompt_flags,
-    describe_reader,
-    open_reader,
-    open_reader_tokenizer,
-)
+from records.files import check_paths, is_stream, write_json
+from records.questions import TABLE_ENDINGS, note_contexts, read_records
 from retrieval.measures import note_patterns
 from utils import InputError, Parser, check_at_least, run_script, start_processes
 

@@ -24,26 +24,25 @@ from dataclasses import dataclass, replace
 import torch
 import transformers
 
-from adapters import copy_to_cpu, prepare_lora, unload_adapters
-from checkpoints import claim_folder, save_checkpoint, versions
-from cost import log_cost, measure_updates, note_cost
 from dense import losses
 from dense.batches import GroupCollator, GroupSet, check_one_instruction, plan_batches
 from dense.description import find_path, holds_pair
-from dense.evaluation import annotated_set, read_dev_set, sample_dev_set
-from dense.evaluation import evaluate as measure_retriever
 from dense.examples import TrainingData, read_training
 from dense.flags import check_args, parse_args
 from dense.gather import gather_rows
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from dense.texts import describe_texts, settle_texts
-from questions import read_queries
-from resume import forget_replaced_state, hash_inputs, load_state, restore_state, save_state
-from retrieval.corpus import Corpus, open_corpus
+from records.corpus import Corpus, open_corpus
+from records.qrels import list_files, merge_qrels
+from records.questions import read_queries
+from retrieval.dev_set import annotated_set, read_dev_set, sample_dev_set
+from retrieval.dev_set import evaluate as measure_retriever
 from retrieval.measures import note_patterns, note_unjudged
-from retrieval.qrels import list_files, merge_qrels
 from retrieval.results import note_own
-from training import (
+from training.adapters import copy_to_cpu, prepare_lora, unload_adapters
+from training.checkpoints import claim_folder, save_checkpoint, versions
+from training.cost import log_cost, measure_updates, note_cost
+from training.loop import (
     BOTH_SETS,
     Progress,
     Run,
@@ -59,6 +58,13 @@ from training import (
     set_seed,
     step_optimizer,
     wrap_model,
+)
+from training.resume import (
+    forget_replaced_state,
+    hash_inputs,
+    load_state,
+    restore_state,
+    save_state,
 )
 from utils import InputError, gather_lists, run_script, start_processes
 

@@ -23,14 +23,6 @@ from contextlib import nullcontext
 
 import torch
 
-from adapters import add_lora_flags, check_lora
-from checkpoints import (
-    claim_folder,
-    find_model,
-    save_checkpoint,
-    versions,
-)
-from cost import log_cost, measure_updates, note_cost
 from data import (
     TrainSet,
     check_targets,
@@ -38,7 +30,15 @@ from data import (
     note_long_passages,
     plan_epoch,
 )
-from predict import (
+from reader.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
+from reader.open import (
+    add_prompt_flags,
+    describe_reader,
+    describe_settings,
+    open_reader,
+    open_reader_tokenizer,
+)
+from reader.predict import (
     ANSWER_MAXLENGTH,
     CHECKED,
     check_answers,
@@ -47,18 +47,17 @@ from predict import (
     predict,
     summarize,
 )
-from questions import note_files, note_unscored, read_records
-from readers import (
-    add_prompt_flags,
-    describe_reader,
-    describe_settings,
-    open_reader,
-    open_reader_tokenizer,
-)
-from resume import forget_replaced_state, hash_inputs, load_state, restore_state, save_state
+from records.questions import note_files, note_unscored, read_records
 from retrieval.fingerprint import model_files
-from retrieval.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
-from training import (
+from training.adapters import add_lora_flags, check_lora
+from training.checkpoints import (
+    claim_folder,
+    find_model,
+    save_checkpoint,
+    versions,
+)
+from training.cost import log_cost, measure_updates, note_cost
+from training.loop import (
     BOTH_SETS,
     Progress,
     Run,
@@ -74,6 +73,13 @@ from training import (
     set_seed,
     step_optimizer,
     wrap_model,
+)
+from training.resume import (
+    forget_replaced_state,
+    hash_inputs,
+    load_state,
+    restore_state,
+    save_state,
 )
 from utils import (
     LONG_PATIENCE,

@@ -11,7 +11,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from files import new_file
+from records.files import new_file
 from utils import InputError, Parser, run_script
 
 # contexts, EM, F1, correct/count, questions per second: a row as test.py prints it

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from files import check_paths, new_file
+from records.files import check_paths, new_file
 from utils import Parser, run_script
 
 WIDTH, HEIGHT = 860, 430

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 from bi_encoder import ratio, time_rounds
-from causal_lm import Text, open_causal_lm, score_texts
+from layers.causal import Text, open_causal_lm, score_texts
 from utils import InputError, Parser, run_script, start_processes
 
 THEIR_BATCH = 8  # texts

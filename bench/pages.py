@@ -15,9 +15,9 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
-import pages
 from browser import CHROMIUM, Browser
-from pages import Inspected, choose_depth, write_inspection
+from pages import page as pages
+from pages.page import Inspected, choose_depth, write_inspection
 from utils import InputError, Parser, run_script
 
 

@@ -32,12 +32,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import layers
-import packed_attention
-from checkpoints import load_tokenizer
 from data import Collator
-from dropout import dropout
+from layers import packed_attention
+from layers import t5 as layers
+from layers.dropout import dropout
 from model import FiDT5
+from training.checkpoints import load_tokenizer
 from utils import InputError, Parser, progress_bar, run_script, start_processes
 
 SHAPES = {"small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
@@ -277,7 +277,7 @@ def pipeline_seconds(num_contexts):
 
 
 def dropout_costs(device):
-    """Nanoseconds that one unit's dropout takes, forward: (torch's, dropout.py's)."""
+    """Nanoseconds that one unit's dropout takes, forward: (torch's, layers/dropout.py's)."""
     x = torch.randn(4096, 2048, device=device)
     times = {F.dropout: [], dropout: []}
     for _ in range(5):

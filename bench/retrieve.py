@@ -31,15 +31,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 import retrieve
 from bi_encoder import ratio, time_rounds
-from checkpoints import load_tokenizer
 from dense.batches import tokenize
 from dense.model import BiEncoder
-from questions import read_questions
-from retrieval.corpus import Corpus
+from records.corpus import Corpus
+from records.questions import read_questions
 from retrieval.exact_search import search_vectors
 from retrieval.faiss_index import open_indices, search_indices
 from retrieval.results import Results, write_run
 from retrieval.vectors import encode_corpus
+from training.checkpoints import load_tokenizer
 from utils import InputError, Parser, World, run_script
 
 K = 100

@@ -9,11 +9,11 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from checkpoints import load_tokenizer
 from metrics import has_answer
 from model import FiDT5
-from predict import predict, settle_lengths
-from questions import read_records
+from reader.predict import predict, settle_lengths
+from records.questions import read_records
+from training.checkpoints import load_tokenizer
 from utils import Parser, run_script, start_processes
 
 

@@ -30,7 +30,17 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from checkpoints import (
+from dense.description import (
+    POOLING,
+    POOLING_FLAGS,
+    SIMILARITY,
+    find_path,
+    read_description,
+    read_descriptions,
+)
+from dense.text_encoder import Normalize, TextEncoder
+from records.files import read_args, read_settings, to_number, write_json
+from training.checkpoints import (
     announce_random_start,
     check_fit,
     check_shapes,
@@ -42,16 +52,6 @@ from checkpoints import (
     read_config,
     read_weights,
 )
-from dense.description import (
-    POOLING,
-    POOLING_FLAGS,
-    SIMILARITY,
-    find_path,
-    read_description,
-    read_descriptions,
-)
-from dense.text_encoder import Normalize, TextEncoder
-from files import read_args, read_settings, to_number, write_json
 from utils import InputError, refusing, shorten
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate",

@@ -14,8 +14,8 @@ import functools
 import os
 from dataclasses import dataclass, field
 
-from checkpoints import find_model, read_config
-from files import read_args, read_settings
+from records.files import read_args, read_settings
+from training.checkpoints import find_model, read_config
 from utils import InputError, refusing, shorten
 
 # our names to sentence-transformers'; several are joined by "+", their vectors side by side

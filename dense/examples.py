@@ -12,8 +12,16 @@ from collections import Counter
 from itertools import chain
 from typing import NamedTuple
 
-from files import choose_delimiter, decode_line, iterate_json, read_cells, read_lines, to_number
-from names import (
+from records.corpus import format_key
+from records.files import (
+    choose_delimiter,
+    decode_line,
+    iterate_json,
+    read_cells,
+    read_lines,
+    to_number,
+)
+from records.names import (
     ANSWERS,
     DOCUMENT_IDS,
     HARD_NEGATIVES,
@@ -28,7 +36,8 @@ from names import (
     find_value,
     fold,
 )
-from questions import (
+from records.qrels import merge_qrels
+from records.questions import (
     KEY_FOLDS,
     check_types,
     decode_lines,
@@ -40,8 +49,6 @@ from questions import (
     read_named_columns,
     refuse_table,
 )
-from retrieval.corpus import format_key
-from retrieval.qrels import merge_qrels
 from utils import InputError, first_line, shorten
 
 # what LLM-Embedder sets for each task (its TASK_CONFIG), used with --use_train_config

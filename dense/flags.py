@@ -3,14 +3,14 @@ checks.
 """
 import math
 
-from adapters import add_lora_flags, check_lora
 from dense.description import POOLING
-from dense.instructions import INSTRUCTIONS
-from files import LARGEST
 from metrics import METRICS
-from retrieval.corpus import check_templates
+from records.corpus import check_templates
+from records.files import LARGEST
+from records.templates import INSTRUCTIONS
 from retrieval.flags import add_measure_flags, add_prompt_flags
-from training import BOTH_SETS
+from training.adapters import add_lora_flags, check_lora
+from training.loop import BOTH_SETS
 from utils import (
     SWITCH,
     InputError,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoints import check_vocabulary
 from dense.checkpoints import open_encoders, open_ranker, save_encoder
-from dense.grad_cache import run_in_chunks
+from layers.grad_cache import run_in_chunks
+from training.checkpoints import check_vocabulary
 
 OWN_TOKENIZER = "put the tokenizer that the model was trained with into its folder"
 
@@ -41,7 +41,7 @@ class BiEncoder(nn.Module):
 
     def encode(self, texts, role, chunk_size=0):
         """Return vectors (n, D) of n lists of token ids; role is query or key; chunk_size: see
-        dense/grad_cache.py.
+        layers/grad_cache.py.
         """
         encoder = self.encoders.get(role, self.query_encoder)
         vectors = encoder(texts, role, chunk_size)
@@ -131,7 +131,7 @@ class CrossEncoder(nn.Module):
 
     def forward(self, pairs, chunk_size=0):
         """Scores (n) of n pairs given as (token ids, token types); chunk_size: see
-        dense/grad_cache.py.
+        layers/grad_cache.py.
         """
         device = next(self.parameters()).device
         if not pairs:

@@ -2,7 +2,7 @@
 text.
 
 Packed: the tokens of all texts of a chunk lie side by side as the rows of one (S, D) matrix, see
-packed_attention.py. BERT-shaped models (BERT, DPR, BGE, E5, Contriever, MiniLM, the FiD-KD
+layers/packed_attention.py. BERT-shaped models (BERT, DPR, BGE, E5, Contriever, MiniLM, the FiD-KD
 retriever) run so; every other architecture runs in transformers, its texts sorted by length and
 padded within a chunk.
 """
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dense.grad_cache import run_in_chunks
-from dropout import dropout
-from packed_attention import group_texts, packed_attention
+from layers.dropout import dropout
+from layers.grad_cache import run_in_chunks
+from layers.packed_attention import group_texts, packed_attention
 
 
 class Normalize(nn.Module):

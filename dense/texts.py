@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
 
-from checkpoints import load_tokenizer, read_config
 from dense.description import Description, find_path, read_descriptions, read_transformer
-from dense.instructions import INSTRUCTIONS
-from files import read_args
+from records.files import read_args
+from records.templates import INSTRUCTIONS
+from training.checkpoints import load_tokenizer, read_config
 from utils import InputError, shorten
 
 MAX_LENGTH = 256   # tokens of a text if neither a flag nor a file sets it

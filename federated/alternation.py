@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from federated.server import ask_clients, run_rounds
 from federated.task import name_party, total_rounds, trained_parameters
 from federated.transport import check_same, load_weights, to_wire
-from questions import read_records
+from records.questions import read_records
 from utils import InputError, split_words, start_processes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -39,7 +39,7 @@ from federated.transport import (
     load_weights,
     to_wire,
 )
-from training import Progress, make_optimizer, open_epoch, set_seed
+from training.loop import Progress, make_optimizer, open_epoch, set_seed
 from utils import (
     InputError,
     progress_bar,

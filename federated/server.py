@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from checkpoints import check_weights, load_torch_file
 from federated.strategies import count_replies, epsilon, recall, remembered
 from federated.task import Task, total_rounds, trained_parameters
 from federated.transport import (
@@ -32,7 +31,9 @@ from federated.transport import (
     to_wire,
     unpack,
 )
-from resume import (
+from training.checkpoints import check_weights, load_torch_file
+from training.loop import Progress, Run, RunLog
+from training.resume import (
     START_ANEW,
     allow_no_inputs,
     check_form,
@@ -40,7 +41,6 @@ from resume import (
     refuse_other_inputs,
     write_state,
 )
-from training import Progress, Run, RunLog
 from utils import InputError, first_line, format_seconds, refusing, shorten
 
 # flags that may differ between a run and its resumption: they do not change the weights

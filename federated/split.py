@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from files import new_file, read_json
+from records.files import new_file, read_json
 from utils import InputError, shorten
 
 

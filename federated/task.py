@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import train_dense
 import train_epoch
-from training import set_seed
+from training.loop import set_seed
 from utils import InputError, World
 
 

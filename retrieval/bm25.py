@@ -7,7 +7,7 @@ from typing import NamedTuple
 import bm25s
 import numpy as np
 
-from files import save_folder
+from records.files import save_folder
 from retrieval.words import split_words
 from utils import InputError, progress_bar, refusing
 

@@ -6,7 +6,7 @@ import re
 import faiss
 import numpy as np
 
-from files import new_file
+from records.files import new_file
 from retrieval.exact_search import merge, part_range
 from utils import InputError, gather_lists, progress_bar
 

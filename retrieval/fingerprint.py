@@ -2,7 +2,7 @@
 import hashlib
 import os
 
-from files import lock, read_settings, unwritable
+from records.files import lock, read_settings, unwritable
 from utils import InputError, gather_lists, shorten, wait_for_all
 
 WINDOW = 65536        # bytes

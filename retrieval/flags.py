@@ -1,15 +1,15 @@
 """The flags of retrieve.py, what they default to, and their checks."""
 import math
 
-from checkpoints import find_args
 from dense.description import POOLING
-from dense.instructions import INSTRUCTIONS, named_version
-from files import check_paths, read_args
 from metrics import METRICS
-from pages import check_page
-from retrieval.corpus import check_templates
+from pages.page import check_page
+from records.corpus import check_templates
+from records.files import check_paths, read_args
+from records.templates import INSTRUCTIONS, named_version
 from retrieval.mining import COLLATED, collated_paths
 from retrieval.words import RULES
+from training.checkpoints import find_args
 from utils import (
     SWITCH,
     InputError,

@@ -1,7 +1,6 @@
 """Measures of results: by labels of documents (as trec_eval), by answers in passages (as DPR)."""
 import json
 
-from files import new_file
 from metrics import (
     compile_pattern,
     has_answer,
@@ -10,6 +9,7 @@ from metrics import (
     topk_accuracy,
     trec_order,
 )
+from records.files import new_file
 from utils import InputError, progress_bar, shorten
 
 # ---------------------------------------------------------------- answers

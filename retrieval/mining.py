@@ -9,9 +9,10 @@ import math
 import os
 from typing import NamedTuple
 
-from files import new_file
 from metrics import has_answer
-from names import (
+from records.corpus import format_key
+from records.files import new_file
+from records.names import (
     DOCUMENT_IDS,
     HARD_NEGATIVES,
     OTHER_NEGATIVES,
@@ -23,7 +24,7 @@ from names import (
     fold,
     spell_id,
 )
-from questions import (
+from records.questions import (
     LIST_FIELDS,
     check_types,
     find_keys,
@@ -31,7 +32,6 @@ from questions import (
     has_keys,
     labelled_keys,
 )
-from retrieval.corpus import format_key
 from retrieval.results import stack
 from utils import InputError, shorten
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import decode_line, holds_scores, new_file, read_json, read_lines, to_number
 from metrics import relevant_documents
-from names import CONTEXTS, DOCUMENT_IDS, find_name, find_value
-from pages import SAMPLE, Inspected, choose_depth, write_inspection
-from questions import has_keys, list_field, make_question, note_rising, rank_order
+from pages.page import SAMPLE, Inspected, choose_depth, write_inspection
+from records.files import decode_line, holds_scores, new_file, read_json, read_lines, to_number
+from records.names import CONTEXTS, DOCUMENT_IDS, find_name, find_value
+from records.questions import has_keys, list_field, make_question, note_rising, rank_order
 from utils import InputError, shorten
 
 READ = 2 ** 20      # lines of a run whose documents are looked up in the corpus at once

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data import make_loader
-from files import lock, write_json
+from records.files import lock, write_json
 from retrieval.fingerprint import await_index, check_fingerprint
 from utils import (
     InputError,

@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from files import new_file, open_text, read_json, read_settings
-from questions import gold_answers, question_text
-from retrieval.corpus import Corpus
+from records.corpus import Corpus
+from records.files import new_file, open_text, read_json, read_settings
+from records.questions import gold_answers, question_text
 from utils import InputError, Parser, first_line, progress_bar, run_script, shorten
 
 SPLITS = ("train", "dev", "test")

@@ -22,7 +22,7 @@ from collections import Counter
 from html.parser import HTMLParser
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from files import is_stream, new_file
+from records.files import is_stream, new_file
 from utils import InputError, Parser, check_at_least, cut_words, join_words, run_script
 
 # where sentences end: behind . ! ? and closing quotes unless a small letter follows ("e.g. this"),

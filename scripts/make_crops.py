@@ -16,8 +16,8 @@ import random
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from files import check_paths, new_file
-from retrieval.corpus import Corpus
+from records.corpus import Corpus
+from records.files import check_paths, new_file
 from utils import (
     InputError,
     Parser,

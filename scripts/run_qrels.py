@@ -13,7 +13,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from files import check_paths, new_file
+from records.files import check_paths, new_file
 from retrieval.results import run_lines
 from utils import InputError, Parser, progress_bar, run_script
 

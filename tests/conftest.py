@@ -299,7 +299,7 @@ def start_server():
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import resume, train_epoch
+import train_epoch, training.resume as resume
 from utils import run_script
 saved = []
 write_state = resume.write_state

@@ -4,7 +4,7 @@ sentencepiece itself gives some texts.
     pip install sentencepiece==0.2.1
     python tests/golden_sentencepiece.py
 
-sentencepiece is needed here alone: t5_folder.py reads its files without it.
+sentencepiece is needed here alone: training/t5_folder.py reads its files without it.
 """
 import json
 import os

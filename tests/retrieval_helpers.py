@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from questions import make_question
+from records.questions import make_question
 from retrieval.results import Results
 
 

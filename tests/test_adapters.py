@@ -8,10 +8,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, T5EncoderModel
 
-import readers
 import train_dense
 import train_epoch
-from adapters import (
+from causal_helpers import make_causal
+from conftest import killed_script, make_bert, make_records, make_t5, run
+from dense.flags import parse_args as parse_dense_args
+from layers.causal import open_causal_lm
+from reader import open as readers
+from test_train_epoch import assert_same_run
+from training.adapters import (
     add_lora,
     copy_to_cpu,
     is_packed,
@@ -19,13 +24,8 @@ from adapters import (
     save_adapters,
     unload_adapters,
 )
-from causal_helpers import make_causal
-from causal_lm import open_causal_lm
-from checkpoints import load_tokenizer
-from conftest import killed_script, make_bert, make_records, make_t5, run
-from cost import count_numbers
-from dense.flags import parse_args as parse_dense_args
-from test_train_epoch import assert_same_run
+from training.checkpoints import load_tokenizer
+from training.cost import count_numbers
 from utils import InputError
 
 pytest.importorskip("peft")

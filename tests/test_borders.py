@@ -1,13 +1,13 @@
-"""borders.py: prompts and answers have the tokens of the whole text, by tokenizers of any kind."""
+"""reader/borders.py: prompts and answers have the tokens of the whole text, by any tokenizer."""
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import lm_score
-from borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
 from causal_helpers import SIZES
-from causal_reader import CausalReader, PromptCollator, Prompts
+from reader.borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
+from reader.causal import CausalReader, PromptCollator, Prompts
 from utils import InputError
 
 WORDS = ["Answer", "Question", "Paris", "aris", "one", "town", "who", "user", "assistant"]

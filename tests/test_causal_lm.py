@@ -1,4 +1,4 @@
-"""causal_lm.py: packed texts give the likelihoods and gradients of single forward passes."""
+"""layers/causal.py: packed texts give the likelihoods and gradients of single forward passes."""
 import random
 
 import pytest
@@ -12,9 +12,9 @@ from transformers import (
     OPTConfig,
 )
 
-import causal_lm
 from causal_helpers import CONFIGS, SIZES, make_causal
-from causal_lm import (
+from layers import causal as causal_lm
+from layers.causal import (
     Text,
     list_leaves,
     log_likelihoods,

@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 
 import train_epoch
 from causal_helpers import CONFIGS, make_causal, make_tokenizer
-from causal_lm import open_lm
-from causal_reader import CausalReader, PromptCollator, Prompts, choose_prompts
-from checkpoints import load_tokenizer
 from conftest import make_records, run, run_and_kill
-from readers import open_reader
+from layers.causal import open_lm
+from reader.causal import CausalReader, PromptCollator, Prompts, choose_prompts
+from reader.open import open_reader
 from test_train_epoch import assert_same_run, state
+from training.checkpoints import load_tokenizer
 from utils import InputError
 
 FAMILIES = list(CONFIGS)

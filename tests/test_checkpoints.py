@@ -1,4 +1,4 @@
-"""checkpoints.py: the folder that a run writes, and what it must not touch there."""
+"""training/checkpoints.py: the folder that a run writes, and what it must not touch there."""
 import json
 import os
 from pathlib import Path
@@ -8,8 +8,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSeq2SeqLM
 
-from checkpoints import claim_folder, finish_saving, read_weights, save_checkpoint, write_weights
 from conftest import run
+from training.checkpoints import (
+    claim_folder,
+    finish_saving,
+    read_weights,
+    save_checkpoint,
+    write_weights,
+)
 from utils import InputError, World
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -123,7 +129,7 @@ def test_a_full_disk_is_told(out, monkeypatch):
 
 
 def test_two_runs_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("checkpoints.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("training.checkpoints.time.sleep", lambda seconds: None)
     out = tmp_path / "out"
     with claim_folder(str(out), False, False, WORLD):
         for _ in range(2):  # the first that is refused lets no other in
@@ -178,8 +184,8 @@ def test_a_killed_save_is_finished_or_has_not_begun(kill_at, out, monkeypatch):
             change(*paths)
         return die_or_change
 
-    monkeypatch.setattr("files.os.replace", dying(os.replace))
-    monkeypatch.setattr("checkpoints.os.remove", dying(os.remove))
+    monkeypatch.setattr("records.files.os.replace", dying(os.replace))
+    monkeypatch.setattr("training.checkpoints.os.remove", dying(os.remove))
     with pytest.raises(Killed):
         save_checkpoint(str(out), {"best": 2}, write_files("config.json", "model.safetensors"))
     monkeypatch.undo()
@@ -208,7 +214,7 @@ def test_an_error_without_a_kind_while_saving_is_one_of_writing(tmp_path):
 
 
 def test_large_weights_go_into_several_files(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("checkpoints.FILE_BYTES", 20_000)
+    monkeypatch.setattr("training.checkpoints.FILE_BYTES", 20_000)
     weights = read_weights(tiny)
     (tmp_path / "config.json").write_text((Path(tiny) / "config.json").read_text())
     write_weights(tmp_path, weights)

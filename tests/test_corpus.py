@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from retrieval import corpus as corpus_module
-from retrieval.corpus import Corpus
+from records import corpus as corpus_module
+from records.corpus import Corpus
 from retrieval_helpers import write_corpus, write_rows
 from utils import InputError
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import torch
 
-import cost
 from conftest import make_bert, make_records, run
+from training import cost
 
 FLAGS = ("--num_contexts", 3, "--max_length", 60, "--num_warmup_steps", 2, "--lr", "1e-3")
 

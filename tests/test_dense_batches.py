@@ -5,11 +5,11 @@ import argparse
 
 import pytest
 
-from checkpoints import load_tokenizer
 from conftest import make_bert
 from dense.batches import GroupCollator, GroupSet, identity, plan_batches, tokenize
 from dense.examples import Example, GroupRule
 from dense.texts import Texts
+from training.checkpoints import load_tokenizer
 from utils import InputError
 
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 
-from checkpoints import load_tokenizer
 from conftest import make_bert
 from dense.batches import GroupCollator, tokenize
 from dense.model import BiEncoder, CrossEncoder
 from dense.texts import Texts
 from golden_retrievers import CONFIG, mindpr_file
+from training.checkpoints import load_tokenizer
 from utils import InputError
 
 TEXTS = ["who wrote it", "the cradle of a baker stood in the town", "it",

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from conftest import make_bert
-from dense import evaluation
-from dense.evaluation import DevSet, annotated_set, average_rank, read_dev_set, search_corpus
 from dense.model import BiEncoder
 from golden_retrievers import GOLDEN, Ids, mindpr_file, mindpr_passages, mindpr_queries
+from retrieval import dev_set as evaluation
+from retrieval.dev_set import DevSet, annotated_set, average_rank, read_dev_set, search_corpus
 from utils import InputError, World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))

@@ -18,8 +18,8 @@ from dense.examples import (
     read_training,
     score_contexts,
 )
-from retrieval.corpus import Corpus
-from retrieval.qrels import select_qrels
+from records.corpus import Corpus
+from records.qrels import select_qrels
 from utils import InputError
 
 EXAMPLE = Example("q", ["p0", "p1"], ["n0", "n1", "n2"], [0.1, 0.5, 0.9, 0.2, 0.4])

@@ -1,8 +1,8 @@
 """The cheap dropout: its probability, its replay under a seed, its gradient."""
 import torch
 
-import dropout
-from dropout import keep_mask
+from layers import dropout
+from layers.dropout import keep_mask
 
 P = 0.25
 

@@ -20,11 +20,11 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 import retrieval.flags
 import train_dense
 from conftest import make_bert
-from dense import evaluation
 from dense.flags import parse_args
-from dense.instructions import named_version
 from dense.model import BiEncoder, CrossEncoder
-from retrieval.corpus import open_corpus
+from records.corpus import open_corpus
+from records.templates import named_version
+from retrieval import dev_set as evaluation
 from retrieval_helpers import make_questions
 from retrieve import open_retriever, search_dense
 from utils import InputError, World

@@ -23,8 +23,8 @@ from federated.split import split_file
 from federated.strategies import epsilon, list_strategies, make_strategy
 from federated.task import check_mode, trained_parameters
 from federated.transport import digest_frozen, from_wire, to_wire
-from resume import write_state
-from training import Progress
+from training.loop import Progress
+from training.resume import write_state
 from utils import InputError, World
 
 # one thread, no dropout: what is compared to the last bit

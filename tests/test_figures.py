@@ -11,12 +11,12 @@ import pytrec_eval
 import torch
 
 import retrieve
-from dense.evaluation import annotated_set, evaluate
 from dense.examples import qrels_examples
 from metrics import find_answers, has_answer
-from predict import Prediction, count_best_with_answer, describe_contexts, score_prediction
-from questions import own_ids, read_questions
-from retrieval.corpus import Corpus
+from reader.predict import Prediction, count_best_with_answer, describe_contexts, score_prediction
+from records.corpus import Corpus
+from records.questions import own_ids, read_questions
+from retrieval.dev_set import annotated_set, evaluate
 from retrieval.flags import parse_args
 from retrieval.measures import measure_queries, note_patterns, trec_ranking
 from retrieval.results import (

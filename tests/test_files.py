@@ -1,4 +1,4 @@
-"""files.py: files that are whole or not there, what killed processes leave, links and streams."""
+"""records/files.py: files that are whole or absent, what killed processes leave, links, streams."""
 import os
 import shutil
 import signal
@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from conftest import ROOT, command, run
-from files import check_paths, new_file, remove_leftovers
+from records.files import check_paths, new_file, remove_leftovers
 from utils import InputError
 
 # starts to write a file, says so, and waits to be killed
 WRITER = f"""import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from files import new_file
+from records.files import new_file
 with new_file(sys.argv[1]) as file:
     file.write("half")
     file.flush()
@@ -118,7 +118,7 @@ def test_a_leftover_of_another_user_is_left(tmp_path, monkeypatch):
 
     def refuse(*_):
         raise PermissionError("Permission denied")
-    monkeypatch.setattr("files.take_lock", refuse)
+    monkeypatch.setattr("records.files.take_lock", refuse)
     remove_leftovers(str(tmp_path / "run"))
     assert (tmp_path / "run.77.writing").exists()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import make_bert
-from retrieval.corpus import Corpus
+from records.corpus import Corpus
 from retrieval.fingerprint import check_fingerprint, fingerprint
 from retrieval_helpers import write_corpus
 from utils import InputError, World

@@ -10,8 +10,8 @@ import torch
 
 import train_epoch
 from conftest import ROOT, make_bert, run
-from questions import read_records
-from retrieval.frozen import merge_passages, put_gold_first, retrieve_once, retrieved_path
+from reader.frozen import merge_passages, put_gold_first, retrieve_once, retrieved_path
+from records.questions import read_records
 from retrieval_helpers import write_rows
 from utils import InputError, World
 
@@ -212,8 +212,8 @@ def test_only_what_has_changed_is_retrieved(folder, bert, tiny, monkeypatch):
 
 KILLED = f"""import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from files import new_file
-from retrieval import frozen
+from records.files import new_file
+from reader import frozen
 write_contexts = frozen.write_contexts
 
 def write_half(path, *rest):

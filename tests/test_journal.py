@@ -1,9 +1,9 @@
-"""journal.py: what is done of a long work."""
+"""records/journal.py: what is done of a long work."""
 import json
 
 import torch
 
-from journal import Journal, list_journals
+from records.journal import Journal, list_journals
 from utils import World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))

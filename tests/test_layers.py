@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
-import layers
 import model as model_file
-import packed_attention
+from layers import packed_attention
+from layers import t5 as layers
 from model import FiDT5, plain_fid, plain_key
 from test_model import FAMILIES, family_folder, random_batch
 

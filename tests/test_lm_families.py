@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-import readers
 from causal_helpers import SIZES, make_causal, make_tokenizer
-from causal_lm import Text, open_causal_lm, open_lm, score_texts
-from causal_reader import CausalReader
+from layers.causal import Text, open_causal_lm, open_lm, score_texts
+from reader import open as readers
+from reader.causal import CausalReader
 from utils import InputError
 
 IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

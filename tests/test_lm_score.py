@@ -19,12 +19,12 @@ from transformers import (
 
 import lm_score
 from causal_helpers import make_causal, make_tokenizer
-from checkpoints import read_config
 from conftest import ENVIRONMENT, command, make_records, make_t5, run
 from data import format_passage
 from lm_score import choose_answers
-from questions import make_question
-from readers import open_reader
+from reader.open import open_reader
+from records.questions import make_question
+from training.checkpoints import read_config
 from utils import InputError, World
 
 KEYS = ["Mira baked bread in the old town.", "The baker of Oslo is Tom",

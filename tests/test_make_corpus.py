@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import run
-from retrieval.corpus import Corpus
+from records.corpus import Corpus
 from scripts import make_corpus
 from scripts.make_corpus import cut_passages, list_sentences, read_html, read_markdown
 from utils import InputError

@@ -26,11 +26,8 @@ import conftest
 import dense.flags
 import fid_data
 import lm_score
-import readers
 import retrieval.flags
 import train_epoch
-from checkpoints import load_tokenizer, read_config, read_training_args
-from dense.evaluation import annotated_set, read_dev_set
 from dense.examples import read_training
 from dense.model import BiEncoder, CrossEncoder
 from federated.server import Server
@@ -38,23 +35,26 @@ from federated.server import restore_state as restore_federation
 from federated.server import save_state as save_federation
 from federated.split import group_topics
 from federated.strategies import make_strategy
-from files import read_json, read_lines
 from golden_retrievers import dpr_file, mindpr_file
-from journal import read_journal
 from model import FiDT5
-from questions import make_question, read_questions, read_records, read_unique_questions
-from resume import load_state, restore_state, save_state
+from reader import open as readers
+from reader.frozen import list_missing
+from records.corpus import TABLE_VERSION, Corpus, keep_table
+from records.files import read_json, read_lines
+from records.journal import read_journal
+from records.qrels import merge_qrels
+from records.questions import make_question, read_questions, read_records, read_unique_questions
 from retrieval.bm25 import load_index
-from retrieval.corpus import TABLE_VERSION, Corpus, keep_table
+from retrieval.dev_set import annotated_set, read_dev_set
 from retrieval.faiss_index import read_index
 from retrieval.fingerprint import check_fingerprint
 from retrieval.flags import read_stated_flags
-from retrieval.frozen import list_missing
-from retrieval.qrels import merge_qrels
 from retrieval.results import read_run
 from retrieval.vectors import open_array
 from table import read_measures
-from training import Progress, make_optimizer
+from training.checkpoints import load_tokenizer, read_config, read_training_args
+from training.loop import Progress, make_optimizer
+from training.resume import load_state, restore_state, save_state
 from utils import InputError, World
 
 FILES = 200   # that each reader of text gets
@@ -679,7 +679,7 @@ def read_kept_table(path):
 
 
 def make_run(out, resume):
-    """What resume.py knows of a run, of a model of two numbers."""
+    """What training/resume.py knows of a run, of a model of two numbers."""
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
     optimizer, scheduler = make_optimizer(model, 1e-3, 0.01, 1e-8, 2, 9)
@@ -815,7 +815,7 @@ def test_files_of_another_kind_are_called_what_they_are(work_folder, tiny, monke
         refuse("run.state: is a run's resume state", function, "run.state")
         refuse("run.jsonl: holds text", function, "run.jsonl")
     refuse("NO_SUCH_FOLDER: no such folder or file", load_tokenizer, "NO_SUCH_FOLDER", tiny)
-    monkeypatch.setattr("resume.gather_lists", lambda items, world: items)
+    monkeypatch.setattr("training.resume.gather_lists", lambda items, world: items)
     two = make_run("run", resume=True)
     two.world = World(0, 0, 2, torch.device("cpu"))
     refuse("run.state is of a run of 1 process(es), this one has 2; start as many processes as "

@@ -1,7 +1,7 @@
 """Labels of results' documents, and measures as trec_eval computes them."""
 import pytest
 
-from retrieval.corpus import Corpus
+from records.corpus import Corpus
 from retrieval.measures import (
     average_measures,
     mark_answers,

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from dense.examples import read_examples
-from questions import read_questions
-from retrieval.corpus import Corpus
+from records.corpus import Corpus
+from records.questions import read_questions
 from retrieval.flags import check_collated
 from retrieval.mining import (
     check_candidates,

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 import model as model_file
-from checkpoints import load_tokenizer, read_training_args
 from conftest import ROOT, TOKENIZER, make_t5
 from model import CROSS_BIAS, FiDT5, plain_fid, plain_key
+from training.checkpoints import load_tokenizer, read_training_args
 from utils import InputError
 
 CONFIG = {"model_type": "t5", "architectures": ["FiDT5"], "d_ff": 128, "d_kv": 16, "d_model": 64,

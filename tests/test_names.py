@@ -9,14 +9,14 @@ from transformers import AutoModel, AutoTokenizer
 
 from conftest import make_bert, run
 from dense.examples import Source, read_examples
-from files import iterate_json
 from lm_score import list_keys
-from names import DOCUMENT_IDS, QUESTION_IDS, find_name, find_value, list_unknown
-from questions import make_question, read_queries, read_questions, read_records, require_ids
-from retrieval.corpus import Corpus
-from retrieval.frozen import find_passage
+from reader.frozen import find_passage
+from records.corpus import Corpus
+from records.files import iterate_json
+from records.names import DOCUMENT_IDS, QUESTION_IDS, find_name, find_value, list_unknown
+from records.qrels import merge_qrels, read_qrels
+from records.questions import make_question, read_queries, read_questions, read_records, require_ids
 from retrieval.mining import keep_negatives, put_negatives
-from retrieval.qrels import merge_qrels, read_qrels
 from retrieval.results import read_run
 from retrieval_helpers import make_questions, write_corpus, write_rows
 from train_dense import list_columns

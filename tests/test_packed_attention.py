@@ -4,8 +4,8 @@ masks.
 import pytest
 import torch
 
-import dropout
-from packed_attention import group_texts, packed_attention, split_by_length
+from layers import dropout
+from layers.packed_attention import group_texts, packed_attention, split_by_length
 
 P = 0.25
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-import pages
 from browser import CHROMIUM, Browser
 from conftest import TOKENIZER, make_records, run
-from pages import (
+from pages import page as pages
+from pages.page import (
     BETWEEN_FIELDS,
     LESS_THAN,
     Inspected,

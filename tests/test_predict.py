@@ -1,4 +1,4 @@
-"""predict.py: the files of predictions."""
+"""reader/predict.py: the files of predictions."""
 import gzip
 import json
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from conftest import TOKENIZER
 from data import Collator
-from predict import (
+from reader.predict import (
     Prediction,
     check_answers,
     count_best_with_answer,
@@ -18,7 +18,7 @@ from predict import (
     write_predictions,
     write_scores,
 )
-from questions import read_records
+from records.questions import read_records
 from test import prediction_path
 from utils import InputError
 

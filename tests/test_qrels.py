@@ -1,7 +1,7 @@
 """Qrels of every form, and Trove's filters of them."""
 import pytest
 
-from retrieval.qrels import merge_qrels, read_qrels, select_qrels
+from records.qrels import merge_qrels, read_qrels, select_qrels
 from retrieval_helpers import write_rows
 from utils import InputError
 

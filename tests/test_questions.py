@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from questions import (
+from records.questions import (
     check_record,
     gold_passages,
     history_turns,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from questions import make_question, read_questions
-from retrieval.corpus import Corpus
+from records.corpus import Corpus
+from records.questions import make_question, read_questions
 from retrieval.results import (
     Results,
     RunLine,

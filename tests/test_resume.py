@@ -1,4 +1,4 @@
-"""resume.py: what --overwrite does to an earlier run's state.
+"""training/resume.py: what --overwrite does to an earlier run's state.
 
 What is saved and resumed is tested with the training scripts.
 """
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from resume import (
+from training.resume import (
     allow_no_inputs,
     forget_replaced_state,
     hash_inputs,

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from conftest import ROOT, WORDS, command, make_bert, run
-from questions import read_questions
-from retrieval.corpus import Corpus
+from records.corpus import Corpus
+from records.questions import read_questions
 from retrieval_helpers import make_flags, make_questions, write_corpus, write_rows
 from retrieve import check_records
 from utils import InputError
@@ -163,9 +163,9 @@ def test_an_index_of_several_parts_serves_any_number_of_processes(bert, small_bl
 
 @pytest.mark.parametrize("metric", ["ip", "cos", "l2"])
 def test_dense_equals_a_plain_search(metric, bert, world_files, tmp_path):
-    from checkpoints import load_tokenizer
     from dense.batches import tokenize
     from dense.model import BiEncoder
+    from training.checkpoints import load_tokenizer
     retrieve(world_files, "--query_encoder", bert, "--dense_metric", metric, "--pooling_method",
              "mean", "--hits", 8, "--dtype", "float32", "--add_instruction", "false", "--trec",
              tmp_path / "run", "--index", tmp_path / "index")

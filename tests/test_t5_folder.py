@@ -1,5 +1,5 @@
-"""t5_folder.py and readers.py: what the files of a reader's folder mean, against transformers and
-sentencepiece. The names in comments are the rows of the list of faults that a test belongs to.
+"""training/t5_folder.py, reader/open.py: how a reader's folder is read, as by transformers and
+sentencepiece. Comments name the row of the list of faults that a test belongs to.
 """
 import argparse
 import json
@@ -18,14 +18,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import ask
 import lm_score
-from checkpoints import read_config
 from conftest import ROOT, TOKENIZER, make_records, make_t5
 from data import Collator, encode_inputs
 from model import CROSS_BIAS, FiDT5, plain_fid
-from predict import decode_answers, predict
-from readers import describe_reader, open_reader, open_reader_tokenizer
-from t5_folder import has_cross_bias, open_t5_tokenizer, parse_sentencepiece
+from reader.open import describe_reader, open_reader, open_reader_tokenizer
+from reader.predict import decode_answers, predict
 from test_model import random_batch
+from training.checkpoints import read_config
+from training.t5_folder import has_cross_bias, open_t5_tokenizer, parse_sentencepiece
 from utils import InputError, World
 
 GOLDEN = ROOT / "tests" / "golden"

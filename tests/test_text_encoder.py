@@ -3,12 +3,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
-import packed_attention
 from conftest import make_bert
 from dense import grad_cache, text_encoder
 from dense.model import BiEncoder
 from dense.text_encoder import TextEncoder
 from golden_retrievers import CONFIG
+from layers import packed_attention
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])

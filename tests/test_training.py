@@ -1,7 +1,7 @@
-"""training.py: which checkpoint is kept, the schedule."""
+"""training/loop.py: which checkpoint is kept, the schedule."""
 import torch
 
-from training import Progress, make_optimizer
+from training.loop import Progress, make_optimizer
 
 
 def test_ties_go_to_the_next_measure_and_then_to_the_later_update():

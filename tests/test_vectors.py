@@ -1,8 +1,8 @@
 """The encoding of a corpus: what is said of documents that are longer than the model reads."""
 import torch
 
+from records.corpus import Corpus
 from retrieval import vectors
-from retrieval.corpus import Corpus
 from retrieval.vectors import encode_corpus
 from retrieval_helpers import write_rows
 from utils import World

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import new_file
+from records.files import new_file
 from utils import run_script
 
 FIRST = """

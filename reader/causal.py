@@ -20,18 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapters import (
+from data import list_targets, pad_labels, pad_passages
+from layers.causal import differs, list_ids, open_lm, probe_ids
+from reader.borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
+from records.files import to_number
+from records.questions import history_turns, retrieval_score
+from training.adapters import (
     copy_to_cpu,
     prepare_lora,
     save_adapters,
     unload_adapters,
 )
-from borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
-from causal_lm import differs, list_ids, open_lm, probe_ids
-from checkpoints import check_vocabulary, find_base, find_model
-from data import list_targets, pad_labels, pad_passages
-from files import to_number
-from questions import history_turns, retrieval_score
+from training.checkpoints import check_vocabulary, find_base, find_model
 from utils import InputError, first_line, refusing, shorten
 
 TEMPLATE = r"Background: {title} {text}\n\nQuestion: {question}\nAnswer:"
@@ -157,7 +157,7 @@ class PromptCollator:
     passage stay; a question that is longer by itself is not cut. A question without contexts is
     asked alone. With prompts.chat_template all of this is the user's turn of a conversation.
     The answer follows after the whitespace that the template ends with, else after one space. Its
-    tokens are those that it has in that place (borders.py), and exactly one </s> at the end.
+    tokens are those that it has in that place (reader/borders.py), and exactly one </s> at the end.
 
     Returns {indices, inputs, labels (B, T) with -100 as padding, or None}; the inputs are input_ids
     (B, N, L), padded on the left, attention_mask (B, N, L) bool, and log_weights (B, N): the

@@ -16,7 +16,7 @@ import tokenize
 import unicodedata
 from typing import NamedTuple
 
-from files import (
+from records.files import (
     check_quotes,
     choose_delimiter,
     decode_line,
@@ -27,7 +27,7 @@ from files import (
     read_lines,
     to_number,
 )
-from names import (
+from records.names import (
     ANSWERS,
     CONTEXTS,
     DOCUMENT_IDS,

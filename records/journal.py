@@ -8,7 +8,7 @@ import json
 import os
 from contextlib import suppress
 
-from files import take_lock, unwritable
+from records.files import take_lock, unwritable
 from utils import InputError, gather_lists, wait_for_all
 
 

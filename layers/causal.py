@@ -24,8 +24,9 @@ import torch.nn.functional as F
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, GenerationConfig
 
-from adapters import merge_saved_adapters
-from checkpoints import (
+from layers.packed_attention import GROUP_TOKENS, attention, split_by_length
+from training.adapters import merge_saved_adapters
+from training.checkpoints import (
     announce_random_start,
     check_fit,
     check_shapes,
@@ -38,7 +39,6 @@ from checkpoints import (
     refuse_gguf,
     refuse_quantised,
 )
-from packed_attention import GROUP_TOKENS, attention, split_by_length
 from utils import InputError, first_line, refusing, shorten
 
 PACKED = "packed_causal"  # the name of packed_causal_attention among transformers' attentions

@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import nn
 
-from checkpoints import check_fit
+from training.checkpoints import check_fit
 from utils import InputError, check_at_least, check_positive, refusing
 
 # on some CPUs bitsandbytes, which peft opens too, asks for a package that is of no use here

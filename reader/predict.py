@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoints import read_training_args
 from data import eval_loader
-from files import new_file, to_number
 from metrics import exact_match, f1, has_answer, regex_match
-from pages import SAMPLE, Inspected, choose_depth, write_inspection
-from questions import retrieval_score
+from pages.page import SAMPLE, Inspected, choose_depth, write_inspection
+from records.files import new_file, to_number
+from records.questions import retrieval_score
+from training.checkpoints import read_training_args
 from utils import InputError, check_at_least, gather_lists, progress_bar, shorten
 
 # what ends a line or a cell of a table, for one program or another, with the blanks around it

@@ -11,10 +11,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from files import new_file, write_json
-from names import DOCUMENT_IDS, TEXTS, TITLES, find_name, list_unknown, may_hold_ids, spell_id
-from retrieval.ids import IdPacker, PackedIds, find_repeated
-from retrieval.tables import (
+from records.files import new_file, write_json
+from records.ids import IdPacker, PackedIds, find_repeated
+from records.names import (
+    DOCUMENT_IDS,
+    TEXTS,
+    TITLES,
+    find_name,
+    list_unknown,
+    may_hold_ids,
+    spell_id,
+)
+from records.tables import (
     Layout,
     NotPlain,
     is_later,
@@ -52,7 +60,7 @@ class Corpus:
     Files: tables with a header, such as psgs_w100.tsv (id, text, title), with tabs or commas;
     BEIR's corpus.jsonl (_id, title, text), or JSON lines with any columns. Where no column is named
     as in names.DOCUMENT_IDS, the ids are the indices. What is not one document per line is written
-    out once as FILE.lines (see retrieval/tables.py); a large file's table of lines is kept in
+    out once as FILE.lines (see records/tables.py); a large file's table of lines is kept in
     FILE.table.
     `template` is the text of a document, with columns in braces. Raises InputError for a line that
     is no document, lacks a column or repeats an id.

@@ -12,7 +12,7 @@ import shlex
 from itertools import chain
 from typing import NamedTuple
 
-from files import (
+from records.files import (
     check_quotes,
     choose_delimiter,
     decode_line,
@@ -24,7 +24,7 @@ from files import (
     read_lines,
     refuse_other_forms,
 )
-from names import DOCUMENT_IDS, TEXTS, TITLES, find_name, fold
+from records.names import DOCUMENT_IDS, TEXTS, TITLES, find_name, fold
 from utils import InputError, progress_bar, shorten
 
 READ_COLUMNS = ("title", "text", "contents", "content", "body")  # whose values must be texts
@@ -157,7 +157,7 @@ def split_row(text):
 
 
 def name_columns(header):
-    """Return a header's cells, those of texts and titles spelled as names.py has them."""
+    """Return a header's cells, those of texts and titles spelled as records/names.py has them."""
     known = {fold(name): name for name in (*TEXTS, "title")}
     names = []
     for cell in header:

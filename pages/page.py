@@ -10,8 +10,8 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-from files import is_stream, new_file
 from metrics import find_answers
+from records.files import is_stream, new_file
 from utils import InputError, progress_bar
 
 FOLDER = Path(__file__).resolve().parent
@@ -97,7 +97,7 @@ def begin_page(title, script=""):
     if script:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy += f"; script-src 'sha256-{digest}'"
-    style = (FOLDER / "pages.css").read_text(encoding="utf-8")
+    style = (FOLDER / "page.css").read_text(encoding="utf-8")
     return PAGE.format(policy=policy, title=html.escape(plain(title)), style=style)
 
 
@@ -150,7 +150,7 @@ def write_inspection(path, title, remark, table, questions, count, *, depth, has
     `questions` yields `count` Inspected, whose passages below `depth` are left out (choose_kept);
     `table` is a list of rows of texts. is_regex: answers are regular expressions.
     """
-    script = (FOLDER / "pages.js").read_text(encoding="utf-8")
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
     title = f"{title}, {time.strftime('%Y-%m-%d')}"
     rows, lines = [], []
     content = CONTENT
@@ -231,7 +231,7 @@ def find_rank(question, name):
 
 def describe_row(question):
     """Return [em, f1, rank of the first answer, of the first relevant passage, passages, those with
-    an answer]: by this pages.js filters. A rank is 0 where there is none, None where it is not
+    an answer]: by this pages/page.js filters. A rank is 0 where there is none, None where it is not
     known.
     """
     answer_rank = find_rank(question, "has_answer") if question.answers else None
@@ -259,7 +259,7 @@ def finite(value):
 
 
 def join_texts(question, kept):
-    """What is searched of a question, in one line, as pages.js takes it apart."""
+    """What is searched of a question, in one line, as pages/page.js takes it apart."""
     answers = BETWEEN_ANSWERS.join(plain(answer) for answer in question.answers)
     fields = [plain(str(question.id)), plain(question.question), plain(question.prediction),
               answers]

@@ -6,11 +6,11 @@ from dataclasses import asdict
 
 import torch
 
-from adapters import is_packed
-from checkpoints import check_weights, load_torch_file
-from files import new_file
+from records.files import new_file
 from retrieval.fingerprint import CORPUS_WINDOWS, hash_file, hash_windows
-from training import Progress
+from training.adapters import is_packed
+from training.checkpoints import check_weights, load_torch_file
+from training.loop import Progress
 from utils import InputError, gather_lists, refusing, shorten
 
 START_ANEW = "give --overwrite in place of --resume to start anew"

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import versions
 from data import train_loader
-from files import new_file
+from records.files import new_file
+from training.checkpoints import versions
 from utils import InputError, World, peak_bytes, progress_bar, refusing
 
 # what a run reads; in a federation a client has no dev set, the server no training set
@@ -95,7 +95,7 @@ class Run:
     progress: Progress
     # {path: size and hash} of the input files, see resume.hash_inputs
     inputs: dict = field(default_factory=dict, kw_only=True)
-    # of this process's first updates, see cost.py
+    # of this process's first updates, see training/cost.py
     first_seconds: list = field(default_factory=list, kw_only=True)
 
     @property

@@ -15,10 +15,10 @@ import transformers
 
 import retrieval.flags
 from dense.texts import settle_texts
-from files import read_settings, write_json
-from names import DOCUMENT_IDS, find_value
-from questions import Question, gold_passages, read_records
-from retrieval.corpus import open_corpus
+from records.corpus import open_corpus
+from records.files import read_settings, write_json
+from records.names import DOCUMENT_IDS, find_value
+from records.questions import Question, gold_passages, read_records
 from retrieval.fingerprint import fingerprint
 from retrieval.measures import mark_answers
 from retrieval.results import Results, write_contexts

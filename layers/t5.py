@@ -9,8 +9,8 @@ norms, softmax and the residual stream stay float32.
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dropout import dropout
-from packed_attention import packed_attention
+from layers.dropout import dropout
+from layers.packed_attention import packed_attention
 
 # ---------------------------------------------------------------- encoder
 

@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import Unigram
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from checkpoints import check_words, has_tokenizer
-from files import read_settings
+from records.files import read_settings
+from training.checkpoints import check_words, has_tokenizer
 from utils import InputError, refusing, shorten
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")

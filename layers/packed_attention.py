@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dropout import dropout
+from layers.dropout import dropout
 
 # tokens that attend at a time: on a CPU what its cache holds
 GROUP_TOKENS = {"cpu": 1024, "cuda": 16384}

@@ -4,8 +4,9 @@ whose tokenizer it reads with.
 import os
 from typing import NamedTuple
 
-from causal_lm import is_causal
-from causal_reader import (
+from layers.causal import is_causal
+from model import CLASSES, NEEDED, FiDT5
+from reader.causal import (
     ANSWER_LINES,
     PASSAGE_WEIGHTS,
     TEMPLATE,
@@ -13,7 +14,8 @@ from causal_reader import (
     Prompts,
     choose_prompts,
 )
-from checkpoints import (
+from records.files import read_args
+from training.checkpoints import (
     find_base,
     find_model,
     find_weights,
@@ -23,9 +25,7 @@ from checkpoints import (
     read_config,
     read_training_args,
 )
-from files import read_args
-from model import CLASSES, NEEDED, FiDT5
-from t5_folder import carries_tokenizer, list_settings, open_t5_tokenizer
+from training.t5_folder import carries_tokenizer, list_settings, open_t5_tokenizer
 from utils import SWITCH, InputError, shorten
 
 FALLBACK = "t5-base"         # all of T5, v1.1 and Flan-T5 have its vocabulary

@@ -20,7 +20,7 @@ dropout drops the same units in both passes.
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from packed_attention import split_by_length
+from layers.packed_attention import split_by_length
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # tokens encoded at a time, padding included
 

@@ -3,7 +3,7 @@ import math
 import random
 from collections import defaultdict
 
-from files import (
+from records.files import (
     choose_delimiter,
     decode_line,
     holds_scores,
@@ -12,7 +12,7 @@ from files import (
     read_lines,
     to_number,
 )
-from names import PAIR_DOCUMENTS, PAIR_QUERIES, QUESTION_IDS, SCORES, find_name, find_value
+from records.names import PAIR_DOCUMENTS, PAIR_QUERIES, QUESTION_IDS, SCORES, find_name, find_value
 from utils import InputError, shorten
 
 LIMITS = ("min_score", "max_score")

@@ -4,8 +4,8 @@ import shutil
 import time
 from statistics import median
 
-from adapters import is_packed
-from training import count_trained, open_epoch
+from training.adapters import is_packed
+from training.loop import count_trained, open_epoch
 from utils import format_seconds, gather_lists, peak_bytes, progress_bar
 
 COUNTED = 5  # updates that an estimate is made from; the first, which takes longer, is left out

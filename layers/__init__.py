@@ -1,0 +1,1 @@
+"""T5's and causal models' layers over packed tokens, dropout, and GradCache."""

@@ -1,0 +1,1 @@
+"""Files, questions, tables and corpora: what the scripts read and write."""
