@@ -1,13 +1,13 @@
 """The reader's data: records to input texts and targets, batches of token ids, and who reads what
 in an epoch.
 """
-import os
 import random
 from itertools import chain, islice
 
 import torch
 
 from records.questions import history_turns
+from training.loop import make_loader
 from utils import InputError, shorten
 
 COUNTED = 1000  # passages whose lengths are counted when a run starts: a fraction of a second
@@ -229,20 +229,6 @@ def plan_epoch(num_records, epoch, seed, shuffle, batch_size, accumulation, rank
         entries = entries or [(update_indices[0].item(), False)]
         updates.append([entries[i:i + batch_size] for i in range(0, len(entries), batch_size)])
     return updates
-
-
-def make_loader(dataset, batches, collator, num_workers):
-    """Batches of the listed entries, in order; draws nothing from the global random state."""
-    if num_workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collator,
-                                       num_workers=num_workers, generator=torch.Generator())
-
-
-def train_loader(dataset, updates, collator, num_workers):
-    """The batches of planned updates, one after another."""
-    batches = [batch for update in updates for batch in update]
-    return make_loader(dataset, batches, collator, num_workers)
 
 
 def eval_loader(records, batch_size, collator, num_workers, rank=0, world_size=1):

@@ -10,9 +10,9 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from data import make_loader
 from records.files import lock, write_json
 from retrieval.fingerprint import await_index, check_fingerprint
+from training.loop import make_loader
 from utils import (
     InputError,
     gather_lists,

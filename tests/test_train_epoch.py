@@ -103,7 +103,8 @@ def test_sum_is_the_originals_gradient_scale(tiny, records_file, tmp_path, monke
     mean (FiD, minFiD).
     """
     import train_epoch as script
-    from data import plan_epoch, train_loader
+    from data import plan_epoch
+    from training.loop import train_loader
     seen_norms, norms = [], {}
     clip_grad_norm = torch.nn.utils.clip_grad_norm_
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data import train_loader
 from records.files import new_file
 from training.checkpoints import versions
 from utils import InputError, World, peak_bytes, progress_bar, refusing
@@ -281,3 +280,17 @@ def set_seed(seed, rank=0):
     """
     random.seed(seed + rank)
     torch.manual_seed(seed + rank)
+
+
+def make_loader(dataset, batches, collator, num_workers):
+    """Batches of the listed entries, in order; draws nothing from the global random state."""
+    if num_workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collator,
+                                       num_workers=num_workers, generator=torch.Generator())
+
+
+def train_loader(dataset, updates, collator, num_workers):
+    """The batches of planned updates, one after another."""
+    batches = [batch for update in updates for batch in update]
+    return make_loader(dataset, batches, collator, num_workers)
