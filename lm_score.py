@@ -36,7 +36,7 @@ from reader.borders import add_start, chat_frame, encode_pairs, start_tokens
 from reader.causal import PromptCollator, choose_prompts
 from reader.open import describe_origin, describe_reader, open_reader_tokenizer
 from reader.predict import add_tokenizer_flags
-from records.corpus import check_template, format_key, open_corpus
+from records.corpus import open_corpus
 from records.files import check_paths, new_file
 from records.journal import Journal
 from records.questions import (
@@ -49,6 +49,7 @@ from records.questions import (
     read_questions,
     refuse_table,
 )
+from records.templates import check_template, format_key
 from retrieval.fingerprint import hash_file, hash_windows, model_files
 from retrieval.mining import check_indices, collated_path
 from training.checkpoints import (

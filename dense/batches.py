@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dense.examples import Example, choose_group
-from records.corpus import format_key
+from records.templates import format_key
 from utils import InputError
 
 # ---------------------------------------------------------------- plan

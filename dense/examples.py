@@ -12,7 +12,6 @@ from collections import Counter
 from itertools import chain
 from typing import NamedTuple
 
-from records.corpus import format_key
 from records.files import (
     choose_delimiter,
     decode_line,
@@ -49,6 +48,7 @@ from records.questions import (
     read_named_columns,
     refuse_table,
 )
+from records.templates import format_key
 from utils import InputError, first_line, shorten
 
 # what LLM-Embedder sets for each task (its TASK_CONFIG), used with --use_train_config

@@ -5,9 +5,8 @@ import math
 
 from dense.description import POOLING
 from metrics import METRICS
-from records.corpus import check_templates
 from records.files import LARGEST
-from records.templates import INSTRUCTIONS
+from records.templates import INSTRUCTIONS, check_templates
 from retrieval.flags import add_measure_flags, add_prompt_flags
 from training.adapters import add_lora_flags, check_lora
 from training.loop import BOTH_SETS

@@ -4,7 +4,6 @@ import mmap
 import os
 import re
 from array import array
-from collections import defaultdict
 from string import Formatter
 from typing import NamedTuple
 
@@ -32,7 +31,8 @@ from records.tables import (
     table_rows,
     write_plain_lines,
 )
-from utils import InputError, first_line, progress_bar, refusing, shorten, wait_for_all
+from records.templates import format_key
+from utils import InputError, progress_bar, refusing, shorten, wait_for_all
 
 CHUNK = 65536  # documents after which a scan packs their ids and moves its bar
 
@@ -355,46 +355,3 @@ def keep_table(folder, stamp, starts, ids):
 
 
 # ---------------------------------------------------------------- templates
-
-def format_key(key, template, location):
-    """Return the text of a key: itself, or its columns in the template.
-
-    Raises InputError, with the location, for one that does not fit the template.
-    """
-    if isinstance(key, str):
-        return key
-    if not isinstance(key, dict):
-        raise InputError(f"{location}: a key or document must be a text or an object with columns, "
-                         f"one is {shorten(key)}")
-    columns = {"title": ""}
-    for name, value in key.items():
-        columns[name] = "" if value is None else value
-    try:
-        return template.format_map(columns).strip()
-    except KeyError as error:
-        reason = f"no column {error}"
-    except (IndexError, AttributeError, TypeError, ValueError) as error:
-        reason = first_line(error)
-    message = (f"{location}: {reason} for --key_template '{template}'; its columns are "
-               f"{shorten(sorted(key))}")
-    other = find_name(key, TEXTS)
-    if other:
-        message += f"; --key_template '{{title}} {{{other}}}' is for '{other}'"
-    raise InputError(message)
-
-
-def check_templates(args):
-    """Raises InputError for a --key_template or --query_template that cannot be used."""
-    check_template("key_template", args.key_template, defaultdict(str))
-    check_template("query_template", args.query_template, {"query": ""})
-
-
-def check_template(flag, template, columns):
-    """Raises InputError for a template that names none of these columns, or others."""
-    try:
-        template.format_map(columns)
-        if not any(column for _, column, _, _ in Formatter().parse(template)):
-            raise ValueError("it names no column")
-    except (ValueError, IndexError, AttributeError, KeyError) as error:
-        raise InputError(f"--{flag} '{template}' cannot be used ({error}); name columns in braces, "
-                         "as in '{title} {text}' for keys and '{query}' for queries") from None

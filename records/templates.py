@@ -1,6 +1,12 @@
-"""The instructions that retrievers expect before their texts, by the models that were trained with
-them.
+"""The templates that make texts of documents and queries, and the instructions that retrievers
+expect before them.
 """
+from collections import defaultdict
+from string import Formatter
+
+from records.names import TEXTS, find_name
+from utils import InputError, first_line, shorten
+
 # {version: {task: (before a query, before a key)}}; the task "" stands for every task that is not
 # named
 INSTRUCTIONS = {
@@ -50,3 +56,47 @@ def named_version(name):
         if model in models or model in [known.split("/")[1] for known in models]:
             return version
     return "none"
+
+
+def format_key(key, template, location):
+    """Return the text of a key: itself, or its columns in the template.
+
+    Raises InputError, with the location, for one that does not fit the template.
+    """
+    if isinstance(key, str):
+        return key
+    if not isinstance(key, dict):
+        raise InputError(f"{location}: a key or document must be a text or an object with columns, "
+                         f"one is {shorten(key)}")
+    columns = {"title": ""}
+    for name, value in key.items():
+        columns[name] = "" if value is None else value
+    try:
+        return template.format_map(columns).strip()
+    except KeyError as error:
+        reason = f"no column {error}"
+    except (IndexError, AttributeError, TypeError, ValueError) as error:
+        reason = first_line(error)
+    message = (f"{location}: {reason} for --key_template '{template}'; its columns are "
+               f"{shorten(sorted(key))}")
+    other = find_name(key, TEXTS)
+    if other:
+        message += f"; --key_template '{{title}} {{{other}}}' is for '{other}'"
+    raise InputError(message)
+
+
+def check_templates(args):
+    """Raises InputError for a --key_template or --query_template that cannot be used."""
+    check_template("key_template", args.key_template, defaultdict(str))
+    check_template("query_template", args.query_template, {"query": ""})
+
+
+def check_template(flag, template, columns):
+    """Raises InputError for a template that names none of these columns, or others."""
+    try:
+        template.format_map(columns)
+        if not any(column for _, column, _, _ in Formatter().parse(template)):
+            raise ValueError("it names no column")
+    except (ValueError, IndexError, AttributeError, KeyError) as error:
+        raise InputError(f"--{flag} '{template}' cannot be used ({error}); name columns in braces, "
+                         "as in '{title} {text}' for keys and '{query}' for queries") from None

@@ -4,9 +4,8 @@ import math
 from dense.description import POOLING
 from metrics import METRICS
 from pages.page import check_page
-from records.corpus import check_templates
 from records.files import check_paths, read_args
-from records.templates import INSTRUCTIONS, named_version
+from records.templates import INSTRUCTIONS, check_templates, named_version
 from retrieval.mining import COLLATED, collated_paths
 from retrieval.words import RULES
 from training.checkpoints import find_args

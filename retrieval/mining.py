@@ -10,7 +10,6 @@ import os
 from typing import NamedTuple
 
 from metrics import has_answer
-from records.corpus import format_key
 from records.files import new_file
 from records.names import (
     DOCUMENT_IDS,
@@ -32,6 +31,7 @@ from records.questions import (
     has_keys,
     labelled_keys,
 )
+from records.templates import format_key
 from retrieval.results import stack
 from utils import InputError, shorten
 
