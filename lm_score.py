@@ -38,6 +38,7 @@ from reader.open import describe_origin, describe_reader, open_reader_tokenizer
 from reader.predict import add_tokenizer_flags
 from records.corpus import open_corpus
 from records.files import check_paths, new_file
+from records.hashes import hash_file, hash_windows, model_files
 from records.journal import Journal
 from records.questions import (
     check_types,
@@ -50,7 +51,6 @@ from records.questions import (
     refuse_table,
 )
 from records.templates import check_template, format_key
-from retrieval.fingerprint import hash_file, hash_windows, model_files
 from retrieval.mining import check_indices, collated_path
 from training.checkpoints import (
     check_fit,

@@ -47,8 +47,8 @@ from reader.predict import (
     predict,
     summarize,
 )
+from records.hashes import model_files
 from records.questions import note_files, note_unscored, read_records
-from retrieval.fingerprint import model_files
 from training.adapters import add_lora_flags, check_lora
 from training.checkpoints import (
     claim_folder,

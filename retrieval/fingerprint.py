@@ -1,19 +1,13 @@
 """The fingerprint of an index: what it was made of, compared before the index is used."""
-import hashlib
 import os
 
 from records.files import lock, read_settings, unwritable
+from records.hashes import CORPUS_WINDOWS, hash_file, hash_windows, model_files
 from utils import InputError, gather_lists, shorten, wait_for_all
 
-WINDOW = 65536        # bytes
-CORPUS_WINDOWS = 256  # windows of a corpus's file that are hashed: it may have many gigabytes
-WEIGHT_ENDINGS = (".safetensors", ".bin", "config.json", "modules.json",
-                  "config_sentence_transformers.json")
 INDEX_ENDINGS = (".npy", ".faiss", ".json")  # of an index's own files, bm25s's too
 # what indices were made with before index.json stated it
 FORMER_SETTINGS = {"words": "bm25s", "end_token": True}
-TOKENIZER_BEGINNINGS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens",
-                        "added_tokens")
 
 
 def fingerprint(corpus, model, settings, world):
@@ -34,36 +28,6 @@ def fingerprint(corpus, model, settings, world):
     is_hub_name = model is not None and not os.path.exists(model)
     return {"documents": len(corpus), "model": str(model) if is_hub_name else "", "files": files,
             **settings}
-
-
-def model_files(model):
-    """The paths of a model's weights, configurations and tokenizers, in order; [] of a hub name."""
-    if os.path.isfile(model):
-        return [model]
-    paths = []
-    for folder, _, names in sorted(os.walk(model)):
-        for name in sorted(names):
-            if name.endswith(WEIGHT_ENDINGS) or name.startswith(TOKENIZER_BEGINNINGS):
-                paths.append(os.path.join(folder, name))
-    return paths
-
-
-def hash_file(path):
-    """A hash of a whole file."""
-    digest = hashlib.blake2b(digest_size=12)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: digest).hexdigest()
-
-
-def hash_windows(path, count):
-    """A hash of so many evenly spaced windows of a file."""
-    digest = hashlib.blake2b(digest_size=12)
-    last_start = max(0, os.path.getsize(path) - WINDOW)
-    with open(path, "rb") as file:
-        for i in range(count):
-            file.seek(last_start * i // (count - 1))
-            digest.update(file.read(WINDOW))
-    return digest.hexdigest()
 
 
 def check_fingerprint(folder, expected):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 
 from records.files import new_file
-from retrieval.fingerprint import CORPUS_WINDOWS, hash_file, hash_windows
+from records.hashes import CORPUS_WINDOWS, hash_file, hash_windows
 from training.adapters import is_packed
 from training.checkpoints import check_weights, load_torch_file
 from training.loop import Progress
