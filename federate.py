@@ -44,7 +44,7 @@ from federated.split import split_file
 from federated.strategies import AVERAGES, list_strategies, make_strategy
 from federated.task import check_mode
 from federated.transport import CLIENT_FAILED, OpenError
-from training.checkpoints import claim_folder
+from training.output_folder import claim_folder
 from training.resume import hash_inputs
 from utils import (
     InputError,

@@ -40,7 +40,6 @@ from retrieval.dev_set import evaluate as measure_retriever
 from retrieval.measures import note_patterns, note_unjudged
 from retrieval.results import note_own
 from training.adapters import copy_to_cpu, prepare_lora, unload_adapters
-from training.checkpoints import claim_folder, save_checkpoint, versions
 from training.cost import log_cost, measure_updates, note_cost
 from training.loop import (
     BOTH_SETS,
@@ -59,6 +58,7 @@ from training.loop import (
     step_optimizer,
     wrap_model,
 )
+from training.output_folder import claim_folder, save_checkpoint, versions
 from training.resume import (
     forget_replaced_state,
     hash_inputs,

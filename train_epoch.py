@@ -50,12 +50,7 @@ from reader.predict import (
 from records.hashes import model_files
 from records.questions import note_files, note_unscored, read_records
 from training.adapters import add_lora_flags, check_lora
-from training.checkpoints import (
-    claim_folder,
-    find_model,
-    save_checkpoint,
-    versions,
-)
+from training.checkpoints import find_model
 from training.cost import log_cost, measure_updates, note_cost
 from training.loop import (
     BOTH_SETS,
@@ -74,6 +69,7 @@ from training.loop import (
     step_optimizer,
     wrap_model,
 )
+from training.output_folder import claim_folder, save_checkpoint, versions
 from training.resume import (
     forget_replaced_state,
     hash_inputs,

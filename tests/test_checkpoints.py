@@ -9,13 +9,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSeq2SeqLM
 
 from conftest import run
-from training.checkpoints import (
-    claim_folder,
-    finish_saving,
-    read_weights,
-    save_checkpoint,
-    write_weights,
-)
+from training.checkpoints import read_weights, write_weights
+from training.output_folder import claim_folder, finish_saving, save_checkpoint
 from utils import InputError, World
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -129,7 +124,7 @@ def test_a_full_disk_is_told(out, monkeypatch):
 
 
 def test_two_runs_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.checkpoints.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("training.output_folder.time.sleep", lambda seconds: None)
     out = tmp_path / "out"
     with claim_folder(str(out), False, False, WORLD):
         for _ in range(2):  # the first that is refused lets no other in
@@ -185,7 +180,7 @@ def test_a_killed_save_is_finished_or_has_not_begun(kill_at, out, monkeypatch):
         return die_or_change
 
     monkeypatch.setattr("records.files.os.replace", dying(os.replace))
-    monkeypatch.setattr("training.checkpoints.os.remove", dying(os.remove))
+    monkeypatch.setattr("training.output_folder.os.remove", dying(os.remove))
     with pytest.raises(Killed):
         save_checkpoint(str(out), {"best": 2}, write_files("config.json", "model.safetensors"))
     monkeypatch.undo()

@@ -5,29 +5,17 @@ import argparse
 import math
 import os
 import re
-import shutil
-import sys
-import time
 import zipfile
-from contextlib import contextmanager, suppress
 
 import torch
-import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from records.files import (
-    list_files,
-    move_files,
     read_args,
     read_settings,
-    remove_leftovers,
-    take_lock,
-    unwritable,
-    write_aside,
     write_json,
 )
 from utils import InputError, first_line, log_on_main, refusing, shorten
@@ -502,166 +490,3 @@ def check_fit(missing, mismatched, unused, source, optional="", unused_is_fine=F
                     f"(first: {min(unused)})")
 
 
-def versions():
-    """What a checkpoint was made with."""
-    return {"python": sys.version.split()[0], "torch": torch.__version__,
-            "transformers": transformers.__version__}
-
-
-# ---------------------------------------------------------------- the folder that a run writes
-
-@contextmanager
-def claim_folder(out, resume, overwrite, world):
-    """Keeps OUT for this run as long as it lasts; what killed runs left half-written there goes.
-
-    An earlier run's model, state and log are replaced only where `resume` or `overwrite` says so,
-    anything else never. Raises InputError, on the main process, otherwise, if another run is using
-    OUT, or if it cannot be written.
-    """
-    if not world.is_main:
-        yield
-        return
-    if not out:
-        raise InputError("the model's folder is '' or '/'; name one")
-    is_new = not os.path.exists(out)
-    descriptor = lock_output(out)
-    try:
-        try:
-            check_claim(out, resume, overwrite)
-            finish_saving(out)
-        except OSError as error:
-            raise unwritable(out, error, "choose another path") from None
-        for path in (f"{out}.state", f"{out}.jsonl"):
-            remove_leftovers(os.path.realpath(path))
-        if resume and not os.path.exists(f"{out}.state"):
-            world.log(f"note: there is no {out}.state to resume from; starting from scratch")
-        yield
-    finally:
-        if is_new:
-            with suppress(OSError):
-                os.rmdir(out)  # if nothing was saved
-        os.close(descriptor)
-
-
-def lock_output(out):
-    """The descriptor of the folder OUT, made if need be, whose lock this process then holds.
-
-    Raises InputError if it cannot be written, or another run holds the lock for ten seconds: a
-    killed run's loader processes notice it only after some seconds, and keep the lock till then.
-    """
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise InputError(f"{out}: is a file, the model goes into a folder; choose another path")
-    for _ in range(20):
-        try:
-            os.makedirs(out, exist_ok=True)
-            descriptor = os.open(out, os.O_RDONLY)
-            if not os.access(out, os.W_OK):
-                raise PermissionError("its permissions forbid it")
-        except OSError as error:
-            raise unwritable(out, error, "choose another path") from None
-        is_locked = take_lock(descriptor, without_locks=True)
-        # the run before may have removed the folder that was opened
-        if is_locked and os.path.exists(out) and os.path.samestat(os.fstat(descriptor),
-                                                                  os.stat(out)):
-            return descriptor
-        os.close(descriptor)
-        time.sleep(0.5)
-    raise InputError(f"{out}: another run is writing there; wait for its end, or choose another "
-                     "folder")
-
-
-def check_claim(out, resume, overwrite):
-    """Raises InputError if a run that writes OUT, OUT.state and OUT.jsonl would replace anything
-    that it must not.
-    """
-    if resume and overwrite:
-        raise InputError("--resume goes on with a run, --overwrite starts anew; leave one out")
-    names = os.listdir(out)
-    holds_checkpoint = list_checkpoint(out) is not None or ".writing" in names
-    if names and not holds_checkpoint:
-        if "versions" in read_args(out):
-            raise InputError(f"{out}: was written by an earlier version of this code, which did "
-                             "not list its files; choose another folder, or delete this one")
-        raise InputError(f"{out}: holds files that no run has written, such as {min(names)}; they "
-                         "are not touched: choose another folder")
-    for path, *marks in ((f"{out}.state", b"PK"), (f"{out}.jsonl", b'"loss_curve"', b'"round"')):
-        if not any(holds_mark(path, mark) for mark in marks):
-            raise InputError(f"{path}: is no file of a run, and the run would replace it; choose "
-                             "another name for the folder")
-    used = out if holds_checkpoint else f"{out}.state"
-    if os.path.exists(used) and not (resume or overwrite):
-        raise InputError(f"{used}: holds an earlier run; --resume goes on with it, --overwrite "
-                         "replaces it, or choose another folder")
-
-
-def holds_mark(path, mark):
-    """True if a file's first line holds these bytes, or there is no file, or an empty one."""
-    if not os.path.exists(path):
-        return True
-    if not os.path.isfile(path):
-        return False
-    with open(path, "rb") as file:
-        line = file.readline(10 ** 6)
-    return not line or mark in line
-
-
-def save_checkpoint(folder, info, *writers):
-    """Writes a model folder: what the writers put into it, and args.json with `info` and the list
-    of the files.
-
-    Files of the checkpoint before it go, anything else in the folder stays. A save that is killed
-    is finished by the next run, or has not begun. Raises InputError if the folder cannot be
-    written.
-    """
-    try:
-        finish_saving(folder)
-        temporary = write_aside(folder, writers)
-        files = list_files(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in files:
-            with open(os.path.join(temporary, path), "rb") as file:
-                os.fsync(file.fileno())  # before args.json says that it is whole
-                os.fchmod(file.fileno(), 0o666 & ~umask)  # safetensors' are for their owner alone
-        write_json(os.path.join(temporary, "args.json"), info | {"files": files})
-        finish_saving(folder)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(folder, error, "choose another path or make room") from None
-
-
-def finish_saving(folder):
-    """Moves a whole checkpoint from FOLDER/.writing to its place; removes one that is not whole."""
-    temporary = os.path.join(folder, ".writing")
-    files = list_checkpoint(temporary)
-    if files is not None:  # args.json was written last
-        move_files(temporary, folder, [path for path in list_files(temporary)
-                                       if path != "args.json"])
-        for path in list_checkpoint(folder) or []:
-            if path not in files:
-                remove_file(folder, path)
-        move_files(temporary, folder, ["args.json"])
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
-def list_checkpoint(folder):
-    """The paths, relative to the folder, that its args.json lists as the checkpoint's files; None
-    if there is no such list.
-
-    Raises InputError for a list of anything else, such as files of another folder.
-    """
-    files = read_args(folder).get("files")
-    if files is None:
-        return None
-    are_paths = isinstance(files, list) and all(isinstance(path, str) for path in files)
-    if not are_paths or any(os.path.isabs(path) or ".." in path.split("/") for path in files):
-        raise InputError(f"{folder}/args.json: 'files' must list files of the folder, it is "
-                         f"{shorten(files)}; choose another folder")
-    return files
-
-
-def remove_file(folder, path):
-    """Removes a file below a folder, if it is there, and the folders that it leaves empty."""
-    with suppress(OSError):
-        os.remove(os.path.join(folder, path))
-        while path := os.path.dirname(path):
-            os.rmdir(os.path.join(folder, path))

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from records.files import new_file
-from training.checkpoints import versions
+from training.output_folder import versions
 from utils import InputError, World, peak_bytes, progress_bar, refusing
 
 # what a run reads; in a federation a client has no dev set, the server no training set
