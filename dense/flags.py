@@ -7,7 +7,6 @@ from dense.description import POOLING
 from metrics import METRICS
 from records.files import LARGEST
 from records.templates import INSTRUCTIONS, check_templates
-from retrieval.flags import add_measure_flags, add_prompt_flags
 from training.adapters import add_lora_flags, check_lora
 from training.loop import BOTH_SETS
 from utils import (
@@ -314,3 +313,24 @@ def check_evaluation(args):
     if args.ranker and (args.eval_data or args.eval_method == "retrieval"):
         raise InputError("a ranker is measured on annotated documents: --eval_qrels without "
                          "--eval_method retrieval")
+
+
+def add_prompt_flags(add):
+    """Add the flags of what goes before all texts, by the function of a group."""
+    add("--query_prompt", metavar="TEXT",
+        help="put this before every query, '' for nothing; default: the checkpoint's prompt, else "
+        "--version's instruction")
+    add("--key_prompt", metavar="TEXT",
+        help="put this before every document, '' for nothing; default: as for --query_prompt")
+
+
+def add_measure_flags(add):
+    """Add the flags that change what a measure counts, by the function of a group."""
+    add("--relevance_level", type=int, default=1, metavar="N",
+        help="lowest label that counts as relevant (trec_eval's -l). nDCG still uses the labels "
+        "as gains; a filter such as min_score=2 would remove them")
+    add("--match", choices=["string", "regex"], default="string",
+        help="how to find an answer in a passage: as a string, or as a regular expression "
+        "(CuratedTREC; DPR's --match)")
+    add("--exclude_self", action="store_true",
+        help="remove the document with the query's own id from the ranking (ArguAna, Quora)")

@@ -2,6 +2,7 @@
 import math
 
 from dense.description import POOLING
+from dense.flags import add_measure_flags, add_prompt_flags
 from metrics import METRICS
 from pages.page import check_page
 from records.files import check_paths, read_args
@@ -71,15 +72,6 @@ def add_corpus_flags(add):
         help="use token type 1 after a text's first [SEP], as minDPR does for pairs; only needed "
         "for minDPR's file")
     add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
-
-
-def add_prompt_flags(add):
-    """Add the flags of what goes before all texts, by the function of a group."""
-    add("--query_prompt", metavar="TEXT",
-        help="put this before every query, '' for nothing; default: the checkpoint's prompt, else "
-        "--version's instruction")
-    add("--key_prompt", metavar="TEXT",
-        help="put this before every document, '' for nothing; default: as for --query_prompt")
 
 
 def add_method_flags(parser):
@@ -179,18 +171,6 @@ def add_output_flags(parser):
     add("--html", metavar="FILE",
         help="write an HTML page with each question and its documents, marking those that contain "
         "an answer or are relevant")
-
-
-def add_measure_flags(add):
-    """Add the flags that change what a measure counts, by the function of a group."""
-    add("--relevance_level", type=int, default=1, metavar="N",
-        help="lowest label that counts as relevant (trec_eval's -l). nDCG still uses the labels "
-        "as gains; a filter such as min_score=2 would remove them")
-    add("--match", choices=["string", "regex"], default="string",
-        help="how to find an answer in a passage: as a string, or as a regular expression "
-        "(CuratedTREC; DPR's --match)")
-    add("--exclude_self", action="store_true",
-        help="remove the document with the query's own id from the ranking (ArguAna, Quora)")
 
 
 def add_run_flags(parser):
