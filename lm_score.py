@@ -23,17 +23,12 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM
 
 from data import Collator, encode_inputs, format_passage
-from layers.causal import (
-    Text,
-    log_likelihoods,
-    open_causal_lm,
-    score_texts,
-    sum_by_text,
-)
+from layers.causal import Text, log_likelihoods, score_texts, sum_by_text
 from layers.packed_attention import split_by_length
 from model import CLASSES, FiDT5, Memory
 from reader.borders import add_start, chat_frame, encode_pairs, start_tokens
 from reader.causal import PromptCollator, choose_prompts
+from reader.causal_lm import open_causal_lm
 from reader.open import describe_origin, describe_reader, open_reader_tokenizer
 from reader.predict import add_tokenizer_flags
 from records.corpus import open_corpus

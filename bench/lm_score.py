@@ -35,7 +35,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 from bi_encoder import ratio, time_rounds
-from layers.causal import Text, open_causal_lm, score_texts
+from layers.causal import Text, score_texts
+from reader.causal_lm import open_causal_lm
 from utils import InputError, Parser, run_script, start_processes
 
 THEIR_BATCH = 8  # texts

@@ -14,42 +14,20 @@ and takes its position from the whole text. Only attention and the positions kno
 stays transformers' own.
 """
 import inspect
-import os
-import re
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, GenerationConfig
+from transformers import AttentionInterface
 
 from layers.packed_attention import GROUP_TOKENS, attention, split_by_length
-from training.adapters import merge_saved_adapters
-from training.checkpoints import (
-    announce_random_start,
-    check_fit,
-    check_shapes,
-    drop_wrapper,
-    find_base,
-    find_model,
-    find_weights,
-    read_config,
-    read_weights,
-    refuse_gguf,
-    refuse_quantised,
-)
-from utils import InputError, first_line, refusing, shorten
 
 PACKED = "packed_causal"  # the name of packed_causal_attention among transformers' attentions
 # tokens of a forward pass: enough to keep the device busy, few enough for the answers' logits
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 # what layers may be called in config.json; others, such as "linear_attention", carry a state along
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-# buffers that older versions of transformers saved
-CONSTANTS = [r"rotary_emb\.inv_freq$", r"attn\.masked_bias$", r"(^|\.)position_ids$"]
-# what files call a part of the model otherwise: GPT-NeoX's output layer
-OTHER_NAMES = [(r"^embed_out\.", "lm_head.")]
 PROBE = [[[5, 6, 7, 8], [5, 6, 9]], [[10, 11]], [[5, 6, 7, 12, 13]]]  # token ids
 
 
@@ -60,204 +38,6 @@ class Text(NamedTuple):
 
 
 # ---------------------------------------------------------------- opening
-
-def is_causal(config):
-    """True for the configuration of a causal language model: encoders and models of encoder and
-    decoder, some of which transformers can run as one, are none.
-    """
-    masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
-    return (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in masked
-            and not config.is_encoder_decoder)
-
-
-def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
-    """Return the causal language model of a folder or hub name.
-
-    `dropout` replaces the configuration's rates. With the dtype None the weights stay in the file,
-    as they are, until they are used. LoRA adapters of a folder of peft are merged into the model
-    that they belong to. A folder without weights gives random ones, and a line is printed, or is
-    refused if it must be `trained`. Raise InputError where nothing fits: unknown name, unreadable
-    file, other architecture, other shapes, quantised weights.
-    """
-    folder, weights = find_model(path_or_name)
-    base = find_base(folder)
-    if base != folder:
-        return merge_saved_adapters(open_lm(base, dropout, dtype, trained=True), folder)
-    config = read_config(folder, "causal language")
-    if not is_causal(config) or weights is not None:
-        raise InputError(f"{path_or_name}: is a {config.model_type} model, not a causal language "
-                         "model; give the folder of one, such as GPT-2 or Llama")
-    refuse_quantised(config, path_or_name)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if kind.config_class is not type(config):  # of a model that reads images too, the text part
-        config = config.get_text_config()
-    if not find_weights(folder):
-        refuse_gguf(folder)
-    find_weights(folder, required=trained)
-    weights = read_weights(folder)
-    if dropout is not None:
-        set_dropout(config, dropout)
-    with refusing(f"{path_or_name}: no causal language model can be built of its config.json and "
-                  "weights", "give the folder of a trained model"):
-        if weights is None:
-            announce_random_start(path_or_name)
-            model = kind(config).to(dtype)
-        else:
-            model = build_lm(kind, config, weights, path_or_name, dtype)
-    freeze_other_parts(model)
-    read_generation_config(folder, model)
-    return model
-
-
-def set_dropout(config, rate):
-    """Set all dropout rates of a configuration, whatever the family calls them."""
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name, value in part.to_dict().items():
-            if name.endswith(("dropout", "pdrop")) and type(value) in (int, float):
-                setattr(part, name, rate)
-
-
-def build_lm(kind, config, weights, source, dtype):
-    """Return the model of this class, configuration and weights.
-
-    transformers converts weights that it keeps in another form, such as those of experts. Raise
-    InputError, which names `source`, where names or shapes differ.
-    """
-    with torch.device("meta"):  # shapes alone: a wrong configuration may ask for any amount
-        skeleton = kind(config)
-    weights = plain_names(drop_wrapper(weights, skeleton.state_dict(), source), skeleton)
-    if count_numbers(skeleton.state_dict()) > 2 * count_numbers(weights):
-        check_shapes(skeleton, weights, source)  # it names what does not fit
-    transformers.utils.logging.disable_progress_bar()
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # check_fit reports what does not fit
-    try:
-        model, loading = kind.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True,
-            ignore_mismatched_sizes=True)
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-    mismatched = [(name, tuple(given), tuple(expected))
-                  for name, given, expected in loading["mismatched_keys"]]
-    check_fit(loading["missing_keys"], mismatched, loading["unexpected_keys"], source)
-    return model
-
-
-def count_numbers(weights):
-    """Return how many numbers {name: weight} holds."""
-    return sum(weight.numel() for weight in weights.values())
-
-
-def freeze_other_parts(model):
-    """Freeze what no text passes through, such as the part that reads images."""
-    if model.config is model.config.get_text_config():
-        return
-    used = {id(weight) for part in (model.get_decoder(), model.get_output_embeddings())
-            for weight in part.parameters()}
-    for weight in model.parameters():
-        weight.requires_grad_(id(weight) in used)
-
-
-def read_generation_config(folder, model):
-    """Give the model the settings of generation_config.json, if there is one; its end tokens end
-    answers too. Raise InputError for ids that the vocabulary does not have.
-    """
-    path = os.path.join(folder, "generation_config.json")
-    if not os.path.exists(path):
-        return
-    with refusing(f"{path}: cannot be read", "delete it, or fetch it again"):
-        settings = GenerationConfig.from_pretrained(folder)
-        try:
-            settings.validate(strict=True)
-        except ValueError:  # transformers would not save it again
-            settings = GenerationConfig(bos_token_id=settings.bos_token_id,
-                                        eos_token_id=settings.eos_token_id,
-                                        pad_token_id=settings.pad_token_id)
-    ends, size = list_ids(settings.eos_token_id), model.get_input_embeddings().num_embeddings
-    if not all(type(end) is int and 0 <= end < size for end in ends):
-        raise InputError(f"{path}: eos_token_id {shorten(settings.eos_token_id)} must be ids below "
-                         f"{size}, the size of the vocabulary; correct it")
-    model.generation_config = settings
-
-
-def list_ids(value):
-    """Return a token id, or a list of them, or None as a list."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def plain_names(weights, skeleton):
-    """The weights by the names that the model has: files have other names, leave out the prefix
-    (GPT-2's), hold constant buffers, or leave out an output layer that is the embedding's.
-    """
-    expected, prefix = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
-    constant = "|".join([*(skeleton._keys_to_ignore_on_load_unexpected or []), *CONSTANTS])
-    named = {}
-    for name, value in weights.items():
-        if name not in expected:
-            for pattern, own in OTHER_NAMES:
-                name = re.sub(pattern, own, name)
-        name = prefix + name if name not in expected and prefix + name in expected else name
-        if name in expected or not re.search(constant, name):
-            named[name] = value
-    for name, source in (skeleton.all_tied_weights_keys or {}).items():
-        if name not in named and source in named:
-            named[name] = named[source]
-    return named
-
-
-def open_causal_lm(path_or_name, device, dtype=torch.float32, longest=None):
-    """Return (the model in evaluation mode, why it cannot take packed texts or None).
-
-    longest: tokens of the longest text that it will be given, None where that is not known. Raise
-    InputError as open_lm, for a folder without weights, and for a model whose padded texts have
-    other logits.
-    """
-    model = open_lm(path_or_name, dtype=dtype, trained=True)
-    model.to(device).eval()
-    with refusing(f"{path_or_name}: its model cannot be run", "give the folder of a trained model"):
-        reason = why_not_packed(model, longest)
-    if reason and not depends_on_longest(model.config):
-        check_padded(model, path_or_name)
-    return model, reason
-
-
-def probe_ids(config):
-    """Return the ids of a short text that models are tried with, the same for all."""
-    size = config.get_text_config().vocab_size
-    return [(3 + 5 * place) % size for place in range(8)]
-
-
-def differs(logits, expected):
-    """Return True if logits are not those expected, but for rounding.
-
-    Weights that give no numbers are not judged here: scoring and training name them.
-    """
-    if not expected.isfinite().all():
-        return False
-    tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
-    return not (logits - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-@torch.inference_mode()
-def check_padded(model, source):
-    """Raise InputError if a text has other logits when it is padded on the right."""
-    ids = probe_ids(model.config)
-    problem = "a padded text has other logits than the text alone"
-    try:
-        texts = [torch.tensor([part], device=model.device) for part in (ids, ids[:3])]
-        whole, short = (model(input_ids=text, use_cache=False).logits[0] for text in texts)
-        rows = torch.tensor([ids, ids[:3] + [0] * 5], device=model.device)
-        padded = model(input_ids=rows, use_cache=False).logits
-        if not differs(padded[0], whole) and not differs(padded[1, :3], short):
-            return
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        problem = first_line(error)
-    raise InputError(f"{source}: a {model.config.model_type} model of transformers cannot score "
-                     f"here ({problem}); choose another model, such as GPT-2, Llama or Qwen2")
 
 
 def why_not_packed(model, longest=None):

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import list_targets, pad_labels, pad_passages
-from layers.causal import differs, list_ids, open_lm, probe_ids
 from reader.borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
+from reader.causal_lm import differs, list_ids, open_lm, probe_ids
 from records.files import to_number
 from records.questions import history_turns, retrieval_score
 from training.adapters import (

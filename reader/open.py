@@ -4,7 +4,6 @@ whose tokenizer it reads with.
 import os
 from typing import NamedTuple
 
-from layers.causal import is_causal
 from model import CLASSES, NEEDED, FiDT5
 from reader.causal import (
     ANSWER_LINES,
@@ -14,6 +13,7 @@ from reader.causal import (
     Prompts,
     choose_prompts,
 )
+from reader.causal_lm import is_causal
 from records.files import read_args
 from training.checkpoints import (
     find_base,

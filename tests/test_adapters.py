@@ -13,8 +13,8 @@ import train_epoch
 from causal_helpers import make_causal
 from conftest import killed_script, make_bert, make_records, make_t5, run
 from dense.flags import parse_args as parse_dense_args
-from layers.causal import open_causal_lm
 from reader import open as readers
+from reader.causal_lm import open_causal_lm
 from test_train_epoch import assert_same_run
 from training.adapters import (
     add_lora,

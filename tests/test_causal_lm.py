@@ -18,14 +18,13 @@ from layers.causal import (
     Text,
     list_leaves,
     log_likelihoods,
-    open_causal_lm,
-    open_lm,
     pack_texts,
     packed_logits,
     score_texts,
     to_ids,
     why_not_packed,
 )
+from reader.causal_lm import open_causal_lm, open_lm
 from utils import InputError
 
 VOCABULARY = 50

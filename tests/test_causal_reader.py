@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 import train_epoch
 from causal_helpers import CONFIGS, make_causal, make_tokenizer
 from conftest import make_records, run, run_and_kill
-from layers.causal import open_lm
 from reader.causal import CausalReader, PromptCollator, Prompts, choose_prompts
+from reader.causal_lm import open_lm
 from reader.open import open_reader
 from test_train_epoch import assert_same_run, state
 from training.checkpoints import load_tokenizer

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from causal_helpers import SIZES, make_causal, make_tokenizer
-from layers.causal import Text, open_causal_lm, open_lm, score_texts
+from layers.causal import Text, score_texts
 from reader import open as readers
 from reader.causal import CausalReader
+from reader.causal_lm import open_causal_lm, open_lm
 from utils import InputError
 
 IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
