@@ -1,0 +1,33 @@
+"""Imports run one way: each folder imports only from those above it on README.md's tree."""
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+LEVELS = [("utils", "metrics"), ("records",), ("layers",), ("training",), ("pages",), ("dense",),
+          ("retrieval",), ("data",), ("model",), ("reader",), ("federated",),
+          ("train_epoch", "test", "train_dense", "retrieve", "lm_score", "ask"), ("federate",)]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+FILES = [path for name in LEVEL for path in (*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    own = path.relative_to(ROOT).with_suffix("").parts[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            other = name.split(".")[0]
+            assert other == own or LEVEL.get(other, -1) < LEVEL[own], f"line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("script", ["train_epoch", "test", "train_dense"])
+def test_training_loads_no_search_engine(script):
+    code = (f"import sys, {script}; "
+            "print(*{'faiss', 'bm25s', 'flwr'} & {name.split('.')[0] for name in sys.modules})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
