@@ -43,7 +43,7 @@ from retrieval.flags import (
     settle_defaults,
 )
 from retrieval.results import read_contexts
-from retrieve import (
+from retrieval.search import (
     encode_questions,
     open_bm25,
     open_dense,

@@ -29,7 +29,6 @@ import transformers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
-import retrieve
 from bi_encoder import ratio, time_rounds
 from dense.batches import tokenize
 from dense.model import BiEncoder
@@ -38,6 +37,7 @@ from records.questions import read_questions
 from retrieval.exact_search import search_vectors
 from retrieval.faiss_index import open_indices, search_indices
 from retrieval.results import Results, write_run
+from retrieval.search import search_bm25
 from retrieval.vectors import encode_corpus
 from training.checkpoints import load_tokenizer
 from utils import InputError, Parser, World, run_script
@@ -182,13 +182,13 @@ def compare_bm25(args, folder, rows):
     theirs = time.perf_counter() - start
     questions = read_questions(f"{folder}/queries.jsonl")
     start = time.perf_counter()
-    retrieve.search_bm25(flags, corpus, questions[:1], ALONE)
+    search_bm25(flags, corpus, questions[:1], ALONE)
     ours = time.perf_counter() - start
     print(f"BM25 index of {len(corpus):,} passages: bm25s {theirs:.1f} s, ours {ours:.1f} s")
 
     def search_ours():
         questions = read_questions(f"{folder}/queries.jsonl")
-        results = retrieve.search_bm25(flags, corpus, questions, ALONE)
+        results = search_bm25(flags, corpus, questions, ALONE)
         write_run(f"{folder}/run.trec", questions, results, corpus, "bm25")
 
     def search_directly():

@@ -22,7 +22,7 @@ from records.questions import Question, gold_passages, read_records
 from retrieval.fingerprint import fingerprint
 from retrieval.measures import mark_answers
 from retrieval.results import Results, write_contexts
-from retrieve import search
+from retrieval.search import search
 from utils import InputError, gather_lists, wait_for_all
 
 TASK = "qa"  # whose instructions the retriever gets, where it was trained with some

@@ -25,8 +25,8 @@ from dense.model import BiEncoder, CrossEncoder
 from records.corpus import open_corpus
 from records.templates import named_version
 from retrieval import dev_set as evaluation
+from retrieval.search import open_retriever, search_dense
 from retrieval_helpers import make_questions
-from retrieve import open_retriever, search_dense
 from utils import InputError, World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))

@@ -28,8 +28,8 @@ from retrieval.results import (
     read_run,
     write_run,
 )
+from retrieval.search import note_missing
 from retrieval_helpers import make_questions, make_results, write_corpus, write_rows
-from retrieve import note_missing
 from utils import InputError, World, call_main
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
