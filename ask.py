@@ -33,8 +33,9 @@ from pages.page import END, begin_page, check_page, clean, cut_excerpt, plain, s
 from reader.open import add_prompt_flags, describe_reader, open_reader, open_reader_tokenizer
 from reader.predict import add_answer_flags, describe_best, predict, settle_beams, settle_lengths
 from records.corpus import open_corpus
-from records.files import check_paths, decode_line, new_file
+from records.files import check_paths, new_file
 from records.questions import make_question
+from records.reading import decode_line
 from retrieval.flags import (
     add_corpus_flags,
     add_run_flags,

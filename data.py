@@ -6,7 +6,7 @@ from itertools import chain, islice
 
 import torch
 
-from records.questions import history_turns
+from records.fields import history_turns
 from training.loop import make_loader
 from utils import InputError, shorten
 

@@ -54,7 +54,7 @@ from utils import (
     check_positive,
     first_line,
     run_script,
-    split_words,
+    split_shell_words,
     start_processes,
 )
 
@@ -237,7 +237,7 @@ def choose_clipping(args):
 
 def read_run_config(context):
     """federate.py's flags, from the run's one setting `flags`."""
-    return parse_args(split_words("flags", str(context.run_config.get("flags", ""))))
+    return parse_args(split_shell_words("flags", str(context.run_config.get("flags", ""))))
 
 
 # ---------------------------------------------------------------- server
@@ -331,7 +331,7 @@ def list_inputs(args, task, out):
     if args.data:
         files[args.data] = True
     for text in args.client or []:
-        client = dict(word.split("=", 1) for word in split_words("--client", text))
+        client = dict(word.split("=", 1) for word in split_shell_words("--client", text))
         files |= dict.fromkeys(filter(None, [client.get("data")]), True)
     return files
 
@@ -389,7 +389,7 @@ def client_settings(args, seed):
         return [{"data": path} for path in paths]
     settings = []
     for text in args.client:
-        words = split_words("--client", text)
+        words = split_shell_words("--client", text)
         if not all("=" in word for word in words):
             raise InputError(f"--client {text}: must be KEY=VALUE ..., such as data=FILE name=a")
         settings.append(dict(word.split("=", 1) for word in words))

@@ -32,19 +32,11 @@ from reader.causal_lm import open_causal_lm
 from reader.open import describe_origin, describe_reader, open_reader_tokenizer
 from reader.predict import add_tokenizer_flags
 from records.corpus import open_corpus
+from records.fields import check_types, gold_answers, has_keys, has_text, is_context, labelled_keys
 from records.files import check_paths, new_file
 from records.hashes import hash_file, hash_windows, model_files
 from records.journal import Journal
-from records.questions import (
-    check_types,
-    gold_answers,
-    has_keys,
-    has_text,
-    is_context,
-    labelled_keys,
-    read_questions,
-    refuse_table,
-)
+from records.questions import read_questions, refuse_table
 from records.templates import check_template, format_key
 from retrieval.mining import check_indices, collated_path
 from training.checkpoints import (

@@ -26,7 +26,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from data import Collator
 from layers.packed_attention import group_texts, split_by_length
 from layers.t5 import decode, encode
-from records.files import read_settings
+from records.reading import read_settings
 from training.checkpoints import (
     announce_random_start,
     check_fit,

@@ -16,15 +16,10 @@ import time
 import transformers
 
 from records.corpus import open_corpus
+from records.fields import gold_passages
 from records.files import write_json
 from records.qrels import merge_qrels
-from records.questions import (
-    Question,
-    gold_passages,
-    read_questions,
-    read_unique_questions,
-    require_ids,
-)
+from records.questions import Question, read_questions, read_unique_questions, require_ids
 from retrieval.flags import check_args, list_measures, parse_args, settle_defaults
 from retrieval.measures import (
     average_measures,

@@ -36,7 +36,8 @@ from reader.predict import (
     write_scores,
 )
 from records.files import check_paths, is_stream, write_json
-from records.questions import TABLE_ENDINGS, note_contexts, read_records
+from records.questions import TABLE_ENDINGS
+from records.reader_records import note_contexts, read_records
 from retrieval.measures import note_patterns
 from utils import InputError, Parser, check_at_least, run_script, start_processes
 

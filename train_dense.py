@@ -33,7 +33,7 @@ from dense.gather import gather_rows
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from dense.texts import describe_texts, settle_texts
 from records.corpus import Corpus, open_corpus
-from records.qrels import list_files, merge_qrels
+from records.qrels import list_qrels_files, merge_qrels
 from records.questions import read_queries
 from retrieval.dev_set import annotated_set, read_dev_set, sample_dev_set
 from retrieval.dev_set import evaluate as measure_retriever
@@ -624,7 +624,7 @@ def list_inputs(args):
     if args.eval_data:
         files[args.eval_data] = True
     for spec in [*args.positives, *args.negatives, *args.graded, *args.eval_qrels]:
-        files |= dict.fromkeys(list_files(spec), True)
+        files |= dict.fromkeys(list_qrels_files(spec), True)
     return files | dict.fromkeys(args.corpus or [], False)
 
 

@@ -48,7 +48,7 @@ from reader.predict import (
     summarize,
 )
 from records.hashes import model_files
-from records.questions import note_files, note_unscored, read_records
+from records.reader_records import note_files, note_unscored, read_records
 from training.adapters import add_lora_flags, check_lora
 from training.checkpoints import find_model
 from training.cost import log_cost, measure_updates, note_cost

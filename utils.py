@@ -72,7 +72,7 @@ def first_line(error):
     return text if len(text) <= 2 * QUOTED else text[:2 * QUOTED - 4] + " ..."
 
 
-def split_words(place, text):
+def split_shell_words(place, text):
     """The words of a text, as a shell splits it. Raises InputError, with the place that the text is
     from, for a quote that nothing closes.
     """

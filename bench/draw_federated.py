@@ -13,7 +13,8 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from records.files import check_paths, new_file, read_json
+from records.files import check_paths, new_file
+from records.reading import read_json
 from utils import InputError, Parser, run_script
 
 # {model: (the measure in its logs, what makes per cent of it, the panel's title)}

@@ -11,7 +11,8 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from records.files import check_paths, new_file, read_settings
+from records.files import check_paths, new_file
+from records.reading import read_settings
 from utils import InputError, Parser, run_script
 
 PANELS = {"recall@5": "recall@5, %", "em": "exact match of the reader, %"}

@@ -13,7 +13,8 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from records.files import check_paths, new_file, read_settings
+from records.files import check_paths, new_file
+from records.reading import read_settings
 from utils import InputError, Parser, run_script
 
 COLORS = ("#1f5fa8", "#c4501b", "#4b7d2a", "#7a4a9e")

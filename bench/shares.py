@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from metrics import has_answer
 from model import FiDT5
 from reader.predict import predict, settle_lengths
-from records.questions import read_records
+from records.reader_records import read_records
 from training.checkpoints import load_tokenizer
 from utils import Parser, run_script, start_processes
 

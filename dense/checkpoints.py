@@ -39,7 +39,8 @@ from dense.description import (
     read_descriptions,
 )
 from dense.text_encoder import Normalize, TextEncoder
-from records.files import read_args, read_settings, to_number, write_json
+from records.files import write_json
+from records.reading import read_args, read_settings, to_number
 from training.checkpoints import (
     announce_random_start,
     check_fit,

@@ -14,7 +14,7 @@ import functools
 import os
 from dataclasses import dataclass, field
 
-from records.files import read_args, read_settings
+from records.reading import read_args, read_settings
 from training.checkpoints import find_model, read_config
 from utils import InputError, refusing, shorten
 

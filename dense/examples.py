@@ -12,41 +12,32 @@ from collections import Counter
 from itertools import chain
 from typing import NamedTuple
 
-from records.files import (
+from records.fields import KEY_FOLDS, check_types, find_keys, has_keys, labelled_keys, question_text
+from records.names import (
+    ANSWER_NAMES,
+    DOCUMENT_ID_NAMES,
+    HARD_NEGATIVE_NAMES,
+    NEGATIVE_ID_NAMES,
+    OTHER_NEGATIVE_NAMES,
+    POSITIVE_ID_NAMES,
+    POSITIVE_NAMES,
+    QUESTION_NAMES,
+    TITLE_NAMES,
+    UNUSED_NAMES,
+    find_name,
+    find_value,
+    fold,
+)
+from records.qrels import merge_qrels
+from records.question_tables import read_named_columns, read_table_lines
+from records.questions import holds_json, refuse_table
+from records.reading import (
     choose_delimiter,
     decode_line,
     iterate_json,
     read_cells,
     read_lines,
     to_number,
-)
-from records.names import (
-    ANSWERS,
-    DOCUMENT_IDS,
-    HARD_NEGATIVES,
-    NEGATIVE_IDS,
-    OTHER_NEGATIVES,
-    POSITIVE_IDS,
-    POSITIVES,
-    QUESTIONS,
-    TITLES,
-    UNUSED,
-    find_name,
-    find_value,
-    fold,
-)
-from records.qrels import merge_qrels
-from records.questions import (
-    KEY_FOLDS,
-    check_types,
-    decode_lines,
-    find_keys,
-    has_keys,
-    holds_json,
-    labelled_keys,
-    question_text,
-    read_named_columns,
-    refuse_table,
 )
 from records.templates import format_key
 from utils import InputError, first_line, shorten
@@ -253,7 +244,7 @@ def named_documents(record, location, corpus):
     Raises InputError for an id that the corpus does not have.
     """
     lists = []
-    for names in (POSITIVE_IDS, NEGATIVE_IDS):
+    for names in (POSITIVE_ID_NAMES, NEGATIVE_ID_NAMES):
         ids = find_value(record, names) or []
         if ids and corpus is None:
             raise InputError(f"{location}: '{find_name(record, names)}' names documents by their "
@@ -277,15 +268,15 @@ def find_documents(ids, corpus, location):
 
 def unused_fields(record):
     """Return the fields of a record that change training where its format is from, and not here."""
-    names = [name for name in UNUSED if record.get(name) is not None]
+    names = [name for name in UNUSED_NAMES if record.get(name) is not None]
     scores = [name for name in ("pos_scores", "neg_scores") if record.get(name)]
     if len(scores) == 1 or record.get("teacher_scores") is not None:
         names += scores
-    hard = find_keys(record, HARD_NEGATIVES)
+    hard = find_keys(record, HARD_NEGATIVE_NAMES)
     if hard:
-        names += [name for name in OTHER_NEGATIVES if find_keys(record, [name])]
-    negatives = hard or find_keys(record, OTHER_NEGATIVES)
-    used = {id(keys) for keys in (find_keys(record, POSITIVES), negatives)}
+        names += [name for name in OTHER_NEGATIVE_NAMES if find_keys(record, [name])]
+    negatives = hard or find_keys(record, OTHER_NEGATIVE_NAMES)
+    used = {id(keys) for keys in (find_keys(record, POSITIVE_NAMES), negatives)}
     for name in record:
         keys = record[name]
         if (fold(name) in KEY_FOLDS and name not in names and isinstance(keys, (list, dict))
@@ -310,10 +301,11 @@ def read_triples(path, source):
     text = decode_line(line, path, line_number)
     delimiter = choose_delimiter(text)
     names = [name.strip() for name in next(read_cells([text], delimiter), [])]
-    if find_name(names, QUESTIONS) and find_name(names, POSITIVES):
-        return read_named_columns(path, decode_lines(path), names, delimiter)
+    if find_name(names, QUESTION_NAMES) and find_name(names, POSITIVE_NAMES):
+        return read_named_columns(path, read_table_lines(path), names, delimiter)
     cells = text.split("\t") if "\t" in text else text.split()
-    is_header = find_name(names, (*QUESTIONS, *DOCUMENT_IDS, *TITLES, *ANSWERS)) is not None
+    is_header = find_name(names, (*QUESTION_NAMES, *DOCUMENT_ID_NAMES, *TITLE_NAMES,
+                                  *ANSWER_NAMES)) is not None
     if len(cells) != 3 or is_header or (
             "\t" not in text and not all(map(str.isdecimal, cells))):
         return None

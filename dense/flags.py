@@ -5,7 +5,7 @@ import math
 
 from dense.description import POOLING
 from metrics import METRICS
-from records.files import LARGEST
+from records.reading import LARGEST
 from records.templates import INSTRUCTIONS, check_templates
 from training.adapters import add_lora_flags, check_lora
 from training.loop import BOTH_SETS

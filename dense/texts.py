@@ -9,7 +9,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
 
 from dense.description import Description, find_path, read_descriptions, read_transformer
-from records.files import read_args
+from records.reading import read_args
 from records.templates import INSTRUCTIONS
 from training.checkpoints import load_tokenizer, read_config
 from utils import InputError, shorten

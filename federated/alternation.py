@@ -15,8 +15,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from federated.server import ask_clients, run_rounds
 from federated.task import name_party, total_rounds, trained_parameters
 from federated.transport import check_same, load_weights, to_wire
-from records.questions import read_records
-from utils import InputError, split_words, start_processes
+from records.reader_records import read_records
+from utils import InputError, split_shell_words, start_processes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONTEXTS, SCORED = "contexts.jsonl", "scored.jsonl"  # in the folder of a client, or the server's
@@ -41,7 +41,7 @@ def save_model(task, folder, own_arguments, party, weights):
 
 def find_contexts(args, retriever, records, corpus, folder, index=""):
     """Writes FOLDER/contexts.jsonl, the records with what a retriever finds for them."""
-    flags = split_words("--retrieve_flags", args.retrieve_flags)
+    flags = split_shell_words("--retrieve_flags", args.retrieve_flags)
     run_command("retrieve.py", "--query_encoder", retriever, "--corpus", *corpus, "--index",
                 index or os.path.join(folder, "index"), "--overwrite_index", "--eval_data", records,
                 "--output", os.path.join(folder, CONTEXTS), *flags)
@@ -49,7 +49,7 @@ def find_contexts(args, retriever, records, corpus, folder, index=""):
 
 def score_contexts(args, reader, folder):
     """Writes FOLDER/scored.jsonl, the contexts with a reader's scores."""
-    flags = split_words("--score_flags", args.score_flags)
+    flags = split_shell_words("--score_flags", args.score_flags)
     run_command("test.py", reader, os.path.join(folder, CONTEXTS), "--scores",
                 os.path.join(folder, SCORED), *flags)
 

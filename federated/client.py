@@ -45,7 +45,7 @@ from utils import (
     progress_bar,
     run_script,
     shorten,
-    split_words,
+    split_shell_words,
     start_processes,
     sum_over_processes,
 )
@@ -74,7 +74,7 @@ class Client:
                 raise InputError(f"{self.name}: its flags would be for both training scripts; "
                                  "leave them out in --mode alternate")
             return ["--corpus", self.corpus] if self.corpus and mode == "retriever" else []
-        arguments = split_words(f"{self.name}: flags", self.flags)
+        arguments = split_shell_words(f"{self.name}: flags", self.flags)
         if self.corpus:
             arguments += ["--corpus", self.corpus]
         if self.index and mode == "generator":

@@ -22,7 +22,7 @@ HALVES = re.compile("[\ud800-\udfff]")             # of characters: UTF-8 has no
 # searched it in 0.5 s, and took 6 s and 1 s for all of its 242 MiB (bench/pages.py)
 BUDGET = 64 * 2 ** 20  # characters of passages in a page
 LONGEST = 2000         # and of one passage
-SAMPLE = 100           # questions by whose passages the depth is chosen
+DEPTH_SAMPLE = 100           # questions by whose passages the depth is chosen
 LEAST_DEPTH = 5
 
 # the texts of a page have no control characters, so that these can stand for what separates them;
@@ -164,7 +164,7 @@ def write_inspection(path, title, remark, table, questions, count, *, depth, has
         bar = progress_bar(questions, desc="writing the page", total=count)
         for i, question in enumerate(bar):
             kept = choose_kept(question, depth)
-            rows.append(describe_row(question))
+            rows.append(list_row_numbers(question))
             lines.append(dump_json([describe_passage(question, passage, is_regex)
                                     for passage in kept]))
             file.write(("\n" if i else "") + join_texts(question, kept))
@@ -229,7 +229,7 @@ def find_rank(question, name):
     return next(ranks, 0)
 
 
-def describe_row(question):
+def list_row_numbers(question):
     """Return [em, f1, rank of the first answer, of the first relevant passage, passages, those with
     an answer]: by this pages/page.js filters. A rank is 0 where there is none, None where it is not
     known.

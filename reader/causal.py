@@ -23,8 +23,9 @@ from torch import nn
 from data import list_targets, pad_labels, pad_passages
 from reader.borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
 from reader.causal_lm import differs, list_ids, open_lm, probe_ids
-from records.files import to_number
-from records.questions import history_turns, retrieval_score
+from records.fields import history_turns
+from records.reader_records import retrieval_score
+from records.reading import to_number
 from training.adapters import (
     copy_to_cpu,
     prepare_lora,

@@ -16,9 +16,12 @@ import transformers
 import retrieval.flags
 from dense.texts import settle_texts
 from records.corpus import open_corpus
-from records.files import read_settings, write_json
-from records.names import DOCUMENT_IDS, find_value
-from records.questions import Question, gold_passages, read_records
+from records.fields import gold_passages
+from records.files import write_json
+from records.names import DOCUMENT_ID_NAMES, find_value
+from records.questions import Question
+from records.reader_records import read_records
+from records.reading import read_settings
 from retrieval.fingerprint import fingerprint
 from retrieval.measures import mark_answers
 from retrieval.results import Results, write_contexts
@@ -223,10 +226,10 @@ def find_passage(passage, others, by_id):
     """Return the first of others that is this passage, or None: one with its id or its text, white
     space apart. Not by_id: the corpus's ids are but positions.
     """
-    identifier = find_value(passage, DOCUMENT_IDS) if by_id else None
+    identifier = find_value(passage, DOCUMENT_ID_NAMES) if by_id else None
     for other in others:
         has_same_id = (identifier is not None
-                       and str(identifier) == str(find_value(other, DOCUMENT_IDS)))
+                       and str(identifier) == str(find_value(other, DOCUMENT_ID_NAMES)))
         if has_same_id or passage["text"].split() == other["text"].split():
             return other
     return None

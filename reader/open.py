@@ -14,7 +14,7 @@ from reader.causal import (
     choose_prompts,
 )
 from reader.causal_lm import is_causal
-from records.files import read_args
+from records.reading import read_args
 from training.checkpoints import (
     find_base,
     find_model,

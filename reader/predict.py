@@ -10,9 +10,10 @@ import torch
 
 from data import eval_loader
 from metrics import exact_match, f1, has_answer, regex_match
-from pages.page import SAMPLE, Inspected, choose_depth, write_inspection
-from records.files import new_file, to_number
-from records.questions import retrieval_score
+from pages.page import DEPTH_SAMPLE, Inspected, choose_depth, write_inspection
+from records.files import new_file
+from records.reader_records import retrieval_score
+from records.reading import to_number
 from training.checkpoints import read_training_args
 from utils import InputError, check_at_least, gather_lists, progress_bar, shorten
 
@@ -331,7 +332,7 @@ def write_page(path, title, remark, table, predictions, records, num_contexts, i
     """Write the page of test.py --html; is_share: the scores of the contexts are logarithms of
     shares; is_regex: the answers are regular expressions.
     """
-    samples = [record["ctxs"][:num_contexts] for record in records[:SAMPLE]]
+    samples = [record["ctxs"][:num_contexts] for record in records[:DEPTH_SAMPLE]]
     depth = choose_depth(samples, len(records))
     questions = (inspect(prediction, records[prediction.index], num_contexts, is_share, is_regex)
                  for prediction in predictions)

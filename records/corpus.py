@@ -13,9 +13,9 @@ from numpy.lib.format import open_memmap
 from records.files import new_file, write_json
 from records.ids import IdPacker, PackedIds, find_repeated
 from records.names import (
-    DOCUMENT_IDS,
-    TEXTS,
-    TITLES,
+    DOCUMENT_ID_NAMES,
+    TEXT_NAMES,
+    TITLE_NAMES,
     find_name,
     list_unknown,
     may_hold_ids,
@@ -58,8 +58,8 @@ class Corpus:
     """Documents by index or id; in memory are 24 bytes and the id per document.
 
     Files: tables with a header, such as psgs_w100.tsv (id, text, title), with tabs or commas;
-    BEIR's corpus.jsonl (_id, title, text), or JSON lines with any columns. Where no column is named
-    as in names.DOCUMENT_IDS, the ids are the indices. What is not one document per line is written
+    BEIR's corpus.jsonl (_id, title, text), or JSON lines with any columns. Without an id column
+    (names.DOCUMENT_ID_NAMES) the ids are the indices. What is not one document per line is written
     out once as FILE.lines (see records/tables.py); a large file's table of lines is kept in
     FILE.table.
     `template` is the text of a document, with columns in braces. Raises InputError for a line that
@@ -137,7 +137,7 @@ class Corpus:
             row = parse_row(line, layout, path, line_number)
             is_first = not starts
             if is_first:
-                id_column = find_name(row, DOCUMENT_IDS)
+                id_column = find_name(row, DOCUMENT_ID_NAMES)
             if is_first or is_json:  # all lines of a table have the columns of the first
                 format_key(row, self.template, f"{path}:{line_number}")
             starts.append(start)
@@ -191,8 +191,8 @@ class Corpus:
         In Pyserini's and FlashRAG's Wikipedia `contents` is a title in quotes, a line end, a text.
         """
         row, location = self.row(doc_index)
-        column = next((name for name in TEXTS if isinstance(row.get(name, 0), (str, type(None)))),
-                      None)
+        column = next((name for name in TEXT_NAMES
+                       if isinstance(row.get(name, 0), (str, type(None)))), None)
         if column is None:
             text = format_key(row, self.template, location)
         else:
@@ -256,7 +256,7 @@ class Corpus:
         """
         in_template = [name for _, name, _, _ in Formatter().parse(self.template) if name]
         row, _ = self.row(0)
-        return [name for name in list_unknown(row, TEXTS, TITLES, in_template)
+        return [name for name in list_unknown(row, TEXT_NAMES, TITLE_NAMES, in_template)
                 if may_hold_ids([row[name]])]
 
     def note_columns(self, log):
@@ -352,6 +352,3 @@ def keep_table(folder, stamp, starts, ids):
         write_json(stamp_path, stamp)
     except (InputError, OSError):
         pass
-
-
-# ---------------------------------------------------------------- templates

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-SHORT = 2 ** 32  # numbers below it take 4 bytes
+FOUR_BYTES = 2 ** 32  # numbers below it take 4 bytes
 # whitespace of str.split(), in UTF-8; an id with it would break the line of a run
 BLANK = re.compile(rb"[\t-\r\x1c-\x20]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]"
                    rb"|\xe2\x81\x9f|\xe3\x80\x80")
@@ -90,7 +90,7 @@ def hash_ids(ids):
 
 def shorten_numbers(numbers):
     """Return numbers that are not negative in 4 bytes each where they fit."""
-    fits = not len(numbers) or numbers.max() < SHORT
+    fits = not len(numbers) or numbers.max() < FOUR_BYTES
     return numbers.astype(np.uint32) if fits else numbers
 
 

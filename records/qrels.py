@@ -3,7 +3,15 @@ import math
 import random
 from collections import defaultdict
 
-from records.files import (
+from records.names import (
+    PAIR_DOCUMENT_NAMES,
+    PAIR_QUERY_NAMES,
+    QUESTION_ID_NAMES,
+    SCORE_NAMES,
+    find_name,
+    find_value,
+)
+from records.reading import (
     choose_delimiter,
     decode_line,
     holds_scores,
@@ -12,9 +20,9 @@ from records.files import (
     read_lines,
     to_number,
 )
-from records.names import PAIR_DOCUMENTS, PAIR_QUERIES, QUESTION_IDS, SCORES, find_name, find_value
 from utils import InputError, shorten
 
+COLUMNS = (PAIR_QUERY_NAMES, PAIR_DOCUMENT_NAMES, SCORE_NAMES)
 LIMITS = ("min_score", "max_score")
 CUTS = ("first_k", "random_k", "top_k", "bottom_k")
 
@@ -40,7 +48,7 @@ def read_qrels(path):
         else:
             if is_first:
                 delimiter = choose_separator(text)
-            cells = split_line(text, delimiter)
+            cells = split_cells(text, delimiter)
             if is_first:
                 columns = read_header(cells, location)
                 if columns:
@@ -91,7 +99,7 @@ def read_objects(row, location):
 
 def find_columns(fields, location):
     """Return the names of the columns of query, document and score. Raises InputError."""
-    found = [find_name(fields, names) for names in (PAIR_QUERIES, PAIR_DOCUMENTS, SCORES)]
+    found = [find_name(fields, names) for names in COLUMNS]
     if None in found:
         missing = ("query-id", "corpus-id", "score")[found.index(None)]
         raise InputError(f"{location}: not a qrel; no column '{missing}' (or another name for it), "
@@ -117,7 +125,7 @@ def read_header(cells, location):
         return None
     except ValueError:
         pass
-    is_known = any(find_name(cells, names) for names in (PAIR_QUERIES, PAIR_DOCUMENTS, SCORES))
+    is_known = any(find_name(cells, names) for names in COLUMNS)
     if not is_known and len(cells) == 3 and not any(map(str.isdigit, "".join(cells))):
         return [0, 1, 2]  # a header in names of its own
     if not is_known or len(cells) < 3:
@@ -134,7 +142,7 @@ def pick_columns(cells, columns):
     return cells
 
 
-def split_line(text, delimiter):
+def split_cells(text, delimiter):
     """Return the cells of a line, without the blanks around them."""
     if delimiter in (",", ";"):
         return [cell.strip() for cell in next(read_cells([text], delimiter), [])]
@@ -177,17 +185,19 @@ def read_subset(path):
         text = decode_line(line, path, line_number).strip()
         if text.startswith("{"):
             row = parse_json(text, path, line_number)
-            identifier = find_value(row, (*PAIR_QUERIES[:-1], *QUESTION_IDS))
+            identifier = find_value(row, (*PAIR_QUERY_NAMES[:-1], *QUESTION_ID_NAMES))
             found = list(row) if holds_scores(row) else [identifier]
             queries.update(str(query) for query in found if query is not None)
         elif text and column is None:  # the first line
             delimiter = choose_separator(text)
-            cells = split_line(text, delimiter)
-            name = find_name(cells, (*PAIR_QUERIES, *QUESTION_IDS)) if len(cells) > 1 else None
+            cells = split_cells(text, delimiter)
+            name = None
+            if len(cells) > 1:
+                name = find_name(cells, (*PAIR_QUERY_NAMES, *QUESTION_ID_NAMES))
             column = 0 if name is None else cells.index(name)
             queries.update([] if name else cells[:1])
         elif text:
-            queries.update(split_line(text, delimiter)[column:column + 1])
+            queries.update(split_cells(text, delimiter)[column:column + 1])
     return queries
 
 
@@ -211,7 +221,7 @@ def parse_spec(spec):
     return options, limits, cuts
 
 
-def list_files(spec):
+def list_qrels_files(spec):
     """Return the paths of the files that a flag names. Raise InputError."""
     options, _, _ = parse_spec(spec)
     return [options[name] for name in ("qrels", "query_subset") if name in options]

@@ -12,19 +12,19 @@ import shlex
 from itertools import chain
 from typing import NamedTuple
 
-from records.files import (
+from records.files import new_file
+from records.names import DOCUMENT_ID_NAMES, TEXT_NAMES, TITLE_NAMES, find_name, fold
+from records.reading import (
     check_quotes,
     choose_delimiter,
     decode_line,
     goes_on,
     name_cells,
-    new_file,
     parse_json,
     read_cells,
     read_lines,
     refuse_other_forms,
 )
-from records.names import DOCUMENT_IDS, TEXTS, TITLES, find_name, fold
 from utils import InputError, progress_bar, shorten
 
 READ_COLUMNS = ("title", "text", "contents", "content", "body")  # whose values must be texts
@@ -94,14 +94,15 @@ def lacks_header(first_line):
     id that is a number, a text and perhaps a title, and no name of a column.
     """
     cells = first_line.split("\t")
-    is_known = find_name([cell.strip() for cell in cells], (*DOCUMENT_IDS, *TEXTS, *TITLES))
+    known = (*DOCUMENT_ID_NAMES, *TEXT_NAMES, *TITLE_NAMES)
+    is_known = find_name([cell.strip() for cell in cells], known)
     return 2 <= len(cells) <= len(COLLECTION) and cells[0].strip().isdecimal() and not is_known
 
 
 def find_aliases(fields):
     """Return ((name, field), ...) of fields that are a title or a text by another spelling."""
     aliases = []
-    title = None if "title" in fields else find_name(fields, TITLES)
+    title = None if "title" in fields else find_name(fields, TITLE_NAMES)
     if title is not None:
         aliases.append(("title", title))
     for name in READ_COLUMNS:
@@ -158,10 +159,10 @@ def split_row(text):
 
 def name_columns(header):
     """Return a header's cells, those of texts and titles spelled as records/names.py has them."""
-    known = {fold(name): name for name in (*TEXTS, "title")}
+    known = {fold(name): name for name in (*TEXT_NAMES, "title")}
     names = []
     for cell in header:
-        is_id = find_name([cell.strip()], DOCUMENT_IDS) is not None
+        is_id = find_name([cell.strip()], DOCUMENT_ID_NAMES) is not None
         names.append(cell.strip() if is_id else known.get(fold(cell), cell))
     return names
 
@@ -244,7 +245,7 @@ def table_rows(path):
     Blank lines stand for the header and for the further lines of a row, so that a document keeps
     its line number. Raises InputError for what is not quoted as csv does.
     """
-    lines = decode_lines(path)
+    lines = split_text_lines(path)
     first_line = next(lines)
     delimiter = choose_delimiter(first_line)
     reader = read_cells(chain([first_line], lines), delimiter, strict=True)
@@ -266,7 +267,7 @@ def table_rows(path):
                          "quotes is put in quotes, and they are written twice") from None
 
 
-def decode_lines(path):
+def split_text_lines(path):
     """Yields a file's lines as texts; a bare carriage return, old Macs' line end, ends one too.
 
     Raises InputError.

@@ -4,7 +4,7 @@ expect before them.
 from collections import defaultdict
 from string import Formatter
 
-from records.names import TEXTS, find_name
+from records.names import TEXT_NAMES, find_name
 from utils import InputError, first_line, shorten
 
 # {version: {task: (before a query, before a key)}}; the task "" stands for every task that is not
@@ -79,7 +79,7 @@ def format_key(key, template, location):
         reason = first_line(error)
     message = (f"{location}: {reason} for --key_template '{template}'; its columns are "
                f"{shorten(sorted(key))}")
-    other = find_name(key, TEXTS)
+    other = find_name(key, TEXT_NAMES)
     if other:
         message += f"; --key_template '{{title}} {{{other}}}' is for '{other}'"
     raise InputError(message)

@@ -73,7 +73,7 @@ class TokenLists:
             yield self.flat[start:end]
 
 
-def build_index(folder, corpus, words, k1, b):
+def build_bm25_index(folder, corpus, words, k1, b):
     """Make the index of a corpus in a folder.
 
     Raises InputError if no document has a word, or the index cannot be written whole.
@@ -96,7 +96,7 @@ def build_index(folder, corpus, words, k1, b):
         raise InputError(f"{folder}: the index could not be written whole; make room") from None
 
 
-def load_index(folder, count):
+def load_bm25_index(folder, count):
     """The index, of `count` documents, of a folder, its arrays mapped.
 
     Raises InputError if it is broken.
@@ -104,7 +104,7 @@ def load_index(folder, count):
     with refusing(f"{folder}: bm25s cannot open the index", "copy it again, or delete the folder"):
         index = bm25s.BM25.load(folder, mmap=True)
         check_index(index, count)
-        search_index(index, list(index.vocab_dict)[:1], 1)  # its settings must serve, too
+        search_bm25_index(index, list(index.vocab_dict)[:1], 1)  # its settings must serve, too
         return index
 
 
@@ -130,7 +130,7 @@ def tokenize_texts(texts, words):
     return rows
 
 
-def search_index(index, query_words, k):
+def search_bm25_index(index, query_words, k):
     """(doc_indices, scores), numpy arrays, of the k best documents with a word of the query.
 
     Equal scores are ordered by document index.

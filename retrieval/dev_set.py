@@ -11,7 +11,8 @@ import torch
 from dense.batches import identity
 from dense.gather import gather_tensors
 from metrics import has_answer, ranking_metrics, topk_accuracy
-from records.questions import labelled_keys, own_ids, read_questions
+from records.fields import labelled_keys
+from records.questions import own_ids, read_questions
 from records.templates import format_key
 from retrieval.exact_search import merge_processes, part_range, search_blocks
 from retrieval.measures import index_labels, note_absent_queries, trec_ranking

@@ -17,7 +17,7 @@ MERGED = 4096   # queries whose results are merged over the processes at once
 # A process's part is a multiple of so many vectors. It is a multiple of BLOCK too, so that scores,
 # whose last bits depend on the shape of the product, do not depend on the number of processes. The
 # files of faiss indices go by these parts.
-PART = 65536
+PART_UNIT = 65536
 
 
 def top_k(scores, k):
@@ -99,9 +99,9 @@ def search_vectors(vectors, query_vectors, first, last, k, metric, is_main=True)
 def part_range(count, rank, size, unit=None):
     """(first, last) of one process's part of `count` vectors; of few vectors it may be empty.
 
-    A part is a multiple of `unit` vectors, PART unless given.
+    A part is a multiple of `unit` vectors, PART_UNIT unless given.
     """
-    unit = unit or PART  # read here, not as a default: the tests make it small
+    unit = unit or PART_UNIT  # read here, not as a default: the tests make it small
     units = -(-count // unit)
     first = min(count, unit * (units * rank // size))
     last = min(count, unit * (units * (rank + 1) // size))

@@ -40,7 +40,7 @@ def open_indices(folder, vectors, factory, metric, train_sample, seed, world):
             continue  # few vectors leave parts empty
         path = part_path(folder, stem, rank, size)
         if not os.path.exists(path):
-            index = build_index(vectors, first, last, factory, metric, train_sample, seed,
+            index = build_faiss_index(vectors, first, last, factory, metric, train_sample, seed,
                                 world.is_main)
             write_index(index, path)
             del index  # it is read back, mapped where faiss can
@@ -110,7 +110,7 @@ def reason(error):
 
 # ---------------------------------------------------------------- building
 
-def build_index(vectors, first, last, factory, metric, train_sample, seed, is_main):
+def build_faiss_index(vectors, first, last, factory, metric, train_sample, seed, is_main):
     """The trained and filled faiss index of vectors[first:last]. Raises InputError.
 
     Of the vectors themselves no more than the sample is in memory.

@@ -1,8 +1,9 @@
 """The fingerprint of an index: what it was made of, compared before the index is used."""
 import os
 
-from records.files import lock, read_settings, unwritable
+from records.files import lock, unwritable
 from records.hashes import CORPUS_WINDOWS, hash_file, hash_windows, model_files
+from records.reading import read_settings
 from utils import InputError, gather_lists, shorten, wait_for_all
 
 INDEX_ENDINGS = (".npy", ".faiss", ".json")  # of an index's own files, bm25s's too

@@ -5,7 +5,8 @@ from dense.description import POOLING
 from dense.flags import add_measure_flags, add_prompt_flags
 from metrics import METRICS
 from pages.page import check_page
-from records.files import check_paths, read_args
+from records.files import check_paths
+from records.reading import read_args
 from records.templates import INSTRUCTIONS, check_templates, named_version
 from retrieval.mining import COLLATED, collated_paths
 from retrieval.words import RULES

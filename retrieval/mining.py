@@ -10,26 +10,26 @@ import os
 from typing import NamedTuple
 
 from metrics import has_answer
-from records.files import new_file
-from records.names import (
-    DOCUMENT_IDS,
-    HARD_NEGATIVES,
-    OTHER_NEGATIVES,
-    POSITIVE_IDS,
-    POSITIVES,
-    TEXTS,
-    find_name,
-    find_value,
-    fold,
-    spell_id,
-)
-from records.questions import (
+from records.fields import (
     LIST_FIELDS,
     check_types,
     find_keys,
     gold_passages,
     has_keys,
     labelled_keys,
+)
+from records.files import new_file
+from records.names import (
+    DOCUMENT_ID_NAMES,
+    HARD_NEGATIVE_NAMES,
+    OTHER_NEGATIVE_NAMES,
+    POSITIVE_ID_NAMES,
+    POSITIVE_NAMES,
+    TEXT_NAMES,
+    find_name,
+    find_value,
+    fold,
+    spell_id,
 )
 from records.templates import format_key
 from retrieval.results import stack
@@ -112,7 +112,7 @@ def key_texts(question, keys, template):
 
 def list_positives(record):
     """Return all keys that a record names as its positives, under any of their names."""
-    return [key for name in POSITIVES for key in find_keys(record, [name])]
+    return [key for name in POSITIVE_NAMES for key in find_keys(record, [name])]
 
 
 def to_documents(questions, results):
@@ -278,9 +278,9 @@ def put_negatives(record, negatives, corpus):
     if "positive_ctxs" in record:
         record["hard_negative_ctxs"] = [dpr_context(*negative, corpus) for negative in negatives]
         return
-    positives = find_name(record, POSITIVES)
+    positives = find_name(record, POSITIVE_NAMES)
     for name in list(record):
-        if find_name([name], (*HARD_NEGATIVES, *OTHER_NEGATIVES, *OLD_SCORES)):
+        if find_name([name], (*HARD_NEGATIVE_NAMES, *OTHER_NEGATIVE_NAMES, *OLD_SCORES)):
             del record[name]
     if positives is not None and fold(positives) == fold("positive_passages"):
         contexts = [dpr_context(*negative, corpus) for negative in negatives]
@@ -349,9 +349,9 @@ def find_positives(question, hits, corpus, labels, template):
     positive_indices = {doc_index for doc_index, label in labels.items() if label > 0}
     positive_indices.update(question.record.get("pos_index") or [])
     if corpus:
-        ids = [find_value(key, DOCUMENT_IDS) for key in [*positives, *gold]
+        ids = [find_value(key, DOCUMENT_ID_NAMES) for key in [*positives, *gold]
                if isinstance(key, dict)]
-        named = find_value(question.record, POSITIVE_IDS)
+        named = find_value(question.record, POSITIVE_ID_NAMES)
         ids += named if isinstance(named, list) else []
         ids = [spell_id(document_id) for document_id in ids if document_id is not None]
         positive_indices.update(corpus.indices(ids))
@@ -372,7 +372,7 @@ def plain_text(key):
     """Return the text of a key without its title, "" for an object without a text."""
     if isinstance(key, str):
         return key
-    text = find_value(key, TEXTS) if isinstance(key, dict) else None
+    text = find_value(key, TEXT_NAMES) if isinstance(key, dict) else None
     return text if isinstance(text, str) else ""
 
 

@@ -7,10 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from metrics import relevant_documents
-from pages.page import SAMPLE, Inspected, choose_depth, write_inspection
-from records.files import decode_line, holds_scores, new_file, read_json, read_lines, to_number
-from records.names import CONTEXTS, DOCUMENT_IDS, find_name, find_value
-from records.questions import has_keys, list_field, make_question, note_rising, rank_order
+from pages.page import DEPTH_SAMPLE, Inspected, choose_depth, write_inspection
+from records.fields import has_keys, list_field
+from records.files import new_file
+from records.names import CONTEXT_NAMES, DOCUMENT_ID_NAMES, find_name, find_value
+from records.questions import make_question
+from records.reader_records import note_rising, rank_order
+from records.reading import decode_line, holds_scores, read_json, read_lines, to_number
 from utils import InputError, shorten
 
 READ = 2 ** 20      # lines of a run whose documents are looked up in the corpus at once
@@ -149,7 +152,7 @@ def write_page(path, title, remark, table, questions, results, corpus, labels, m
     """Write the page of retrieve.py --html; labels, marks and level are measure_queries's."""
     def contexts(i):
         return read_contexts(results, i, corpus, marks[i])
-    samples = [contexts(i) for i in range(min(SAMPLE, len(questions)))]
+    samples = [contexts(i) for i in range(min(DEPTH_SAMPLE, len(questions)))]
     inspected = (inspect(question, contexts(i), results.row(i)[0], labels[i], level)
                  for i, question in enumerate(questions))
     write_inspection(path, title, remark, table, inspected, len(questions),
@@ -297,7 +300,7 @@ def context_lines(path, texts):
             raise InputError(f"{location}: question {shorten(question.id)} is "
                              f"{shorten(question.text)} here and {shorten(expected)} in the "
                              "questions; give theirs")
-        name = find_name(record, CONTEXTS) or "ctxs"
+        name = find_name(record, CONTEXT_NAMES) or "ctxs"
         lines = [context_line(context, rank, question.id, location)
                  for rank, context in enumerate(list_field(record, name, location))]
         yield from rank_unscored_last(lines)
@@ -324,7 +327,7 @@ def context_line(context, rank, query_id, location):
     """Return the RunLine of a record's context; its score is None if it has none. Raise InputError.
     """
     try:
-        identifier = find_value(context, DOCUMENT_IDS)
+        identifier = find_value(context, DOCUMENT_ID_NAMES)
         if type(identifier) not in (str, int):
             raise TypeError("no id")
         score = context.get("score")

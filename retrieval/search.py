@@ -43,7 +43,7 @@ def open_bm25(args, corpus, world):
         rule, share = choose_rule(corpus)
     words = bm25.open_words(args.stopwords, args.stemmer, rule)
     make_bm25_index(args, corpus, words, share, world)
-    return bm25.load_index(args.index, len(corpus)), words
+    return bm25.load_bm25_index(args.index, len(corpus)), words
 
 
 def search_words(args, index, words, questions, world):
@@ -54,7 +54,7 @@ def search_words(args, index, words, questions, world):
     rows = []
     for i, tokens in zip(progress_bar(share, desc="searching", is_main=world.is_main), token_lists):
         with refusing(f"{args.index}: the index is broken", "delete the folder"):
-            doc_indices, scores = bm25.search_index(index, tokens, args.hits)
+            doc_indices, scores = bm25.search_bm25_index(index, tokens, args.hits)
         rows.append((i, doc_indices, scores))
     return stack(gather_lists(rows, world))
 
@@ -75,7 +75,7 @@ def make_bm25_index(args, corpus, words, share, world):
             # another command may have made it meanwhile
             if not check_fingerprint(args.index, expected):
                 log_words(args, words, share, world.log)
-                bm25.build_index(args.index, corpus, words, args.k1, args.b)
+                bm25.build_bm25_index(args.index, corpus, words, args.k1, args.b)
                 write_json(os.path.join(args.index, "index.json"), expected)
     await_index(args.index, expected, world)
 

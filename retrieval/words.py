@@ -7,7 +7,7 @@ import regex
 from metrics import UNSPACED
 
 RULES = ("auto", "bm25s", "unicode")
-SAMPLE = 10_000     # documents that `auto` looks at, evenly spaced
+RULE_SAMPLE = 10_000     # documents that `auto` looks at, evenly spaced
 THRESHOLD = 0.001   # the share of their characters from which `auto` chooses `unicode`
 
 # bm25s's words: two letters, digits or underscores at least; marks are none of these
@@ -65,7 +65,7 @@ def choose_rule(corpus):
     """Return (rule, share): `unicode` if at least THRESHOLD of a sample's characters are such that
     bm25s would cut words wrongly, else `bm25s`.
     """
-    count, num_special, total = min(SAMPLE, len(corpus)), 0, 0
+    count, num_special, total = min(RULE_SAMPLE, len(corpus)), 0, 0
     for i in range(count):
         text = corpus.text(i * len(corpus) // count)
         total += len(text)

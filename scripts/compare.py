@@ -14,7 +14,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from records.files import to_number
+from records.reading import to_number
 from table import PER_CENT, read_measures
 from utils import InputError, Parser, run_script, shorten
 

@@ -27,8 +27,9 @@ from typing import NamedTuple
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from records.corpus import Corpus
-from records.files import new_file, open_text, read_json, read_settings
-from records.questions import gold_answers, question_text
+from records.fields import gold_answers, question_text
+from records.files import new_file
+from records.reading import open_text, read_json, read_settings
 from utils import InputError, Parser, first_line, progress_bar, run_script, shorten
 
 SPLITS = ("train", "dev", "test")

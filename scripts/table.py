@@ -15,7 +15,8 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from records.files import check_paths, read_settings, to_number, write_json
+from records.files import check_paths, write_json
+from records.reading import read_settings, to_number
 from utils import InputError, Parser, run_script, shorten
 
 PER_CENT = ("dev_em", "dev_f1")

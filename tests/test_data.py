@@ -19,7 +19,7 @@ from data import (
     note_long_passages,
     plan_epoch,
 )
-from records.questions import read_records
+from records.reader_records import read_records
 from utils import InputError
 
 CONTEXT = {"title": "T", "text": "some text"}

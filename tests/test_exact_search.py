@@ -73,7 +73,7 @@ def test_blocks_are_searched_in_float32_and_none_gives_nothing():
 
 
 def test_parts_cover_all_and_are_whole_blocks(monkeypatch):
-    monkeypatch.setattr(exact_search, "PART", 16)
+    monkeypatch.setattr(exact_search, "PART_UNIT", 16)
     for count in (1, 16, 60, 1000):
         for size in (1, 2, 3, 7):
             ranges = [part_range(count, rank, size) for rank in range(size)]
@@ -83,4 +83,4 @@ def test_parts_cover_all_and_are_whole_blocks(monkeypatch):
 
 
 def test_a_part_is_whole_blocks():
-    assert exact_search.PART % exact_search.BLOCK == 0
+    assert exact_search.PART_UNIT % exact_search.BLOCK == 0

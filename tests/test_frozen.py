@@ -11,7 +11,7 @@ import torch
 import train_epoch
 from conftest import ROOT, make_bert, run
 from reader.frozen import merge_passages, put_gold_first, retrieve_once, retrieved_path
-from records.questions import read_records
+from records.reader_records import read_records
 from retrieval_helpers import write_rows
 from utils import InputError, World
 

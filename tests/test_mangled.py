@@ -40,11 +40,12 @@ from model import FiDT5
 from reader import open as readers
 from reader.frozen import list_missing
 from records.corpus import TABLE_VERSION, Corpus, keep_table
-from records.files import read_json, read_lines
 from records.journal import read_journal
 from records.qrels import merge_qrels
-from records.questions import make_question, read_questions, read_records, read_unique_questions
-from retrieval.bm25 import load_index
+from records.questions import make_question, read_questions, read_unique_questions
+from records.reader_records import read_records
+from records.reading import read_json, read_lines
+from retrieval.bm25 import load_bm25_index
 from retrieval.dev_set import annotated_set, read_dev_set
 from retrieval.faiss_index import read_index
 from retrieval.fingerprint import check_fingerprint
@@ -642,7 +643,7 @@ def make_bm25(folder):
 
 
 def search_bm25(path):
-    index = load_index(path, 3)
+    index = load_bm25_index(path, 3)
     index.get_scores_from_ids(index.get_tokens_ids(["river", "baker"]))
 
 

@@ -12,10 +12,11 @@ from dense.examples import Source, read_examples
 from lm_score import list_keys
 from reader.frozen import find_passage
 from records.corpus import Corpus
-from records.files import iterate_json
-from records.names import DOCUMENT_IDS, QUESTION_IDS, find_name, find_value, list_unknown
+from records.names import DOCUMENT_ID_NAMES, QUESTION_ID_NAMES, find_name, find_value, list_unknown
 from records.qrels import merge_qrels, read_qrels
-from records.questions import make_question, read_queries, read_questions, read_records, require_ids
+from records.questions import make_question, read_queries, read_questions, require_ids
+from records.reader_records import read_records
+from records.reading import iterate_json
 from retrieval.mining import keep_negatives, put_negatives
 from retrieval.results import read_run
 from retrieval_helpers import make_questions, write_corpus, write_rows
@@ -27,12 +28,12 @@ TEMPLATE = "{title} {text}"
 
 def test_a_name_matches_in_any_spelling():
     for name in ("query-id", "query_id", "Query_ID", "queryId", "QUERY ID"):
-        assert find_name([name, "text"], QUESTION_IDS) == name
-    assert find_name(["docid", "pid"], DOCUMENT_IDS) == "pid"  # a passage's own id goes first
-    assert find_name(["ID", "id"], QUESTION_IDS) == "id"
-    assert find_value({"id": None, "qid": 0}, QUESTION_IDS) == 0
-    assert find_name(["url", "text"], DOCUMENT_IDS) is None
-    assert list_unknown(["url", "Text", "id"], ("text",), DOCUMENT_IDS) == ["url"]
+        assert find_name([name, "text"], QUESTION_ID_NAMES) == name
+    assert find_name(["docid", "pid"], DOCUMENT_ID_NAMES) == "pid"  # a passage's own id goes first
+    assert find_name(["ID", "id"], QUESTION_ID_NAMES) == "id"
+    assert find_value({"id": None, "qid": 0}, QUESTION_ID_NAMES) == 0
+    assert find_name(["url", "text"], DOCUMENT_ID_NAMES) is None
+    assert list_unknown(["url", "Text", "id"], ("text",), DOCUMENT_ID_NAMES) == ["url"]
 
 
 # ---------------------------------------------------------------- A15: ids

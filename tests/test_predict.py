@@ -18,7 +18,7 @@ from reader.predict import (
     write_predictions,
     write_scores,
 )
-from records.questions import read_records
+from records.reader_records import read_records
 from test import prediction_path
 from utils import InputError
 

@@ -12,7 +12,8 @@ from conftest import make_bert
 from dense.flags import parse_args as parse_dense
 from metrics import exact_match, f1, find_answers, has_answer
 from records.corpus import Corpus
-from records.questions import make_question, read_records
+from records.questions import make_question
+from records.reader_records import read_records
 from retrieval.mining import keep_negatives
 from retrieval.results import read_run, scale_scores
 from scripts import make_corpus

@@ -4,17 +4,14 @@ import json
 
 import pytest
 
-from records.questions import (
+from records.fields import gold_passages, history_turns
+from records.question_tables import make_record
+from records.questions import make_question, read_queries, read_questions
+from records.reader_records import (
     check_record,
-    gold_passages,
-    history_turns,
-    make_question,
-    make_record,
     note_contexts,
     note_files,
     note_unscored,
-    read_queries,
-    read_questions,
     read_records,
 )
 from utils import InputError

@@ -24,7 +24,7 @@ from utils import InputError
 SMALL = f"""import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 from retrieval import exact_search, vectors
-vectors.DONE_BLOCK, exact_search.PART, exact_search.BLOCK, exact_search.MERGED = 8, 16, 16, 5
+vectors.DONE_BLOCK, exact_search.PART_UNIT, exact_search.BLOCK, exact_search.MERGED = 8, 16, 16, 5
 sys.argv = ["retrieve.py", *sys.argv[1:]]
 runpy.run_path({str(ROOT / "retrieve.py")!r}, run_name="__main__")
 """

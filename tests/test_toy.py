@@ -9,7 +9,7 @@ import pretrain
 import world
 from conftest import ROOT, run
 from metrics import has_answer
-from records.questions import read_records
+from records.reader_records import read_records
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from records.files import (
-    read_args,
-    read_settings,
-    write_json,
-)
+from records.files import write_json
+from records.reading import read_args, read_settings
 from utils import InputError, first_line, log_on_main, refusing, shorten
 
 # what a configuration may say: a model of more layers, or of larger numbers, would take all memory

@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from records.files import (
     list_files,
     move_files,
-    read_args,
     remove_leftovers,
     take_lock,
     unwritable,
     write_aside,
     write_json,
 )
+from records.reading import read_args
 from utils import InputError, shorten
 
 

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import Unigram
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from records.files import read_settings
+from records.reading import read_settings
 from training.checkpoints import check_words, has_tokenizer
 from utils import InputError, refusing, shorten
 

@@ -1,0 +1,175 @@
+"""Read questions with ranked contexts, as the reader takes them, and report what they lack."""
+import os
+
+from records.fields import (
+    check_types,
+    gold_answers,
+    gold_passages,
+    has_text,
+    history_turns,
+    is_context,
+    question_text,
+    record_id,
+)
+from records.names import CONTEXT_NAMES, DOCUMENT_ID_NAMES, find_name, find_value
+from records.questions import refuse_table
+from records.reading import iterate_json, to_number
+from utils import InputError, log_on_main, shorten
+
+
+def read_records(path, keep_contexts=None, log=log_on_main):
+    """Return the records of a file, checked, their contexts in the reader's order.
+
+    Every record gets `question`, `answers` (may be empty), `ctxs` and `id`; other fields are kept.
+    Contexts are sorted by descending score, ties in file order, if the file's first context has one
+    (FiD, src/data.py: sort_data); those without a score come last then. `keep_contexts` drops the
+    contexts after that many, to save memory. Logs a warning where all scores rise. Raises
+    InputError.
+    """
+    refuse_table(path, "run retrieve.py first, whose --output FILE.jsonl has contexts")
+    records, first_context, orders = [], None, []
+    for index, (item, location) in enumerate(iterate_json(path)):
+        record = check_record(item, location, index)
+        if record["ctxs"] and first_context is None:
+            first_context = record["ctxs"][0]
+        if record["ctxs"] and "score" in first_context:
+            orders.append(rank_order([context_score(context) for context in record["ctxs"]
+                                      if "retrieval_score" not in context]))
+            record["ctxs"].sort(key=context_score, reverse=True)
+        record["ctxs"] = record["ctxs"][:keep_contexts]
+        records.append(record)
+    if not records:
+        raise InputError(f"{path}: holds no records")
+    note_rising(orders, path, log)
+    return records
+
+
+def rank_order(scores):
+    """Return "rising" for scores in that order, "other" for others, and None where fewer than
+    three differ.
+    """
+    if len(set(scores)) < 3:
+        return None
+    return "rising" if scores == sorted(scores) else "other"
+
+
+def note_rising(orders, path, log):
+    """Log a warning if the scores of all questions, of these rank_orders, rise: what was found
+    first then has the lowest, as distances have.
+    """
+    if set(orders) - {None} == {"rising"} and orders.count("rising") > 1:
+        log(f"warning: {path}: the scores of every question rise, as distances do, but the highest "
+            "counts as the best; if they are distances, negate them")
+
+
+def context_score(context):
+    """Return a context's score as a number, -inf for one without."""
+    score = context.get("score")
+    return float("-inf") if score is None else to_number(score)
+
+
+def retrieval_score(context):
+    """Return the score that a retriever gave a context, or None.
+
+    test.py --scores keeps it as `retrieval_score`, where the reader's takes its place as `score`.
+    """
+    return context.get("retrieval_score" if "retrieval_score" in context else "score")
+
+
+def check_record(record, location, index):
+    """Return a copy of the record with the fields that the reader uses; `index` is its id if it has
+    none.
+
+    Raises InputError.
+    """
+    question = question_text(record, location)
+    record = dict(record, question=question)
+    identifier = record_id(record, location)
+    record["id"] = index if identifier is None else identifier
+    record["answers"], target = gold_answers(record, location)
+    if isinstance(record.get("target"), str) and not has_text(record["target"]):
+        del record["target"]
+    if target is not None and record.get("target") is None:
+        record["target"] = target
+    if not isinstance(record.get("target", ""), (str, type(None))):
+        raise InputError(f"{location}: 'target' must be a text, it is {shorten(record['target'])}")
+    take_contexts(record)
+    check_types(record, location, ["ctxs"])
+    gold_passages(record, location)
+    history_turns(record, location)
+    record["ctxs"] = list(record.get("ctxs") or [])
+    for context in record["ctxs"]:
+        for name in ("score", "retrieval_score"):
+            check_score(context, name, location)
+    return record
+
+
+def check_score(context, name, location):
+    """Raise InputError for a context whose score of this name is given and is no number."""
+    try:
+        if context.get(name) is not None:
+            to_number(context[name])
+    except ValueError:
+        raise InputError(f"{location}: a context's {name} {shorten(context[name])} is not a "
+                         "number") from None
+
+
+def take_contexts(record):
+    """Store contexts of another name (names.CONTEXT_NAMES) as `ctxs`, and their ids as `id`."""
+    name = find_name(record, CONTEXT_NAMES)
+    if record.get("ctxs") is None and name is not None:
+        contexts = record[name]
+        if isinstance(contexts, list) and all(map(is_context, contexts)):
+            record["ctxs"] = record.pop(name)
+    if isinstance(record.get("ctxs"), list):
+        record["ctxs"] = [name_context_id(context) for context in record["ctxs"]]
+
+
+def name_context_id(context):
+    """Return a context whose id is called `id`, whatever name it had."""
+    if not isinstance(context, dict) or context.get("id") is not None:
+        return context
+    identifier = find_value(context, DOCUMENT_ID_NAMES)
+    return context if identifier is None else {"id": identifier} | context
+
+
+def note_contexts(records, path, num_contexts, log):
+    """Logs a line if records of a file have no contexts, so that their questions are read alone, or
+    none has as many as are to be read.
+    """
+    most = max((len(record["ctxs"]) for record in records), default=0)
+    if 0 < most < num_contexts:
+        log(f"note: no record of {path} has more than {most} contexts, fewer than --num_contexts "
+            f"{num_contexts}")
+    without = sum(not record["ctxs"] for record in records)
+    if without == len(records):
+        log(f"warning: 0 of {len(records)} records of {path} have contexts: run retrieve.py first, "
+            "else each question is read alone")
+    elif without:
+        log(f"note: {without} of {len(records)} records of {path} have no contexts")
+
+
+def note_unscored(records, path, log):
+    """Log how many records of a file have no answers, so that no measure counts them."""
+    unscored = sum(not record["answers"] for record in records)
+    if unscored and unscored == len(records):
+        log(f"note: no record of {path} has answers: nothing is measured on it; test.py OUT {path} "
+            "--pred FILE writes what the reader answers")
+    elif unscored:
+        log(f"note: {unscored} of {len(records)} records of {path} have no answers: they are not "
+            "scored")
+
+
+def note_files(files, num_contexts, log):
+    """note_contexts of each [(path, records or None)], the first being of training; logs a line
+    for another that is the same file.
+    """
+    training_path, _ = files[0]
+    for index, (path, records) in enumerate(files):
+        if records is None:
+            continue
+        if index > 0 and os.path.samefile(path, training_path):
+            log(f"note: {path} is also the training file: its measures do not show how new "
+                "questions are answered")
+        else:
+            note_contexts(records, path, num_contexts, log)
