@@ -220,7 +220,7 @@ def test_adapters_that_do_not_fit_are_one_line(llama, tmp_path):  # E13
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--lora_alpha", "0"], "--lora_alpha must be above 0"),
+    (["--lora_alpha", "0"], "--lora_alpha must be > 0, got 0.0"),
     (["--lora_dropout", "1"], "--lora_dropout must be 0 or more and below 1"),
     (["--frozen_bf16", "--load_in_4bit"], "are two ways to keep the frozen weights")])
 def test_flags_of_adapters_that_cannot_be(flags, message, llama, tmp_path):  # E16

@@ -160,7 +160,7 @@ def test_a_question_longer_than_the_reader_reads_is_noted(files):
     (["--question", "who", "--html", "page.txt"], "--html page.txt: a page's name ends in .html"),
     (["--question", "who", "--k1", 2], "bm25 holds an index of another k1"),
     (["--question", "who", "--corpus", "no.jsonl"], "no.jsonl: cannot be read"),
-    (["--question", "who", "--num_contexts", 0], "--num_contexts must be 1 or more"),
+    (["--question", "who", "--num_contexts", 0], "--num_contexts must be >= 1, got 0"),
 ])
 def test_bad_input_is_refused_in_one_line(files, flags, message):
     ask(files, "--question", "who")  # makes the index, if it is the first test

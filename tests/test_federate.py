@@ -659,7 +659,7 @@ def test_an_overwritten_run_is_not_resumed(bert, files, tmp_path):
       "clipping_norm=1", "--transport", "bf16"], "leave out --transport bf16"),
     (["--num_clients", "3"], "--num_clients 3: there are 2 clients"),
     (["--min_clients", "3"], "--min_clients 3 is more than the 2 clients"),
-    (["--rounds", "0"], "--rounds must be 1 or more"),
+    (["--rounds", "0"], "--rounds must be >= 1, got 0"),
     (["--client", "just words"], "must be KEY=VALUE"),
     (["--client", "data=x.json colour=red"], "a client has no setting 'colour'; it has name, data"),
     (["--client", "name=b"], "two clients are named b"),
@@ -678,8 +678,9 @@ def test_bad_settings_are_one_line(bert, files, tmp_path, own, message):
 
 
 @pytest.mark.parametrize("own,message", [
-    (["--client", "name=a data='a.json"], "--client: .* is no list of words .*close each quote"),
-    (["--client", "name=a data={a} flags=\\'"], "a: flags: .* is no list of words"),
+    (["--client", "name=a data='a.json"],
+     "--client: .* cannot be split into words .*close each quote"),
+    (["--client", "name=a data={a} flags=\\'"], "a: flags: .* cannot be split into words"),
     (["--client", "name=.. data={a}"], "a client is named '..'"),
     (["--client", "data={a} folder=x", "--client", "data={a} folder=./x"], "two clients have the "),
     (["--simulate", "2", "--data", "out.clients/client1.jsonl"], "client1.jsonl: is where a "),

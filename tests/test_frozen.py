@@ -257,7 +257,7 @@ def test_killed_while_it_writes_and_started_again(folder, tiny):
     (["m", "a", "b", "--retriever", "bm25", "--corpus", "no.jsonl"],
      "--corpus no.jsonl: no such file"),
     (["m", "a", "b", "--retriever", "bm25", "--corpus", "documents.jsonl", "--num_retrieved", "0"],
-     "--num_retrieved must be 1 or more, it is 0"),
+     "--num_retrieved must be >= 1, got 0"),
     (["m", "a", "b", "--retriever", "bm25", "--corpus", "documents.jsonl", "--num_contexts", "3"],
      "--num_contexts 3: a reader with --num_retrieved 3 gets 4 contexts"),
     (["m", "a", "b", "--retriever", "no/such", "--corpus", "documents.jsonl"],

@@ -402,7 +402,7 @@ QA = {"task": "qa", **FIELDS, "pos": ["a key"], "neg": []}
     (QA, ["--template", "{query} {answer}"], "must name {key} once"),
     (QA, ["--template", "{key} {query}"], "must end with {answer}"),
     (QA, ["--template", "{answer} {key}"], "must end with {answer}"),
-    (QA, ["--batch_size", "0"], "--batch_size must be 1 or more"),
+    (QA, ["--batch_size", "0"], "--batch_size must be >= 1, got 0"),
     ({**QA, "task": "lrlm", "context": 3}, [], "'context' must be a text"),
 ])
 def test_errors_take_one_line(record, flags, message, models, tmp_path):

@@ -183,7 +183,7 @@ def test_what_is_refused(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["notes"]  # nothing half-written
     with pytest.raises(InputError, match="must end in .jsonl"):
         make(folder, output=str(folder / "a.txt"))
-    with pytest.raises(InputError, match="--words must be 1 or more"):
+    with pytest.raises(InputError, match="--words must be >= 1, got 0"):
         make(folder, words=0)
 
 

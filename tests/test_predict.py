@@ -59,7 +59,7 @@ def test_names_may_end_in_gz(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ({"n_best": 3, "num_beams": 2}, "--n_best 3 needs as many beams, --num_beams is 2"),
-    ({"n_best": 0, "num_beams": None}, "--n_best must be 1 or more"),
+    ({"n_best": 0, "num_beams": None}, "--n_best must be >= 1, got 0"),
 ])
 def test_fewer_beams_than_answers_are_refused(flags, message):
     with pytest.raises(InputError, match=message):

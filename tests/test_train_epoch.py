@@ -300,7 +300,7 @@ def test_bad_input_is_one_line_and_exit_code_1(tiny, records_file, tmp_path):
     assert f"{cut}:1: not valid JSON at column" in train(data=cut)
     assert "none.json: no such file" in train(data=tmp_path / "none.json")
     assert "no such folder or file" in train(t5="google/no-such-t5")
-    assert "--num_contexts must be 1 or more, it is 0" in train("--num_contexts", 0)
+    assert "--num_contexts must be >= 1, got 0" in train("--num_contexts", 0)
     assert "later.json: no such file" in train("--data_test", tmp_path / "later.json")
     assert "--answer_maxlength allows 2" in train("--answer_maxlength", 2)
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""utils.py: what is said of progress where there is no terminal; errors in one line; processes."""
+"""utils.py: progress without a terminal, one-line errors, processes."""
 import os
 import socket
 import time
@@ -22,7 +22,7 @@ from utils import (
 )
 
 
-def test_lines_take_the_place_of_a_bar(capsys):
+def test_lines_replace_a_bar(capsys):
     bar = progress_bar(desc="epoch 0", total=1237, unit=" updates", initial=40, steps=5)
     for _ in range(11):
         bar.set_postfix(loss="0.5", peak="5.3 GiB", refresh=False)
@@ -44,7 +44,7 @@ def test_a_line_a_minute(capsys, monkeypatch):
     assert all(line.startswith("encoding: ") and "/3 documents, " in line for line in lines)
 
 
-def test_nothing_is_said_of_short_work(capsys):
+def test_short_work_prints_no_progress(capsys):
     for _ in progress_bar(range(10), desc="reading"):
         pass
     assert capsys.readouterr().err == ""
@@ -63,7 +63,7 @@ def test_a_full_gpu_is_one_line(capsys):
     assert call_main(main, SimpleNamespace(resume=False)) == 1
     error = capsys.readouterr().err
     assert "the GPU's memory is full" in error and "2.00 GiB" in error and "More" not in error
-    assert "the same command with --resume goes on" in error
+    assert "the same command with --resume continues" in error
 
 
 def test_what_a_message_quotes_is_one_line():
@@ -111,9 +111,9 @@ def environment(monkeypatch):
     ({"WORLD_SIZE": "0"}, "RANK=0 must be below WORLD_SIZE=0"),
     ({"WORLD_SIZE": "2", "RANK": "0", **HERE, "MASTER_PORT": "x"}, "MASTER_PORT=x in the"),
     ({"WORLD_SIZE": "2", "RANK": "0", **HERE, "MASTER_PORT": "99999"},
-     "MASTER_PORT=99999 must be a port, 1 to 65535"),
+     "MASTER_PORT must be between 1 and 65535, got 99999"),
     ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29555"},
-     "MASTER_ADDR=nowhere.invalid, MASTER_PORT=29555 is no address that this machine finds"),
+     "MASTER_ADDR=nowhere.invalid, MASTER_PORT=29555: this machine cannot find that address"),
 ])
 def test_an_environment_that_is_not_torchruns_is_one_line(names, message, environment):
     """B9."""
@@ -124,7 +124,7 @@ def test_an_environment_that_is_not_torchruns_is_one_line(names, message, enviro
 
 
 def test_ranks_of_other_launchers(environment, capsys):
-    """B9: the place on the machine is the launcher's; processes that run alone are said."""
+    """B9: use the launcher's local rank, and report processes that run alone."""
     environment(WORLD_SIZE="4", RANK="3", SLURM_LOCALID="1", **HERE)
     assert read_ranks() == (3, 1, 4)
     environment(WORLD_SIZE="4", RANK="3", OMPI_COMM_WORLD_LOCAL_RANK="2", **HERE)
@@ -153,7 +153,7 @@ def test_the_rank_of_torch_distributed_launch_is_taken(environment, capsys):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_missing_processes_are_said_and_end_in_one_line(rank, environment, capfd, monkeypatch):
+def test_missing_processes_are_reported_in_one_line(rank, environment, capfd, monkeypatch):
     """B9."""
     monkeypatch.setattr(utils, "JOIN_PATIENCE", timedelta(seconds=1))
     monkeypatch.setattr(utils, "JOIN_NOTE", 0.1)
@@ -161,7 +161,7 @@ def test_missing_processes_are_said_and_end_in_one_line(rank, environment, capfd
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment(WORLD_SIZE="4", RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with pytest.raises(InputError, match=f"process {rank} could not join the others of 4 at 127"):
+    with pytest.raises(InputError, match=f"process {rank} of 4 could not join the others at 127"):
         start_processes("")
     who = "waiting for 3 other processes" if rank == 0 else "process 1 is waiting for the others"
     assert f"{who} at 127.0.0.1:{port}" in capfd.readouterr().err
