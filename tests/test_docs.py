@@ -45,8 +45,8 @@ def test_files_that_are_named_exist(page):
 
 
 def test_functions_of_the_reading_orders_exist():
-    text = (ROOT / "README.md").read_text()
-    orders = text[text.index("**Reading the reader.**"):text.index("## Commands")]
+    text = (ROOT / "docs" / "reading.md").read_text()
+    orders = text[text.index("**The reader.**"):text.index("## Encode")]
     found = 0
     for stop in re.split(r" ·|\n\n", orders):  # `function` ... in `file.py`
         names = re.findall(r"`([\w./]+)`", stop)
