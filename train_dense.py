@@ -15,6 +15,7 @@ scores (LLM-Embedder, arXiv 2310.07554), from a reader's cross-attention (FiD-KD
 or a language model's likelihood (REPLUG, arXiv 2301.12652), graded labels. Written: OUT (a
 sentence-transformers folder), OUT.jsonl (a row per report), OUT.state (for --resume).
 """
+import argparse
 import math
 import os
 import time
@@ -28,7 +29,7 @@ from dense import losses
 from dense.batches import GroupCollator, GroupSet, check_one_instruction, plan_batches
 from dense.description import find_path, holds_pair
 from dense.examples import TrainingData, read_training
-from dense.flags import check_args, parse_args
+from dense.flags import check_args, parse_args, read_text_settings
 from dense.gather import gather_rows
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from dense.texts import describe_texts, settle_texts
@@ -70,8 +71,7 @@ from utils import InputError, gather_lists, run_script, start_processes
 
 # flags that may differ between a run and its resumption: they do not change the weights
 FREE_FLAGS = {"resume", "overwrite", "num_workers", "gpus", "tqdm", "logging_steps",
-              "early_exit_steps", "stop_at", "plan", "version_is_flag", "pooling_method_is_flag",
-              "dense_metric_is_flag"}
+              "early_exit_steps", "stop_at", "plan"}
 
 
 @dataclass
@@ -327,7 +327,7 @@ def make_dev_collator(run):
     if not prompts:
         return run.collator
     prompts = {"query": prompts["query"], "key": prompts["document"]}
-    return GroupCollator(replace(run.collator.texts, prompts=prompts), run.args, run.corpus)
+    return GroupCollator(replace(run.collator.texts, prompts=prompts), run.corpus)
 
 
 def plan_cost(run):
@@ -406,7 +406,7 @@ def save_best(run):
     args = run.args
     model = merge_adapters(run.unwrapped, args) if args.lora else run.unwrapped
     roles = {"": "query"} if args.ranker else {role: role or "query" for role in model.encoders}
-    max_length = max(args.query_max_length, args.key_max_length)
+    max_length = max(run.collator.texts.max_lengths.values())
     info = describe_retriever(run)
 
     def save_model(folder):
@@ -423,18 +423,19 @@ def describe_retriever(run):
     """Return the content of args.json: what retrieve.py needs to use the retriever as it was
     trained.
     """
-    args, model = run.args, run.unwrapped
+    args, model, texts = run.args, run.unwrapped, run.collator.texts
     used = used_instructions(run)
     # of the flags, what was used: by default no instruction is, unless an example names a task
-    flags = vars(args) | {"stop_at": None, "version": args.version if used else "none"}
+    flags = vars(args) | {"stop_at": None, "version": texts.version if used else "none"}
     info = {"best": run.progress.best_at, "update": run.progress.total_updates,
-            "query_max_length": args.query_max_length, "key_max_length": args.key_max_length,
+            "query_max_length": texts.max_lengths["query"],
+            "key_max_length": texts.max_lengths["key"],
             "instructions": used, "args": flags, "versions": versions()}
     if args.ranker:
         return info | {"retriever": {}}
     return info | {"retriever": {"metric": model.metric, "temperature": model.temperature,
                                  "separator": model.query_encoder.separator,
-                                 "end_token": run.collator.texts.appends_end}}
+                                 "end_token": texts.appends_end}}
 
 
 def used_instructions(run):
@@ -497,9 +498,7 @@ def second_encoder(args):
 
 
 def open_retriever(args, texts):
-    """Return the BiEncoder of the flags. Set --pooling_method and --dense_metric from it where they
-    are not given.
-    """
+    """Return the BiEncoder of the flags."""
     model = BiEncoder.open(args.query_encoder, second_encoder(args), pooling=args.pooling_method,
                            metric=args.dense_metric, dropout=args.dropout,
                            truncate_dim=args.truncate_dim)
@@ -510,7 +509,6 @@ def open_retriever(args, texts):
     if args.pair_types:
         for encoder in model.encoders.values():
             encoder.separator = texts.tokenizers["key"].sep_token_id
-    args.pooling_method, args.dense_metric = model.query_encoder.pooling, model.metric
     return model
 
 
@@ -568,17 +566,16 @@ def set_up(args, world, sets=BOTH_SETS):
     dev = read_dev(args, corpus, queries, world.log) if "dev" in sets else None
 
     # model
-    settle_instructions(args)
-    texts = settle_texts(args, second_encoder(args), world.log, is_training=True)
-    if texts.prompts is not None:
-        args.query_prompt, args.key_prompt = texts.prompts["query"], texts.prompts["key"]
+    texts = settle_texts(args.query_encoder, second_encoder(args), read_text_settings(args),
+                         world.log, is_training=True)
     check_own_prompts(data, texts)
     model = open_model(args, texts, world.device)
     model.use_texts(texts)
-    limit_lengths(args, encoders_of(model, args), world.log)
+    texts = replace(texts, max_lengths=limit_lengths(texts.max_lengths, model, world.log))
     inputs = hash_inputs(list_inputs(args), world)
     if not args.ranker:
-        world.log(describe_texts(args, model, texts))
+        world.log(describe_texts(args.query_encoder, model, texts))
+    args = settle_flags(args, texts, model)
     state = load_state(args.output_dir, args, world, FREE_FLAGS, inputs)
 
     # optimizer and schedule; --early_exit_steps ends the run before its schedule ends
@@ -592,7 +589,7 @@ def set_up(args, world, sets=BOTH_SETS):
     run = RetrieverRun(args=args, world=world, out=args.output_dir, model=wrap_model(model, world),
                        tokenizer=texts.tokenizers["query"], dev=dev, corpus=corpus,
                        train_set=GroupSet(data.examples, data.group_rules, args.seed),
-                       collator=GroupCollator(texts, args, corpus),
+                       collator=GroupCollator(texts, corpus, args.mask_duplicates),
                        optimizer=optimizer, scheduler=scheduler,
                        last_update=min(updates, args.stop_at), log=log, progress=progress,
                        dataset_sizes=data.dataset_sizes, task_flags=data.task_flags,
@@ -639,16 +636,16 @@ def check_own_prompts(data, texts):
                              "records, and give --query_prompt")
 
 
-def settle_instructions(args):
-    """Set the flags of instructions that are not given: BGE's, as in LLM-Embedder."""
-    if hasattr(args, "version_is_flag"):  # settled by an earlier set_up of the same process
-        return
-    args.version_is_flag = args.version is not None or args.add_instruction is not None
-    args.pooling_method_is_flag = args.pooling_method is not None
-    args.dense_metric_is_flag = args.dense_metric is not None
-    args.version = args.version or "bge"
-    if args.add_instruction is None:
-        args.add_instruction = True
+def settle_flags(args, texts, model):
+    """Return a copy of the flags with the settled values, which args.json and OUT.state store."""
+    settled = {"version": texts.version, "add_instruction": texts.add_instruction,
+               "query_max_length": texts.max_lengths["query"],
+               "key_max_length": texts.max_lengths["key"]}
+    if texts.prompts is not None:
+        settled |= {"query_prompt": texts.prompts["query"], "key_prompt": texts.prompts["key"]}
+    if not args.ranker:
+        settled |= {"pooling_method": model.query_encoder.pooling, "dense_metric": model.metric}
+    return argparse.Namespace(**(vars(args) | settled))
 
 
 def count_updates(args, dataset_sizes, world):
@@ -667,7 +664,7 @@ def count_warmup(args, updates):
 
 def describe(run):
     """Log the lines that a run starts with."""
-    args, log = run.args, run.world.log
+    args, texts, log = run.args, run.collator.texts, run.world.log
     log(describe_machine(run.world, args.gpus))
     kind = "ranker" if args.ranker else "retriever"
     trained = count_trained(run.unwrapped)
@@ -679,10 +676,10 @@ def describe(run):
     note_temperature(run)
     tasks = list(used_instructions(run))
     if tasks:
-        log(f"{args.version}'s instructions are put before the texts of {', '.join(tasks)} "
+        log(f"{texts.version}'s instructions are put before the texts of {', '.join(tasks)} "
             "(--version none leaves them out)")
-    elif args.version_is_flag and args.version != "none" and args.add_instruction:
-        log(f"note: no example names a task, so that {args.version}'s instructions are not used")
+    elif texts.settings.names_instructions and texts.version != "none" and texts.add_instruction:
+        log(f"note: no example names a task, so that {texts.version}'s instructions are not used")
     if run.progress.total_updates:
         log(f"resuming after {run.progress.total_updates} updates")
 

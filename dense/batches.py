@@ -118,11 +118,12 @@ class GroupCollator:
     positives   the identities of each query's positives (B lists), with --mask_duplicates
     """
 
-    def __init__(self, texts, args, corpus=None):
+    def __init__(self, texts, corpus=None, mask_duplicates=False):
         """Set up a collator for these Texts (dense/texts.py)."""
         self.texts = texts
-        self.args = args
+        self.settings = texts.settings
         self.corpus = corpus
+        self.mask_duplicates = mask_duplicates
 
     def __call__(self, visits):
         queries = [visit.example.query for visit in visits]
@@ -142,9 +143,9 @@ class GroupCollator:
             "teacher": torch.tensor(teacher, dtype=torch.float32),
             "identities": torch.tensor([identity(text) for text in key_texts]),
         }
-        if getattr(self.args, "mask_duplicates", False):
+        if self.mask_duplicates:
             batch["positives"] = [self.positives(visit) for visit in visits]
-        if self.args.ranker:
+        if self.settings.ranker:
             batch["pairs"] = self.pairs(repeat_each(queries, sizes), key_texts)
         else:
             instructions = [visit.example.instruction for visit in visits]
@@ -167,8 +168,8 @@ class GroupCollator:
         prompted = []
         for text, task, own in zip(texts, tasks, instructions or [None] * len(texts)):
             before_query = self.instruction(task)[0] if own is None else own
-            prompted.append(before_query + self.args.query_template.format(query=text))
-        return self.tokenize(prompted, "query", self.args.query_max_length)
+            prompted.append(before_query + self.settings.query_template.format(query=text))
+        return self.tokenize(prompted, "query")
 
     def keys(self, texts, tasks):
         """Return token ids of key texts, each with its task's instruction."""
@@ -176,17 +177,17 @@ class GroupCollator:
         for text, task in zip(texts, tasks):
             _, before_key = self.instruction(task)
             prompted.append(before_key + text)
-        return self.tokenize(prompted, "key", self.args.key_max_length)
+        return self.tokenize(prompted, "key")
 
-    def tokenize(self, texts, role, max_length):
+    def tokenize(self, texts, role):
         """Return token ids of texts by the tokenizer of the role, query or key."""
-        return tokenize(self.texts.tokenizers[role], texts, max_length,
+        return tokenize(self.texts.tokenizers[role], texts, self.texts.max_lengths[role],
                         append_eos=self.texts.appends_end)
 
     def pairs(self, queries, keys):
         """Return [(token ids, token types)] of the pairs of a query and a key text, for a ranker.
         """
-        max_length = self.args.query_max_length + self.args.key_max_length
+        max_length = sum(self.texts.max_lengths.values())
         tokenizer = self.texts.tokenizers["query"]
         rows = tokenizer(queries, keys, truncation=True, max_length=max_length,
                          return_token_type_ids=True)
@@ -200,7 +201,7 @@ class GroupCollator:
         """
         if isinstance(key, int):
             return self.corpus.text(key)
-        return format_key(key, self.args.key_template, "a training key")
+        return format_key(key, self.settings.key_template, "a training key")
 
 
 def check_one_instruction(collator, tasks):

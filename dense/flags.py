@@ -2,8 +2,10 @@
 checks.
 """
 import math
+from dataclasses import fields
 
 from dense.description import POOLING
+from dense.texts import TextSettings
 from metrics import METRICS
 from records.reading import LARGEST
 from records.templates import INSTRUCTIONS, check_templates
@@ -313,6 +315,11 @@ def check_evaluation(args):
     if args.ranker and (args.eval_data or args.eval_method == "retrieval"):
         raise InputError("a ranker is measured on annotated documents: --eval_qrels without "
                          "--eval_method retrieval")
+
+
+def read_text_settings(args):
+    """Return the TextSettings of the flags of train_dense.py, retrieve.py or ask.py."""
+    return TextSettings(**{field.name: getattr(args, field.name) for field in fields(TextSettings)})
 
 
 def add_prompt_flags(add):

@@ -179,27 +179,24 @@ class CrossEncoder(nn.Module):
         return cls(*open_ranker(name, dropout, trained))
 
 
-def limit_lengths(args, encoders, log):
-    """Lowers --query_max_length and --key_max_length to what the positions of the encoders (or of
-    [the ranker]) allow.
+def limit_lengths(lengths, model, log):
+    """Return the lengths {query, key}, lowered to the positions of the model's transformers.
 
-    A ranker reads query and key together: they share its positions.
+    A ranker reads query and key together, so they share its positions.
     """
-    for encoder in encoders:
+    is_ranker = isinstance(model, CrossEncoder)
+    lengths = dict(lengths)
+    for encoder in [model] if is_ranker else model.encoders.values():
         positions = count_positions(encoder.model.config)
         if positions is None:
             continue
-        limit_length(args, "query_max_length", positions, positions, log)
-        left = positions - args.query_max_length if args.ranker else positions
-        limit_length(args, "key_max_length", left, positions, log)
-
-
-def limit_length(args, name, allowed, positions, log):
-    """Lowers one length to `allowed`, and logs it."""
-    if getattr(args, name) > allowed:
-        log(f"note: the model has {positions} positions; --{name} is {allowed}, not "
-            f"{getattr(args, name)}")
-        setattr(args, name, allowed)
+        for role in ("query", "key"):
+            shared = lengths["query"] if is_ranker and role == "key" else 0
+            if lengths[role] > positions - shared:
+                log(f"note: the model has {positions} positions; --{role}_max_length is "
+                    f"{positions - shared}, not {lengths[role]}")
+                lengths[role] = positions - shared
+    return lengths
 
 
 def count_positions(config):
