@@ -155,7 +155,7 @@ def share_length(lengths, total):
         lengths["key"] = max(total - lengths["query"], 3)
 
 
-# ---------------------------------------------------------------- what a checkpoint was trained with
+# ---------------------------------------------------------------- the flags of a training
 
 def read_trained_flags(name):
     """Return the training flags that a checkpoint's args.json stores, {} without such a file.
@@ -377,7 +377,7 @@ def describe_texts(name, model, texts):
     if encoder.truncate_dim is not None:
         dimensions += f" of {encoder.untruncated_dimension}"
     vectors = (f"{name}: {dimensions}, pooling {encoder.pooling} ({pooling_source}), "
-               f"metric {model.metric} ({metric_source}), {normalised}")
+               f"{normalised}, metric {model.metric} ({metric_source})")
     if not query.sources and not query.is_ours and os.path.isdir(query.folder):
         vectors += "; no modules.json, so as sentence-transformers' defaults"
 

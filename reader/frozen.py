@@ -4,7 +4,6 @@ functions, and kept beside the reader.
 OUT.retrieved holds train.jsonl, dev.jsonl and test.jsonl, as retrieve.py --output writes them, and
 made_of.json, which tells what they were made of.
 """
-import argparse
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from itertools import chain
 import transformers
 
 import retrieval.flags
+from dense.flags import read_text_settings
 from dense.texts import settle_texts
 from records.corpus import open_corpus
 from records.fields import gold_passages
@@ -30,8 +30,7 @@ from utils import InputError, gather_lists, wait_for_all
 
 TASK = "qa"  # whose instructions the retriever gets, where it was trained with some
 # what the passages depend on, beside corpus, retriever and questions
-SETTINGS = ("retrieval_method", "hits", "version", "add_instruction", "query_template",
-            "query_max_length", "key_template", "key_max_length", "dtype", "prompts")
+SETTINGS = ("retrieval_method", "hits", "query_template", "key_template", "dtype")
 
 
 # ---------------------------------------------------------------- retrieving
@@ -51,13 +50,15 @@ def retrieve_once(args, paths, world):
     corpus = open_corpus(flags.corpus, flags.key_template, world)
     flags.hits = min(flags.hits, len(corpus))
     model = None if args.retriever == "bm25" else args.retriever
-    # in a copy: the search settles and logs it, and says what is from no flag
-    settled = argparse.Namespace(**vars(flags), prompts=None)
-    if model is not None:
-        settled.prompts = settle_texts(settled, None, log=lambda line: None).prompts
-    settings = {name: getattr(settled, name) for name in SETTINGS}
+    settings = {name: getattr(flags, name) for name in SETTINGS}
     if model is None:
-        settings["bm25_words"] = flags.bm25_words
+        settings |= {"version": "none", "add_instruction": True, "query_max_length": None,
+                     "key_max_length": None, "prompts": None, "bm25_words": flags.bm25_words}
+    else:
+        texts = settle_texts(model, None, read_text_settings(flags), log=lambda line: None)
+        settings |= {"version": texts.version, "add_instruction": texts.add_instruction,
+                     "query_max_length": texts.max_lengths["query"],
+                     "key_max_length": texts.max_lengths["key"], "prompts": texts.prompts}
     made_of = fingerprint(corpus, model, settings | {"has_ids": corpus.has_ids}, world)
 
     # the main process decides what is missing

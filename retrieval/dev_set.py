@@ -241,7 +241,7 @@ def encode_texts(model, collator, role, texts, tasks, is_main=False, desc=""):
 
 def rank_annotated(model, dev, collator, corpus, share):
     """Return [annotated doc indices, ranked by the model] of the queries of these indices."""
-    score = score_pairs if collator.args.ranker else score_vectors
+    score = score_pairs if collator.settings.ranker else score_vectors
     rankings = []
     for start in range(0, len(share), ANNOTATED_QUERIES):
         part = share[start:start + ANNOTATED_QUERIES]

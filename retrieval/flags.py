@@ -3,14 +3,13 @@ import math
 
 from dense.description import POOLING
 from dense.flags import add_measure_flags, add_prompt_flags
+from dense.texts import TEMPLATES, read_trained_flags
 from metrics import METRICS
 from pages.page import check_page
 from records.files import check_paths
-from records.reading import read_args
-from records.templates import INSTRUCTIONS, check_templates, named_version
+from records.templates import INSTRUCTIONS, check_templates
 from retrieval.mining import COLLATED, collated_paths
 from retrieval.words import RULES
-from training.checkpoints import find_args
 from utils import (
     SWITCH,
     InputError,
@@ -18,13 +17,10 @@ from utils import (
     check_at_least,
     check_seed,
     resolve_path,
-    shorten,
 )
 
 METHODS = ("dense", "bm25", "rank", "random", "fuse", "run")
 HITS = 200  # documents per query
-# what no flag says, and no checkpoint
-DEFAULTS = {"query_template": "{query}", "key_template": "{title} {text}", "add_instruction": True}
 
 
 def parse_args(description, arguments=None):
@@ -186,7 +182,7 @@ def add_run_flags(parser):
 # ---------------------------------------------------------------- defaults and checks
 
 def settle_defaults(args):
-    """Resolve paths; what no flag says is as in the checkpoint's training, else as in DEFAULTS."""
+    """Resolve paths; set the templates as in the checkpoint's training where no flag sets them."""
     args.eval_data = resolve_path(args.eval_data, args.data_root)
     args.corpus = [resolve_path(path, args.data_root) for path in args.corpus or []]
     if args.index is None and args.corpus:
@@ -194,41 +190,12 @@ def settle_defaults(args):
 
     if getattr(args, "hits", HITS) is None and args.retrieval_method != "run":
         args.hits = HITS
-    stated = {}  # the flags of the checkpoint's training
+    trained = {}
     if args.retrieval_method in ("dense", "rank"):
-        stated = read_stated_flags(args.query_encoder)
-    by_name = named_version(args.query_encoder)
-    args.version_is_flag = args.version is not None or args.add_instruction is not None
-    args.pooling_method_is_flag = args.pooling_method is not None
-    args.dense_metric_is_flag = args.dense_metric is not None
-    # where a flag or the model's name, not the checkpoint, asks for instructions, a run without
-    # them is worth a note
-    if args.version:
-        args.expects_instructions = args.version != "none"
-    else:
-        args.expects_instructions = by_name != "none" and not stated.get("version")
-    for name, default in (DEFAULTS | {"version": by_name}).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, stated.get(name, default))
-
-
-def read_stated_flags(model):
-    """Return the flags of its training that a checkpoint's args.json states.
-
-    Raises InputError for one of those that are defaults here and of a wrong type.
-    """
-    stated = read_args(find_args(model)).get("args", {})
-    if not isinstance(stated, dict):
-        raise InputError(f"{model}/args.json: 'args' must be an object, it is {shorten(stated)}; "
-                         "mend it")
-    lengths = dict.fromkeys(("query_max_length", "key_max_length"), 256)
-    for name, default in (DEFAULTS | lengths | {"version": "none"}).items():
-        value = stated.get(name, default)
-        is_unknown = name == "version" and value not in list(INSTRUCTIONS)
-        if type(value) is not type(default) or is_unknown:
-            raise InputError(f"{model}/args.json: says that {name} was {shorten(value)}, which "
-                             "cannot be; mend it")
-    return stated
+        trained = read_trained_flags(args.query_encoder)
+    for name, default in TEMPLATES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, trained.get(name, default))
 
 
 def check_args(args):

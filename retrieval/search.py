@@ -4,12 +4,14 @@ results.
 faiss and bm25s take seconds to load, so a function that needs one of them imports it.
 """
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from dense.batches import GroupCollator, check_one_instruction
+from dense.flags import read_text_settings
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from dense.texts import describe_texts, settle_texts
 from records.files import lock, write_json
@@ -120,7 +122,7 @@ def open_dense(args, corpus, tasks, world):
     """Return the DenseIndex of the flags for questions of these tasks, encoded if need be."""
     model, collator = open_retriever(args, corpus, world)
     check_one_instruction(collator, tasks)
-    log_instructions(args, collator, tasks, world.log)
+    log_instructions(collator.texts, tasks, world.log)
 
     # any task will do for the documents: all have the same instruction before them
     vectors = open_vectors(args, corpus, model, collator, tasks[0], world)
@@ -156,46 +158,46 @@ def search_query_vectors(args, index, query_vectors, world):
 
 
 def open_retriever(args, corpus, world):
-    """Return (BiEncoder or CrossEncoder, collator); set lengths and pooling from the model."""
-    texts = settle_texts(args, args.key_encoder, world.log)
+    """Return (BiEncoder or CrossEncoder, collator)."""
+    texts = settle_texts(args.query_encoder, args.key_encoder, read_text_settings(args), world.log)
     if args.ranker:
         model = CrossEncoder.open(args.query_encoder, trained=True)
-        encoders = [model]
     else:
         model = BiEncoder.open(args.query_encoder, args.key_encoder, pooling=args.pooling_method,
                                metric=args.dense_metric, truncate_dim=args.truncate_dim,
                                trained=True)
-        encoders = list(model.encoders.values())
     model.use_texts(texts)
     if args.pair_types and not args.ranker:
-        for encoder in encoders:
+        for encoder in model.encoders.values():
             encoder.separator = texts.tokenizers["key"].sep_token_id
-    limit_lengths(args, encoders, world.log)
+    texts = replace(texts, max_lengths=limit_lengths(texts.max_lengths, model, world.log))
     if args.ranker:
         activation = "none" if model.activation is None else type(model.activation).__name__
-        world.log(f"{args.query_encoder}: {args.query_max_length + args.key_max_length} tokens per "
-                  f"pair, activation of the scores: {activation}")
+        world.log(f"{args.query_encoder}: {sum(texts.max_lengths.values())} tokens per pair, "
+                  f" activation of the scores: {activation}")
     else:
-        world.log(describe_texts(args, model, texts))
-    return model.to(world.device).eval(), GroupCollator(texts, args, corpus)
+        world.log(describe_texts(args.query_encoder, model, texts))
+    return model.to(world.device).eval(), GroupCollator(texts, corpus)
 
 
-def log_instructions(args, collator, tasks, log):
+def log_instructions(texts, tasks, log):
     """Log whose instructions are used, or that none are though the model is known for them."""
-    if collator.texts.prompts is not None:
+    if texts.prompts is not None:
         return  # describe_texts names them
-    uses_instructions = any(any(collator.instruction(task)) for task in tasks)
-    if uses_instructions:
-        log(f"{args.version}'s instructions are put before the texts of {', '.join(tasks)}")
-    elif args.expects_instructions and args.add_instruction and not any(tasks):
-        log(f"note: no question names a task, so that {args.version}'s instructions are not used; "
+    # a checkpoint that was trained without tasks needs no note
+    is_expected = texts.version != "none" and texts.sources["version"] != "args.json"
+    if any(any(texts.instruction(task)) for task in tasks):
+        log(f"{texts.version}'s instructions are put before the texts of {', '.join(tasks)}")
+    elif is_expected and texts.add_instruction and not any(tasks):
+        log(f"note: no question names a task, so that {texts.version}'s instructions are not used; "
             "give --task")
 
 
 def open_vectors(args, corpus, model, collator, task, world):
     """Return the corpus's vectors (N, D), in --index, after encoding the missing ones."""
     encoder = model.encoders.get("key", model.query_encoder)
-    settings = {"template": corpus.template, "max_length": args.key_max_length,
+    max_length = collator.texts.max_lengths["key"]
+    settings = {"template": corpus.template, "max_length": max_length,
                 "metric": model.metric, "dtype": args.dtype, "bf16": args.bf16,
                 "pooling": encoder.pooling, "separator": encoder.separator,
                 "instruction": collator.instruction(task)[1]}
@@ -209,8 +211,8 @@ def open_vectors(args, corpus, model, collator, task, world):
 
     def tokenize(texts):
         return collator.keys(texts, [task] * len(texts))
-    return encode_corpus(model, corpus, tokenize, args.key_max_length, args.index, args.dtype,
-                         world, expected, args.num_workers, args.bf16)
+    return encode_corpus(model, corpus, tokenize, max_length, args.index, args.dtype, world,
+                         expected, args.num_workers, args.bf16)
 
 
 @torch.no_grad()
@@ -219,17 +221,18 @@ def encode_questions(args, model, collator, questions, world, log):
 
     Raises InputError if a vector is not finite.
     """
+    max_length = collator.texts.max_lengths["query"]
     vectors, num_long = [], 0
     starts = range(0, len(questions), QUESTIONS)
     for start in progress_bar(starts, desc="encoding questions", is_main=world.is_main):
         chunk = questions[start:start + QUESTIONS]
         token_ids = collator.queries([question.text for question in chunk],
                                      [question.task for question in chunk])
-        num_long += sum(len(ids) >= args.query_max_length for ids in token_ids)
+        num_long += sum(len(ids) >= max_length for ids in token_ids)
         vectors.append(model.encode(token_ids, "query").float())
     if num_long:
-        log(f"note: {num_long} of {len(questions)} queries have {args.query_max_length} tokens or "
-            f"more; only the first {args.query_max_length} are encoded (--query_max_length)")
+        log(f"note: {num_long} of {len(questions)} queries have {max_length} tokens or more; only "
+            f"the first {max_length} are encoded (--query_max_length)")
     query_vectors = torch.cat(vectors)
     is_finite = query_vectors.isfinite().all(dim=1)
     if not is_finite.all():
@@ -256,7 +259,7 @@ def rank_candidates(args, corpus, questions, world):
     model, collator = open_retriever(args, corpus, world)
     if not args.ranker:
         tasks = sorted({question.task for question in questions})
-        log_instructions(args, collator, tasks, world.log)
+        log_instructions(collator.texts, tasks, world.log)
 
     share = range(world.rank, len(questions), world.size)
     rows = []

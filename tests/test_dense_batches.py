@@ -1,14 +1,14 @@
 """Batches of a retriever's training: the plan of an epoch over processes and datasets, and the
 collator's token ids.
 """
-import argparse
+from dataclasses import replace
 
 import pytest
 
 from conftest import make_bert
 from dense.batches import GroupCollator, GroupSet, identity, plan_batches, tokenize
 from dense.examples import Example, GroupRule
-from dense.texts import Texts
+from dense.texts import Texts, TextSettings
 from training.checkpoints import load_tokenizer
 from utils import InputError
 
@@ -41,16 +41,15 @@ def test_plan_batches(same, world_size):
 
 def test_collator(tmp_path):
     tokenizer = load_tokenizer(make_bert(tmp_path / "b"), "")
-    args = argparse.Namespace(query_template="{query}", key_template="{title} [SEP] {text}",
-                              query_max_length=20, key_max_length=6, pooling_method="cls",
-                              ranker=False)
+    settings = TextSettings(key_template="{title} [SEP] {text}")
     passage = {"title": "a", "text": "town in the river of it", "passage_id": "1"}
     examples = [Example("who", [passage], ["it", "it"], None, "qa"),
                 Example("what", ["it"], ["in", "of"], [3.0, 2.0, 1.0])]
     rule = GroupRule(3, "first", "first", False)
     groups = GroupSet(examples, [rule, rule], 0)
-    collator = GroupCollator(Texts({"query": tokenizer, "key": tokenizer},
-                                   instructions={"qa": ("who wrote ", "the ")}), args)
+    texts = Texts({"query": tokenizer, "key": tokenizer}, {"query": 20, "key": 6}, settings,
+                  instructions={"qa": ("who wrote ", "the ")})
+    collator = GroupCollator(texts)
     batch = collator([groups[(0, True)], groups[(1, True)]])
     assert batch["indices"] == [0, 1] and batch["is_real"] is True and batch["task"] == "qa"
     texts = [tokenizer.decode(ids) for ids in batch["queries"] + batch["keys"]]
@@ -61,18 +60,18 @@ def test_collator(tmp_path):
     same = batch["identities"].tolist()
     assert same[1] == same[2] == same[3] and len(set(same)) == 4
     assert tokenize(tokenizer, ["who " * 9], 5, append_eos=True)[0][-1] == tokenizer.sep_token_id
-    args.key_template = "{title} {body}"
+    collator.settings = replace(settings, key_template="{title} {body}")
     with pytest.raises(InputError, match="no column 'body' for .*its columns are .*'title'"):
         collator([groups[(0, True)]])
 
 
 def test_a_rankers_batch_has_pairs(tmp_path):
     tokenizer = load_tokenizer(make_bert(tmp_path / "b"), "")
-    args = argparse.Namespace(key_template="{text}", query_max_length=4, key_max_length=6,
-                              ranker=True)
+    settings = TextSettings(key_template="{text}", ranker=True)
     groups = GroupSet([Example("who", ["it"], ["town"]), Example("what", ["in"], ["of"])],
                       [GroupRule(2, "first", "first", False)] * 2, 0)
-    collator = GroupCollator(Texts({"query": tokenizer, "key": tokenizer}), args)
+    collator = GroupCollator(Texts({"query": tokenizer, "key": tokenizer}, {"query": 4, "key": 6},
+                                   settings))
     batch = collator([groups[(0, True)], groups[(1, False)]])
     assert [tokenizer.decode(ids) for ids, _ in batch["pairs"]][:3] == [
         "[CLS] who [SEP] it [SEP]", "[CLS] who [SEP] town [SEP]", "[CLS] what [SEP] in [SEP]"]

@@ -1,7 +1,6 @@
 """The folders of retrievers and rankers: sentence-transformers and transformers open them, and
 wrong ones are refused.
 """
-import argparse
 import importlib.resources
 import json
 from pathlib import Path
@@ -103,8 +102,7 @@ def test_ranker_folder_opens_in_sentence_transformers(tmp_path):
     model, tokenizer = CrossEncoder.open(folder).eval(), load_tokenizer(folder, "")
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
-    collator = GroupCollator(Texts({"query": tokenizer}),
-                             argparse.Namespace(query_max_length=20, key_max_length=43))
+    collator = GroupCollator(Texts({"query": tokenizer}, {"query": 20, "key": 43}))
     pairs = collator.pairs(TEXTS, TEXTS[::-1])
     with torch.no_grad():
         ours = model(pairs)

@@ -1,7 +1,6 @@
 """Bi-encoders and rankers: the originals' outputs, losses, gradients and training curves; scores;
 length limits.
 """
-import argparse
 import json
 
 import numpy as np
@@ -126,15 +125,11 @@ def test_scores_of_every_metric(metric, tmp_path):
 def test_lengths_are_limited_to_the_positions(tmp_path):
     bert = make_bert(tmp_path / "bert")  # of 64 positions
     lines = []
-    args = argparse.Namespace(ranker=False, query_max_length=100, key_max_length=64)
-    limit_lengths(args, BiEncoder.open(bert).encoders.values(), lines.append)
-    assert (args.query_max_length, args.key_max_length) == (64, 64)
+    lengths = limit_lengths({"query": 100, "key": 64}, BiEncoder.open(bert), lines.append)
+    assert lengths == {"query": 64, "key": 64}
     assert lines == ["note: the model has 64 positions; --query_max_length is 64, not 100"]
-    args = argparse.Namespace(ranker=True, query_max_length=20, key_max_length=64)
     ranker = CrossEncoder.open(bert)
-    limit_lengths(args, [ranker], lines.append)
-    assert (args.query_max_length, args.key_max_length) == (20, 44)  # a pair shares the positions
+    lengths = limit_lengths({"query": 20, "key": 64}, ranker, lines.append)
+    assert lengths == {"query": 20, "key": 44}  # a pair shares the positions
     ranker.model.config = RobertaConfig(max_position_embeddings=64, pad_token_id=1)
-    args = argparse.Namespace(ranker=False, query_max_length=64, key_max_length=10)
-    limit_lengths(args, [ranker], lines.append)
-    assert args.query_max_length == 62
+    assert limit_lengths({"query": 64, "key": 10}, ranker, lines.append)["query"] == 62
