@@ -30,6 +30,7 @@ import retrieval.flags
 import train_epoch
 from dense.examples import read_training
 from dense.model import BiEncoder, CrossEncoder
+from dense.texts import read_trained_flags
 from federated.server import Server
 from federated.server import restore_state as restore_federation
 from federated.server import save_state as save_federation
@@ -49,7 +50,6 @@ from retrieval.bm25 import load_bm25_index
 from retrieval.dev_set import annotated_set, read_dev_set
 from retrieval.faiss_index import read_index
 from retrieval.fingerprint import check_fingerprint
-from retrieval.flags import read_stated_flags
 from retrieval.results import read_run
 from retrieval.vectors import open_array
 from table import read_measures
@@ -442,7 +442,7 @@ READERS = {
     "topics": ("t.jsonl", TOPICS, lambda path: sum(map(len, group_topics(read_json(path), "topic")
                                                        .values())), count_lines),
     "retriever's flags": ("folder/args.json", [{"args": {"key_max_length": 20, "version": "bge"}}],
-                          lambda path: read_stated_flags("folder"), None),
+                          lambda path: read_trained_flags("folder"), None),
 }
 
 
