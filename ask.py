@@ -30,7 +30,7 @@ import transformers
 
 from data import note_long_passages
 from pages.page import END, begin_page, check_page, clean, cut_excerpt, plain, split_at_answers
-from reader.open import add_prompt_flags, describe_reader, open_reader, open_reader_tokenizer
+from reader.open import add_prompt_flags, open_with_tokenizer
 from reader.predict import add_answer_flags, describe_best, predict, settle_beams, settle_lengths
 from records.corpus import open_corpus
 from records.files import check_paths, new_file
@@ -186,12 +186,11 @@ def load_reader(args, world):
     """Return (model, tokenizer) of the reader. Set the number of contexts and the lengths, where no
     flag does, as in its training.
     """
-    tokenizer, origin = open_reader_tokenizer(args.model, args.tokenizer, args.t5_name)
-    model = open_reader(args.model, args=args, trained=True).to(world.device)
-    model.check_tokenizer(tokenizer)
-    world.log(describe_reader(args.model, model, tokenizer, origin))
+    model, tokenizer = open_with_tokenizer(args.model, world.log, args.tokenizer, args.t5_name,
+                                           prompt_flags=vars(args), trained=True)
+    model.to(world.device)
     settle_lengths(args, world.log)
-    model.prepare(args.max_length, args.answer_maxlength)
+    model.set_lengths(args.max_length, args.answer_maxlength)
     return model, tokenizer
 
 

@@ -29,7 +29,7 @@ from model import CLASSES, FiDT5, Memory
 from reader.borders import add_start, chat_frame, encode_pairs, start_tokens
 from reader.causal import PromptCollator, choose_prompts
 from reader.causal_lm import open_causal_lm
-from reader.open import describe_origin, describe_reader, open_reader_tokenizer
+from reader.open import describe_origin, open_reader_tokenizer, open_with_tokenizer
 from reader.predict import add_tokenizer_flags
 from records.corpus import open_corpus
 from records.fields import check_types, gold_answers, has_keys, has_text, is_context, labelled_keys
@@ -266,21 +266,22 @@ def open_scorer(args, is_reader, trained, config, world):
         limit = trained.get("max_length") or limit  # of a prompt
     prompts, is_packed = None, False
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    if is_reader or config.model_type in CLASSES:
-        tokenizer, origin = open_reader_tokenizer(name, args.tokenizer, args.t5_name)
-    else:
-        tokenizer = load_tokenizer(args.tokenizer or name, name)
     if config.model_type in CLASSES:
-        kind, model = "t5", FiDT5.from_pretrained(name, trained=True).to(world.device).eval()
-        model.check_tokenizer(tokenizer)
-        world.log(describe_reader(name, model, tokenizer, origin))
+        kind = "t5"
+        model, tokenizer = open_with_tokenizer(name, world.log, args.tokenizer, args.t5_name,
+                                               trained=True)
+        model.to(world.device).eval()
         if is_reader:
-            # the originals padded to it; only a released reader's bias sees it
-            model.config.passage_stride = limit
+            model.set_lengths(limit, None)
     elif config.is_encoder_decoder:
+        tokenizer = load_tokenizer(args.tokenizer or name, name)
         kind, model = "seq2seq", open_seq2seq(name, dtype, world.device)
     else:
         kind = "causal"
+        if is_reader:
+            tokenizer, origin = open_reader_tokenizer(name, args.tokenizer, args.t5_name)
+        else:
+            tokenizer = load_tokenizer(args.tokenizer or name, name)
         model, reason = open_causal_lm(name, world.device, dtype,
                                        None if is_reader else limit)
         is_packed = reason is None
@@ -573,8 +574,6 @@ def answer_logits(scorer, prompts, is_real, labels, owners):
     model = scorer.model
     memory = model.encode(prompts[:, None], is_real[:, None])  # (b, L) -> (b, 1, L)
     memory = Memory(*(tensor[owners] for tensor in memory))
-    if model.cross_bias is not None:
-        model.cross_bias.memory_offsets = memory.offsets
     return model.decode(model.t5._shift_right(labels), memory)
 
 

@@ -26,6 +26,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from data import Collator
 from layers.packed_attention import group_texts, split_by_length
 from layers.t5 import decode, encode
+from reader.base import Reader
 from records.reading import read_settings
 from training.checkpoints import (
     announce_random_start,
@@ -193,24 +194,25 @@ class BiasedCrossAttention(T5Attention):
     0)), so only the first tokens of the first passage differ from a constant. Used in decoder block
     0, whose bias all blocks share.
     """
-    memory_offsets = None  # (B, M), set before each use of the decoder
+    # (B, M) offsets of the memory during transformers' beam search, whose calls cannot pass them
+    beam_offsets = None
 
     def forward(self, hidden_states, position_bias=None, past_key_values=None, **kwargs):
-        """As transformers' decoder calls it, in beam search."""
+        """Attend with the position bias, as called by transformers' decoder in beam search."""
         if position_bias is None:
-            T = hidden_states.shape[1]
+            batch_size, T = hidden_states.shape[:2]
             # block 0's self-attention has already added these targets to its cache
             past = past_key_values.get_seq_length() - T if past_key_values is not None else 0
-            position_bias = self.position_bias(hidden_states.shape[0], T, past)
+            beams = batch_size // len(self.beam_offsets)
+            offsets = self.beam_offsets.repeat_interleave(beams, dim=0)  # (B, M) -> (B * beams, M)
+            position_bias = self.position_bias(offsets, T, past)
         return super().forward(hidden_states, position_bias=position_bias,
                                past_key_values=past_key_values, **kwargs)
 
-    def position_bias(self, batch_size, T, past):
-        """(batch_size, H, T, M) bias of the targets past .. past + T - 1; beams share their
-        question's offsets.
+    def position_bias(self, offsets, T, past):
+        """Return the bias (B, H, T, M) of the targets past .. past + T - 1 at the memory's offsets
+        (B, M).
         """
-        beams = batch_size // self.memory_offsets.shape[0]
-        offsets = self.memory_offsets.repeat_interleave(beams, dim=0)  # (batch_size, M)
         targets = torch.arange(past, past + T, device=offsets.device)
         bucket = self._relative_position_bucket(offsets[:, None, :] - targets[:, None],
                                                 bidirectional=False,
@@ -220,7 +222,7 @@ class BiasedCrossAttention(T5Attention):
         return self.relative_attention_bias(bucket).permute(0, 3, 1, 2)
 
 
-class FiDT5(nn.Module):
+class FiDT5(Reader):
     """A T5 whose encoder reads N passages per question; see the module's docstring for shapes."""
 
     def __init__(self, t5, stated_start=None, ignored=()):
@@ -294,27 +296,15 @@ class FiDT5(nn.Module):
             setattr(generation, name, None)
         return settings
 
-    def prepare(self, max_length, answer_maxlength):
-        """Tells the model the length that the originals padded passages to; only the position bias
-        of a released reader sees it.
+    def set_lengths(self, max_length, answer_maxlength):
+        """Set the length that FiD's code padded passages to, which the position bias of its released
+        readers depends on.
         """
         self.config.passage_stride = max_length
 
-    def check_records(self, records, num_contexts, path, trains=False):
-        """Do nothing: a T5 reader can read any record."""
-
     def make_collator(self, tokenizer, num_contexts, max_length):
-        """What turns samples into this reader's batches."""
+        """Return a Collator, which tokenises each passage with the question."""
         return Collator(tokenizer, num_contexts, max_length)
-
-    def add_adapters(self, args, device):
-        """Raise InputError: a T5 reader takes no adapters."""
-        raise InputError("--lora is for causal language models: the layers of a T5 reader "
-                         "(layers/t5.py) run without the modules that peft replaces; leave it out")
-
-    def describe(self):
-        """What args.json says of the reader, beside its training: nothing."""
-        return {}
 
     # ---------------------------------------------------------------- training
 
@@ -331,12 +321,9 @@ class FiDT5(nn.Module):
         return loss, logits
 
     def encode(self, input_ids, attention_mask):
-        """The Memory of (B, N, L) passages; prepares the decoder's position bias for it."""
-        memory = self.t5.encoder(input_ids, attention_mask,
-                                 getattr(self.config, "passage_stride", None))
-        if self.cross_bias is not None:
-            self.cross_bias.memory_offsets = memory.offsets
-        return memory
+        """Return the Memory of (B, N, L) passages."""
+        return self.t5.encoder(input_ids, attention_mask,
+                               getattr(self.config, "passage_stride", None))
 
     def decode(self, ids, memory, cache=None, raw_scores=None):
         """Return logits (B, T, V), float32, after the target ids (B, T); see layers.decode for
@@ -347,7 +334,7 @@ class FiDT5(nn.Module):
         if self.cross_bias is not None:
             past = cache[0][0].shape[2] if cache else 0
             # (B, H, T, M)
-            bias = bias + self.cross_bias.position_bias(len(ids), ids.shape[1], past)
+            bias = bias + self.cross_bias.position_bias(memory.offsets, ids.shape[1], past)
         use_checkpoint = self.training and self.use_checkpoint
         states = decode(self.t5.decoder, ids, in_product_dtype(memory.states), bias, cache,
                         raw_scores, use_checkpoint)
@@ -393,9 +380,12 @@ class FiDT5(nn.Module):
         return (ids, *others) if others else ids
 
     def generate_as_set(self, memory, max_length, num_beams, count):
-        """Return transformers' ids (B * count, T), which follow the settings of
-        generation_config.json. Raise InputError for a setting that cannot be.
+        """Return the ids (B * count, T) of transformers' generate(), which follows the settings of
+        generation_config.json. Raise InputError for settings that fail.
         """
+        cross_bias = self.cross_bias
+        if cross_bias is not None:
+            cross_bias.beam_offsets = memory.offsets
         try:
             return self.t5.generate(encoder_outputs=BaseModelOutput(memory.states),
                                     attention_mask=memory.mask, max_length=max_length,
@@ -411,13 +401,14 @@ class FiDT5(nn.Module):
             raise InputError(f"generation_config.json has settings, among {', '.join(settings)}, "
                              f"that cannot be followed ({first_line(error)}); correct them, or "
                              "take them out of the file") from error
+        finally:
+            if cross_bias is not None:
+                cross_bias.beam_offsets = None
 
     def log_probabilities(self, ids, memory):
         """Return log p (B, n) of generated ids (B, n, T): the sum over their tokens after the start
         token, the first </s> included.
         """
-        if self.cross_bias is not None:
-            self.cross_bias.memory_offsets = memory.offsets  # greedy leaves those of its last step
         ends = torch.tensor(self.end_tokens, device=ids.device)
         columns = []
         for answers in ids.unbind(1):                                                    # (B, T)
@@ -458,8 +449,6 @@ class FiDT5(nn.Module):
                 active = active[alive]
                 memory = Memory(*(tensor[alive] for tensor in memory))
                 cache = [(k[alive], v[alive]) for k, v in cache]
-                if self.cross_bias is not None:
-                    self.cross_bias.memory_offsets = memory.offsets
         return ids
 
     def crossattention_scores(self, memory, attention_mask, kind="logits"):
@@ -480,7 +469,7 @@ class FiDT5(nn.Module):
         self.decode(start, memory, raw_scores=layer_scores)
         scores = torch.stack(layer_scores)                                   # (layers, B, H, 1, M)
         if self.cross_bias is not None:
-            scores = scores + self.cross_bias.position_bias(B, 1, 0)
+            scores = scores + self.cross_bias.position_bias(memory.offsets, 1, 0)
         if kind == "attention":
             is_padding = ~memory.mask[:, None, None]                                 # (B, 1, 1, M)
             scores = torch.softmax(scores.masked_fill(is_padding, float("-inf")), -1)

@@ -16,9 +16,7 @@ from data import note_long_passages
 from pages.page import check_page
 from reader.open import (
     add_prompt_flags,
-    describe_reader,
-    open_reader,
-    open_reader_tokenizer,
+    open_with_tokenizer,
 )
 from reader.predict import (
     add_answer_flags,
@@ -160,11 +158,10 @@ def main(args):
     if is_regex:
         note_patterns([record["answers"] for record in records],
                       [f"record {index}" for index in range(len(records))], world.log)
-    tokenizer, origin = open_reader_tokenizer(args.model, args.tokenizer, args.t5_name)
-    model = open_reader(args.model, args=args, trained=True).to(world.device)
-    model.check_tokenizer(tokenizer)
-    world.log(describe_reader(args.model, model, tokenizer, origin))
-    model.prepare(args.max_length, args.answer_maxlength)
+    model, tokenizer = open_with_tokenizer(args.model, world.log, args.tokenizer, args.t5_name,
+                                           prompt_flags=vars(args), trained=True)
+    model.to(world.device)
+    model.set_lengths(args.max_length, args.answer_maxlength)
     model.check_records(records, max(args.num_contexts), args.data)
 
     unscored = sum(not record["answers"] for record in records)

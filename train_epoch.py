@@ -33,10 +33,9 @@ from data import (
 from reader.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
 from reader.open import (
     add_prompt_flags,
-    describe_reader,
-    describe_settings,
     open_reader,
     open_reader_tokenizer,
+    open_with_tokenizer,
 )
 from reader.predict import (
     ANSWER_MAXLENGTH,
@@ -518,18 +517,13 @@ def set_up(args, world, sets=BOTH_SETS):
         raise InputError(f"{args.data_val}: no record has 'answers', so no checkpoint can be "
                          "chosen by it")
     note_unscored(dev, args.data_val, world.log)
-    tokenizer, origin = open_reader_tokenizer(args.t5_name, args.tokenizer)
-    check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
 
     # model
-    reader = open_reader(args.t5_name, args.dropout, args, trains=True)
-    reader.check_tokenizer(tokenizer)
-    settings = reader.forget_generation()
-    world.log(describe_reader(args.t5_name, reader, tokenizer, origin))
-    if settings:
-        world.log(f"note: {args.t5_name}: generation_config.json's {describe_settings(settings)} "
-                  "are not used in training, and not saved: answers are greedy")
-    reader.prepare(args.max_length, answer_limit(args))
+    reader, tokenizer = open_with_tokenizer(args.t5_name, world.log, args.tokenizer,
+                                            dropout=args.dropout, prompt_flags=vars(args),
+                                            trains=True)
+    check_targets(train, tokenizer, args.answer_maxlength, args.data_train)
+    reader.set_lengths(args.max_length, answer_limit(args))
     reader.check_records(train, args.num_contexts, args.data_train, trains=True)
     reader.check_records(dev, args.num_contexts, args.data_val)
     reader.set_checkpoint(args.use_checkpoint)

@@ -47,7 +47,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model, "t5-base")
     args.num_contexts = args.max_length = args.answer_maxlength = None
     settle_lengths(args, print)
-    model.prepare(args.max_length, args.answer_maxlength)
+    model.set_lengths(args.max_length, args.answer_maxlength)
     for kind in ("attention", "logits"):
         predictions = predict(model, records, tokenizer, world, batch_size=16, with_scores=kind,
                               num_contexts=args.num_contexts, max_length=args.max_length,

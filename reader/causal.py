@@ -7,7 +7,7 @@
 B questions, N passages each, L tokens of a prompt at most; K prompts of all questions, T tokens of
 an answer, V of the vocabulary. Training is RA-DIT's of the language model (Lin et al. 2023, arXiv
 2310.01352, section 2.3), which FedRAG calls RALT; generation is REPLUG's ensemble (Shi et al. 2023,
-arXiv 2301.12652, eq. 2). CausalReader has the interface of model.FiDT5.
+arXiv 2301.12652, eq. 2).
 """
 import inspect
 import math
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import list_targets, pad_labels, pad_passages
+from reader.base import Reader
 from reader.borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
 from reader.causal_lm import differs, list_ids, open_lm, probe_ids
 from records.fields import history_turns
@@ -286,7 +287,7 @@ class PromptCollator:
 
 # ---------------------------------------------------------------- the reader
 
-class CausalReader(nn.Module):
+class CausalReader(Reader):
     """A causal language model that reads N prompts per question; see the module's docstring."""
 
     def __init__(self, lm, prompts=None):
@@ -296,7 +297,7 @@ class CausalReader(nn.Module):
         self.config = lm.config
         self.base = None  # the model that adapters belong to, if they are saved alone
         self.tokenizer = None  # check_tokenizer sets it
-        self.max_length = self.answer_maxlength = None  # prepare sets them
+        self.max_length = self.answer_maxlength = None  # set_lengths sets them
         # models with relative positions alone take none; some give the logits of all places
         parameters = inspect.signature(lm.forward).parameters
         self.takes_positions = "position_ids" in parameters
@@ -365,15 +366,7 @@ class CausalReader(nn.Module):
         last = list_ids(None if self.tokenizer is None else self.tokenizer.eos_token_id)
         return [end for end in dict.fromkeys(ends) if end not in last] + last
 
-    def forget_generation(self):
-        """Return the settings of generation_config.json that training leaves out: none is used."""
-        return {}
-
-    def count_answer_tokens(self, max_length):
-        """Return how many tokens of an answer generate() can give."""
-        return max_length
-
-    def prepare(self, max_length, answer_maxlength):
+    def set_lengths(self, max_length, answer_maxlength):
         """Set the lengths that check_records goes by. Raise InputError if prompts and answers of
         these lengths are more than the model reads.
         """
@@ -384,7 +377,7 @@ class CausalReader(nn.Module):
         self.max_length, self.answer_maxlength = max_length, answer_maxlength
 
     def check_records(self, records, num_contexts, path, trains=False):
-        """Raise InputError for a record whose contexts cannot be weighted or, after prepare, whose
+        """Raise InputError for a record whose contexts cannot be weighted or, after set_lengths, whose
         question and answer are more than the model reads.
 
         trains: the answers are the records' own, not yet to be generated.

@@ -1,6 +1,4 @@
-"""Which reader a checkpoint is: a T5 becomes a FiDT5, a causal language model a CausalReader; and
-whose tokenizer it reads with.
-"""
+"""Open a reader with its tokenizer: a T5 becomes a FiDT5, a causal language model a CausalReader."""
 import os
 from typing import NamedTuple
 
@@ -56,16 +54,35 @@ def add_prompt_flags(parser):
         help="divide the retrieval scores by T before the softmax; default: as trained, else 1")
 
 
-def open_reader(path_or_name, dropout=None, args=None, trained=False, trains=False):
+def open_with_tokenizer(path_or_name, log, chosen=None, fallback=None, dropout=None,
+                        prompt_flags=None, trained=False, trains=False):
+    """Return (reader, tokenizer) of a checkpoint, and log how they were read.
+
+    chosen, fallback: see open_reader_tokenizer; the other arguments: see open_reader. If it
+    `trains`, the settings of generation_config.json are dropped. Raise InputError for what does not
+    fit.
+    """
+    tokenizer, origin = open_reader_tokenizer(path_or_name, chosen, fallback)
+    reader = open_reader(path_or_name, dropout, prompt_flags, trained, trains)
+    reader.check_tokenizer(tokenizer)
+    settings = reader.forget_generation() if trains else {}
+    log(describe_reader(path_or_name, reader, tokenizer, origin))
+    if settings:
+        log(f"note: {path_or_name}: generation_config.json's {describe_settings(settings)} are not "
+            "used in training, and not saved: answers are greedy")
+    return reader, tokenizer
+
+
+def open_reader(path_or_name, dropout=None, prompt_flags=None, trained=False, trains=False):
     """Return the reader of a checkpoint, by its configuration: FiDT5 or CausalReader.
 
-    `dropout` replaces the configuration's rates; `args` may hold the values of add_prompt_flags.
-    `trains`: it will be trained, so that its answers end with an end token. Raise InputError for
-    any other model, for what the readers refuse and, if it must be `trained`, for one without
-    weights.
+    `dropout` replaces the configuration's rates. prompt_flags: {name: value} that may hold the
+    flags of add_prompt_flags; other names are ignored. `trains`: it will be trained, so its answers
+    end with an end token. Raise InputError for any other model, for what the readers refuse and, if
+    it must be `trained`, for a checkpoint without weights.
     """
-    given = {name: getattr(args, name, None) for name in Prompts._fields}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in (prompt_flags or {}).items()
+             if name in Prompts._fields and value is not None}
     if os.path.isfile(path_or_name):  # minFiD's
         return open_fid(path_or_name, dropout, given, trained)
     folder = find_base(find_model(path_or_name)[0])

@@ -370,7 +370,7 @@ def test_bad_checkpoints_are_one_clear_line(folders, tiny, tmp_path):
     with pytest.raises(InputError, match="no such folder or file"):
         open_reader("no-such/model")
     with pytest.raises(InputError, match="--passage_weights is for causal language models"):
-        open_reader(tiny, args=Namespace(passage_weights="score"))
+        open_reader(tiny, prompt_flags={"passage_weights": "score"})
 
 
 def test_tokenizers_that_do_not_fit_are_refused(folders):
@@ -389,9 +389,9 @@ def test_tokenizers_that_do_not_fit_are_refused(folders):
 
 def test_what_is_longer_than_the_model_reads_is_refused(folders):
     reader, tokenizer = open_causal(folders["gpt2"])
-    reader.prepare(206, 50)
+    reader.set_lengths(206, 50)
     with pytest.raises(InputError, match="--max_length 207 and answers of 50 tokens are more than"):
-        reader.prepare(207, 50)
+        reader.set_lengths(207, 50)
     record = make_records(1)[0] | {"id": "r7", "question": "who " * 300}
     with pytest.raises(InputError, match="record 'r7' takes .* the model reads 256"):
         make_batch(reader, tokenizer, [record])
@@ -404,7 +404,7 @@ def test_what_is_longer_than_the_model_reads_is_refused(folders):
 
 def test_a_question_that_is_too_long_is_found_before_the_first_update(folders, tmp_path):  # E8
     reader, _ = open_causal(folders["gpt2"])  # of 256 positions
-    reader.prepare(100, 50)
+    reader.set_lengths(100, 50)
     records = make_records(3)
     reader.check_records(records, 2, "f.json")
     reader.check_records(records, 2, "f.json", trains=True)
@@ -415,7 +415,7 @@ def test_a_question_that_is_too_long_is_found_before_the_first_update(folders, t
             reader.check_records([records[0], long], 2, "f.json", trains=trains)
     target = records[1] | {"target": "bread " * 60, "ctxs": [{"title": "T", "text": "town " * 99}]}
     with pytest.raises(InputError, match="passage and answer take .* lower --max_length to"):
-        reader.prepare(180, 50)
+        reader.set_lengths(180, 50)
         reader.check_records([target], 2, "f.json", trains=True)
     data = tmp_path / "r.json"
     data.write_text(json.dumps([*records, long]))
@@ -471,8 +471,8 @@ def test_lines_end_answers_of_models_not_trained_here(folders, tmp_path, capsys)
     assert open_reader(folders["llama"]).prompts.answer_lines == "first"
     assert "was not trained here: its answers end at the first line" in capsys.readouterr().out
     assert open_reader(folders["llama"], trains=True).prompts.answer_lines == "all"
-    given = Namespace(answer_lines="all")
-    assert open_reader(folders["llama"], args=given).prompts.answer_lines == "all"
+    given = {"answer_lines": "all"}
+    assert open_reader(folders["llama"], prompt_flags=given).prompts.answer_lines == "all"
     make_causal(tmp_path)
     (tmp_path / "args.json").write_text('{"num_contexts": 3, "max_length": 40}')
     assert open_reader(tmp_path).prompts.answer_lines == "all"

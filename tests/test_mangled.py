@@ -602,7 +602,7 @@ def open_causal_reader(path):
     tokenizer = load_tokenizer(path, "tokenizer")
     reader.check_tokenizer(tokenizer)
     trained = read_training_args(path)
-    reader.prepare(20, 3)
+    reader.set_lengths(20, 3)
     record = {"id": "r", "question": "who wrote it", "ctxs": [{"text": "the a", "score": 1.0}]}
     collator = reader.make_collator(tokenizer, trained.get("num_contexts", 1), 20)
     batch = collator([(0, record, "a town")])

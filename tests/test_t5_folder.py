@@ -21,7 +21,7 @@ import lm_score
 from conftest import ROOT, TOKENIZER, make_records, make_t5
 from data import Collator, encode_inputs
 from model import CROSS_BIAS, FiDT5, plain_fid
-from reader.open import describe_reader, open_reader, open_reader_tokenizer
+from reader.open import open_reader, open_reader_tokenizer, open_with_tokenizer
 from reader.predict import decode_answers, predict
 from test_model import random_batch
 from training.checkpoints import read_config
@@ -48,11 +48,10 @@ def edit_weights(folder, change):
 
 
 def open_pair(folder, **options):
-    """(reader, tokenizer) of a folder as the scripts open it, and the line that they print."""
-    tokenizer, origin = open_reader_tokenizer(folder, **options)
-    reader = open_reader(folder).eval()
-    reader.check_tokenizer(tokenizer)
-    return reader, tokenizer, describe_reader(folder, reader, tokenizer, origin)
+    """Return (reader, tokenizer) of a folder as the scripts open it, and the line that they print."""
+    lines = []
+    reader, tokenizer = open_with_tokenizer(folder, lines.append, **options)
+    return reader.eval(), tokenizer, lines[0]
 
 
 def answers(reader, tokenizer, records, beams=1, max_length=100):
@@ -592,7 +591,7 @@ def test_the_leftover_of_t5s_first_release_is_left_out(tiny, tmp_path, capsys): 
     reader = FiDT5.from_pretrained(folder).eval()
     assert "relative_attention_bias.weight is left out" in capsys.readouterr().out
     torch.testing.assert_close(reader(ids, mask, labels)[1], want, atol=1e-4, rtol=0)
-    reader.prepare(12, 5)
+    reader.set_lengths(12, 5)
     reader.save_pretrained(tmp_path / "out")
     assert "passage_stride" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert CROSS_BIAS not in load_file(tmp_path / "out" / "model.safetensors")
