@@ -297,8 +297,8 @@ class FiDT5(Reader):
         return settings
 
     def set_lengths(self, max_length, answer_maxlength):
-        """Set the length that FiD's code padded passages to, which the position bias of its released
-        readers depends on.
+        """Set the length that FiD's code padded passages to; only the position bias of its released
+        readers depends on it.
         """
         self.config.passage_stride = max_length
 

@@ -1,6 +1,4 @@
-"""The interface of a reader: what FiDT5 (model.py) and CausalReader (reader/causal.py) must provide,
-and what they may change.
-"""
+"""The interface of a reader, which FiDT5 (model.py) and CausalReader (reader/causal.py) provide."""
 from abc import ABC, abstractmethod
 
 from torch import nn

@@ -377,8 +377,8 @@ class CausalReader(Reader):
         self.max_length, self.answer_maxlength = max_length, answer_maxlength
 
     def check_records(self, records, num_contexts, path, trains=False):
-        """Raise InputError for a record whose contexts cannot be weighted or, after set_lengths, whose
-        question and answer are more than the model reads.
+        """Raise InputError for a record whose contexts cannot be weighted or, after set_lengths,
+        whose question and answer are more than the model reads.
 
         trains: the answers are the records' own, not yet to be generated.
         """

@@ -1,4 +1,4 @@
-"""Open a reader with its tokenizer: a T5 becomes a FiDT5, a causal language model a CausalReader."""
+"""Open a reader and its tokenizer: FiDT5 for a T5, CausalReader for a causal language model."""
 import os
 from typing import NamedTuple
 

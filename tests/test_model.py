@@ -107,6 +107,24 @@ def test_golden_generation(peer):
         np.testing.assert_allclose(scores, want["crossattention_scores"], atol=1e-5)
 
 
+def test_the_position_bias_keeps_no_state(golden, tmp_path):
+    """After an answer has ended early, the same memory is decoded as before; only beam search sets
+    an attribute, and clears it.
+    """
+    reader = FiDT5.from_pretrained(released_folder(golden, tmp_path / "r")).eval()
+    ids, mask = (torch.from_numpy(golden[key]) for key in ("input_ids", "attention_mask"))
+    first_tokens = reader.generate(ids, mask, 2)[:, 1]
+    assert len(first_tokens.unique()) > 1
+    reader.config.eos_token_id = int(first_tokens[0])  # the first question ends at once
+    with torch.no_grad():
+        memory = reader.encode(ids, mask)
+        before = reader.decode(ids[:, 0, :3], memory)
+        reader.greedy(memory, 4)
+        assert torch.equal(reader.decode(ids[:, 0, :3], memory), before)
+    reader.generate(ids, mask, 4, num_beams=2)
+    assert reader.cross_bias.beam_offsets is None
+
+
 def test_golden_training_curve(peer):
     _, path, want, (ids, mask, labels) = peer
     reader = FiDT5.from_pretrained(path).train()

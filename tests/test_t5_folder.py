@@ -48,7 +48,7 @@ def edit_weights(folder, change):
 
 
 def open_pair(folder, **options):
-    """Return (reader, tokenizer) of a folder as the scripts open it, and the line that they print."""
+    """Return (reader, tokenizer, the line that the scripts print) of a folder."""
     lines = []
     reader, tokenizer = open_with_tokenizer(folder, lines.append, **options)
     return reader.eval(), tokenizer, lines[0]
