@@ -197,8 +197,14 @@ class TrainSet(torch.utils.data.Dataset):
     of processes.
     """
 
-    def __init__(self, records, seed, shuffle):
+    def __init__(self, records, seed, shuffle, path=""):
         self.records, self.seed, self.shuffle, self.epoch = records, seed, shuffle, 0
+        self.path = path
+
+    def name_examples(self, indices):
+        """Return the records' ids and file, for an error message."""
+        ids = [shorten(self.records[index]["id"]) for index in indices]
+        return f"records {', '.join(ids)} of {self.path}"
 
     def __getitem__(self, entry):
         """(index, record, target) of an entry of plan_epoch; an entry that is not real has no

@@ -41,20 +41,19 @@ from retrieval.dev_set import evaluate as measure_retriever
 from retrieval.measures import note_patterns, note_unjudged
 from retrieval.results import note_own
 from training.adapters import copy_to_cpu, prepare_lora, unload_adapters
-from training.cost import log_cost, measure_updates, note_cost
+from training.cost import count_trained, log_cost
 from training.loop import (
     BOTH_SETS,
     Progress,
     Run,
     RunLog,
-    count_on_bar,
-    count_trained,
     describe_machine,
     epoch_bar,
     freeze,
+    log_update,
     make_optimizer,
+    measure_updates,
     open_epoch,
-    saved_note,
     set_seed,
     step_optimizer,
     wrap_model,
@@ -67,7 +66,7 @@ from training.resume import (
     restore_state,
     save_state,
 )
-from utils import InputError, gather_lists, run_script, start_processes
+from utils import InputError, run_script, start_processes
 
 # flags that may differ between a run and its resumption: they do not change the weights
 FREE_FLAGS = {"resume", "overwrite", "num_workers", "gpus", "tqdm", "logging_steps",
@@ -228,7 +227,7 @@ def train_update(run, batches, micro_batches):
         batch = next(batches)
 
         # forward and backward pass; gradients add up in the weights' .grad
-        with run.exchange_gradients(is_last=i == micro_batches - 1):
+        with run.sync_gradients(is_last=i == micro_batches - 1):
             with torch.autocast(world.device.type, torch.bfloat16, enabled=args.bf16):
                 loss, count = compute_loss(run, batch)
             counts.append(count)
@@ -236,7 +235,7 @@ def train_update(run, batches, micro_batches):
             loss = loss * (count / counts[0])
             (loss / micro_batches).backward()
         losses.append(loss.detach())
-        indices += batch["indices"]
+        indices.append(batch["indices"])
 
     # from the mean of the micro-batches to the mean over their queries
     scale = micro_batches * counts[0] / sum(counts)
@@ -244,21 +243,10 @@ def train_update(run, batches, micro_batches):
         for parameter in run.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
-    mean_loss = torch.stack(losses).mean().item() * scale
-    not_finite = step_optimizer(run, mean_loss)
-    if not_finite:
-        refuse_update(run, not_finite, indices)
+    losses = torch.stack(losses)
+    mean_loss = losses.mean().item() * scale
+    step_optimizer(run, mean_loss, losses, indices)
     return mean_loss, 1, sum(counts)
-
-
-def refuse_update(run, not_finite, indices):
-    """Raises InputError naming the first records of an update whose loss or gradient is not finite.
-    """
-    locations = [run.train_set.examples[index].location
-                 for index in gather_lists(indices, run.world)]
-    named = ", ".join(locations[:4]) + (" ..." if len(locations) > 4 else "")
-    raise InputError(f"the {not_finite} is not finite in update {run.progress.total_updates + 1}, "
-                     f"of {named}; look at them, or lower --lr{saved_note(run)}")
 
 
 def plan_epoch(args, dataset_sizes, epoch, world):
@@ -286,8 +274,7 @@ def train_epoch(run):
         loss, weight, queries = train_update(run, batches, len(update))
         seconds = time.time() - start
         progress.count_update(loss, weight, queries, seconds)
-        count_on_bar(bar, run)
-        note_cost(run, seconds)
+        log_update(run, bar, seconds)
 
         # report, measure and save when it is due, all of it at the end of the run
         done, is_end = progress.total_updates, progress.total_updates >= run.last_update
@@ -393,10 +380,8 @@ def keep_measures(run, measures):
     name = best_metric(run.args, run.dev)
     # a lower average rank is better
     value = -measures[name] if name == "rank" else measures[name]
-    is_best = run.progress.count_measures(value)
-    if is_best:
-        run.progress.best_at = f"{name} {measures[name]:.4f} at update {run.progress.total_updates}"
-    return is_best
+    return run.progress.keep_best((value,), f"{name} {measures[name]:.4f} at update "
+                                  f"{run.progress.total_updates}")
 
 
 # ---------------------------------------------------------------- saving
@@ -576,7 +561,9 @@ def set_up(args, world, sets=BOTH_SETS):
     if not args.ranker:
         world.log(describe_texts(args.query_encoder, model, texts))
     args = settle_flags(args, texts, model)
-    state = load_state(args.output_dir, args, world, FREE_FLAGS, inputs)
+    state = None
+    if args.resume:
+        state = load_state(args.output_dir, vars(args), world, FREE_FLAGS, inputs)
 
     # optimizer and schedule; --early_exit_steps ends the run before its schedule ends
     updates = count_updates(args, data.dataset_sizes, world)
@@ -586,7 +573,8 @@ def set_up(args, world, sets=BOTH_SETS):
     # the run, where it stands
     progress = Progress(**state["progress"]) if state else Progress()
     log = RunLog(f"{args.output_dir}.jsonl", world.is_main, progress.rows)
-    run = RetrieverRun(args=args, world=world, out=args.output_dir, model=wrap_model(model, world),
+    run = RetrieverRun(args=args, flags=vars(args), world=world, out=args.output_dir,
+                       model=wrap_model(model, world),
                        tokenizer=texts.tokenizers["query"], dev=dev, corpus=corpus,
                        train_set=GroupSet(data.examples, data.group_rules, args.seed),
                        collator=GroupCollator(texts, corpus, args.mask_duplicates),
@@ -723,7 +711,7 @@ def main(args):
         if args.plan:
             plan_cost(run)
             return
-        forget_replaced_state(run)
+        forget_replaced_state(run.out, args.overwrite, world)
         start = time.time()
         while run.progress.total_updates < run.last_update:
             train_epoch(run)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import train_dense
 import train_epoch
 from retrieval.dev_set import encode_texts
-from training.cost import measure_updates
+from training.loop import measure_updates
 from utils import Parser, peak_bytes, run_script, start_processes
 
 T5 = {"vocab_size": 32128, "d_kv": 64, "decoder_start_token_id": 0}

@@ -91,6 +91,10 @@ class GroupSet(torch.utils.data.Dataset):
         self.seed = seed
         self.epoch = 0
 
+    def name_examples(self, indices):
+        """Return the locations of examples, for an error message."""
+        return ", ".join(self.examples[index].location for index in indices)
+
     def __getitem__(self, planned):
         """The Visit of an entry of the plan, (index, is_real)."""
         index, is_real = planned

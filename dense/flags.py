@@ -10,7 +10,7 @@ from metrics import METRICS
 from records.reading import LARGEST
 from records.templates import INSTRUCTIONS, check_templates
 from training.adapters import add_lora_flags, check_lora
-from training.loop import BOTH_SETS
+from training.loop import BOTH_SETS, check_rates
 from utils import (
     SWITCH,
     InputError,
@@ -268,11 +268,8 @@ def check_numbers(args):
     if args.student_temperature is not None:
         check_positive(args, ["student_temperature"])
     check_seed(args)
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        raise InputError(f"--dropout must be 0 or more and below 1, it is {args.dropout}")
+    check_rates(args.dropout, args.warmup_ratio)
     check_lora(args)
-    if not 0 <= args.warmup_ratio <= 1:
-        raise InputError(f"--warmup_ratio must be between 0 and 1, it is {args.warmup_ratio}")
 
 
 def check_metrics(args):

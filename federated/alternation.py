@@ -103,7 +103,7 @@ def alternate(args, tasks, open_server):
         if reader is None:
             reader = open_server("generator", ["--eval_file", own_contexts] if eval_file else [])
         elif eval_file:
-            reader.run.dev = read_records(own_contexts, reader.run.args.num_contexts)
+            reader.run.dev = read_records(own_contexts, reader.run.num_contexts)
         run_rounds(reader, last, rounds)
 
         if not is_scored:

@@ -328,7 +328,7 @@ def save_state(server):
     write_state(f"{server.run.out}.state", {
         "weights": {name: weight.cpu() for name, weight in server.weights.items()},
         "strategy": remembered(server.strategy), "progress": asdict(server.run.progress),
-        "args": vars(server.args), "flags": vars(server.run.args), "inputs": server.inputs})
+        "args": vars(server.args), "flags": server.run.flags, "inputs": server.inputs})
 
 
 def restore_state(server):
@@ -345,7 +345,7 @@ def restore_state(server):
     check_form(state["progress"], {name: type(value) for name, value in asdict(Progress()).items()},
                path)
     refuse_other_flags(path, vars(server.args), state["args"], FREE_FLAGS)
-    refuse_other_flags(path, vars(run.args), state["flags"], server.task.script.FREE_FLAGS)
+    refuse_other_flags(path, run.flags, state["flags"], server.task.script.FREE_FLAGS)
     refuse_other_inputs(path, server.inputs, state["inputs"])
     check_weights(state["weights"], path)
     check_same(state["weights"], server.weights, path, "the model of these flags")

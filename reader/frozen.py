@@ -35,18 +35,18 @@ SETTINGS = ("retrieval_method", "hits", "query_template", "key_template", "dtype
 
 # ---------------------------------------------------------------- retrieving
 
-def retrieve_once(args, paths, world):
+def retrieve_once(args, out, num_retrieved, paths, world):
     """Write OUT.retrieved/NAME.jsonl, the records of each {name: file} with --num_retrieved
     passages of --corpus; what an earlier run has made of the same is kept.
 
     args: train_epoch.py's flags. Raises InputError.
     """
-    folder = retrieved_folder(args.model)
+    folder = retrieved_folder(out)
     records = {}
     for name, path in paths.items():
         records[name] = read_records(path, keep_contexts=1)
         drop_contexts(records[name], path, world.log)
-    flags = retrieval_flags(args)
+    flags = retrieval_flags(args, num_retrieved)
     corpus = open_corpus(flags.corpus, flags.key_template, world)
     flags.hits = min(flags.hits, len(corpus))
     model = None if args.retriever == "bm25" else args.retriever
@@ -70,7 +70,7 @@ def retrieve_once(args, paths, world):
                   "questions")
         return
 
-    if args.resume and os.path.exists(f"{args.model}.state") and missing != ["test"]:
+    if args.resume and os.path.exists(f"{out}.state") and missing != ["test"]:
         world.log("warning: the retriever's weights, the corpus or the questions have changed "
                   "since the resumed run began")
     transformers.utils.logging.disable_progress_bar()
@@ -86,11 +86,11 @@ def retrieve_once(args, paths, world):
     wait_for_all(world)  # for the main process's files
 
 
-def retrieval_flags(args):
+def retrieval_flags(args, num_retrieved):
     """retrieve.py's flags, as if its command line named these. Raises InputError."""
     method = "bm25" if args.retriever == "bm25" else "dense"
     arguments = [f"--retrieval_method={method}", f"--query_encoder={args.retriever}",
-                 f"--corpus={args.corpus}", f"--hits={args.num_retrieved}", f"--task={TASK}",
+                 f"--corpus={args.corpus}", f"--hits={num_retrieved}", f"--task={TASK}",
                  f"--num_workers={args.num_workers}"]
     if args.index:
         arguments.append(f"--index={args.index}")
@@ -185,23 +185,23 @@ def keep_results(folder, made_of, digests, questions, results, corpus):
 
 # ---------------------------------------------------------------- the reader's records
 
-def put_gold_first(args, records, log):
+def put_gold_first(out, records, num_contexts, path, log):
     """Puts the ground-truth passages of training records before the retrieved ones, without
-    duplicates, --num_contexts in all; logs how many records have none, or more than that.
+    duplicates, num_contexts in all; logs how many records have none, or more than that.
     """
-    by_id = read_settings(made_of_path(args.model))["has_ids"]
+    by_id = read_settings(made_of_path(out))["has_ids"]
     without, too_many = 0, 0
     for record in records:
         gold = gold_passages(record)
         without += not gold
-        too_many += len(gold) > args.num_contexts
-        record["ctxs"] = merge_passages(gold, record["ctxs"], by_id)[:args.num_contexts]
+        too_many += len(gold) > num_contexts
+        record["ctxs"] = merge_passages(gold, record["ctxs"], by_id)[:num_contexts]
     if without:
-        log(f"note: {without} of {len(records)} records of {args.data_train} have no 'passage'; "
+        log(f"note: {without} of {len(records)} records of {path} have no 'passage'; "
             "they are trained on with retrieved passages alone")
     if too_many:
-        log(f"note: {too_many} of {len(records)} records of {args.data_train} have more than "
-            f"{args.num_contexts} ground-truth passages; the first {args.num_contexts} are read "
+        log(f"note: {too_many} of {len(records)} records of {path} have more than "
+            f"{num_contexts} ground-truth passages; the first {num_contexts} are read "
             "(--num_retrieved)")
 
 

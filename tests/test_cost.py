@@ -67,7 +67,7 @@ def test_a_disk_that_is_too_small_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=20 * 10 ** 6))
     cost.log_disk(run_)
     assert lines[0].startswith("cost: ") and "takes 4.0 MB on disk, its state 12.0 MB" in lines[0]
-    assert lines[1].startswith("warning: too little room on disk; cost: ")
+    assert lines[1].startswith("warning: too little space on disk; cost: ")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "m.state").write_bytes(bytes(12 * 10 ** 6))  # it will be replaced
     cost.log_disk(run_)

@@ -603,7 +603,7 @@ def test_a_killed_server_goes_on_to_the_same_bits(bert, files, tmp_path, monkeyp
         tmp_path / "killed" / "model.safetensors").read_bytes()
     _, stderr = federate(tmp_path / "killed", *own, "--resume", "--local_epochs", "3", flags=flags,
                          code=1)
-    assert "is of a run with --local_epochs 1 (now 3)" in stderr
+    assert "is from a run with --local_epochs 1 (now 3)" in stderr
 
 
 def test_a_state_that_cannot_be_of_a_run_is_refused(bert, files, tmp_path):
@@ -619,7 +619,7 @@ def test_a_state_that_cannot_be_of_a_run_is_refused(bert, files, tmp_path):
     assert any(path.endswith("a.json") for path in good["inputs"])  # A32
     torch.save(good | {"inputs": dict.fromkeys(good["inputs"], "3:0")}, tmp_path / "out.state")
     _, stderr = federate(tmp_path / "out", *own, "--resume", flags=flags, code=1)
-    assert "out.state is of a run on another content of " in stderr and stderr.count("\n") == 1
+    assert "out.state is from a run in which " in stderr and stderr.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line(tmp_path):

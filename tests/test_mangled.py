@@ -686,8 +686,8 @@ def make_run(out, resume):
     optimizer, scheduler = make_optimizer(model, 1e-3, 0.01, 1e-8, 2, 9)
     args = Namespace(resume=resume, seed=0, lr=1e-3)
     return SimpleNamespace(unwrapped=model, optimizer=optimizer, scheduler=scheduler, world=ALONE,
-                           dataset_sizes=[3], out=out, args=args, inputs={"r.json": "9:ab"},
-                           progress=Progress())
+                           dataset_sizes=[3], out=out, args=args, flags=vars(args),
+                           inputs={"r.json": "9:ab"}, progress=Progress())
 
 
 def take_step(run):
@@ -706,7 +706,7 @@ def make_state(folder):
 
 def resume_run(path):
     run = make_run(f"{path}/run", resume=True)
-    state = load_state(run.out, run.args, run.world, {"resume"}, run.inputs)
+    state = load_state(run.out, run.flags, run.world, {"resume"}, run.inputs)
     run.progress = Progress(**state["progress"])
     restore_state(run, state)
     take_step(run)
@@ -819,8 +819,8 @@ def test_files_of_another_kind_are_called_what_they_are(work_folder, tiny, monke
     monkeypatch.setattr("training.resume.gather_lists", lambda items, world: items)
     two = make_run("run", resume=True)
     two.world = World(0, 0, 2, torch.device("cpu"))
-    refuse("run.state is of a run of 1 process(es), this one has 2; start as many processes as "
-           "then, 1, or give --overwrite", load_state, "run", two.args, two.world, set(), {})
+    refuse("run.state is from a run of 1 process(es), this one has 2; start 1 again, or give "
+           "--overwrite", load_state, "run", two.flags, two.world, set(), {})
 
 
 def test_models_that_no_machine_can_hold_are_refused_at_once(work_folder, tiny):

@@ -19,13 +19,12 @@ from utils import InputError
 @pytest.mark.parametrize("overwrite, is_main, is_left", [
     (True, True, False), (True, False, True), (False, True, True)])
 def test_a_replaced_runs_state_goes(overwrite, is_main, is_left, tmp_path):
-    """Else a run that is killed before it saves anything would go on with the replaced one."""
+    """Otherwise --resume after a run that was killed early would continue the replaced one."""
     state = tmp_path / "run.state"
-    run = SimpleNamespace(out=str(tmp_path / "run"), args=SimpleNamespace(overwrite=overwrite),
-                          world=SimpleNamespace(is_main=is_main))
-    forget_replaced_state(run)  # there is none
+    arguments = str(tmp_path / "run"), overwrite, SimpleNamespace(is_main=is_main)
+    forget_replaced_state(*arguments)  # there is none
     state.write_text("old")
-    forget_replaced_state(run)
+    forget_replaced_state(*arguments)
     assert state.exists() == is_left
 
 
@@ -33,9 +32,9 @@ def test_a_flag_that_is_newer_than_the_state_may_be_off():
     refuse_other_flags("m.state", {"lr": 1, "new": False, "other": None, "gpus": "0"}, {"lr": 1},
                        {"gpus"})
     refuse_other_flags("m.state", {"lr": 1}, {"lr": 1, "fsdp": False}, set())  # a removed flag
-    with pytest.raises(InputError, match=r"is of a run with --new None \(now True\)"):
+    with pytest.raises(InputError, match=r"is from a run with --new None \(now True\)"):
         refuse_other_flags("m.state", {"lr": 1, "new": True}, {"lr": 1}, set())
-    with pytest.raises(InputError, match=r"is of a run with --lr 1 \(now 0\)"):
+    with pytest.raises(InputError, match=r"is from a run with --lr 1 \(now 0\)"):
         refuse_other_flags("m.state", {"lr": 0}, {"lr": 1}, set())
 
 
@@ -54,7 +53,7 @@ def test_a_run_does_not_go_on_with_another_file_of_the_same_name(tmp_path):
     for path in (records, corpus):
         with open(path, "r+") as file:
             file.write("b")
-        with pytest.raises(InputError, match="m.state is of a run on another content of '"):
+        with pytest.raises(InputError, match="m.state is from a run in which '.* another"):
             refuse_other_inputs("m.state", hash_inputs({path: files[path]}, world),
                                 {path: then[path]})
     old = {"model": {}}

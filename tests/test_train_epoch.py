@@ -104,7 +104,7 @@ def test_sum_is_the_originals_gradient_scale(tiny, records_file, tmp_path, monke
     """
     import train_epoch as script
     from data import plan_epoch
-    from training.loop import train_loader
+    from training.loop import make_loader
     seen_norms, norms = [], {}
     clip_grad_norm = torch.nn.utils.clip_grad_norm_
 
@@ -122,7 +122,7 @@ def test_sum_is_the_originals_gradient_scale(tiny, records_file, tmp_path, monke
             # equally long targets: the mean over tokens is the mean over records
             record["answers"] = ["town"]
         plan = plan_epoch(4, 0, 0, False, 1, 4)
-        batches = iter(train_loader(run_.train_set, plan, run_.collator, 0))
+        batches = iter(make_loader(run_.train_set, plan[0], run_.collator, 0))
         script.train_update(run_, batches, 4)
         norms[accumulate] = seen_norms[-1].item()
     assert norms["sum"] == pytest.approx(4 * norms["mean"], rel=1e-3)
@@ -183,7 +183,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, records_file, tmp_path, m
     assert_same_run("whole", "killed")
     _, error = run("train_epoch.py", "killed", *common, "--resume", "--seed", 7, code=1,
                    processes=processes)
-    assert "is of a run with --seed 42 (now 7)" in error
+    assert "is from a run with --seed 42 (now 7)" in error
 
 
 def test_a_run_does_not_go_on_with_other_data(tiny, tmp_path):
@@ -193,7 +193,7 @@ def test_a_run_does_not_go_on_with_other_data(tiny, tmp_path):
     run("train_epoch.py", *args)
     data.write_text(json.dumps(make_records(4, seed=1)))  # A32: as many others
     _, error = run("train_epoch.py", *args, "--resume", code=1)
-    assert "m.state is of a run on another content of " in error
+    assert "m.state is from a run in which " in error and " had another content" in error
     assert error.count("\n") == 1 and "r.json" in error
 
 
@@ -205,7 +205,7 @@ def test_an_em_of_zero_is_explained(answer, reason):
     import train_epoch as script
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     dev = [{"answers": [answer]}, {"answers": []}]
-    run_ = SimpleNamespace(args=SimpleNamespace(eval_answer_maxlength=None), dev=dev,
+    run_ = SimpleNamespace(answer_limit=50, dev=dev,
                            collator=Collator(tokenizer, 1, 100),
                            unwrapped=SimpleNamespace(count_answer_tokens=lambda limit: limit - 1))
     assert reason in script.explain_zero(run_)

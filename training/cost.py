@@ -1,41 +1,18 @@
-"""What a training run will cost: hours, memory and disk, by its first updates (--plan)."""
+"""Estimates of what a training run will cost, from its first updates: hours, memory and disk."""
 import os
 import shutil
-import time
 from statistics import median
 
 from training.adapters import is_packed
-from training.loop import count_trained, open_epoch
-from utils import format_seconds, gather_lists, peak_bytes, progress_bar
+from utils import format_seconds, gather_lists, peak_bytes
 
-COUNTED = 5  # updates that an estimate is made from; the first, which takes longer, is left out
-
-
-def measure_updates(run, plan, train_update):
-    """The seconds of the first COUNTED updates of an epoch's plan, which train the model."""
-    updates, batches = open_epoch(run, plan)
-    seconds = []
-    for update in progress_bar(updates[:COUNTED], desc="measuring", unit=" updates",
-                               is_main=run.world.is_main):
-        start = time.time()
-        train_update(run, batches, len(update))
-        seconds.append(time.time() - start)
-    return seconds
-
-
-def note_cost(run, update_seconds):
-    """Adds the seconds of an update; once COUNTED of this process are known, logs the cost of what
-    is left.
-    """
-    run.first_seconds.append(update_seconds)
-    if len(run.first_seconds) == COUNTED:
-        log_cost(run, run.first_seconds)
+COUNTED_UPDATES = 5  # updates that an estimate is made from; the first is slower and left out
 
 
 def log_cost(run, seconds, evaluations=0, eval_seconds=0.0):
-    """Logs three lines: the hours that are left, each process's memory, the room on disk.
+    """Log three lines: the hours that are left, the memory of each process, and the disk space.
 
-    seconds: of some updates; eval_seconds: of one evaluation, of which there will be so many.
+    seconds: of some updates; evaluations: how many are left; eval_seconds: of one evaluation.
     """
     counted = seconds[1:] or seconds
     update_seconds = median(counted)
@@ -55,42 +32,48 @@ def log_cost(run, seconds, evaluations=0, eval_seconds=0.0):
 
 
 def log_memory(run):
-    """Logs the most memory that each process has taken so far."""
+    """Log the peak memory of each process so far."""
     peaks = gather_lists([peak_bytes(run.world.device)], run.world)
-    place = "GPU" if run.world.device.type == "cuda" else "machine"
+    device = "GPU" if run.world.device.type == "cuda" else "machine"
     each = ", ".join(f"{peak / 2 ** 30:.1f}" for peak in peaks)
-    run.world.log(f"cost: {each} GiB of the {place}'s memory in each process so far; longer texts "
+    run.world.log(f"cost: {each} GiB of the {device}'s memory in each process so far; longer texts "
                   "take more")
 
 
 def log_disk(run):
-    """Logs the size of the model and of the resume state, and warns if there is too little room."""
+    """Log the size of the model and of the resume state, and warn if the disk is too small."""
     if not run.world.is_main:
-        return  # on another machine OUT's disk may be missing
+        return  # another machine may not have OUT's disk
     trained = 4 * count_trained(run.unwrapped)
     weights = 4 * sum(map(count_numbers, run.unwrapped.parameters()))
     state = trained if is_packed(run.unwrapped) else weights
     if run.optimizer.defaults.get("betas"):
         state += 2 * trained  # AdamW's moments
-    # the larger one is there twice while it is replaced; what an earlier run has left counts
+    # while a file is replaced, the old and the new one both take space
     needed = weights + state + max(weights, state)
     free = shutil.disk_usage(existing_folder(run.out)).free
     line = (f"cost: {run.out} takes {describe_bytes(weights)} on disk, its state "
             f"{describe_bytes(state)}, and the larger one once more while it is replaced; "
             f"{describe_bytes(free)} are free")
+    # an earlier run's files will be replaced, so their space counts as free
     if free + size_on_disk(run.out) + size_on_disk(f"{run.out}.state") < needed:
-        line = f"warning: too little room on disk; {line}"
+        line = f"warning: too little space on disk; {line}"
     run.world.log(line)
 
 
+def count_trained(model):
+    """Return the number of weights that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def count_numbers(parameter):
-    """How many numbers a weight stands for; a byte of one that is packed into 4 bits holds two."""
+    """Return how many numbers a weight represents; packed into 4 bits, a byte holds two."""
     packing = getattr(parameter, "quant_state", None)
     return packing.shape.numel() if packing else parameter.numel()
 
 
 def size_on_disk(path):
-    """The bytes of a file, or of the files of a folder; 0 where there is none."""
+    """Return the bytes of a file or of the files in a folder, 0 if there is neither."""
     if not os.path.isdir(path):
         return os.path.getsize(path) if os.path.exists(path) else 0
     return sum(os.path.getsize(os.path.join(folder, name))
@@ -98,7 +81,7 @@ def size_on_disk(path):
 
 
 def existing_folder(path):
-    """The folder in which a path lies or, as long as there is none, would be made."""
+    """Return the nearest folder above a path that exists."""
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
@@ -106,5 +89,5 @@ def existing_folder(path):
 
 
 def describe_bytes(count):
-    """A number of bytes in GB, of less than 0.1 GB in MB."""
+    """Return a number of bytes in GB, or in MB if it is less than 0.1 GB."""
     return f"{count / 1e9:.1f} GB" if count >= 10 ** 8 else f"{count / 1e6:.1f} MB"

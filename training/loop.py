@@ -1,6 +1,7 @@
-"""What the training loops of the reader and of the retriever share: the run, its progress, its log.
+"""What the training loops of train_epoch.py and train_dense.py share: the run, its progress and
+log, the optimizer, and the bookkeeping of an update.
 
-The loops themselves stand in train_epoch.py and train_dense.py, the resume state in resume.py.
+The loops themselves are in the two scripts, the resume state is in training/resume.py.
 """
 import argparse
 import json
@@ -8,6 +9,7 @@ import math
 import os
 import random
 import re
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -15,51 +17,50 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from records.files import new_file
+from training.cost import COUNTED_UPDATES, count_trained, log_cost
 from training.output_folder import versions
-from utils import InputError, World, peak_bytes, progress_bar, refusing
+from utils import InputError, World, gather_lists, peak_bytes, progress_bar, refusing
 
-# what a run reads; in a federation a client has no dev set, the server no training set
+# what a run reads; in a federation a client has no dev set, and the server has no training set
 BOTH_SETS = ("train", "dev")
+MOST_NAMED = 8  # records that an error names
 
 
 @dataclass
 class Progress:
-    """Where a run stands; everything in it is in the resume state."""
+    """Hold how far a run is. OUT.state stores all of it."""
     epoch: int = 0
     update: int = 0            # updates done in this epoch
     total_updates: int = 0
-    best: tuple = ()           # the best checkpoint's measures, the one that decides first
-    best_at: str = ""
-    rows: int = 0              # rows of the log that are written
+    best: tuple = ()           # the measures of the best checkpoint, the most important one first
+    best_at: str = ""          # when it was saved, in words
+    rows: int = 0              # rows written to OUT.jsonl
     # since the last report:
-    losses: list = field(default_factory=list)  # (loss summed, its weight) of each update
+    losses: list = field(default_factory=list)  # (summed loss, its weight) of each update
     examples: float = 0.0
     seconds: float = 0.0
 
     def count_update(self, loss_sum, weight, examples, seconds):
-        """Adds one update over all processes; its loss is loss_sum / weight."""
+        """Add one update over all processes; its loss is loss_sum / weight."""
         self.losses.append((loss_sum, weight))
         self.examples += examples
         self.seconds += seconds
         self.update += 1
         self.total_updates += 1
 
-    @property
-    def last_loss(self):
-        loss_sum, weight = self.losses[-1]
-        return loss_sum / weight
+    def keep_best(self, measures, best_at):
+        """Return True, and remember the measures, if they are the best so far; higher is better.
 
-    def count_measures(self, *measures):
-        """True if these measures, of which higher is better, are the best so far; ties go to the
-        next measure, then to the later update: the first one has hardly been trained.
+        measures: a tuple; the first decides, each further one breaks ties. Equal measures count as
+        better: among checkpoints without a right answer the first has hardly been trained.
         """
         is_best = measures >= self.best
         if is_best:
-            self.best = measures
+            self.best, self.best_at = measures, best_at
         return is_best
 
     def summary(self):
-        """{loss, examples_per_second, seconds, loss_curve} since the last report."""
+        """Return {loss, examples_per_second, seconds, loss_curve} since the last report."""
         total_weight = sum(weight for _, weight in self.losses)
         return {"loss": sum(loss_sum for loss_sum, _ in self.losses) / max(total_weight, 1),
                 "examples_per_second": self.examples / max(self.seconds, 1e-9),
@@ -67,20 +68,26 @@ class Progress:
                 "loss_curve": [round(loss_sum / weight, 5) for loss_sum, weight in self.losses]}
 
     def start_report(self):
-        """Forgets what the last report has written."""
+        """Drop what the last report has written."""
         self.losses, self.examples, self.seconds = [], 0.0, 0.0
 
     def start_epoch(self):
+        """Move on to the first update of the next epoch."""
         self.epoch += 1
         self.update = 0
 
 
 @dataclass
 class Run:
-    """What the functions of a training script share."""
+    """Hold what the functions of a training script share.
+
+    `args` are the script's flags as they were parsed. They stay together because the two scripts
+    and a federation read some twenty of them during training; nothing writes to them.
+    """
     args: argparse.Namespace
+    flags: dict                # `args` with derived values filled in, for args.json and OUT.state
     world: World
-    out: str                   # path of the model; OUT.jsonl and OUT.state lie beside it
+    out: str                   # folder of the model; OUT.jsonl and OUT.state are next to it
     model: torch.nn.Module     # inside DistributedDataParallel if there are several processes
     tokenizer: object
     train_set: torch.utils.data.Dataset
@@ -89,131 +96,105 @@ class Run:
     collator: object
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    last_update: int           # the update that the run ends with
+    last_update: int           # the update after which the run ends
     log: "RunLog"
     progress: Progress
     # {path: size and hash} of the input files, see resume.hash_inputs
     inputs: dict = field(default_factory=dict, kw_only=True)
-    # of this process's first updates, see training/cost.py
+    # seconds of this process's first updates, see log_update
     first_seconds: list = field(default_factory=list, kw_only=True)
 
     @property
     def unwrapped(self):
-        """The model itself, without DistributedDataParallel."""
+        """Return the model itself, without DistributedDataParallel."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
-    def exchange_gradients(self, is_last):
-        """Context of one micro-batch: processes exchange gradients at an update's last one only.
+    def sync_gradients(self, is_last):
+        """Return the context manager for one micro-batch: DDP synchronises gradients only on the
+        last micro-batch of an update.
         """
-        is_copied = isinstance(self.model, DistributedDataParallel)
-        return self.model.no_sync() if is_copied and not is_last else nullcontext()
-
-
-# ---------------------------------------------------------------- setting up
-
-def make_optimizer(model, lr, weight_decay, eps, warmup, updates, kind="adamw"):
-    """(AdamW, or with kind "sgd" plain SGD, over the weights that are trained; linear warm-up and
-    decay to 0 at the last update).
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if kind == "sgd":
-        optimizer = torch.optim.SGD(trained, lr=lr, weight_decay=weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, eps=eps,
-                                      fused=True)
-    # transformers' schedule is the same; importing it takes 7 s where peft and bitsandbytes are
-    def share(update):
-        if update < warmup:
-            return update / max(warmup, 1)
-        return max(0.0, (updates - update) / max(updates - warmup, 1))
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-
-def freeze(model, pattern):
-    """Keeps the weights whose names a regular expression finds as they are.
-
-    Raises InputError if it is none, finds none, or leaves nothing to train.
-    """
-    with refusing(f"--freeze {pattern}: not a regular expression", "mend it"):
-        expression = re.compile(pattern)
-    found = [parameter for name, parameter in model.named_parameters() if expression.search(name)]
-    if not found:
-        name = next(iter(dict(model.named_parameters())))
-        raise InputError(f"--freeze {pattern}: finds none of the model's weights, which are named "
-                         f"like {name}")
-    for parameter in found:
-        parameter.requires_grad_(False)
-    if not count_trained(model):
-        raise InputError(f"--freeze {pattern}: leaves no weight to train; name fewer")
-
-
-def count_trained(model):
-    """The number of weights that are trained."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def wrap_model(model, world):
-    """Return the model, inside DistributedDataParallel if there are several processes."""
-    if world.size == 1:
-        return model
-    # without device_ids: the models move their inputs, and DDP would look at each token id alone
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
-def describe_machine(world, gpus):
-    """The line that a run starts with: processes, device, versions."""
-    threads = torch.get_num_threads()
-    device = f"cpu, {threads} threads"
-    if world.device.type == "cuda":
-        device = torch.cuda.get_device_name(world.device)
-    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    line = f"{world.size} process(es) on {device}; {packages}"
-    if gpus == "" and os.path.exists("/dev/nvidia0"):
-        line += "; a GPU is here but unused: --gpus 0"
-    if world.device.type == "cpu" and threads > 1 and os.getloadavg()[0] > os.cpu_count():
-        # threads wait for each other in busy loops; of two, one that is kept off its core costs
-        # a step of 0.1 s several seconds
-        line += "; the machine is busy: OMP_NUM_THREADS=1 in front of the command may be faster"
-    return line
+        is_wrapped = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if is_wrapped and not is_last else nullcontext()
 
 
 # ---------------------------------------------------------------- one update
 
 def open_epoch(run, plan):
-    """(the updates of the current epoch's plan that are left, an iterator of their batches)."""
-    remaining = plan[run.progress.update:]  # a resumed run goes on inside the epoch
+    """Return (the updates of the current epoch's plan that are left, an iterator over their
+    batches). A resumed run continues inside its epoch.
+    """
+    remaining = plan[run.progress.update:]
     run.train_set.epoch = run.progress.epoch
-    loader = train_loader(run.train_set, remaining, run.collator, run.args.num_workers)
-    return remaining, iter(loader)
+    batches = [batch for update in remaining for batch in update]
+    return remaining, iter(make_loader(run.train_set, batches, run.collator, run.args.num_workers))
 
 
-def saved_note(run):
-    """What an error says of the checkpoint that is saved; "" if there is none yet."""
-    if not os.path.exists(os.path.join(run.out, "args.json")):
-        return ""
-    return f"; the best checkpoint so far is left in {run.out}"
+def step_optimizer(run, loss, losses, indices):
+    """Clip the gradient and take an optimizer step.
 
-
-def step_optimizer(run, loss):
-    """Clips the gradient and steps; returns None, or what is not finite ("loss", "gradient"): the
-    weights are untouched then.
+    loss: of the update over all processes; losses, indices: of this process's micro-batches, the
+    loss and the list of the records' indices. Raises InputError that names the records if the loss
+    or the gradient is not finite; the weights have not changed then.
     """
     parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
     if not math.isfinite(loss):
-        return "loss"
+        refuse_update(run, "loss", losses, indices)
     if not math.isfinite(norm):
-        return "gradient"
+        refuse_update(run, "gradient", losses, indices)
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad()
-    return None
 
 
-# ---------------------------------------------------------------- progress on the screen
+def refuse_update(run, not_finite, losses, indices):
+    """Raise InputError naming the records whose loss is not finite or, if only the gradient is not,
+    all records of the update.
+
+    not_finite: "loss" or "gradient"; losses, indices: see step_optimizer.
+    """
+    suspects = []
+    for loss, batch_indices in zip(losses, indices):
+        if not_finite == "gradient" or not math.isfinite(loss):
+            suspects += batch_indices
+    suspects = sorted(set(gather_lists(suspects, run.world)))
+    names = run.train_set.name_examples(suspects[:MOST_NAMED])
+    more = " ..." if len(suspects) > MOST_NAMED else ""
+    saved = ""
+    if os.path.exists(os.path.join(run.out, "args.json")):
+        saved = f"; the best checkpoint so far is kept in {run.out}"
+    raise InputError(f"the {not_finite} is not finite in update {run.progress.total_updates + 1}, "
+                     f"{names}{more}; look at these records, or lower --lr{saved}")
+
+
+def log_update(run, bar, seconds):
+    """Move the progress bar by an update, with its loss and the peak memory. After this process's
+    first few updates, log an estimate for the rest of the run.
+    """
+    loss_sum, weight = run.progress.losses[-1]
+    peak = f"{peak_bytes(run.world.device) / 2 ** 30:.1f} GiB"
+    bar.set_postfix(loss=f"{loss_sum / weight:.3f}", peak=peak, refresh=False)
+    bar.update()
+    run.first_seconds.append(seconds)
+    if len(run.first_seconds) == COUNTED_UPDATES:
+        log_cost(run, run.first_seconds)
+
+
+def measure_updates(run, plan, train_update):
+    """Return the seconds of the first few updates of an epoch's plan; they do train the model."""
+    updates, batches = open_epoch(run, plan)
+    seconds = []
+    for update in progress_bar(updates[:COUNTED_UPDATES], desc="measuring", unit=" updates",
+                               is_main=run.world.is_main):
+        start = time.time()
+        train_update(run, batches, len(update))
+        seconds.append(time.time() - start)
+    return seconds
+
 
 def epoch_bar(run, steps=None):
-    """A progress bar over the updates of the whole run: what it says is left is the run's time.
+    """Return a progress bar over the updates of the whole run, so that the time it shows is that of
+    the run, not of the epoch.
 
     steps: see progress_bar.
     """
@@ -223,21 +204,131 @@ def epoch_bar(run, steps=None):
                         always=run.args.tqdm, steps=steps)
 
 
-def count_on_bar(bar, run):
-    """Moves the bar by an update, with its loss and the most memory taken so far."""
-    peak = f"{peak_bytes(run.world.device) / 2 ** 30:.1f} GiB"
-    bar.set_postfix(loss=f"{run.progress.last_loss:.3f}", peak=peak, refresh=False)
-    bar.update()
+def make_loader(dataset, batches, collator, num_workers):
+    """Return a DataLoader over the listed batches of entries, in order. It draws nothing from the
+    global random state.
+    """
+    if num_workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collator,
+                                       num_workers=num_workers, generator=torch.Generator())
+
+
+# ---------------------------------------------------------------- setting up
+
+def check_rates(dropout, warmup_ratio):
+    """Raise InputError unless 0 <= dropout < 1 and 0 <= warmup_ratio <= 1; None means not given."""
+    if dropout is not None and not 0 <= dropout < 1:
+        raise InputError(f"--dropout must be >= 0 and < 1, got {dropout}")
+    if warmup_ratio is not None and not 0 <= warmup_ratio <= 1:
+        raise InputError(f"--warmup_ratio must be >= 0 and <= 1, got {warmup_ratio}")
+
+
+def set_seed(seed, rank=0):
+    """Seed dropout with seed + rank. The order of examples and the choice of answers have seeds of
+    their own.
+    """
+    random.seed(seed + rank)
+    torch.manual_seed(seed + rank)
+
+
+def freeze(model, pattern):
+    """Freeze the weights whose names match a regular expression.
+
+    Raises InputError if it is not a regular expression, matches nothing or leaves nothing to train.
+    """
+    with refusing(f"--freeze {pattern}: not a regular expression", "correct it"):
+        expression = re.compile(pattern)
+    found = [parameter for name, parameter in model.named_parameters() if expression.search(name)]
+    if not found:
+        name = next(iter(dict(model.named_parameters())))
+        raise InputError(f"--freeze {pattern}: matches none of the model's weights, which have "
+                         f"names like {name}")
+    for parameter in found:
+        parameter.requires_grad_(False)
+    if not count_trained(model):
+        raise InputError(f"--freeze {pattern}: leaves no weight to train; match fewer")
+
+
+def make_optimizer(model, lr, weight_decay, eps, warmup, updates, kind="adamw"):
+    """Return (optimizer over the weights that are trained, its schedule: linear warm-up, then
+    linear decay to 0 at the last update).
+
+    kind: "adamw", or "sgd" for plain SGD.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if kind == "sgd":
+        optimizer = torch.optim.SGD(trained, lr=lr, weight_decay=weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, eps=eps,
+                                      fused=True)
+    # transformers' schedule is equal; importing it takes 7 s if peft and bitsandbytes are installed
+    def share(update):
+        if update < warmup:
+            return update / max(warmup, 1)
+        return max(0.0, (updates - update) / max(updates - warmup, 1))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def wrap_model(model, world):
+    """Return the model, inside DistributedDataParallel if there are several processes."""
+    if world.size == 1:
+        return model
+    # no device_ids: the models move their inputs themselves; DDP would move each token list alone
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def log_start(run, data, batch, updates, warmup):
+    """Log the lines that every run starts with: machine, data and model, batch and schedule.
+
+    data: what is trained on, in words; batch: what a micro-batch holds and how micro-batches are
+    combined, such as ("questions", "mean"); updates: how many there are, in words; warmup: updates
+    of warm-up.
+    """
+    args, world, log = run.args, run.world, run.world.log
+    parameters = sum(parameter.numel() for parameter in run.unwrapped.parameters())
+    trained = count_trained(run.unwrapped)
+    share = f", {trained:,} of them trained" if trained < parameters else ""
+    examples, accumulate = batch
+    log(describe_machine(world, args.gpus))
+    log(f"{data}; {parameters:,} parameters{share}")
+    log(f"effective batch {args.batch_size * args.grad_accumulation * world.size} = "
+        f"{args.batch_size} {examples} x {args.grad_accumulation} micro-batches x {world.size} "
+        f"processes ({accumulate}); {updates}, {warmup} of warm-up")
+    if warmup >= run.last_update:
+        log(f"warning: the warm-up of {warmup} updates outlasts the run: the learning rate never "
+            f"reaches {args.lr:g}; --warmup_ratio 0.1 would fit")
+    if run.progress.total_updates:
+        log(f"resuming after {run.progress.total_updates} updates, in epoch {run.progress.epoch}")
+
+
+def describe_machine(world, gpus):
+    """Return a line with the number of processes, the device and the versions of packages."""
+    threads = torch.get_num_threads()
+    device = f"cpu, {threads} threads"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    line = f"{world.size} process(es) on {device}; {packages}"
+    if gpus == "" and os.path.exists("/dev/nvidia0"):
+        line += "; there is an unused GPU: --gpus 0"
+    if world.device.type == "cpu" and threads > 1 and os.getloadavg()[0] > os.cpu_count():
+        # threads wait for each other in busy loops; if one of two is kept off its core, a step of
+        # 0.1 s takes several seconds
+        line += "; the machine is busy: OMP_NUM_THREADS=1 in front of the command may be faster"
+    return line
 
 
 # ---------------------------------------------------------------- log
 
 class RunLog:
-    """Rows in a JSONL file and, if asked for, TensorBoard, written by the main process."""
+    """Write rows to a JSONL file and, optionally, to TensorBoard, from the main process."""
 
     def __init__(self, path, is_main, keep_rows=0, tensorboard=None):
-        """The first row that is written replaces all of the file but its first `keep_rows` rows,
-        those that a resumed run has already written.
+        """Open the log of a run. The first row that is written replaces the file's content after
+        its first `keep_rows` rows, which a resumed run has written before.
+
+        tensorboard: a folder, or None. Raises InputError if the package is missing.
         """
         self.path, self.is_main, self.keep_rows, self.board = path, is_main, keep_rows, None
         self.is_open = False
@@ -250,7 +341,7 @@ class RunLog:
             self.board = SummaryWriter(tensorboard)
 
     def row(self, row, step):
-        """Appends a JSON row; its numbers go to TensorBoard at `step`."""
+        """Append a JSON row; its numbers go to TensorBoard at `step`."""
         if not self.is_main:
             return
         if not self.is_open:
@@ -262,7 +353,7 @@ class RunLog:
                 self.board.add_scalar(name, value, step)
 
     def drop_rows(self):
-        """Leaves the file's first `keep_rows` rows."""
+        """Keep only the file's first `keep_rows` rows."""
         rows = []
         if self.keep_rows and os.path.exists(self.path):
             with open(self.path, "rb") as file:
@@ -270,27 +361,3 @@ class RunLog:
         with new_file(self.path, "wb") as file:
             file.writelines(row + b"\n" for row in rows)
         self.is_open = True
-
-
-# ---------------------------------------------------------------- seeds
-
-def set_seed(seed, rank=0):
-    """Seeds dropout with seed + rank; the order of examples and the choice of answers have seeds of
-    their own.
-    """
-    random.seed(seed + rank)
-    torch.manual_seed(seed + rank)
-
-
-def make_loader(dataset, batches, collator, num_workers):
-    """Batches of the listed entries, in order; draws nothing from the global random state."""
-    if num_workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collator,
-                                       num_workers=num_workers, generator=torch.Generator())
-
-
-def train_loader(dataset, updates, collator, num_workers):
-    """The batches of planned updates, one after another."""
-    batches = [batch for update in updates for batch in update]
-    return make_loader(dataset, batches, collator, num_workers)

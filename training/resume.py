@@ -1,4 +1,4 @@
-"""The resume state OUT.state: what a training run needs to end as if it had never been stopped."""
+"""The resume state OUT.state, from which a run ends with the weights of one that never stopped."""
 import math
 import os
 import random
@@ -13,21 +13,22 @@ from training.checkpoints import check_weights, load_torch_file
 from training.loop import Progress
 from utils import InputError, gather_lists, refusing, shorten
 
-START_ANEW = "give --overwrite in place of --resume to start anew"
+START_ANEW = "give --overwrite instead of --resume to start from scratch"
 # {part of a state: its type}
-FORM = {"model": dict, "optimizer": dict, "scheduler": dict, "random": list, "progress": dict,
-        "args": dict, "world_size": int, "dataset_sizes": list, "inputs": dict}
+STATE_PARTS = {"model": dict, "optimizer": dict, "scheduler": dict, "random": list,
+               "progress": dict,
+               "args": dict, "world_size": int, "dataset_sizes": list, "inputs": dict}
 
 # ---------------------------------------------------------------- random states
 
 def random_states(device):
-    """This process's random states."""
+    """Return this process's random states."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_random_states(states, device):
-    """Sets what random_states() returned."""
+    """Set the random states that random_states() returned."""
     random.setstate(states["python"])
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and device.type == "cuda":
@@ -37,9 +38,9 @@ def restore_random_states(states, device):
 # ---------------------------------------------------------------- resume state
 
 def save_state(run):
-    """Write OUT.state: weights, optimizer, schedule, every process's random states, progress.
+    """Write OUT.state: weights, optimizer, schedule, progress, and every process's random states.
 
-    All processes call it.
+    All processes must call it.
     """
     world = run.world
     states = gather_lists([random_states(world.device)], world)
@@ -47,13 +48,13 @@ def save_state(run):
         write_state(f"{run.out}.state", {
             "model": kept_weights(run.unwrapped), "optimizer": run.optimizer.state_dict(),
             "scheduler": run.scheduler.state_dict(), "random": states,
-            "progress": asdict(run.progress), "args": vars(run.args), "world_size": world.size,
+            "progress": asdict(run.progress), "args": run.flags, "world_size": world.size,
             "dataset_sizes": run.dataset_sizes, "inputs": run.inputs})
 
 
 def kept_weights(model):
-    """{name: weight} that a state holds: all, or where weights are packed into 4 bits, which the
-    checkpoint that they came from still holds, those that are trained.
+    """Return the {name: weight} to store in a state: all weights, or only the trained ones of a
+    model that is packed into 4 bits, whose other weights are in the checkpoint it started from.
     """
     weights = model.state_dict()
     if not is_packed(model):
@@ -63,41 +64,42 @@ def kept_weights(model):
 
 
 def write_state(path, state):
-    """Writes a state, whole or not at all. Raises InputError if it cannot be written: torch hides
-    the reason, such as a full disk, behind an error of its own.
+    """Write a state, whole or not at all. Raises InputError if that fails; torch's own error would
+    hide the reason, such as a full disk.
     """
     with refusing(f"{path}: cannot be written", "choose another path or make room"):
         with new_file(path, "wb") as file:
             torch.save(state, file)
 
 
-def forget_replaced_state(run):
-    """Removes the state of the run that --overwrite replaces: --resume must not go on with it."""
-    path = f"{run.out}.state"
-    if run.args.overwrite and run.world.is_main and os.path.exists(path):
+def forget_replaced_state(out, overwrite, world):
+    """Remove the state of the run that --overwrite replaces, so that a later --resume cannot
+    continue from it.
+    """
+    path = f"{out}.state"
+    if overwrite and world.is_main and os.path.exists(path):
         os.remove(path)
 
 
-def load_state(out, args, world, free_flags, inputs):
-    """Return the resume state of this command, or None where there is none or --resume is not
-    given.
+def load_state(out, flags, world, free_flags, inputs):
+    """Return the resume state OUT.state, or None if there is none.
 
-    Raise InputError if it is of a run with other flags or other input files, of which hash_inputs
-    has returned `inputs`; `free_flags` may differ, since they do not change the weights.
+    flags: {name: value} of this run; free_flags: names of flags that may differ from the state's,
+    because they do not change the weights; inputs: see hash_inputs. Raises InputError if the state
+    is from a run with other flags, other input files or another number of processes.
     """
     path = f"{out}.state"
-    if not args.resume:
-        return None
     exists = gather_lists([os.path.exists(path)], world)
     if any(exists) and not all(exists):
-        raise InputError(f"{path}: only some of the processes see it; let OUT be a folder that all "
-                         "of them share")
+        raise InputError(f"{path}: only some of the processes find it; choose an OUT that "
+                         "all of them share")
     if not any(exists):
         return None
-    # on a GPU each weight is copied there out of the file; with many processes all would not fit
+    # mmap on a GPU: weights go there one by one; the host's memory could not hold all of them once
+    # per process
     state = load_torch_file(path, mmap=world.device.type == "cuda")
     allow_no_inputs(state)
-    check_form(state, FORM, path)
+    check_form(state, STATE_PARTS, path)
     check_form(state["progress"], {name: type(value) for name, value in asdict(Progress()).items()},
                path)
     with refusing(f"{path}: its losses are not (sum, weight) of each update", START_ANEW):
@@ -105,18 +107,17 @@ def load_state(out, args, world, free_flags, inputs):
     with refusing(f"{path}: its dataset_sizes are not numbers of examples", START_ANEW):
         state["dataset_sizes"] = [int(size) for size in state["dataset_sizes"]]
     if state["world_size"] != world.size:
-        raise InputError(f"{path} is of a run of {state['world_size']} process(es), this one has "
-                         f"{world.size}; start as many processes as then, {state['world_size']}, "
-                         f"or {START_ANEW}")
-    refuse_other_flags(path, vars(args), state["args"], free_flags)
+        raise InputError(f"{path} is from a run of {state['world_size']} process(es), this one "
+                         f"has {world.size}; start {state['world_size']} again, or {START_ANEW}")
+    refuse_other_flags(path, flags, state["args"], free_flags)
     refuse_other_inputs(path, inputs, state["inputs"])
     return state
 
 
 def refuse_other_flags(path, now, then, free_flags):
-    """Raises InputError if a state is of a run with other flags, {name: value} now and then.
+    """Raise InputError if a state is from a run with other flags; now, then: {name: value}.
 
-    A flag that there was not yet then may be off now.
+    A flag that did not exist then may be off now.
     """
     with refusing(f"{path}: its flags cannot be compared", START_ANEW):
         changed = [name for name, value in now.items() if name not in free_flags
@@ -124,16 +125,17 @@ def refuse_other_flags(path, now, then, free_flags):
     if changed:
         flags = ", ".join(f"--{name} {shorten(then.get(name))} (now {shorten(now[name])})"
                           for name in changed[:3])
-        raise InputError(f"{path} is of a run with {flags}; give the same flags, or "
+        raise InputError(f"{path} is from a run with {flags}; give the same flags, or "
                          f"{START_ANEW}")
 
 
 def hash_inputs(files, world):
-    """Return {path: size and hash}, on every process, of a run's input files {path: whether all of
-    it is hashed}; pipes and files that are not there are left out.
+    """Return {path: size and hash} of a run's input files, on every process. Pipes and missing
+    files are left out.
 
-    Of a corpus or a model, which may have many gigabytes, 256 windows of 64 KiB are hashed, as for
-    an index. All of a file of records is hashed, which takes a fraction of the time of reading it.
+    files: {path: whether to hash all of it}. Files of records are hashed whole, in a fraction of
+    the time that reading them takes. A corpus or a model may have many gigabytes, so 256 windows of
+    64 KiB are hashed, as for an index.
     """
     hashes = []
     if world.is_main:
@@ -145,21 +147,21 @@ def hash_inputs(files, world):
 
 
 def allow_no_inputs(state):
-    """Give a state of an earlier version, which has no hashes of its inputs, an empty list."""
+    """Add an empty dict to a state of an earlier version, which has no hashes of its inputs."""
     if isinstance(state, dict):
         state.setdefault("inputs", {})
 
 
 def refuse_other_inputs(path, now, then):
-    """Raise InputError if a state is of a run on other input files, by what hash_inputs returns."""
+    """Raise InputError if a state is from a run on other input files; now, then: hash_inputs()."""
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if then and changed:
-        raise InputError(f"{path} is of a run on another content of {shorten(changed[0])}; give "
-                         f"the file as it was, or {START_ANEW}")
+        raise InputError(f"{path} is from a run in which {shorten(changed[0])} had another "
+                         f"content; restore the file, or {START_ANEW}")
 
 
 def check_form(part, form, path):
-    """Raises InputError for a part of a state that does not hold just this {name: type}."""
+    """Raise InputError unless a part of a state holds exactly these entries, {name: type}."""
     if not isinstance(part, dict) or set(part) != set(form):
         raise InputError(f"{path} was written by another version of this code; {START_ANEW}")
     for name, kind in form.items():
@@ -170,17 +172,17 @@ def check_form(part, form, path):
 
 
 def restore_state(run, state):
-    """Sets what save_state wrote, but for the progress; the random states come last, building a
-    model draws from them.
+    """Set everything that save_state wrote except the progress. The random states come last,
+    because building a model draws random numbers.
 
-    Raises InputError for a state of another model or of other data, or one with missing or wrong
+    Raises InputError if the state is from another model or other data, or has missing or wrong
     parts.
     """
     path = f"{run.out}.state"
     if state["dataset_sizes"] != run.dataset_sizes:
-        raise InputError(f"{path} is of a run on {describe_sizes(state['dataset_sizes'])} training "
-                         f"examples, now there are {describe_sizes(run.dataset_sizes)}; give the "
-                         f"same data, or {START_ANEW}")
+        raise InputError(f"{path} is from a run on {describe_sizes(state['dataset_sizes'])} "
+                         f"training examples, now there are {describe_sizes(run.dataset_sizes)}; "
+                         f"give the same data, or {START_ANEW}")
     check_weights(state["model"], path)
     try:
         is_whole = state["model"].keys() == kept_weights(run.unwrapped).keys()
@@ -189,7 +191,7 @@ def restore_state(run, state):
         reason = str(error).splitlines()[1].strip()[:120]
         raise InputError(f"{path} holds the weights of another model ({reason}); "
                          f"{START_ANEW}") from None
-    with refusing(f"{path}: its optimizer, schedule or random states are not whole",
+    with refusing(f"{path}: its optimizer, schedule or random states are incomplete",
                   START_ANEW):
         load_optimizer(run.optimizer, state["optimizer"])
         load_scheduler(run.scheduler, state["scheduler"], state["progress"]["total_updates"])
@@ -197,16 +199,16 @@ def restore_state(run, state):
 
 
 def describe_sizes(sizes):
-    """The numbers of examples of datasets, in words."""
+    """Return the numbers of examples of datasets, in words."""
     return " + ".join(map(str, sizes))
 
 
 def load_optimizer(optimizer, saved):
-    """Loads AdamW's state. Raises ValueError if it is not that of this optimizer's weights."""
+    """Load AdamW's state. Raises ValueError if it does not fit this optimizer's weights."""
     settings = [dict(group, params=None, lr=None) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     if settings != [dict(group, params=None, lr=None) for group in optimizer.param_groups]:
-        raise ValueError("the optimizer's settings are others")
+        raise ValueError("the optimizer has other settings")
     for group in optimizer.param_groups:
         if not 0 <= group["lr"] < math.inf:
             raise ValueError(f"the learning rate is {group['lr']}")
@@ -220,11 +222,11 @@ def load_optimizer(optimizer, saved):
 
 
 def load_scheduler(scheduler, saved, updates):
-    """Loads the schedule. Raises ValueError if it does not stand after so many updates."""
+    """Load the schedule. Raises ValueError if it is not the one after this many updates."""
     own = scheduler.state_dict()
     if {name: type(value) for name, value in own.items()} != {name: type(value) for name, value
                                                               in saved.items()}:
         raise ValueError("the schedule has other parts")
     scheduler.load_state_dict(saved)
     if saved["last_epoch"] != updates or saved["base_lrs"] != own["base_lrs"]:
-        raise ValueError("the schedule stands elsewhere")
+        raise ValueError("the schedule is at another update")
