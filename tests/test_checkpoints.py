@@ -69,7 +69,7 @@ def test_a_pretrained_model_is_no_output(tiny, records_file, tmp_path):
 
 
 def test_an_earlier_run_is_replaced_only_when_told(out, tmp_path, capsys):
-    with pytest.raises(InputError, match="--resume goes on with it, --overwrite replaces it"):
+    with pytest.raises(InputError, match="--resume continues it, --overwrite replaces it"):
         claim(out)
     claim(out, overwrite=True)
     claim(out, resume=True)
@@ -84,7 +84,7 @@ def test_an_earlier_run_is_replaced_only_when_told(out, tmp_path, capsys):
 def test_training_data_beside_the_folder_is_no_log(tmp_path):
     data = tmp_path / "train.jsonl"
     data.write_text(json.dumps({"question": "who", "answers": ["x"]}) + "\n")
-    with pytest.raises(InputError, match="train.jsonl: is no file of a run"):
+    with pytest.raises(InputError, match="train.jsonl: was not written by a run"):
         claim(tmp_path / "train", overwrite=True)
     data.write_text(json.dumps({"update": 1, "loss_curve": [1.0]}) + "\n")
     claim(tmp_path / "train")  # a run that was killed before it saved anything
@@ -94,11 +94,11 @@ def test_training_data_beside_the_folder_is_no_log(tmp_path):
 def test_what_lies_beside_the_folder_is_a_runs(name, tmp_path):
     path = tmp_path / name
     path.mkdir()
-    with pytest.raises(InputError, match=f"{name}: is no file of a run"):
+    with pytest.raises(InputError, match=f"{name}: was not written by a run"):
         claim(tmp_path / "run", overwrite=True)
     path.rmdir()
     path.write_text("my notes")
-    with pytest.raises(InputError, match=f"{name}: is no file of a run"):
+    with pytest.raises(InputError, match=f"{name}: was not written by a run"):
         claim(tmp_path / "run", overwrite=True)
     assert path.read_text() == "my notes" and not (tmp_path / "run").exists()
 

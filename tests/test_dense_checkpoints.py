@@ -85,7 +85,7 @@ def test_a_tokenizer_without_words_is_refused(tmp_path):
     folder = Path(make_bert(tmp_path / "bert"))
     for name in ("tokenizer.json", "vocab.txt"):
         (folder / name).unlink(missing_ok=True)
-    with pytest.raises(InputError, match="its tokenizer knows no words; fetch|no usable tokenizer"):
+    with pytest.raises(InputError, match="its tokenizer has no words; fetch|no usable tokenizer"):
         load_tokenizer(folder, folder)
 
 

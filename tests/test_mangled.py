@@ -828,7 +828,7 @@ def test_models_that_no_machine_can_hold_are_refused_at_once(work_folder, tiny):
     for name in ("num_layers", "d_model", "vocab_size"):
         (work_folder / "config.json").write_text(json.dumps(config | {name: 10 ** 9}))
         with time_limit(2):
-            refuse(f"config.json says {name} 1000000000", FiDT5.from_pretrained, ".")
+            refuse(f"config.json sets {name} 1000000000", FiDT5.from_pretrained, ".")
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout_prob", "dropout_rate"])
@@ -837,7 +837,7 @@ def test_a_dropout_that_is_no_rate_is_refused(work_folder, tiny, name):
     for value in ("NaN", "1.5", "-0.5"):
         text = json.dumps(config | {name: HOLE}).replace(f'"{HOLE}"', value)
         (work_folder / "config.json").write_text(text)
-        refuse(f"config.json says {name} {value.lower()}", read_config, ".")
+        refuse(f"config.json sets {name} {value.lower()}", read_config, ".")
 
 
 def test_a_folders_own_code_is_not_offered_to_be_run(work_folder, monkeypatch):

@@ -1,5 +1,5 @@
-"""Checkpoints, what readers, retrievers and rankers share: finding and opening those of every
-layout, and the folder that a run writes.
+"""Finding, reading and writing checkpoints in every layout, for readers, retrievers, rankers and
+language models.
 """
 import argparse
 import math
@@ -17,22 +17,21 @@ from records.files import write_json
 from records.reading import read_args, read_settings
 from utils import InputError, first_line, log_on_main, refusing, shorten
 
-# what a configuration may say: a model of more layers, or of larger numbers, would take all memory
+# upper bounds for layers and other values in config.json; anything larger would exhaust memory
 MOST_LAYERS, MOST = 1000, 10 ** 7
-# at most this many bytes of weights go into one file
-FILE_BYTES = 5 * 10 ** 9
-# what is fetched of a model on the hub, beside its weights: settings, vocabularies, the layers of
+FILE_BYTES = 5 * 10 ** 9  # of weights in one file, at most
+# files to download from the hub besides the weights: settings, vocabularies, and the layers of
 # sentence-transformers
 HUB_FILES = ["*.json", "*.model", "vocab*", "merges.txt", "*_Dense/*", "*_LayerNorm/*",
              "0_Transformer/*"]
 
-# names of weights in the formats of other libraries, and files of a run that are none
+# names of files of weights, in the formats of all libraries, and names that only look like them
 WEIGHT_NAMES = (r"(?i)\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|npz|t7|ot|pkl|tflite|"
                 r"distcp)(\.index(\.json)?)?$|\.ckpt[-.]|\.data-\d+-of-\d+$")
 RUN_FILES = (r"^(optimizer|scheduler|scaler|trainer|rng_state|training_args|training_state|"
              r"random_states)[\w-]*\.")
 REMEDIES = (
-    ("^checkpoint[^/]*/", "give the folder in which it lies"),
+    ("^checkpoint[^/]*/", "give the folder that holds it"),
     ("^adapter_model", "merge the adapter into its base model (peft: merge_and_unload, then "
                        "save_pretrained) and give that folder"),
     (r"\.msgpack", "convert them with transformers 4: from_pretrained(FOLDER, from_flax=True), "
@@ -41,20 +40,20 @@ REMEDIES = (
                                   "from_pretrained(FOLDER, from_tf=True), then save_pretrained"),
     (r"\.gguf", "convert them with transformers: from_pretrained(FOLDER, gguf_file=NAME), then "
                 "save_pretrained"),
-    (r"-\d+-of-\d+\.", "it is a part of them whose .index.json is missing; fetch that, too"),
-    ("", "name the file so if that is what it is, or save the model again with save_pretrained"),
+    (r"-\d+-of-\d+\.", "it is one of several parts whose .index.json is missing; fetch that, too"),
+    ("", "rename the file if it is in that format, or save the model again with save_pretrained"),
 )
 
-# buffers, equal in every model, that older versions of transformers saved with the weights
+# buffers that are the same in every model; older versions of transformers saved them as weights
 CONSTANTS = r"rotary_emb\.inv_freq$|attn\.masked_bias$|(^|\.)position_ids$"
 
 
 def find_model(path_or_name, with_weights=True):
-    """Return (folder with the configuration, weights or None) of a folder, a file of minFiD, minDPR
-    or DPR, or a hub name.
+    """Return (folder with the configuration, weights) of a folder, a file of minFiD, minDPR or DPR,
+    or a hub name.
 
-    The weights are None where the folder holds them; without `with_weights` those of a hub name are
-    not fetched. Raise InputError.
+    The weights are None if they are in the folder. Without `with_weights`, those of a hub name are
+    not downloaded. Raises InputError.
     """
     path = str(path_or_name)
     if os.path.isdir(path):
@@ -65,8 +64,8 @@ def find_model(path_or_name, with_weights=True):
         if os.path.isdir(beside):
             return beside, weights
         if os.path.isfile(name):  # it might name itself
-            raise InputError(f"{path}: says that it was trained from {shorten(name)}, which is a "
-                             "file; put that model's folder beside it")
+            raise InputError(f"{path}: was trained from {shorten(name)}, which is a file; put "
+                             "that model's folder next to it")
         return find_model(name, with_weights=False)[0], weights
     try:
         if not with_weights:
@@ -76,16 +75,16 @@ def find_model(path_or_name, with_weights=True):
             folder = snapshot_download(path, allow_patterns=[*HUB_FILES, "pytorch_model*"])
         return folder, None
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise InputError(f"{path}: no such folder or file, and no such model could be fetched from "
-                         f"the hub ({first_line(error)}); check the path, or fetch the model "
-                         "where there is a network and give its folder") from None
+        raise InputError(f"{path}: no such folder or file, and the hub has no such model or cannot "
+                         f"be reached ({first_line(error)}); check the path, or download the model "
+                         "elsewhere and give its folder") from None
 
 
 def find_base(folder):
-    """Return the folder of the model that a folder of peft's adapters belongs to; any other folder
-    is its own base.
+    """Return the folder of the base model of peft's adapters. A folder of a whole model is its own
+    base.
 
-    Raise InputError for adapters whose model cannot be found, or is made of adapters itself.
+    Raises InputError if the base model cannot be found, or consists of adapters itself.
     """
     if not holds_adapters(folder):
         return folder
@@ -112,13 +111,13 @@ def find_base(folder):
 
 
 def holds_adapters(folder):
-    """Return True for a folder of peft's adapters without the model that they belong to."""
+    """Return True for a folder of peft's adapters without their base model."""
     return (os.path.exists(os.path.join(folder, "adapter_config.json"))
             and not os.path.exists(os.path.join(folder, "config.json")))
 
 
 def refuse_gguf(path):
-    """Raise InputError for llama.cpp's files: a .gguf file, or a folder of them."""
+    """Raise InputError for a .gguf file of llama.cpp, or a folder of them."""
     names = [path] if os.path.isfile(path) else os.listdir(path) if os.path.isdir(path) else []
     found = [os.path.basename(name) for name in names if name.endswith(".gguf")]
     if found:
@@ -128,8 +127,8 @@ def refuse_gguf(path):
 
 
 def find_args(path_or_name):
-    """The folder in which a model's args.json lies, if it has one: of a hub name, that alone is
-    fetched.
+    """Return the folder that may hold a model's args.json. Of a hub name, only that file is
+    downloaded.
     """
     path = str(path_or_name)
     if os.path.exists(path):
@@ -137,14 +136,12 @@ def find_args(path_or_name):
     try:
         return os.path.dirname(hf_hub_download(path, "args.json"))
     except (OSError, ValueError, HfHubHTTPError):
-        return path  # others' models have none; whoever opens the model tells what is wrong
+        return path  # not trained here; opening the model will report any error
 
 
 def open_model_file(path):
-    """Return (name of the model that it was trained from, weights, flags of its training) of a file
-    of minFiD, minDPR or DPR.
-
-    Raises InputError.
+    """Return (name of the model that it was trained from, weights, training flags) of a file of
+    minFiD, minDPR or DPR. Raises InputError.
     """
     refuse_gguf(path)
     if path.removesuffix(".gz").endswith((".json", ".jsonl", ".csv", ".tsv", ".txt")):
@@ -155,7 +152,7 @@ def open_model_file(path):
     saved = load_torch_file(path, mmap=True)
     name, weights, flags = None, None, {}
     if isinstance(saved, dict) and {"optimizer", "progress"} <= saved.keys():
-        raise InputError(f"{path}: is a run's resume state, from which --resume goes on; give the "
+        raise InputError(f"{path}: is a run's resume state, which is for --resume; give the "
                          f"folder of its model, {path.removesuffix('.state')}")
     if isinstance(saved, dict) and {"sd", "args"} <= saved.keys():
         weights = saved["sd"]
@@ -170,16 +167,16 @@ def open_model_file(path):
         name = encoder_params.get("pretrained_model_cfg", "bert-base-uncased")
     if not isinstance(name, str):
         raise InputError(f"{path}: neither a model folder, nor minFiD's or minDPR's file ('sd', "
-                         "'args'), nor DPR's ('model_dict')")
+                         "'args'), nor DPR's ('model_dict'); give one of these")
     check_weights(weights, path)
     return name, weights, flags
 
 
 def load_torch_file(path, mmap=False):
-    """torch.load without unpickling code; argparse.Namespace (minFiD's args) is the one class let
-    through.
+    """Return what torch.load reads, without running code from the file; the only class it may
+    contain is argparse.Namespace, for minFiD's args.
 
-    mmap: tensors stay in the file till they are used, unless it is of torch's old format. Raises
+    mmap: leave tensors in the file until they are used, unless it has torch's old format. Raises
     InputError.
     """
     with refusing(f"{path}: not a checkpoint that can be loaded safely", "it may be cut off"):
@@ -189,11 +186,11 @@ def load_torch_file(path, mmap=False):
 
 
 def find_weights(folder, required=False):
-    """Return the paths of a folder's weights (.safetensors or .bin, whole or in shards), [] if it
-    holds none.
+    """Return the paths of a folder's weights (.safetensors or .bin, one file or shards), [] if
+    there are none.
 
-    Raise InputError if it holds none and they are required, or if it holds weights under a name
-    that is not read: a model must not start from random ones then.
+    Raises InputError if weights are required and missing, or if there are weights in a format that
+    is not read; without the error, the model would start from random weights.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = os.path.join(folder, name)
@@ -211,8 +208,8 @@ def find_weights(folder, required=False):
 
 
 def refuse_other_weights(folder):
-    """Raise InputError, with the way out, for a folder that holds weights under a name that is not
-    read, and for a model of the hub without weights that are.
+    """Raise InputError, with a remedy, for a folder or a hub model whose weights are all in formats
+    that are not read.
     """
     if not os.path.isdir(folder):
         return
@@ -224,15 +221,15 @@ def refuse_other_weights(folder):
               and not re.search(RUN_FILES, os.path.basename(name))]
     for name in others:
         remedy = next(text for pattern, text in REMEDIES if re.search(pattern, name))
-        raise InputError(f"{os.path.join(folder, name)}: looks like weights, which are read from "
-                         f"model.safetensors and pytorch_model.bin alone; {remedy}")
+        raise InputError(f"{os.path.join(folder, name)}: looks like weights, which are read only "
+                         f"from model.safetensors and pytorch_model.bin; {remedy}")
     if os.path.basename(os.path.dirname(os.path.abspath(folder))) == "snapshots":
         raise InputError(f"{folder}: the hub has no model.safetensors or pytorch_model.bin of this "
                          "model; convert its weights, and give the folder")
 
 
 def read_weights(folder):
-    """Return all weights of a folder, or None if it holds none. Raise InputError."""
+    """Return all weights of a folder, or None if it has none. Raises InputError."""
     weights, paths = {}, find_weights(folder)
     for path in paths:
         if path.endswith(".safetensors"):
@@ -248,19 +245,19 @@ def read_weights(folder):
 
 
 def check_weights(weights, path):
-    """Raises InputError for weights that are not {name: tensor}."""
+    """Raise InputError for weights that are not {name: tensor}."""
     if not isinstance(weights, dict):
-        raise InputError(f"{path}: holds no weights by their names, but a "
+        raise InputError(f"{path}: must hold {{name: weight}}, got a "
                          f"{type(weights).__name__}; fetch it again")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise InputError(f"{path}: {shorten(name)} is no weight, but a "
+            raise InputError(f"{path}: {shorten(name)} must be a weight, got a "
                              f"{type(value).__name__}; fetch the file again")
 
 
 def write_weights(folder, weights):
-    """Writes {name: weight} as model.safetensors; what does not go into one file goes into several,
-    with an index, as transformers does.
+    """Write {name: weight} as model.safetensors or, above FILE_BYTES, as several files with an
+    index, as transformers does.
     """
     parts = split_weights(weights)
     weight_map = {}
@@ -278,7 +275,7 @@ def write_weights(folder, weights):
 
 
 def split_weights(weights):
-    """[names] of {name: weight}: those that go into one file, in their order."""
+    """Return the names of {name: weight} as one list per file, in their order."""
     parts, size = [[]], 0
     for name, weight in weights.items():
         weight_bytes = weight.numel() * weight.element_size()
@@ -297,13 +294,13 @@ def announce_random_start(name):
 
 
 def load_tokenizer(path_or_name, fallback):
-    """Return the tokenizer that a model folder carries, else that of `fallback` (the released FiD
-    readers and minFiD have none).
+    """Return a model's own tokenizer or, if it has none (the released FiD readers and minFiD), that
+    of the model `fallback`.
 
     Raises InputError.
     """
     folder = str(path_or_name)
-    if os.path.isfile(folder):  # the model that it was trained from may lie beside it
+    if os.path.isfile(folder):  # the model that it was trained from may be next to it
         folder = os.path.join(os.path.dirname(folder), fallback)
     else:
         folder = find_model(folder)[0]
@@ -313,29 +310,29 @@ def load_tokenizer(path_or_name, fallback):
     if not has_tokenizer(folder):
         base = find_base(folder)
         folder = base if base != folder else find_model(fallback)[0]
-    remedy = "name a model that has one"
+    remedy = "choose a model that has one"
     if os.path.isdir(folder) and "tokenizer.json" not in os.listdir(folder):
         remedy += ("; a sentencepiece file (.model) alone needs the packages sentencepiece==0.2.1 "
                    "and protobuf")
     with refusing(f"{folder}: no usable tokenizer", remedy):
-        # not given, transformers would ask on the terminal whether to run the folder's own code
+        # without this, transformers asks on the terminal whether to run code from the folder
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer(["a"])  # some wrong settings show only now
+        tokenizer(["a"])  # some errors show only in use
     check_words(tokenizer, folder)
     return tokenizer
 
 
 def check_words(tokenizer, folder):
-    """Raise InputError for a tokenizer without words: transformers opens a folder without a
-    vocabulary, whose every word is unknown then.
+    """Raise InputError for a tokenizer without words. transformers opens a folder without a
+    vocabulary, but every word is unknown then.
     """
     if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:
-        raise InputError(f"{folder}: its tokenizer knows no words; fetch the model's "
+        raise InputError(f"{folder}: its tokenizer has no words; fetch the model's "
                          "tokenizer.json, vocab.txt or spiece.model")
 
 
 def check_vocabulary(tokenizer, embeddings, remedy):
-    """Raise InputError if the tokenizer has ids that a model has no embedding for."""
+    """Raise InputError if the tokenizer has more ids than the model has embeddings."""
     count = getattr(embeddings, "weight", embeddings).shape[0]
     if len(tokenizer) > count:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} ids, the "
@@ -343,28 +340,28 @@ def check_vocabulary(tokenizer, embeddings, remedy):
 
 
 def has_tokenizer(folder):
-    """True for a folder with a tokenizer's files."""
+    """Return True for a folder with a tokenizer's files."""
     if not os.path.isdir(folder):
         return False
     return any("token" in name or name == "spiece.model" for name in os.listdir(folder))
 
 
 def read_training_args(path):
-    """Return what a checkpoint says of its training (num_contexts, max_length, ...): our args.json
-    or minFiD's args; else {}. Raises InputError.
+    """Return what a checkpoint stores about its training (num_contexts, max_length, ...): its
+    args.json, minFiD's args, or {}. Raises InputError.
     """
     trained = open_model_file(str(path))[2] if os.path.isfile(path) else read_args(path)
     for name in ("num_contexts", "max_length", "eval_answer_maxlength"):
         if type(trained.get(name, 1)) is not int or not 0 < trained.get(name, 1) < MOST:
-            raise InputError(f"{path}: its args.json (or args) says {name} "
-                             f"{shorten(trained[name])}, which is no count; mend it")
+            raise InputError(f"{path}: {name} in its args.json (or args) must be > 0 and < {MOST}, "
+                             f"got {shorten(trained[name])}; correct it")
     return trained
 
 
 def read_config(folder, kind="T5"):
     """Return the configuration of a model folder.
 
-    Raises InputError where there is none that transformers knows, or one with absurd sizes.
+    Raises InputError if transformers cannot read it, or its sizes are absurd.
     """
     if not os.path.exists(os.path.join(folder, "config.json")):
         refuse_gguf(folder)
@@ -379,7 +376,7 @@ def read_config(folder, kind="T5"):
     for name, value in config.to_dict().items():
         is_rate = type(value) is float and ("drop" in name or math.isnan(value))
         if type(value) is int and not is_size(name, value) or is_rate and not 0 <= value <= 1:
-            raise InputError(f"{folder}: config.json says {name} {shorten(value)}, which no model "
+            raise InputError(f"{folder}: config.json sets {name} {shorten(value)}, which no model "
                              f"has; give a {kind} model folder")
     return config
 
@@ -389,37 +386,33 @@ def refuse_quantised(config, source):
     settings = getattr(config, "quantization_config", None)
     if settings:
         method = settings.get("quant_method", "") if isinstance(settings, dict) else ""
-        raise InputError(f"{source}: its weights are quantised ({shorten(str(method))}), and only "
-                         "plain ones are read; give the folder that they were made from (training "
-                         "with --lora --load_in_4bit packs those itself)")
+        raise InputError(f"{source}: its weights are quantised ({shorten(str(method))}), which is "
+                         "not supported; give the folder of the original weights (training with "
+                         "--lora --load_in_4bit packs those itself)")
 
 
 def is_size(name, value):
-    """True for an integer that a configuration's entry of this name can be."""
-    least = -MOST  # -1, say, where there is no padding token
+    """Return True if a configuration's entry of this name may have this integer as its value."""
+    least = -MOST  # for example -1 if there is no padding token
     if name.startswith(("num_", "d_")):
         least = 0
-    elif name.startswith("relative_"):  # the buckets of T5's position bias, and their reach
+    elif name.startswith("relative_"):  # buckets and largest distance of T5's position bias
         least = 1
     return least <= value <= (MOST_LAYERS if "layer" in name else MOST)
 
 
 def check_shapes(model, weights, source):
-    """Raise InputError that names the first weight that is missing, unknown or of another shape
-    than the model's.
-    """
+    """Raise InputError naming the first weight that is missing, unknown, or of the wrong shape."""
     fit_weights(weights, model.state_dict(), source)
 
 
 def fit_weights(weights, expected, source, optional="", unused_is_fine=False):
-    """Return a file's {name: weight} under the names of the model, which `expected` {name: weight}
-    lists.
+    """Return a file's {name: weight} under the model's names.
 
-    A prefix that a wrapper has put before all names (find_wrapper) is left out, and a line is
-    printed. Raise InputError that names the first weight that the file lacks, holds in another
-    shape, or that the model does not have. `optional` is a regular expression: a weight that it
-    finds may be missing. With `unused_is_fine` weights that the model does not have are left out,
-    and a line names the first.
+    expected: the model's {name: weight}; optional: a regular expression for names that may be
+    missing; unused_is_fine: weights that the model does not have are dropped with a printed note.
+    A wrapper's prefix before all names is dropped with a note, too (find_wrapper). Raises
+    InputError naming the first weight that is missing, unknown, or of the wrong shape.
     """
     given = {name: weight for name, weight in weights.items() if weight.numel()}
     given = drop_wrapper(given, expected, source)
@@ -433,8 +426,8 @@ def fit_weights(weights, expected, source, optional="", unused_is_fine=False):
 
 
 def drop_wrapper(weights, expected, source):
-    """Return {name: weight} without the prefix that a wrapper has put before all names, which a
-    line names (find_wrapper).
+    """Return {name: weight} without a wrapper's prefix before all names (find_wrapper), and print
+    a note if there is one.
     """
     wrapper = find_wrapper(weights, expected)
     if not wrapper:
@@ -444,8 +437,8 @@ def drop_wrapper(weights, expected, source):
 
 
 def find_wrapper(names, expected):
-    """Return the prefix that a wrapper has put before the model's own names, "" if none has:
-    DataParallel's `module.`, sentence-transformers' `0.auto_model.`, a class's `model.`.
+    """Return the prefix that a wrapper has put before the model's own names, or "": for example
+    DataParallel's `module.`, sentence-transformers' `0.auto_model.`, or a class's `model.`.
     """
     prefixes = {""}
     for name in names:
@@ -457,18 +450,17 @@ def find_wrapper(names, expected):
                    for name in names)
     best = max(sorted(prefixes, key=len), key=count_known)
     covered = sum(name.startswith(best) for name in names)
-    # otherwise it is a part of the model, whose weights have other names in the file
+    # otherwise the prefix is that of a part of the model with other names in the file
     is_wrapper = covered == len(names) or 2 * count_known(best) >= covered
     return best if is_wrapper else ""
 
 
 def check_fit(missing, mismatched, unused, source, optional="", unused_is_fine=False):
-    """Raise InputError for weights that a file lacks, holds in another shape, or that the model
-    does not have.
+    """Raise InputError if weights of a file are missing, unused, or of the wrong shape; used for
+    readers, encoders, rankers and language models.
 
-    missing, unused: lists of names; mismatched: a list of (name, shape in the file, shape by the
-    configuration), as transformers' loading info has them; the others are those of fit_weights.
-    This is the one place that decides it, for readers, encoders, rankers and language models.
+    missing, unused: names; mismatched: (name, shape in the file, shape by the configuration), as in
+    transformers' loading info; for the other arguments see fit_weights.
     """
     missing = [name for name in missing if not (optional and re.search(optional, name))]
     unused = [name for name in unused if not re.search(CONSTANTS, name)]
