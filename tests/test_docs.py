@@ -1,10 +1,17 @@
 """README.md and docs/: their links, the files and functions they name, and their picture."""
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, run
+import train_dense
+import train_epoch
+from conftest import ROOT, make_bert, run
+from dense.flags import check_args as check_dense_args
+from dense.flags import parse_args as parse_dense_args
+from utils import start_processes
 
 # of the product's modules; README.md has all of them on its map
 FOLDERS = ("records", "layers", "training", "pages", "dense", "retrieval", "reader", "federated")
@@ -44,18 +51,47 @@ def test_files_that_are_named_exist(page):
         assert any((folder / path).exists() for folder in folders), path
 
 
-def test_functions_of_the_reading_orders_exist():
+def called_functions(function, *args):
+    """Return {file:function} of the project's functions that a call runs."""
+    called = set()
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(ROOT):
+            called.add(f"{path.relative_to(ROOT)}:{frame.f_code.co_qualname}")
+    sys.setprofile(note)
+    try:
+        function(*args)
+    finally:
+        sys.setprofile(None)
+    return called
+
+
+def test_the_reading_page_lists_what_a_training_step_calls(tiny, records_file, tmp_path):
+    """Every function of the two lists is called by an epoch of its script."""
     text = (ROOT / "docs" / "reading.md").read_text()
-    orders = text[text.index("**The reader.**"):text.index("## Encode")]
-    found = 0
-    for stop in re.split(r" ·|\n\n", orders):  # `function` ... in `file.py`
-        names = re.findall(r"`([\w./]+)`", stop)
-        for name in names[:-1]:
-            source = (ROOT / names[-1]).read_text()
-            function = name.split(".")[-1]
-            assert re.search(rf"\b(def|class) {function}\b", source), f"{name} in {names[-1]}"
-            found += 1
-    assert found == 12
+    text = text[text.index("## How a training step runs"):text.index("## Encode")]
+    listed = [re.findall(r"^\d+\. `([\w/]+\.py:[\w.]+)`", part, re.MULTILINE)
+              for part in text.split("An update of the retriever:")]
+    assert [len(part) for part in listed] == [10, 12]
+
+    args = train_epoch.parse_args([
+        str(tmp_path / "reader"), records_file, records_file, "--t5_name", tiny, "--num_contexts",
+        "2", "--batch_size", "6"])
+    train_epoch.check_args(args)
+    run_ = train_epoch.set_up(args, start_processes(""))
+    assert set(listed[0]) <= called_functions(train_epoch.train_epoch, run_)
+
+    rows = [{"query": f"who {i}", "pos": [f"town {i}"], "neg": ["a river"],
+             "teacher_scores": [1.0, 0.5]} for i in range(4)]
+    (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = parse_dense_args("", [
+        "--output_dir", str(tmp_path / "retriever"), "--train_data", str(tmp_path / "rows.json"),
+        "--query_encoder", make_bert(tmp_path / "bert"), "--train_group_size", "2", "--batch_size",
+        "2", "--key_template", "{text}"])
+    check_dense_args(args)
+    run_ = train_dense.set_up(args, start_processes(""))
+    assert set(listed[1]) <= called_functions(train_dense.train_epoch, run_)
 
 
 def test_functions_of_the_reading_page_exist():
