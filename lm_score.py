@@ -23,7 +23,7 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM
 
 from data import Collator, encode_inputs, format_passage
-from layers.causal import Text, log_likelihoods, score_texts, sum_by_text
+from layers.causal import Text, log_likelihoods, score_answers, sum_by_text
 from layers.packed_attention import split_by_length
 from model import CLASSES, FiDT5, Memory
 from reader.borders import add_start, chat_frame, encode_pairs, start_tokens
@@ -511,7 +511,7 @@ def score_jobs(scorer, jobs, args):
     """The teacher scores of each job, one per key. Raises InputError for one that is no number."""
     families = [make_family(scorer, job, args.key_max_length) if job.keys else [] for job in jobs]
     if scorer.kind == "causal":
-        values = score_texts(scorer.model, families, scorer.is_packed)
+        values = score_answers(scorer.model, families, scorer.is_packed)
     else:
         keys = [texts for family in families for texts in family]
         values = score_seq2seq(scorer, keys, args.bf16)

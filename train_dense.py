@@ -40,7 +40,7 @@ from retrieval.dev_set import annotated_set, read_dev_set, sample_dev_set
 from retrieval.dev_set import evaluate as measure_retriever
 from retrieval.measures import note_patterns, note_unjudged
 from retrieval.results import note_own
-from training.adapters import copy_to_cpu, prepare_lora, unload_adapters
+from training.adapters import copy_to_cpu, prepare_lora, read_lora_flags, unload_adapters
 from training.cost import count_trained, log_cost
 from training.loop import (
     BOTH_SETS,
@@ -501,8 +501,9 @@ def add_adapters(model, args, device):
     """Freeze the transformers, pack them with --load_in_4bit, and add LoRA adapters of rank
     --lora. Raises InputError.
     """
+    lora = read_lora_flags(vars(args))
     for module in encoders_of(model, args):
-        module.model = prepare_lora(module.model, args, device)
+        module.model = prepare_lora(module.model, lora, device, args.bf16)
         if not args.ranker:  # no vector passes through a pooler; DDP would wait for its gradient
             for name, parameter in module.model.named_parameters():
                 if ".pooler." in name:

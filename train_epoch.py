@@ -50,7 +50,7 @@ from reader.predict import (
 )
 from records.hashes import model_files
 from records.reader_records import note_files, note_unscored, read_records
-from training.adapters import add_lora_flags, check_lora
+from training.adapters import add_lora_flags, read_lora_flags
 from training.checkpoints import find_model
 from training.cost import log_cost
 from training.loop import (
@@ -339,7 +339,8 @@ def set_up(args, world, sets=BOTH_SETS):
     reader.check_records(dev, num_contexts, paths.dev)
     reader.set_checkpoint(args.use_checkpoint)
     if args.lora:
-        reader.add_adapters(args, world.device)
+        reader.add_adapters(read_lora_flags(vars(args)), world.device, args.bf16,
+                            base=args.t5_name if args.save_adapters else None)
     if args.freeze:
         freeze(reader, args.freeze)
     reader.to(world.device).train()
@@ -586,7 +587,7 @@ def check_args(args, sets=BOTH_SETS):
     check_positive(args, ["lr", "clip"])
     check_seed(args)
     check_rates(args.dropout, args.warmup_ratio)
-    check_lora(args)
+    read_lora_flags(vars(args))
     check_retriever(args)
 
 

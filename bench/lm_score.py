@@ -16,7 +16,7 @@ for all.
                           to the longest, with the logits of all places, and the loss of each; the
                           model also computes its own loss, since it is given the labels
     answer logits only    the same batches, with the logits of the answers' places alone
-    ours                  causal_lm.score_texts
+    ours                  layers.causal.score_answers
 """
 import json
 import math
@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 from bi_encoder import ratio, time_rounds
-from layers.causal import Text, score_texts
+from layers.causal import Text, score_answers
 from reader.causal_lm import open_causal_lm
 from utils import InputError, Parser, run_script, start_processes
 
@@ -137,7 +137,7 @@ def open_systems(args, dtype, device):
     systems = {
         "LLM-Embedder's way": lambda families: score_padded_batches(theirs, families, False),
         "answer logits only": lambda families: score_padded_batches(theirs, families, True),
-        "ours": lambda families: score_texts(ours, families)}
+        "ours": lambda families: score_answers(ours, families)}
     return systems, ours.config.vocab_size
 
 

@@ -9,7 +9,7 @@ from dense.texts import TextSettings
 from metrics import METRICS
 from records.reading import LARGEST
 from records.templates import INSTRUCTIONS, check_templates
-from training.adapters import add_lora_flags, check_lora
+from training.adapters import add_lora_flags, read_lora_flags
 from training.loop import BOTH_SETS, check_rates
 from utils import (
     SWITCH,
@@ -269,7 +269,7 @@ def check_numbers(args):
         check_positive(args, ["student_temperature"])
     check_seed(args)
     check_rates(args.dropout, args.warmup_ratio)
-    check_lora(args)
+    read_lora_flags(vars(args))
 
 
 def check_metrics(args):

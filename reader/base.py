@@ -84,8 +84,8 @@ class Reader(nn.Module, ABC):
         """
         return {}
 
-    def add_adapters(self, args, device):
-        """Add LoRA adapters. Raise InputError by default."""
+    def add_adapters(self, lora, device, bf16=False, base=None):
+        """Add adapters as LoraSettings describe them. Raise InputError by default."""
         raise InputError("--lora is for causal language models: the layers of a T5 reader "
                          "(layers/t5.py) run without the modules that peft replaces; leave it out")
 

@@ -1,16 +1,16 @@
 """Split the tokens of a text into those of its prompt and those of its answer.
 
-Prompt and answer are tokenised as one text, because a tokenizer may join characters across words:
-":" and a line end are one token of Llama-3's tokenizer, a space and the word after it of most.
+Prompt and answer are tokenised as one text, because a token may span the border: ":" and a line end
+are one token in Llama-3's tokenizer, a space and the word after it in most tokenizers.
 
     the text         Answer : \n P a r i s
     its tokens       [Answer] [:\n] [Paris]
     prompt, answer   [Answer] [:\n] | [Paris]
 
-Line breaks at the end of the prompt belong to the prompt, spaces to the answer. If one token holds
-characters of both, the split is that of lm-evaluation-harness (TemplateLM._encode_pair): whitespace
-between the two belongs to the answer. If the prompt alone has n tokens, the answer begins after the
-first n tokens of the whole text. Training, generation and scoring share this module.
+Line breaks at the end of the prompt belong to the prompt, spaces to the answer. If a token spans
+the border, the split is that of lm-evaluation-harness (TemplateLM._encode_pair): if the prompt
+without trailing whitespace has n tokens, the answer begins after the first n tokens of the text.
+Training, generation and scoring share this module.
 """
 from typing import NamedTuple
 
@@ -18,21 +18,21 @@ from utils import InputError, refusing
 
 # placeholder for an answer that is not known yet; it does not change the prompt's tokens
 STAND_IN = "a"
-# placeholders for the texts of a conversation while a chat template is read
+# placeholders for the turns of a conversation, from which the text around them is found
 QUESTION_MARK, ANSWER_MARK = "qzx-question-qzx", "qzx-answer-qzx"
 
 
 class Pair(NamedTuple):
-    """The token ids of a prompt and of its answer."""
+    """Hold the token ids of a prompt and of its answer."""
     prompt: list
     answer: list
-    offsets: list  # (start, end) in the text of each token of the prompt; None of slow tokenizers
+    offsets: list  # (start, end) of each prompt token in the text; None with a slow tokenizer
 
 
 def encode_pairs(tokenizer, prompts, answers):
     """Return a Pair for each prompt with its answer, without special tokens."""
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    encoded = encode(tokenizer, texts)
+    encoded = encode_with_offsets(tokenizer, texts)
     return [split_pair(tokenizer, prompt, ids, offsets)
             for prompt, ids, offsets in zip(prompts, *encoded)]
 
@@ -42,8 +42,10 @@ def encode_prompts(tokenizer, prompts):
     return encode_pairs(tokenizer, prompts, [STAND_IN] * len(prompts))
 
 
-def encode(tokenizer, texts):
-    """Return (rows of token ids, rows of offsets or Nones) of texts without special tokens."""
+def encode_with_offsets(tokenizer, texts):
+    """Return (rows of token ids, rows of offsets) of texts, without special tokens; with a slow
+    tokenizer each row of offsets is None.
+    """
     if not texts:
         return [], []
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False,
@@ -57,11 +59,11 @@ def split_pair(tokenizer, prompt, ids, offsets):
     if offsets is not None:
         count = next((n for n, (_, end) in enumerate(offsets) if end > border), len(ids))
         if count == len(ids) or offsets[count][0] >= border:
-            # a line end that the tokenizer turns into a space is the answer's, like other spaces
+            # some tokenizers turn a line end into a space, and spaces belong to the answer
             while count and not tokenizer.decode(ids[count - 1:count]).strip(" "):
                 count -= 1
             return Pair(ids[:count], ids[count:], offsets[:count])
-    (alone,), (alone_offsets,) = encode(tokenizer, [prompt.rstrip()])
+    (alone,), (alone_offsets,) = encode_with_offsets(tokenizer, [prompt.rstrip()])
     return Pair(alone, ids[len(alone):], alone_offsets)
 
 
@@ -76,15 +78,15 @@ def start_tokens(tokenizer):
 
 
 def add_start(start, ids):
-    """Return the ids with the start tokens before them, unless the text begins with these."""
+    """Return the ids with the start tokens before them, unless they begin with these already."""
     return ids if ids[:len(start)] == start else start + ids
 
 
 def chat_frame(tokenizer):
-    """Return (before, after): the text that the tokenizer's chat template puts before and after the
-    user's turn, up to the place of the assistant's answer.
+    """Return (before, after): the texts that the tokenizer's chat template puts before the user's
+    turn, and between that turn and the assistant's answer.
 
-    Raise InputError without a chat template, and for one that does not show the turn as it is.
+    Raise InputError if there is no chat template, or if its text does not contain the turn once.
     """
     name = tokenizer.name_or_path
     if not getattr(tokenizer, "chat_template", None):
@@ -100,7 +102,8 @@ def chat_frame(tokenizer):
         raise InputError(f"--chat_template: the chat template of {name} does not show the user's "
                          "turn once; leave the flag out")
     before, after = prompt.split(QUESTION_MARK)
-    # whitespace that an answer begins with in a conversation, such as Llama-2's space
+    # whitespace that the template puts before an answer, such as Llama-2's space
+
     gap = whole.removeprefix(prompt).partition(ANSWER_MARK)[0]
     if whole.startswith(prompt) and gap.isspace():
         after += gap

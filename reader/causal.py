@@ -322,18 +322,18 @@ class CausalReader(Reader):
         with refusing("--use_checkpoint is not offered with this model", "leave it out"):
             self.lm.activation_checkpointing_enable()
 
-    def add_adapters(self, args, device):
-        """Freeze the weights and add the LoRA adapters of the flags (adapters.add_lora_flags).
+    def add_adapters(self, lora, device, bf16=False, base=None):
+        """Freeze the weights and add adapters (training/adapters.py, prepare_lora).
 
-        device: where --load_in_4bit packs the weights before. Raise InputError for adapters that
-        are to be saved alone, but belong to a model that is made of adapters itself.
+        base: the name of the model that this reader was opened from, if only the adapters are to be
+        saved. Raise InputError if that model holds adapters itself.
         """
-        folder = find_model(args.t5_name)[0]
-        if args.save_adapters and find_base(folder) != folder:
-            raise InputError(f"--save_adapters: {args.t5_name} holds adapters itself, and adapters "
-                             "must belong to a whole model; leave the flag out")
-        self.lm = prepare_lora(self.lm, args, device)
-        self.base = args.t5_name if args.save_adapters else None
+        folder = None if base is None else find_model(base)[0]
+        if base is not None and find_base(folder) != folder:
+            raise InputError(f"--save_adapters: {base} holds adapters itself, but adapters must "
+                             "belong to a whole model; leave the flag out")
+        self.lm = prepare_lora(self.lm, lora, device, bf16)
+        self.base = base
 
     def check_tokenizer(self, tokenizer):
         """Raise InputError for a tokenizer that does not fit the model, or that lacks an end of

@@ -17,6 +17,7 @@ from reader import open as readers
 from reader.causal_lm import open_causal_lm
 from test_train_epoch import assert_same_run
 from training.adapters import (
+    LoraSettings,
     add_lora,
     copy_to_cpu,
     is_packed,
@@ -31,6 +32,7 @@ from utils import InputError
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
+RANK_4 = LoraSettings(4, None, None, None, False, False)
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +161,8 @@ def test_training_from_adapters(llama, tmp_path):  # E13, E16
     adapters, out = str(tmp_path / "m"), tmp_path / "second"
     reader = readers.open_reader(adapters, trains=True)
     assert all(weight.requires_grad for weight in reader.parameters())
-    args = make_args(tmp_path, adapters, "--save_adapters")
     with pytest.raises(InputError, match="--save_adapters: .* holds adapters itself"):
-        reader.add_adapters(args, CPU)
+        reader.add_adapters(RANK_4, CPU, base=adapters)
     save_adapters(add_lora(AutoModelForCausalLM.from_pretrained(llama), 2), out, adapters)
     with pytest.raises(InputError, match="must be a whole model"):
         readers.open_reader(out)
@@ -170,7 +171,7 @@ def test_training_from_adapters(llama, tmp_path):  # E13, E16
 def test_frozen_weights_in_bfloat16(llama, tmp_path):  # E16
     reader = readers.open_reader(llama, trains=True)
     args = make_args(tmp_path, llama, "--frozen_bf16")
-    reader.add_adapters(args, CPU)
+    reader.add_adapters(RANK_4._replace(frozen_bf16=True), CPU)
     trained = {weight.dtype for weight in reader.parameters() if weight.requires_grad}
     frozen = {weight.dtype for weight in reader.parameters() if not weight.requires_grad}
     assert trained == {torch.float32} and frozen == {torch.bfloat16}
@@ -221,8 +222,8 @@ def test_adapters_that_do_not_fit_are_one_line(llama, tmp_path):  # E13
 
 @pytest.mark.parametrize("flags, message", [
     (["--lora_alpha", "0"], "--lora_alpha must be > 0, got 0.0"),
-    (["--lora_dropout", "1"], "--lora_dropout must be 0 or more and below 1"),
-    (["--frozen_bf16", "--load_in_4bit"], "are two ways to keep the frozen weights")])
+    (["--lora_dropout", "1"], "--lora_dropout must be >= 0 and < 1, got 1.0"),
+    (["--frozen_bf16", "--load_in_4bit"], "are two ways to store the frozen weights")])
 def test_flags_of_adapters_that_cannot_be(flags, message, llama, tmp_path):  # E16
     with pytest.raises(InputError, match=message):
         train_epoch.check_args(make_args(tmp_path, llama, *flags))
@@ -233,7 +234,7 @@ def test_what_cannot_be_is_one_line(llama, tmp_path, monkeypatch):
     data.write_text(json.dumps(make_records(2)))
     flags = [tmp_path / "m", data, data, "--load_in_4bit", "--max_length", 80]
     for more, message in ((["--t5_name", llama],
-                           "--load_in_4bit is for adapters on frozen weights: give --lora"),
+                           "--load_in_4bit is for adapters on frozen weights; add --lora R"),
                           (["--t5_name", make_causal(tmp_path / "gpt2", "gpt2"), "--lora", 2],
                            "a gpt2 model of transformers has no linear layers")):
         _, error = run("train_epoch.py", *flags, *more, code=1)

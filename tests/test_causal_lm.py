@@ -20,7 +20,7 @@ from layers.causal import (
     log_likelihoods,
     pack_texts,
     packed_logits,
-    score_texts,
+    score_answers,
     to_ids,
     why_not_packed,
 )
@@ -93,7 +93,7 @@ def test_packed_scores_equal_single_passes(family, pass_tokens, monkeypatch):
     model = make_model(PACKED[family])
     expected = plain_scores(model, make_families())
     assert why_not_packed(model) is None
-    scores = torch.tensor(score_texts(model, make_families()))
+    scores = torch.tensor(score_answers(model, make_families()))
     assert expected.std() > 1
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
 
@@ -104,7 +104,7 @@ def test_other_models_are_padded_and_give_the_same(family, monkeypatch):
     model = make_model(PADDED[family])
     expected = plain_scores(model, make_families())
     assert why_not_packed(model, 40)
-    scores = torch.tensor(score_texts(model, make_families(), is_packed=False))
+    scores = torch.tensor(score_answers(model, make_families(), is_packed=False))
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
 
 
@@ -113,7 +113,7 @@ def test_a_window_wider_than_the_texts_changes_nothing():
     expected = plain_scores(model, make_families())
     assert "64 tokens" in why_not_packed(model, 65)
     assert why_not_packed(model, 64) is None
-    scores = torch.tensor(score_texts(model, make_families()))
+    scores = torch.tensor(score_answers(model, make_families()))
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
 
 
@@ -156,8 +156,8 @@ def test_bf16_comes_near(tmp_path):
     single, _ = open_causal_lm(path, "cpu")
     half, reason = open_causal_lm(path, "cpu", torch.bfloat16)
     assert half.dtype == torch.bfloat16 and reason is None
-    scores = torch.tensor(score_texts(half, make_families()))
-    torch.testing.assert_close(scores, torch.tensor(score_texts(single, make_families())),
+    scores = torch.tensor(score_answers(half, make_families()))
+    torch.testing.assert_close(scores, torch.tensor(score_answers(single, make_families())),
                                atol=0.5, rtol=0.1)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from causal_helpers import SIZES, make_causal, make_tokenizer
-from layers.causal import Text, score_texts
+from layers.causal import Text, score_answers
 from reader import open as readers
 from reader.causal import CausalReader
 from reader.causal_lm import open_causal_lm, open_lm
@@ -125,7 +125,7 @@ def test_scores_are_those_of_single_passes(folders, name):  # E6, E12
     lm, reason = open_causal_lm(folders(name), "cpu")
     texts = [Text([7, 9, 11, 13], [15, 17]), Text([7, 9, 11, 13], [5]), Text([7, 9], [33, 12, 14]),
              Text([21], [22])]
-    scores = score_texts(lm, [texts[:2], texts[2:]], reason is None)
+    scores = score_answers(lm, [texts[:2], texts[2:]], reason is None)
     plain = AutoModelForCausalLM.from_pretrained(folders(name)).eval()
     for text, score in zip(texts, scores):
         with torch.no_grad():

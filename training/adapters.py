@@ -1,30 +1,42 @@
-"""Training on little memory: LoRA adapters (arXiv 2106.09685) beside frozen weights, which may be
-packed into 4 bits (QLoRA, arXiv 2305.14314). Both need a package of their own, peft and
-bitsandbytes.
+"""LoRA adapters (arXiv 2106.09685) on frozen weights, for training with little memory.
+
+The frozen weights may be quantised to 4 bits (QLoRA, arXiv 2305.14314). Adapters need the package
+peft, 4 bits the package bitsandbytes.
 """
 import copy
 import logging
+import math
 import os
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from training.checkpoints import check_fit
-from utils import InputError, check_at_least, check_positive, refusing
+from utils import InputError, refusing
 
-# on some CPUs bitsandbytes, which peft opens too, asks for a package that is of no use here
+# bitsandbytes, which peft imports, recommends on some CPUs a package that is not needed here
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-# the flags that say how adapters are made, for those that need --lora
+class LoraSettings(NamedTuple):
+    """Hold how the adapters are made and how the frozen weights are stored."""
+    rank: int
+    alpha: float | None    # the adapters' output is scaled by alpha / rank; None: twice the rank
+    dropout: float | None  # of the adapters' input; None: 0
+    targets: list | None   # ends of layers' names; None: all linear layers except the output layer
+    load_in_4bit: bool
+    frozen_bf16: bool
+
+
+# flags that have no effect without --lora
 LORA_FLAGS = ("lora_alpha", "lora_dropout", "lora_targets", "frozen_bf16", "save_adapters",
               "load_in_4bit")
-ALL_LINEAR = "all-linear"
 
 
 def add_lora_flags(add, switch=None):
-    """Add the flags of LoRA to a group, by its function; `switch` are the options of a switch."""
+    """Add the flags of LoRA with a group's add_argument; `switch` holds a switch's options."""
     switch = switch or {"action": "store_true"}
     add("--lora", type=int, metavar="R",
         help="train LoRA adapters of rank R on frozen weights, merged when saved (needs the "
@@ -42,24 +54,46 @@ def add_lora_flags(add, switch=None):
         help="keep the frozen weights under --lora in bfloat16, half of float32's memory")
 
 
-def check_lora(args):
-    """Raise InputError for flags of adapters that cannot work, or without --lora."""
+def read_lora_flags(flags):
+    """Return the LoraSettings of {name of a flag: value}, or None without --lora.
+
+    Raise InputError for values that are out of range, and for flags that need --lora or exclude
+    each other.
+    """
+    rank, alpha, dropout = flags["lora"], flags["lora_alpha"], flags["lora_dropout"]
     for name in LORA_FLAGS:
-        if getattr(args, name, None) and not args.lora:
-            raise InputError(f"--{name} is for adapters on frozen weights: give --lora R, too")
-    check_at_least(args, {"lora": 1})
-    if args.lora_alpha is not None:
-        check_positive(args, ["lora_alpha"])
-    if args.lora_dropout is not None and not 0 <= args.lora_dropout < 1:
-        raise InputError("--lora_dropout must be 0 or more and below 1, it is "
-                         f"{args.lora_dropout}")
-    if args.load_in_4bit and args.frozen_bf16:
-        raise InputError("--load_in_4bit and --frozen_bf16 are two ways to keep the frozen "
+        if flags.get(name) and not rank:
+            raise InputError(f"--{name} is for adapters on frozen weights; add --lora R")
+    if rank is not None and rank < 1:
+        raise InputError(f"--lora must be >= 1, got {rank}")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise InputError(f"--lora_alpha must be > 0, got {alpha}")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise InputError(f"--lora_dropout must be >= 0 and < 1, got {dropout}")
+    if flags["load_in_4bit"] and flags["frozen_bf16"]:
+        raise InputError("--load_in_4bit and --frozen_bf16 are two ways to store the frozen "
                          "weights; leave one out")
+    if rank is None:
+        return None
+    return LoraSettings(rank, alpha, dropout, flags["lora_targets"], flags["load_in_4bit"],
+                        flags["frozen_bf16"])
+
+
+def prepare_lora(transformer, lora, device, bf16):
+    """Return the frozen transformer with adapters, as `lora`, LoraSettings, describes them.
+
+    With load_in_4bit the weights are quantised on the device, and bf16 is the type that products
+    are computed in. Raise InputError as pack_weights and add_lora.
+    """
+    if lora.load_in_4bit:
+        pack_weights(transformer, device, bf16)
+    if lora.frozen_bf16:
+        freeze_in_bf16(transformer)
+    return add_lora(transformer, lora.rank, lora.alpha, lora.dropout, lora.targets)
 
 
 def freeze_in_bf16(transformer):
-    """Convert the weights of a transformer to bfloat16; they are not trained."""
+    """Convert the weights of a transformer, which are not trained, to bfloat16."""
     kept = transformer._keep_in_fp32_modules or []
     for name, weight in transformer.named_parameters():
         if not any(part in kept for part in name.split(".")):
@@ -67,80 +101,67 @@ def freeze_in_bf16(transformer):
 
 
 def add_lora(transformer, rank, alpha=None, dropout=None, targets=None):
-    """Return the transformer, frozen, with LoRA adapters of that rank on linear layers.
+    """Return the frozen transformer with adapters of that rank on its linear layers; see
+    LoraSettings for the other arguments.
 
-    alpha: adapters count alpha / rank, twice the rank if None; targets: the ends of the layers'
-    names, all but the output layer if None. Raise InputError without peft, and for targets that no
-    layer has.
+    Raise InputError without peft, and for targets that match no layer.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise InputError("--lora needs the package peft: pip install peft") from None
     adapters = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout or 0.0,
-                          target_modules=targets or ALL_LINEAR)
-    with (warnings.catch_warnings(action="ignore"),  # about what peft corrects itself
-          refusing("--lora: peft cannot add the adapters", "name layers that the model has with "
+                          target_modules=targets or "all-linear")
+    with (warnings.catch_warnings(action="ignore"),  # about settings that peft corrects itself
+          refusing("--lora: peft cannot add the adapters", "name layers of the model with "
                    "--lora_targets, or leave the flag out")):
         return get_peft_model(transformer, adapters)
 
 
-def prepare_lora(transformer, args, device):
-    """Return the transformer with the LoRA adapters of add_lora_flags; its weights are frozen, and
-    packed on the device with --load_in_4bit. Raise InputError as add_lora.
-    """
-    if args.load_in_4bit:
-        pack_weights(transformer, device, args.bf16)
-    if args.frozen_bf16:
-        freeze_in_bf16(transformer)
-    return add_lora(transformer, args.lora, args.lora_alpha, args.lora_dropout, args.lora_targets)
-
-
 def save_adapters(transformer, folder, base):
-    """Write the adapters of add_lora alone, as peft does; `base` is the model that they belong to.
-    """
+    """Write only the adapters, in peft's format; `base` is the model that they belong to."""
     config = transformer.peft_config["default"]
     config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
     transformer.save_pretrained(folder)
 
 
 def merge_saved_adapters(transformer, folder):
-    """Return the transformer with the adapters of a folder merged into its weights, of which those
-    are trained that were before.
+    """Return the transformer with the adapters of a folder merged into its weights.
 
-    Raise InputError without peft, and for adapters of another model or another kind than LoRA.
+    Raise InputError without peft, and for adapters of another model or of another kind than LoRA.
     """
     try:
         from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights
         from peft import set_peft_model_state_dict as set_adapters
     except ImportError:
-        raise InputError(f"{folder}: holds adapters of peft, which need the package peft: pip "
-                         "install peft (or give the folder of the merged model)") from None
+        raise InputError(f"{folder}: holds adapters, which need the package peft: pip install peft "
+                         "(or give the folder of the merged model)") from None
     with (warnings.catch_warnings(action="ignore"),
-          refusing(f"{folder}: its adapters cannot be read", "fetch the folder again, or give that "
-                   "of the merged model")):
+          refusing(f"{folder}: its adapters cannot be read", "fetch the folder again, or give the "
+                   "folder of the merged model")):
         config = PeftConfig.from_pretrained(folder)
         if not isinstance(config, LoraConfig):
-            raise InputError(f"{folder}: holds {config.peft_type} adapters, and only LoRA's can be "
-                             "merged; give the folder of a whole model")
+            raise InputError(f"{folder}: holds {config.peft_type} adapters, but only LoRA adapters "
+                             "can be merged; give the folder of a whole model")
         trained = {name for name, weight in transformer.named_parameters() if weight.requires_grad}
         model = get_peft_model(transformer, config)
         loading = set_adapters(model, load_peft_weights(folder, device="cpu"))
         missing = [name for name in loading.missing_keys if "lora_" in name]
         check_fit(missing, [], loading.unexpected_keys, folder)
         merged = model.merge_and_unload()
-    for name, weight in merged.named_parameters():  # peft has frozen all of them
+    for name, weight in merged.named_parameters():  # peft has frozen all weights
         weight.requires_grad_(name in trained)
     return merged
 
 
 def pack_weights(transformer, device, bf16):
-    """Packs the weights of a transformer's linear layers into 4 bits (NF4 with double quantization:
-    QLoRA, section 3), but for its head's and those that transformers keeps in float32 (T5's `wo`,
-    whose type its input is converted to); they are not trained. Products are computed in bfloat16
-    or float32.
+    """Quantise the weights of a transformer's linear layers to 4 bits (NF4 with double
+    quantisation, QLoRA section 3); they are not trained.
 
-    Raises InputError without bitsandbytes, without linear layers, and where the device cannot.
+    The output layer stays as it is. So do layers that transformers keeps in float32, such as T5's
+    `wo`, because T5 converts its input to the type of the weight. Products are computed in bfloat16
+    or float32. Raise InputError without bitsandbytes, for a model without linear layers, and if
+    bitsandbytes does not support the device.
     """
     try:
         import bitsandbytes
@@ -152,10 +173,10 @@ def pack_weights(transformer, device, bf16):
               if type(layer) is nn.Linear and not kept.intersection(name.split("."))}
     if not layers:
         raise InputError(f"--load_in_4bit: a {transformer.config.model_type} model of transformers "
-                         "has no linear layers that could be packed; leave it out")
+                         "has no linear layers to quantise; leave the flag out")
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with refusing(f"--load_in_4bit: bitsandbytes cannot pack weights on this {device.type}",
-                  "leave it out, or run on a GPU that it knows"):
+    with refusing(f"--load_in_4bit: bitsandbytes cannot quantise weights on this {device.type}",
+                  "leave the flag out, or run on a GPU that bitsandbytes supports"):
         for name, layer in layers.items():
             packed = bitsandbytes.nn.Linear4bit(
                 layer.in_features, layer.out_features, layer.bias is not None, dtype,
@@ -163,29 +184,29 @@ def pack_weights(transformer, device, bf16):
             packed.weight = bitsandbytes.nn.Params4bit(
                 layer.weight.detach(), requires_grad=False, quant_type="nf4").to(device)
             packed.bias = layer.bias
-            # else some CPUs, at the first evaluation, pack the weights anew and round their scales
+            # otherwise, on some CPUs, the first evaluation repacks the weights and rounds scales
             packed.support_avx512bf16_for_cpu = False
             transformer.base_model.set_submodule(name, packed)
-    transformer.is_loaded_in_4bit = True  # peft asks for it
+    transformer.is_loaded_in_4bit = True  # peft reads this attribute
 
 
 def is_packed(module):
-    """True if weights of the module are packed into 4 bits."""
+    """Return True if the module holds weights of 4 bits."""
     return any(hasattr(parameter, "quant_state") for parameter in module.parameters())
 
 
 def copy_to_cpu(module):
-    """A copy of a module on the CPU, whatever device it is on: there a second one may not fit. What
-    is packed into 4 bits stays where it is.
+    """Return a copy of a module on the CPU, since a GPU may not have room for a second one; weights
+    of 4 bits are copied on their device.
     """
     tensors = [*module.parameters(), *module.buffers()]
     copies = {id(tensor): copy_tensor(tensor) for tensor in tensors
               if not hasattr(tensor, "quant_state")}
-    return copy.deepcopy(module, copies)  # a memo of what has been copied already
+    return copy.deepcopy(module, copies)  # deepcopy's memo: these are copied already
 
 
 def copy_tensor(tensor):
-    """A copy of a weight or a buffer on the CPU."""
+    """Return a copy of a weight or a buffer on the CPU."""
     copied = tensor.detach().to("cpu", copy=True)
     if isinstance(tensor, nn.Parameter):
         copied = nn.Parameter(copied, tensor.requires_grad)
@@ -193,8 +214,8 @@ def copy_tensor(tensor):
 
 
 def unload_adapters(transformer):
-    """The transformer that add_lora was given, with the adapters merged into its weights; packed
-    ones become the float32 numbers that they stand for, on the CPU.
+    """Return the transformer that add_lora was given, with the adapters merged into its weights;
+    weights of 4 bits become float32 on the CPU.
     """
     for name, layer in list(transformer.named_modules()):
         if hasattr(layer, "get_delta_weight") and is_packed(layer.base_layer):
@@ -203,7 +224,8 @@ def unload_adapters(transformer):
 
 
 def merge_packed(layer):
-    """The plain linear layer of an adapter and the packed layer that it adapts."""
+    """Return a linear layer equal to a layer of 4 bits with its adapter."""
+
     from bitsandbytes.functional import dequantize_4bit
     base = layer.base_layer
     weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float().cpu()
