@@ -28,11 +28,11 @@ import transformers
 from dense import losses
 from dense.batches import GroupCollator, GroupSet, check_one_instruction, plan_batches
 from dense.description import find_path, holds_pair
-from dense.examples import TrainingData, read_training
-from dense.flags import check_args, parse_args, read_text_settings
+from dense.flags import check_args, parse_args, pick_flags
 from dense.gather import gather_rows
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
-from dense.texts import describe_texts, settle_texts
+from dense.texts import TextSettings, describe_texts, settle_texts
+from dense.training_data import DataSettings, TaskSettings, TrainingData, read_training
 from records.corpus import Corpus, open_corpus
 from records.qrels import list_qrels_files, merge_qrels
 from records.questions import read_queries
@@ -77,7 +77,7 @@ FREE_FLAGS = {"resume", "overwrite", "num_workers", "gpus", "tqdm", "logging_ste
 class RetrieverRun(Run):
     """A Run of a retriever (or a ranker); its model is a BiEncoder or a CrossEncoder."""
     corpus: Corpus
-    task_flags: dict     # {task: the flags, as a Namespace, that its loss is computed with}
+    task_settings: dict  # {task: the TaskSettings of its loss}
     updates: int         # of the schedule; --early_exit_steps may end the run before
 
 
@@ -87,32 +87,30 @@ def compute_loss(run, batch):
     """Return (loss over the queries of all processes, their number); every process computes the
     same one, see dense/gather.py.
     """
-    flags = run.task_flags[batch["task"]]
+    settings = run.task_settings[batch["task"]]
     # a batch that is not real takes part in the gather with no rows
     count = len(batch["indices"]) if batch["is_real"] else 0
     sizes = gather_sizes(batch["sizes"][:count], run.world)                              # (Q)
     teacher = gather_teacher(batch["teacher"][:count].to(run.world.device), sizes)       # (Q, G)
-    if flags.ranker:
+    if run.args.ranker:
         scores, groups, zero = score_with_ranker(run, batch, count)
     else:
         scores, groups, zero = score_with_retriever(run, batch, count, sizes)
     positives = groups[:, 0]
 
     weighted_losses = []
-    if flags.loss:  # one loss alone
-        contrasts, distills = flags.loss == "infonce", flags.loss != "infonce"
-    else:
-        contrasts, distills = flags.contrastive_weight, flags.distill_weight
-    if contrasts:
-        masked = duplicate_mask(flags, batch, count, positives)
-        weighted_losses.append((flags.contrastive_weight,
+    if settings.contrasts:
+        masked = None
+        if run.args.mask_duplicates:
+            masked = duplicate_mask(batch, count, positives)
+        weighted_losses.append((settings.contrastive_weight,
                                 losses.contrastive(scores, positives, masked)))
     has_teacher = ~teacher.isnan().any(1)                                                # (Q)
-    if distills and has_teacher.any():
-        temperature = 1.0 if flags.ranker else run.unwrapped.temperature
-        loss = distillation_loss(flags, scores[has_teacher], groups[has_teacher],
+    if settings.distills and has_teacher.any():
+        temperature = 1.0 if run.args.ranker else run.unwrapped.temperature
+        loss = distillation_loss(settings, scores[has_teacher], groups[has_teacher],
                                  teacher[has_teacher], temperature)
-        weighted_losses.append((flags.distill_weight, loss))
+        weighted_losses.append((settings.distill_weight, loss))
     return combine_losses(weighted_losses) + zero, len(teacher)
 
 
@@ -163,12 +161,9 @@ def score_with_ranker(run, batch, count):
     return scores, groups, pair_scores.sum() * 0
 
 
-def duplicate_mask(flags, batch, count, positives):
-    """Return (Q, K) bool, True at copies of a query's positives, but for the one that it trains on,
-    or None if they are not looked for.
+def duplicate_mask(batch, count, positives):
+    """Return (Q, K) bool, True at copies of a query's positives except the one that it trains on.
     """
-    if not flags.mask_duplicates or flags.ranker:
-        return None
     own_keys = int(batch["sizes"][:count].sum())
     identities = gather_rows(batch["identities"][:own_keys].to(positives.device))        # (K)
     is_copy = losses.mark_copies(identities, batch["positives"][:count])                 # (B, K)
@@ -176,31 +171,32 @@ def duplicate_mask(flags, batch, count, positives):
     return is_copy.scatter(1, positives[:, None], False)
 
 
-def distillation_loss(flags, scores, groups, teacher, temperature):
+def distillation_loss(settings, scores, groups, teacher, temperature):
     """Return the loss of the queries that have teacher scores (Q, G); scores (Q, K), groups (Q, G).
 
     temperature: what the scores have been divided by already.
     """
     own_scores = scores.gather(1, groups)                                                # (Q, G)
-    student_temperature = distill_temperature(flags, temperature) / temperature
-    if flags.loss == "fid-kd":
-        return losses.fid_kd(own_scores, teacher, flags.teacher_temperature, student_temperature)
-    if flags.stable_distill:
-        return losses.stable_distillation(scores, groups, teacher, flags.teacher_temperature)
-    return losses.distillation(own_scores, teacher, flags.teacher_temperature, student_temperature)
+    student_temperature = distill_temperature(settings, temperature) / temperature
+    teacher_temperature = settings.teacher_temperature
+    if settings.loss == "fid-kd":
+        return losses.fid_kd(own_scores, teacher, teacher_temperature, student_temperature)
+    if settings.stable_distill:
+        return losses.stable_distillation(scores, groups, teacher, teacher_temperature)
+    return losses.distillation(own_scores, teacher, teacher_temperature, student_temperature)
 
 
-def distill_temperature(flags, temperature):
+def distill_temperature(settings, temperature):
     """Return what cosines, inner products or distances are divided by in distillation.
 
     temperature: the model's own. One loss alone has one temperature (REPLUG, arXiv 2301.12652,
     section 4: 0.1); next to InfoNCE --student_temperature divides once more, as in LLM-Embedder.
     """
-    if flags.student_temperature is None or flags.stable_distill:
+    if settings.student_temperature is None or settings.stable_distill:
         return temperature
-    if flags.loss:
-        return flags.student_temperature
-    return temperature * flags.student_temperature
+    if settings.loss:
+        return settings.student_temperature
+    return temperature * settings.student_temperature
 
 
 def combine_losses(weighted_losses):
@@ -427,7 +423,7 @@ def used_instructions(run):
     """Return {task: (before a query, before a key)} of the tasks whose texts get instructions."""
     if run.collator.texts.prompts is not None:
         return {}
-    pairs = {task: run.collator.instruction(task) for task in run.task_flags}
+    pairs = {task: run.collator.instruction(task) for task in run.task_settings}
     return {task: pair for task, pair in pairs.items() if any(pair)}
 
 
@@ -435,7 +431,7 @@ def sentence_transformers_prompts(run):
     """Return {query, document: what OUT puts before all texts} if that is one for all tasks, else
     {}. Of records whose own prompts differ the queries get none.
     """
-    instructions = {run.collator.instruction(task) for task in run.task_flags}
+    instructions = {run.collator.instruction(task) for task in run.task_settings}
     if len(instructions) != 1:
         return {}
     before_query, before_key = instructions.pop()
@@ -547,12 +543,13 @@ def set_up(args, world, sets=BOTH_SETS):
     queries = read_queries(args.queries)
     data = TrainingData([], [], [], {})
     if "train" in sets:
-        data = read_training(args, corpus, queries, world.log)
+        data = read_training(pick_flags(args, DataSettings), pick_flags(args, TaskSettings), corpus,
+                             queries, world.log)
     check_lone_queries(data, args, world)
     dev = read_dev(args, corpus, queries, world.log) if "dev" in sets else None
 
     # model
-    texts = settle_texts(args.query_encoder, second_encoder(args), read_text_settings(args),
+    texts = settle_texts(args.query_encoder, second_encoder(args), pick_flags(args, TextSettings),
                          world.log, is_training=True)
     check_own_prompts(data, texts)
     model = open_model(args, texts, world.device)
@@ -581,7 +578,7 @@ def set_up(args, world, sets=BOTH_SETS):
                        collator=GroupCollator(texts, corpus, args.mask_duplicates),
                        optimizer=optimizer, scheduler=scheduler,
                        last_update=min(updates, args.stop_at), log=log, progress=progress,
-                       dataset_sizes=data.dataset_sizes, task_flags=data.task_flags,
+                       dataset_sizes=data.dataset_sizes, task_settings=data.task_settings,
                        updates=updates, inputs=inputs)
     if dev:
         check_one_instruction(make_dev_collator(run), dev.tasks)
@@ -689,13 +686,13 @@ def note_prompts(run):
 def note_temperature(run):
     """Log what the scores are divided by in distillation, if it is not the model's temperature."""
     own = 1.0 if run.args.ranker else run.unwrapped.temperature
-    for task, flags in run.task_flags.items():
-        temperature = distill_temperature(flags, own)
-        if flags.loss == "infonce" or temperature == own:
+    for task, settings in run.task_settings.items():
+        temperature = distill_temperature(settings, own)
+        if settings.loss == "infonce" or temperature == own:
             continue
         origin = "--student_temperature"
-        if not flags.loss:
-            origin = f"{own:g} x --student_temperature {flags.student_temperature:g}"
+        if not settings.loss:
+            origin = f"{own:g} x --student_temperature {settings.student_temperature:g}"
         named = f" of {task}" if task else ""
         run.world.log(f"distillation{named} divides scores by {temperature:g} ({origin})")
 

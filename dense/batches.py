@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dense.examples import Example, choose_group
+from dense.examples import Example
+from dense.training_data import choose_group
 from records.templates import format_key
 from utils import InputError
 

@@ -6,8 +6,6 @@ positive_ctxs, hard_negative_ctxs, negative_ctxs), the reader's with scores of t
 corpus, queries and TREC or BEIR qrels with Trove's filters. A key is a text, a dictionary for the
 key template, or the index of a document whose text stays in the corpus's file.
 """
-import argparse
-import math
 from collections import Counter
 from itertools import chain
 from typing import NamedTuple
@@ -28,7 +26,6 @@ from records.names import (
     find_value,
     fold,
 )
-from records.qrels import merge_qrels
 from records.question_tables import read_named_columns, read_table_lines
 from records.questions import holds_json, refuse_table
 from records.reading import (
@@ -41,21 +38,6 @@ from records.reading import (
 )
 from records.templates import format_key
 from utils import InputError, first_line, shorten
-
-# what LLM-Embedder sets for each task (its TASK_CONFIG), used with --use_train_config
-TRAIN_CONFIG = {
-    "qa": {"contrastive_weight": 0, "stable_distill": True},
-    "convsearch": {"distill_weight": 0},
-    "tool": {"distill_weight": 0},
-    "icl": {"select_positive": "random", "contrastive_weight": 0, "stable_distill": True},
-    "chat": {"select_positive": "teacher", "contrastive_weight": 0, "teacher_temperature": 0.1},
-    "lrlm": {"select_positive": "teacher", "contrastive_weight": 0, "teacher_temperature": 0.1,
-             "teacher_scores_margin": 0.1, "max_sample_num": 10000},
-}
-# and its defaults for what a task does not set
-TRAIN_CONFIG_DEFAULTS = {"select_positive": "first", "select_negative": "random",
-                         "stable_distill": False, "teacher_scores_margin": None,
-                         "teacher_scores_min": None, "max_sample_num": None}
 
 # the remedy where there is none
 MAKE_POSITIVES = ("retrieve.py --metrics collate_pos makes records with positives of questions and "
@@ -78,22 +60,6 @@ class Example(NamedTuple):
     task: str = ""
     location: str = ""
     instruction: str | None = None
-
-
-class GroupRule(NamedTuple):
-    """How the group of a visit is chosen, see choose_group."""
-    group_size: int
-    select_positive: str
-    select_negative: str
-    stable: bool
-
-
-class TrainingData(NamedTuple):
-    """All examples, dataset after dataset, and what holds for them."""
-    examples: list
-    group_rules: list     # a GroupRule per example
-    dataset_sizes: list   # the number of examples of each dataset
-    task_flags: dict      # {task: the flags, as a Namespace, that its loss is computed with}
 
 
 # ---------------------------------------------------------------- qrels
@@ -392,240 +358,3 @@ def read_scores(scores, pos, neg, location):
     except ValueError as error:
         raise InputError(f"{location}: teacher scores must be finite numbers "
                          f"({first_line(error)})") from None
-
-
-# ---------------------------------------------------------------- what can be trained on
-
-def filter_examples(examples, group_size, select_positive, margin=None, least=None,
-                    in_batch_only=False, needs_positive=True):
-    """(the examples that can be trained on, {reason: (number of the others, location of the
-    first)}), by LLM-Embedder's rules; a distillation alone needs no positive, see is_unlabelled.
-    """
-    kept, dropped = [], {}
-    for example in examples:
-        if not needs_positive and is_unlabelled(example, select_positive):
-            reason = reason_to_drop_unlabelled(example, group_size, margin, least)
-        else:
-            reason = reason_to_drop(example, group_size, select_positive, margin, least,
-                                    in_batch_only)
-        if reason is None:
-            kept.append(example)
-        else:
-            count, first_location = dropped.get(reason, (0, example.location))
-            dropped[reason] = (count + 1, first_location)
-    return kept, dropped
-
-
-def reason_to_drop(example, group_size, select_positive, margin, least, in_batch_only):
-    """Why an example cannot be trained on, or None if it can."""
-    has_scores = bool(example.scores)
-    positive_from_neg = select_positive == "teacher" and has_scores and bool(example.neg)
-    if not example.pos and not positive_from_neg:
-        return "no positive"
-    is_taken = positive_from_neg and choose_positive(example, "teacher", None) >= len(example.pos)
-    least_negatives = 2 if is_taken else 1  # one of them becomes the positive
-    if group_size > 1 and not in_batch_only and len(example.neg) < least_negatives:
-        return "no negative"
-    return reason_by_scores(example.scores, margin, least) if has_scores else None
-
-
-def reason_by_scores(scores, margin, least):
-    """Why an example with these teacher scores cannot be trained on, or None if it can."""
-    if least is not None and max(scores) < least:
-        return "highest teacher score below --teacher_scores_min"
-    if margin is not None and max(scores) - min(scores) < margin:
-        return "teacher scores closer than --teacher_scores_margin"
-    return None
-
-
-def is_unlabelled(example, select_positive):
-    """True for keys none of which is a positive, nor chosen as one by its score: a distillation
-    alone takes them as they are.
-    """
-    return not example.pos and select_positive != "teacher"
-
-
-def reason_to_drop_unlabelled(example, group_size, margin, least):
-    """Why an example without a positive cannot be distilled, or None if it can."""
-    if not example.scores:
-        return "no teacher scores"
-    if len(example.neg) < group_size:
-        return "fewer scored keys than --train_group_size"
-    return reason_by_scores(example.scores, margin, least)
-
-
-def read_training(args, corpus, queries, log):
-    """Return the TrainingData of the flags; logs what is dropped.
-
-    Raises InputError if nothing is left, or teacher scores are missing.
-    """
-    if args.train_data:
-        source = Source(args.key_template, args.reader_scores, distills_only(args), corpus, queries)
-        datasets = [read_examples(path, source, log) for path in args.train_data]
-    else:
-        datasets = [read_qrels_examples(args, corpus, queries, log)]
-    tasks = {examples[0].task for examples in datasets if examples}
-    if args.use_train_config and len(tasks) > 1 and args.inbatch_same_dataset is None:
-        raise InputError("--use_train_config with several tasks needs --inbatch_same_dataset epoch")
-
-    data = TrainingData([], [], [], {})
-    for index, examples in enumerate(datasets):
-        task = examples[0].task if examples else ""
-        flags = choose_flags(args, task)
-        has_positives = any(example.pos or example.scores for example in examples)
-        examples = drop_examples(examples, args, flags, log)
-        if not examples:
-            source = args.train_data[index] if args.train_data else name_qrels(args)
-            if not has_positives and distills_only(flags):
-                raise InputError(f"{source}: no record has teacher scores; {MAKE_SCORES}")
-            if not has_positives:
-                raise InputError(f"{source}: no record has a positive ('pos', 'positive_ctxs', or "
-                                 f"'history' with teacher_scores); {MAKE_POSITIVES}")
-            raise InputError(f"{source}: no example is left to train on")
-        check_teacher(examples, flags)
-        data.examples.extend(examples)
-        data.group_rules.extend(make_group_rule(args, flags, example) for example in examples)
-        data.dataset_sizes.append(len(examples))
-        data.task_flags.update({example.task: flags for example in examples})
-    return data
-
-
-def read_qrels_examples(args, corpus, queries, log):
-    """Return the examples of --positives and --negatives, or of --graded."""
-    source = name_qrels(args)
-    if args.graded:
-        return graded_examples(corpus, queries, merge_qrels(args.graded, args.seed),
-                               args.train_group_size, source, log)
-    positives = merge_qrels(args.positives, args.seed)
-    negatives = merge_qrels(args.negatives, args.seed)
-    return qrels_examples(corpus, queries, positives, negatives, source, log)
-
-
-def name_qrels(args):
-    """How messages name the qrels that are trained on: by their flags."""
-    return " ".join([*args.graded, *args.positives, *args.negatives])
-
-
-def choose_flags(args, task):
-    """The flags of a task: those given or, with --use_train_config, LLM-Embedder's own for what it
-    sets.
-    """
-    flags = dict(vars(args))
-    if args.graded and not args.loss:
-        flags["loss"] = "kl"
-    if args.use_train_config:
-        flags |= TRAIN_CONFIG_DEFAULTS
-        flags |= TRAIN_CONFIG.get(task, {})
-    return argparse.Namespace(**flags)
-
-
-def has_only_in_batch_negatives(args):
-    """True if the flags name positives only: the other queries' positives are the negatives."""
-    return not (args.train_data or args.negatives or args.graded)
-
-
-def uses_others(args, flags):
-    """Return True if the loss contrasts a query with the other queries' keys, as InfoNCE does, so
-    that a record needs no negatives of its own (DPR, section 3.2). A ranker reads its own only.
-    """
-    contrasts = flags.loss == "infonce" or (not flags.loss and flags.contrastive_weight)
-    return bool(contrasts) and not args.ranker
-
-
-def drop_examples(examples, args, flags, log):
-    """Return the examples of a dataset that are trained on, at most --max_sample_num; logs why
-    others are dropped.
-    """
-    if not args.graded:
-        examples, dropped = filter_examples(examples, args.train_group_size, flags.select_positive,
-                                            flags.teacher_scores_margin, flags.teacher_scores_min,
-                                            has_only_in_batch_negatives(args)
-                                            or uses_others(args, flags),
-                                            not distills_only(flags))
-        for reason, (count, first_location) in dropped.items():
-            log(f"{count} records dropped: {reason}, first {first_location}")
-        lone = [example for example in examples if example.pos and not example.neg]
-        if lone and args.train_group_size > 1 and not has_only_in_batch_negatives(args):
-            log(f"note: records without negatives: {len(lone)} of {len(examples)}, first "
-                f"{lone[0].location}; other questions' passages are their negatives")
-    return examples[:flags.max_sample_num]
-
-
-def distills_only(flags):
-    """True if --loss names a distillation, which needs scores and no positives."""
-    return flags.loss in ("kl", "fid-kd")
-
-
-def check_teacher(examples, flags):
-    """Raises InputError if the loss needs teacher scores and no example has any."""
-    needs_teacher = distills_only(flags) or not (flags.loss or flags.contrastive_weight)
-    if needs_teacher and not any(example.scores for example in examples):
-        raise InputError(f"{examples[0].location}: without teacher_scores only InfoNCE can be "
-                         "trained; give --loss infonce")
-
-
-def make_group_rule(args, flags, example):
-    """The GroupRule of an example of a dataset with these flags."""
-    group_size = 1 if has_only_in_batch_negatives(args) else args.train_group_size
-    select_positive = flags.select_positive
-    if args.graded or distills_only(flags) and is_unlabelled(example, select_positive):
-        select_positive = "none"
-    return GroupRule(group_size, select_positive, flags.select_negative, flags.stable_distill)
-
-
-# ---------------------------------------------------------------- the group of one visit
-
-def choose_group(example, rule, rng):
-    """Return (keys, their scores or None) of one visit: a positive and group_size - 1 negatives, by
-    LLM-Embedder's rules.
-
-    select_positive   first or random of pos; teacher: the highest score of all keys; teacher-pos:
-                      the highest of pos; none: no positive, the keys are chosen as negatives are
-    select_negative   first, random, teacher+ (highest scores) or teacher- (lowest); scarce
-                      negatives are repeated
-    stable            sorts the negatives by falling score, as stabilized distillation expects them
-    """
-    keys = example.pos + example.neg
-    scores = example.scores
-    if rule.select_positive == "none":
-        group = choose_negatives(list(range(len(keys))), scores, rule.group_size,
-                                 rule.select_negative, rng)
-        if rule.stable:
-            group.sort(key=lambda index: scores[index], reverse=True)
-    else:
-        positive = choose_positive(example, rule.select_positive, rng)
-        candidates = [index for index in range(len(example.pos), len(keys)) if index != positive]
-        negatives = choose_negatives(candidates, scores, rule.group_size - 1, rule.select_negative,
-                                     rng)
-        if rule.stable and scores is not None:
-            negatives.sort(key=lambda index: scores[index], reverse=True)
-        group = [positive] + negatives
-    is_lone = len(group) == 1 < rule.group_size  # nothing to distil: no negatives of its own
-    group_scores = None if scores is None or is_lone else [scores[index] for index in group]
-    return [keys[index] for index in group], group_scores
-
-
-def choose_positive(example, select_positive, rng):
-    """The index of a visit's positive among pos + neg."""
-    if select_positive == "random":
-        return rng.randrange(len(example.pos))
-    if select_positive == "first" or example.scores is None:
-        return 0
-    count = len(example.pos) if select_positive == "teacher-pos" else len(example.scores)
-    return max(range(count), key=lambda index: example.scores[index])
-
-
-def choose_negatives(candidates, scores, count, select_negative, rng):
-    """`count` of the candidates, indices of keys; each as often as the others (give or take one) if
-    there are too few.
-    """
-    if not candidates:
-        return []
-    if len(candidates) < count:
-        candidates = candidates * math.ceil(count / len(candidates))
-    if select_negative in ("teacher+", "teacher-") and scores is not None:
-        candidates = sorted(candidates, key=lambda index: scores[index],
-                            reverse=select_negative == "teacher+")
-    elif select_negative != "first":
-        rng.shuffle(candidates)
-    return candidates[:count]

@@ -314,9 +314,17 @@ def check_evaluation(args):
                          "--eval_method retrieval")
 
 
+def pick_flags(args, settings):
+    """Return a dataclass of settings, such as TextSettings, with the values of the flags that its
+    fields are named like. Fields for which the script has no flag keep their default.
+    """
+    names = [field.name for field in fields(settings) if field.name in args]
+    return settings(**{name: getattr(args, name) for name in names})
+
+
 def read_text_settings(args):
     """Return the TextSettings of the flags of train_dense.py, retrieve.py or ask.py."""
-    return TextSettings(**{field.name: getattr(args, field.name) for field in fields(TextSettings)})
+    return pick_flags(args, TextSettings)
 
 
 def add_prompt_flags(add):

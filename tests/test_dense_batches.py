@@ -7,8 +7,9 @@ import pytest
 
 from conftest import make_bert
 from dense.batches import GroupCollator, GroupSet, identity, plan_batches, tokenize
-from dense.examples import Example, GroupRule
+from dense.examples import Example
 from dense.texts import Texts, TextSettings
+from dense.training_data import GroupRule
 from training.checkpoints import load_tokenizer
 from utils import InputError
 

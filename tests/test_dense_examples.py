@@ -1,22 +1,26 @@
 """Files into training examples and groups: LLM-Embedder's selection rules, DPR's records, qrels."""
 import json
 import random
-from argparse import Namespace
 from collections import Counter
+from dataclasses import fields
 
 import pytest
 
 from dense.examples import (
     Example,
-    GroupRule,
-    choose_flags,
-    choose_group,
-    filter_examples,
     graded_examples,
     qrels_examples,
     read_examples,
-    read_training,
     score_contexts,
+)
+from dense.training_data import (
+    DataSettings,
+    GroupRule,
+    Target,
+    TaskSettings,
+    choose_group,
+    keep_examples,
+    read_training,
 )
 from records.corpus import Corpus
 from records.qrels import select_qrels
@@ -83,24 +87,34 @@ def test_dpr_records(tmp_path):
             {"question": "r", "positive_ctxs": [], "hard_negative_ctxs": []}]
     path = tmp_path / "dpr.json"
     path.write_text(json.dumps(rows))
-    kept, dropped = filter_examples(read_examples(path), 2, "first")
+    kept, logged = keep(read_examples(path), 2)
     assert [example.pos for example in kept] == [[passage]] and kept[0].neg[0]["text"] == "y"
-    assert dropped == {"no positive": (1, f"{path}, record 1")}
+    assert logged == [f"1 records dropped: no positive, first {path}, record 1"]
+
+
+def keep(examples, group_size, select_positive="first", **settings):
+    """Return (the examples that are kept, logged lines) of a model that compares a query with its
+    own keys only.
+    """
+    logged = []
+    settings = TaskSettings(select_positive=select_positive, **settings)
+    rule = GroupRule(group_size, select_positive, "random", False)
+    kept = keep_examples(examples, settings, Target.POSITIVES, rule, False, logged.append)
+    return kept, logged
 
 
 def test_filters_by_teacher_scores():
     examples = [EXAMPLE, EXAMPLE._replace(scores=[0.5] * 5),
                 EXAMPLE._replace(scores=[-3, -4, -5, -6, -7.0]),
                 EXAMPLE._replace(neg=[], scores=None)]
-    kept, dropped = filter_examples(examples, 3, "first", margin=0.1, least=-1)
-    assert kept == [EXAMPLE] and [count for count, _ in dropped.values()] == [1, 1, 1]
-    assert len(filter_examples([EXAMPLE._replace(pos=[])], 3, "first")[0]) == 0
-    assert len(filter_examples([EXAMPLE._replace(pos=[], scores=[1, 2, 3.0])], 3,
-                               "teacher")[0]) == 1
+    kept, logged = keep(examples, 3, teacher_scores_margin=0.1, teacher_scores_min=-1)
+    assert kept == [EXAMPLE] and [line.split(" records")[0] for line in logged] == ["1"] * 3
+    assert len(keep([EXAMPLE._replace(pos=[])], 3)[0]) == 0
+    assert len(keep([EXAMPLE._replace(pos=[], scores=[1, 2, 3.0])], 3, "teacher")[0]) == 1
     # the one negative that there is would become the positive
     one = EXAMPLE._replace(pos=["p"], neg=["n"], scores=[0.1, 0.9])
-    assert not filter_examples([one], 2, "teacher")[0] and filter_examples([one], 2, "first")[0]
-    assert filter_examples([one._replace(scores=[0.9, 0.1])], 2, "teacher")[0]
+    assert not keep([one], 2, "teacher")[0] and keep([one], 2)[0]
+    assert keep([one._replace(scores=[0.9, 0.1])], 2, "teacher")[0]
 
 
 @pytest.mark.parametrize("record, message", [({"query": "q", "pos": ["a"], "neg": ["b"],
@@ -148,8 +162,8 @@ def test_contexts_that_were_not_read_are_left_out():
 def read_scored(path, records, **changes):
     """(training data, logged lines) of a distillation from these records, groups of two."""
     logged = []
-    flags = training_flags(lines(path, records), **{"loss": "fid-kd"} | changes)
-    return read_training(flags, None, {}, logged.append), logged
+    changes = {"loss": "fid-kd"} | changes
+    return read_data(lines(path, records), log=logged.append, **changes), logged
 
 
 def test_contexts_that_a_reader_scored_are_a_group_as_they_are(tmp_path):
@@ -229,14 +243,12 @@ def test_scored_records_that_cannot_be_distilled(tmp_path):
         read_scored(tmp_path / "r.jsonl", [broken], reader_scores=True)
 
 
-def training_flags(*paths, **changes):
-    flags = {"train_data": paths, "negatives": [], "graded": [], "loss": None,
-             "use_train_config": False, "inbatch_same_dataset": "epoch", "train_group_size": 2,
-             "contrastive_weight": 0.2, "stable_distill": False, "select_positive": "first",
-             "select_negative": "random", "teacher_scores_margin": None, "teacher_scores_min": None,
-             "max_sample_num": None, "teacher_temperature": 1.0, "positives": [],
-             "key_template": "{title} {text}", "reader_scores": False, "ranker": False}
-    return Namespace(**flags | changes)
+def read_data(*paths, log=print, **flags):
+    """Return the TrainingData of files, in groups of two, with these flags."""
+    names = {field.name for field in fields(TaskSettings)}
+    task = TaskSettings(**{name: flags.pop(name) for name in names & flags.keys()})
+    data = {"train_data": paths, "train_group_size": 2, "inbatch_same_dataset": "epoch"} | flags
+    return read_training(DataSettings(**data), task, None, {}, log)
 
 
 def test_training_data_of_several_tasks(tmp_path):
@@ -245,35 +257,35 @@ def test_training_data_of_several_tasks(tmp_path):
     paths = [lines(tmp_path / "qa.json", [qa, qa, qa | {"pos": []} | {"teacher_scores": [1.0]}]),
              lines(tmp_path / "chat.json", [chat])]
     logged = []
-    data = read_training(training_flags(*paths, use_train_config=True), None, {}, logged.append)
+    data = read_data(*paths, use_train_config=True, log=logged.append)
     assert data.dataset_sizes == [2, 1] and [example.task
                                              for example in data.examples] == ["qa", "qa", "chat"]
     assert data.group_rules[0] == GroupRule(2, "first", "random", True)
     assert data.group_rules[2] == GroupRule(2, "teacher", "random", False)
-    assert data.task_flags["chat"].teacher_temperature == 0.1
-    assert data.task_flags["qa"].contrastive_weight == 0
+    assert data.task_settings["chat"].teacher_temperature == 0.1
+    assert data.task_settings["qa"].contrastive_weight == 0
     assert logged == [f"1 records dropped: no positive, first {paths[0]}:3"]
     with pytest.raises(InputError, match="needs --inbatch_same_dataset epoch"):
-        read_training(training_flags(*paths, use_train_config=True, inbatch_same_dataset=None),
-                      None, {}, logged.append)
+        read_data(*paths, use_train_config=True, inbatch_same_dataset=None)
 
 
 def test_records_without_positives_are_told_the_way(tmp_path):
     records = lines(tmp_path / "q.json", [{"question": "q", "answers": ["a"]},
                                           {"question": "r", "answers": ["b"], "neg": ["c"]}])
     with pytest.raises(InputError, match="q.json: no record has a positive.*--metrics collate_pos"):
-        read_training(training_flags(records), None, {}, print)
+        read_data(records)
     table = lines(tmp_path / "q.csv", ["question,answer", "who,Bob"])
     with pytest.raises(InputError, match="q.csv: a table of questions.*--metrics collate_pos"):
-        read_training(training_flags(table), None, {}, print)
+        read_data(table)
     few = lines(tmp_path / "few.json", [{"question": "q", "pos": ["a"]}])
     with pytest.raises(InputError, match="few.json: no example is left to train on"):
-        read_training(training_flags(few, ranker=True), None, {}, print)
+        read_data(few, ranker=True)
 
 
-def test_flags_without_llm_embedders_settings_are_those_given():
-    flags = training_flags(select_positive="random", graded=["qrels=x"])
-    assert vars(choose_flags(flags, "chat")) == vars(flags) | {"loss": "kl"}
+def test_flags_without_llm_embedders_settings_are_those_given(tmp_path):
+    chat = {"query": "q", "pos": ["a"], "neg": ["b"], "task": "chat"}
+    data = read_data(lines(tmp_path / "chat.json", [chat]), select_positive="random")
+    assert data.task_settings == {"chat": TaskSettings(select_positive="random")}
 
 
 # ---------------------------------------------------------------- qrels
@@ -294,6 +306,12 @@ def test_examples_from_merged_qrels(tmp_path):
     assert graded[0].scores == [3, 1, 2] and graded[0].neg == [0, 1, 3]
     keys, labels = group(graded[0], 2, "none", "random", seed=1)
     assert [graded[0].scores[graded[0].neg.index(key)] for key in keys] == labels
+    trained = read_training(DataSettings(graded=[f"qrels={qrels_file},min_score=0.1"],
+                                         train_group_size=1),
+                            TaskSettings(select_positive="random"), corpus, queries, print)
+    assert [example.scores for example in trained.examples] == [[3, 1, 2], [0.5]]
+    assert trained.group_rules == [GroupRule(1, "none", "random", False)] * 2
+    assert trained.task_settings == {"": TaskSettings(select_positive="random", loss="kl")}
     with pytest.raises(InputError, match="has 1 labelled documents, --group_size wants 2"):
         graded_examples(corpus, queries, labelled, 2)
     with pytest.raises(InputError, match="none of the documents, such as 'zz', is in"):

@@ -1,11 +1,13 @@
 """The losses of retriever training against their definitions."""
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 
 import train_dense
 from dense import losses
+from dense.training_data import TaskSettings
 
 
 def test_contrastive_masks_duplicates():
@@ -53,32 +55,31 @@ def test_one_loss_alone_has_one_temperature(loss):  # E3
     """Cosines are divided by --student_temperature alone, not by --cos_temperature as well."""
     torch.manual_seed(0)
     cosines, teacher = torch.rand(2, 3), torch.randn(2, 3)
-    flags = Namespace(loss=loss, student_temperature=0.1, teacher_temperature=1.0,
-                      stable_distill=False)
+    settings = TaskSettings(loss=loss, student_temperature=0.1)
     groups = torch.arange(3).expand(2, 3)
-    value = train_dense.distillation_loss(flags, cosines / 0.01, groups, teacher, 0.01)
+    value = train_dense.distillation_loss(settings, cosines / 0.01, groups, teacher, 0.01)
     expected = losses.distillation(cosines, teacher, 1.0, 0.1)
     torch.testing.assert_close(value, expected / (3 if loss == "fid-kd" else 1))
     # not given: as in the contrastive loss
-    flags.student_temperature = None
-    value = train_dense.distillation_loss(flags, cosines / 0.01, groups, teacher, 0.01)
+    settings = TaskSettings(loss=loss)
+    value = train_dense.distillation_loss(settings, cosines / 0.01, groups, teacher, 0.01)
     expected = losses.distillation(cosines, teacher, 1.0, 0.01)
     torch.testing.assert_close(value, expected / (3 if loss == "fid-kd" else 1))
 
 
 def test_llm_embedders_temperature_divides_once_more():  # E3
     """Next to InfoNCE, as in its commands; a line at the start has the product."""
-    flags = Namespace(loss=None, student_temperature=0.1, stable_distill=False)
-    assert train_dense.distill_temperature(flags, 0.01) == pytest.approx(0.001)
+    settings = TaskSettings(student_temperature=0.1)
+    assert train_dense.distill_temperature(settings, 0.01) == pytest.approx(0.001)
     lines = []
     run = Namespace(args=Namespace(ranker=False), unwrapped=Namespace(temperature=0.01),
-                    task_flags={"qa": flags}, world=Namespace(log=lines.append))
+                    task_settings={"qa": settings}, world=Namespace(log=lines.append))
     train_dense.note_temperature(run)
     assert lines == ["distillation of qa divides scores by 0.001 (0.01 x --student_temperature "
                      "0.1)"]
-    flags.loss = "kl"
+    run.task_settings["qa"] = replace(settings, loss="kl")
     train_dense.note_temperature(run)
     assert lines[1] == "distillation of qa divides scores by 0.1 (--student_temperature)"
-    flags.student_temperature = None
+    run.task_settings["qa"] = TaskSettings(loss="kl")
     train_dense.note_temperature(run)
     assert len(lines) == 2

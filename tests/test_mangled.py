@@ -12,6 +12,7 @@ import signal
 from argparse import Namespace
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,9 +29,9 @@ import fid_data
 import lm_score
 import retrieval.flags
 import train_epoch
-from dense.examples import read_training
 from dense.model import BiEncoder, CrossEncoder
 from dense.texts import read_trained_flags
+from dense.training_data import DataSettings, TaskSettings, read_training
 from federated.server import Server
 from federated.server import restore_state as restore_federation
 from federated.server import save_state as save_federation
@@ -253,12 +254,9 @@ TREC = ["q0 0 d0 1", "q0 0 d1 0", "q1 0 d2 2.5", "q2 0 d4 1"]
 BEIR = ["query-id\tcorpus-id\tscore", "q0\td0\t1", "q1\td1\t0", "q1\td2\t2"]
 JSON_QRELS = [{"qid": "q0", "docid": "d0", "score": 1}, {"qid": "q1", "docid": "d1", "score": 0}]
 QUESTIONS = [make_question(row, "f", 0) for row in QUERIES]
-FLAGS = Namespace(negatives=[], positives=[], graded=[], loss=None, use_train_config=False,
-                  inbatch_same_dataset="epoch", train_group_size=2, contrastive_weight=0.2,
-                  stable_distill=False, select_positive="teacher", select_negative="random",
-                  teacher_scores_margin=0.1, teacher_scores_min=-5, max_sample_num=None,
-                  teacher_temperature=1.0, train_data=[], seed=0, key_template=TEMPLATE,
-                  reader_scores=False, ranker=False)
+FLAGS = (DataSettings(key_template=TEMPLATE, train_group_size=2, inbatch_same_dataset="epoch",
+                      seed=0),
+         TaskSettings(select_positive="teacher", teacher_scores_margin=0.1, teacher_scores_min=-5))
 
 
 class Log(list):
@@ -290,7 +288,9 @@ def read_whole_corpus(path):
 def read_examples(**flags):
     log = Log()
     queries = {f"q{i}": "" for i in range(3)}
-    data = read_training(Namespace(**vars(FLAGS) | flags), corpus(), queries, log)
+    data, task = FLAGS
+    task = replace(task, **{name: flags.pop(name) for name in vars(task).keys() & flags.keys()})
+    data = read_training(replace(data, **flags), task, corpus(), queries, log)
     return len(data.examples) + log.told
 
 

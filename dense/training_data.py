@@ -1,0 +1,312 @@
+"""What a retriever trains on: which examples of each dataset, with which loss, and which keys of an
+example a visit takes.
+
+                        an example needs              its group
+    Target.POSITIVES    a positive and negatives      a positive, then negatives
+    Target.TEACHER      teacher scores                the same, or any of its keys without positives
+    Target.GRADED       as many labels as the group   any of its keys
+"""
+import math
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import NamedTuple
+
+from dense.examples import (
+    MAKE_POSITIVES,
+    MAKE_SCORES,
+    Source,
+    graded_examples,
+    qrels_examples,
+    read_examples,
+)
+from records.qrels import merge_qrels
+from utils import InputError
+
+# what LLM-Embedder sets for each task (its TASK_CONFIG), used with --use_train_config
+TRAIN_CONFIG = {
+    "qa": {"contrastive_weight": 0, "stable_distill": True},
+    "convsearch": {"distill_weight": 0},
+    "tool": {"distill_weight": 0},
+    "icl": {"select_positive": "random", "contrastive_weight": 0, "stable_distill": True},
+    "chat": {"select_positive": "teacher", "contrastive_weight": 0, "teacher_temperature": 0.1},
+    "lrlm": {"select_positive": "teacher", "contrastive_weight": 0, "teacher_temperature": 0.1,
+             "teacher_scores_margin": 0.1, "max_sample_num": 10000},
+}
+# and its defaults for what a task does not set
+TRAIN_CONFIG_DEFAULTS = {"select_positive": "first", "select_negative": "random",
+                         "stable_distill": False, "teacher_scores_margin": None,
+                         "teacher_scores_min": None, "max_sample_num": None}
+# --select_positive of groups without a positive: their keys are chosen as negatives are
+NO_POSITIVE = "none"
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Hold the flags of train_dense.py that LLM-Embedder sets by task, and --loss."""
+    loss: str | None = None
+    contrastive_weight: float = 0.2
+    distill_weight: float = 1.0
+    teacher_temperature: float = 1.0
+    student_temperature: float | None = None
+    stable_distill: bool = False
+    select_positive: str = "first"
+    select_negative: str = "random"
+    teacher_scores_margin: float | None = None
+    teacher_scores_min: float | None = None
+    max_sample_num: int | None = None
+
+    @property
+    def only_distills(self):
+        """Return whether --loss names a distillation, so that no positives are needed."""
+        return self.loss in ("kl", "fid-kd")
+
+    @property
+    def distills(self):
+        """Return whether distillation is part of the loss."""
+        return self.only_distills or not self.loss and self.distill_weight > 0
+
+    @property
+    def contrasts(self):
+        """Return whether InfoNCE is part of the loss."""
+        return self.loss == "infonce" or not self.loss and self.contrastive_weight > 0
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Hold the flags of train_dense.py that name the data and choose what is trained on."""
+    train_data: list = ()
+    positives: list = ()
+    negatives: list = ()
+    graded: list = ()
+    key_template: str = "{title} {text}"
+    reader_scores: bool = False
+    train_group_size: int = 8
+    inbatch_same_dataset: str | None = None
+    use_train_config: bool = False
+    ranker: bool = False
+    seed: int = 42
+
+    @property
+    def qrels(self):
+        """Return the flags' qrels as messages name them."""
+        return " ".join([*self.graded, *self.positives, *self.negatives])
+
+
+class Target(Enum):
+    """Name what the examples of a dataset are trained towards."""
+    POSITIVES = "InfoNCE, alone or with distillation"
+    TEACHER = "distillation alone: --loss kl or fid-kd"
+    GRADED = "the labels of --graded"
+
+
+class GroupRule(NamedTuple):
+    """How the group of a visit is chosen, see choose_group."""
+    group_size: int
+    select_positive: str
+    select_negative: str
+    stable: bool
+
+
+class TrainingData(NamedTuple):
+    """All examples, dataset after dataset, and what they are trained with."""
+    examples: list
+    group_rules: list     # a GroupRule per example
+    dataset_sizes: list   # the number of examples of each dataset
+    task_settings: dict   # {task: the TaskSettings of its loss}
+
+
+# ---------------------------------------------------------------- datasets
+
+def read_training(data, task_settings, corpus, queries, log):
+    """Return the TrainingData of the DataSettings `data` and of the TaskSettings of the flags; log
+    what is dropped.
+
+    Raises InputError if a dataset has nothing to train on.
+    """
+    datasets = read_datasets(data, task_settings, corpus, queries, log)
+    tasks = {examples[0].task for _, examples in datasets if examples}
+    if data.use_train_config and len(tasks) > 1 and data.inbatch_same_dataset is None:
+        raise InputError("--use_train_config with several tasks needs --inbatch_same_dataset epoch")
+
+    training = TrainingData([], [], [], {})
+    for source, examples in datasets:
+        settings = task_settings
+        if data.use_train_config:
+            settings = use_train_config(settings, examples[0].task if examples else "")
+        if data.graded and not settings.loss:
+            settings = replace(settings, loss="kl")
+        target = choose_target(data, settings)
+        rule = make_group_rule(data, settings, target)
+        kept = examples
+        if target is not Target.GRADED:
+            kept = keep_examples(examples, settings, target, rule, not data.ranker, log)
+        kept = kept[:settings.max_sample_num]
+        check_any_left(source, examples, kept, settings, target)
+        training.examples.extend(kept)
+        training.group_rules.extend([rule] * len(kept))
+        training.dataset_sizes.append(len(kept))
+        training.task_settings.update({example.task: settings for example in kept})
+    return training
+
+
+def read_datasets(data, task_settings, corpus, queries, log):
+    """Return [(name, examples)] of the files of --train_data, or of the qrels as one dataset."""
+    if data.train_data:
+        source = Source(data.key_template, data.reader_scores, task_settings.only_distills, corpus,
+                        queries)
+        return [(path, read_examples(path, source, log)) for path in data.train_data]
+    if data.graded:
+        examples = graded_examples(corpus, queries, merge_qrels(data.graded, data.seed),
+                                   data.train_group_size, data.qrels, log)
+    else:
+        examples = qrels_examples(corpus, queries, merge_qrels(data.positives, data.seed),
+                                  merge_qrels(data.negatives, data.seed), data.qrels, log)
+    return [(data.qrels, examples)]
+
+
+def use_train_config(settings, task):
+    """Return the TaskSettings with LLM-Embedder's values of a task."""
+    return replace(settings, **TRAIN_CONFIG_DEFAULTS | TRAIN_CONFIG.get(task, {}))
+
+
+def choose_target(data, settings):
+    """Return the Target of a dataset."""
+    if data.graded:
+        return Target.GRADED
+    return Target.TEACHER if settings.only_distills else Target.POSITIVES
+
+
+def make_group_rule(data, settings, target):
+    """Return the GroupRule of a dataset."""
+    # qrels of positives only: the other queries' positives are the negatives
+    has_negatives = bool(data.train_data or data.negatives or data.graded)
+    select_positive = NO_POSITIVE if target is Target.GRADED else settings.select_positive
+    return GroupRule(data.train_group_size if has_negatives else 1, select_positive,
+                     settings.select_negative, settings.stable_distill)
+
+
+def check_any_left(source, examples, kept, settings, target):
+    """Raise InputError if none of a dataset's examples is left, or none has the scores of a
+    distillation.
+    """
+    is_distilled = target is Target.TEACHER or not (settings.loss or settings.contrastive_weight)
+    if is_distilled and not any(example.scores for example in kept or examples):
+        raise InputError(f"{source}: no record has teacher scores; {MAKE_SCORES}; without them "
+                         "only InfoNCE can be trained: give --loss infonce")
+    if not kept and not any(example.pos or example.scores for example in examples):
+        raise InputError(f"{source}: no record has a positive ('pos', 'positive_ctxs', or "
+                         f"'history' with teacher_scores); {MAKE_POSITIVES}")
+    if not kept:
+        raise InputError(f"{source}: no example is left to train on")
+
+
+# ---------------------------------------------------------------- examples that are kept
+
+def keep_examples(examples, settings, target, rule, has_others, log):
+    """Return the examples of a dataset that can be trained on; log why others are dropped.
+
+    has_others: the model compares a query with other queries' keys, as a ranker does not. An
+    example then needs no negatives of its own for InfoNCE (DPR, section 3.2).
+    """
+    kept, dropped = [], {}
+    for example in examples:
+        reason = find_flaw(example, settings, target, rule, settings.contrasts and has_others)
+        if reason is None:
+            kept.append(example)
+        else:
+            count, first_location = dropped.get(reason, (0, example.location))
+            dropped[reason] = (count + 1, first_location)
+    for reason, (count, first_location) in dropped.items():
+        log(f"{count} records dropped: {reason}, first {first_location}")
+    lone = [example for example in kept if example.pos and not example.neg]
+    if lone and rule.group_size > 1:
+        log(f"note: records without negatives: {len(lone)} of {len(kept)}, first "
+            f"{lone[0].location}; other questions' passages are their negatives")
+    return kept
+
+
+def find_flaw(example, settings, target, rule, needs_no_negatives=False):
+    """Return why an example cannot be trained on, or None if it can, by LLM-Embedder's rules."""
+    scores = example.scores
+    if target is Target.TEACHER and is_unlabelled(example, rule.select_positive):
+        if not scores:
+            return "no teacher scores"
+        if len(example.neg) < rule.group_size:
+            return "fewer scored keys than --train_group_size"
+    else:
+        # a negative with the highest score may become the positive
+        may_swap = bool(rule.select_positive == "teacher" and scores and example.neg)
+        if not example.pos and not may_swap:
+            return "no positive"
+        swaps = may_swap and choose_positive(example, "teacher", None) >= len(example.pos)
+        needed = 2 if swaps else 1
+        if rule.group_size > 1 and not needs_no_negatives and len(example.neg) < needed:
+            return "no negative"
+    least, margin = settings.teacher_scores_min, settings.teacher_scores_margin
+    if scores and least is not None and max(scores) < least:
+        return "highest teacher score below --teacher_scores_min"
+    if scores and margin is not None and max(scores) - min(scores) < margin:
+        return "teacher scores closer than --teacher_scores_margin"
+    return None
+
+
+def is_unlabelled(example, select_positive):
+    """Return whether none of an example's keys is a positive or is chosen as one by its score."""
+    return not example.pos and select_positive != "teacher"
+
+
+# ---------------------------------------------------------------- the group of one visit
+
+def choose_group(example, rule, rng):
+    """Return (keys, their scores or None) of one visit: a positive and group_size - 1 negatives, by
+    LLM-Embedder's rules. Without a positive all keys are chosen as negatives are.
+
+    select_positive   first or random of pos; teacher: the highest score of all keys; teacher-pos:
+                      the highest of pos; none: no positive
+    select_negative   first, random, teacher+ (highest scores) or teacher- (lowest); scarce
+                      negatives are repeated
+    stable            sort the negatives by falling score, as stabilized distillation expects them
+    """
+    keys = example.pos + example.neg
+    scores = example.scores
+    if is_unlabelled(example, rule.select_positive):
+        group = []
+        candidates = list(range(len(keys)))
+    else:
+        positive = choose_positive(example, rule.select_positive, rng)
+        group = [positive]
+        candidates = [index for index in range(len(example.pos), len(keys)) if index != positive]
+    negatives = choose_negatives(candidates, scores, rule.group_size - len(group),
+                                 rule.select_negative, rng)
+    if rule.stable and scores is not None:
+        negatives.sort(key=lambda index: scores[index], reverse=True)
+    group += negatives
+    is_lone = len(group) == 1 < rule.group_size  # nothing to distil: no negatives of its own
+    group_scores = None if scores is None or is_lone else [scores[index] for index in group]
+    return [keys[index] for index in group], group_scores
+
+
+def choose_positive(example, select_positive, rng):
+    """Return the index of a visit's positive among pos + neg."""
+    if select_positive == "random":
+        return rng.randrange(len(example.pos))
+    if select_positive == "first" or example.scores is None:
+        return 0
+    count = len(example.pos) if select_positive == "teacher-pos" else len(example.scores)
+    return max(range(count), key=lambda index: example.scores[index])
+
+
+def choose_negatives(candidates, scores, count, select_negative, rng):
+    """Return `count` of the candidates, which are indices of keys. If they are too few, each is
+    repeated as often as the others, give or take one.
+    """
+    if not candidates:
+        return []
+    if len(candidates) < count:
+        candidates = candidates * math.ceil(count / len(candidates))
+    if select_negative in ("teacher+", "teacher-") and scores is not None:
+        candidates = sorted(candidates, key=lambda index: scores[index],
+                            reverse=select_negative == "teacher+")
+    elif select_negative != "first":
+        rng.shuffle(candidates)
+    return candidates[:count]
