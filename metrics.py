@@ -1,4 +1,4 @@
-"""Measures of answers, as DPR and FiD define them, and of ranked lists, as in trec_eval."""
+"""Measure answers as DPR and FiD define it, and ranked lists as trec_eval does."""
 import functools
 import math
 import string
@@ -12,9 +12,9 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]",
                           flags=regex.IGNORECASE | regex.MULTILINE)
 
-# Letters of scripts that are written without blanks between words (lb=SA: Thai, Lao, Khmer, Burmese
-# and their like), and Hangul, whose words carry their particles. Where words are compared, each of
-# these letters, with its marks, is a word.
+# Letters of scripts without blanks between words (lb=SA: Thai, Lao, Khmer, Burmese and related
+# ones), and Hangul, in which particles are attached to words. When words are compared, each of
+# these letters counts as a word, together with its marks.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}\p{lb=SA}\u30fc"
 UNSPACED_LETTER = regex.compile(f"[{UNSPACED}]")
 UNSPACED_TOKEN = regex.compile(rf"[[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED}]]+|(?=[{UNSPACED}])\X"
@@ -28,8 +28,8 @@ ANY_PUNCTUATION = regex.compile(r"\p{P}")
 def normalize_answer(text):
     """Return a text in lower case, without ASCII punctuation and articles, with single blanks.
 
-    The steps are SQuAD v1.1's in its order. As in FiD and DPR, the module regex finds the articles:
-    a combining mark belongs to its word there, while SQuAD's module re ends a word before it.
+    The steps and their order are SQuAD v1.1's. As in FiD and DPR, the module regex finds the
+    articles. For it a combining mark is part of the word; in SQuAD's module re it ends the word.
     """
     text = text.lower().translate(PUNCTUATION)
     text = regex.sub(r"\b(a|an|the)\b", " ", text)
@@ -37,25 +37,24 @@ def normalize_answer(text):
 
 
 def has_unspaced(text):
-    """Return True for a text with letters of a script without blanks between words."""
+    """Return True if a text has UNSPACED letters."""
     return not text.isascii() and UNSPACED_LETTER.search(text) is not None
 
 
 def exact_match(prediction, answers):
     """Return 1.0 if the normalised prediction equals a normalised gold answer (FiD), else 0.0.
 
-    As in FiD, texts are not brought to one Unicode form: NFC and NFD of a letter differ.
+    As in FiD, texts are not normalised to one Unicode form: NFC and NFD of a letter differ.
     """
     prediction = normalize_answer(prediction)
     return float(any(prediction == normalize_answer(answer) for answer in answers))
 
 
 def f1(prediction, answers):
-    """Return the largest F1 between the words of the prediction and of one gold answer (SQuAD
-    v1.1), both as normalize_answer returns them.
+    """Return the largest F1 between the words of the prediction and of a gold answer (SQuAD v1.1).
 
-    In a text with UNSPACED letters each of them is a word, and punctuation of any script is left
-    out, as in MLQA, DRCD and KorQuAD.
+    Both are normalised by normalize_answer. In a text with UNSPACED letters each of them is a word,
+    and punctuation of any script is removed, as in MLQA, DRCD and KorQuAD.
     """
     predicted_words = count_words(prediction)
     best = 0.0
@@ -76,8 +75,9 @@ def count_words(text):
 
 
 def regex_match(prediction, patterns):
-    """Return 1.0 if a prediction begins with a match of one of the regular expressions, as in DrQA,
-    else 0.0.
+    """Return 1.0 if one of the regular expressions matches the prediction's beginning, else 0.0.
+
+    This is DrQA's measure.
     """
     text = unicodedata.normalize("NFD", prediction)
     return float(any(pattern.match(text) for pattern in map(compile_pattern, patterns) if pattern))
@@ -88,24 +88,24 @@ def regex_match(prediction, patterns):
 def dpr_tokens(text):
     """Return the lower-cased tokens of DPR's SimpleTokenizer.
 
-    A token is a run of letters, digits and marks, or one other symbol; the text is brought to
-    Unicode's form NFD first. UNSPACED letters are tokens of their own, which DPR has not: a run of
-    Chinese letters is a sentence, and answers are a part of it.
+    A token is a run of letters, digits and marks, or one other symbol. The text is normalised to
+    Unicode's NFD first. Unlike in DPR, each UNSPACED letter is a token: a run of Chinese letters is
+    a whole sentence, which contains the answer.
     """
     text = unicodedata.normalize("NFD", text)
     return [token.lower() for token in choose_pattern(text).findall(text)]
 
 
 def choose_pattern(text):
-    """Return the pattern of a text's tokens."""
+    """Return the pattern that splits a text into tokens."""
     return UNSPACED_TOKEN if has_unspaced(text) else DPR_TOKEN
 
 
 def has_answer(text, answers, is_regex=False):
-    """Return True if one answer's tokens stand side by side in the passage's text (DPR).
+    """Return True if the tokens of an answer occur in a row in the passage's text (DPR).
 
-    The title is not searched. With `is_regex` each answer is a regular expression, searched in the
-    raw text (CuratedTREC; DPR's --match regex).
+    The title is not searched. With `is_regex` each answer is a regular expression that is searched
+    for in the raw text (CuratedTREC; DPR's --match regex).
     """
     if is_regex:
         return any(matches_regex(pattern, text) for pattern in answers)
@@ -114,14 +114,15 @@ def has_answer(text, answers, is_regex=False):
 
 
 def find_answers(text, answers, is_regex=False):
-    """Return [(start, end)] of the places in a text where has_answer finds an answer, in order,
-    overlapping ones as one.
+    """Return the spans [(start, end)] of a text in which has_answer finds an answer.
+
+    Spans are in order, and overlapping ones are merged.
     """
     decomposed = unicodedata.normalize("NFD", text)
     spans = find_patterns(decomposed, answers) if is_regex else find_tokens(decomposed, answers)
     if not spans:
         return []
-    # origins[i] is the place in the text that character i of its form NFD comes from
+    # origins[i] is the position in the text from which character i of its NFD form comes
     origins = []
     for position, character in enumerate(text):
         origins += [position] * len(unicodedata.normalize("NFD", character))
@@ -136,7 +137,7 @@ def find_answers(text, answers, is_regex=False):
 
 
 def find_tokens(text, answers):
-    """Return the (start, end) of every place in a text, in form NFD, with an answer's tokens."""
+    """Return the spans (start, end) of the answers' tokens in a text in NFD."""
     matches = list(choose_pattern(text).finditer(text))
     tokens = [match[0].lower() for match in matches]
     spans = []
@@ -148,21 +149,21 @@ def find_tokens(text, answers):
 
 
 def find_patterns(text, patterns):
-    """Return the (start, end) of every match, not an empty one, of a pattern in a text in NFD."""
+    """Return the spans (start, end) of the patterns' non-empty matches in a text in NFD."""
     compiled = filter(None, map(compile_pattern, patterns))
     return [match.span() for pattern in compiled for match in pattern.finditer(text)
             if match.end() > match.start()]
 
 
 def contains_tokens(tokens, part):
-    """True if the list `part` stands, as a whole, somewhere in the list `tokens`."""
+    """Return True if the list `tokens` contains the list `part` as a run."""
     last_start = len(tokens) - len(part)
     return any(tokens[start:start + len(part)] == part for start in range(last_start + 1))
 
 
 @functools.cache
 def compile_pattern(pattern):
-    """Return the compiled regular expression of an answer with DPR's flags, None if malformed."""
+    """Compile the regular expression of an answer with DPR's flags; return None if malformed."""
     flags = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
     try:
         return regex.compile(unicodedata.normalize("NFD", pattern), flags=flags)
@@ -192,9 +193,9 @@ def trec_order(ids, scores):
 def ranking_metrics(ranking, labels, names, cutoffs, level=1):
     """Return {name@k: value} of one query's ranked documents, for all names and cutoffs k.
 
-    The names are keys of RANKING_METRICS, labels is {document: relevance}. A document is relevant
-    if its label is at least `level` (trec_eval's -l); nDCG's gains are the labels at any level.
-    Raises ValueError for an unknown name.
+    names: keys of RANKING_METRICS. labels: {document: relevance}. A document is relevant if its
+    label is at least `level` (trec_eval's -l); nDCG uses the labels themselves as gains. Raises
+    ValueError for an unknown name.
     """
     values = {}
     for name in names:
@@ -206,7 +207,7 @@ def ranking_metrics(ranking, labels, names, cutoffs, level=1):
 
 
 def reciprocal_rank(ranking, labels, k, level=1):
-    """Return 1 / the rank of the first relevant document, 0 if it is below rank k."""
+    """Return 1 / rank of the first relevant document, or 0 if the first k have none."""
     relevant = relevant_documents(labels, level)
     for rank, document in enumerate(ranking[:k], 1):
         if document in relevant:
@@ -215,7 +216,7 @@ def reciprocal_rank(ranking, labels, k, level=1):
 
 
 def recall(ranking, labels, k, level=1):
-    """Return the share of the relevant documents that are among the first k."""
+    """Return the fraction of the relevant documents that are among the first k."""
     relevant = relevant_documents(labels, level)
     return len(relevant.intersection(ranking[:k])) / max(1, len(relevant))
 
@@ -223,15 +224,15 @@ def recall(ranking, labels, k, level=1):
 def precision(ranking, labels, k, level=1):
     """Return the number of relevant documents among the first k, divided by k.
 
-    As in trec_eval, k is the divisor even where fewer documents were retrieved.
+    As in trec_eval, k is the divisor even if fewer documents were retrieved.
     """
     return len(relevant_documents(labels, level).intersection(ranking[:k])) / k
 
 
 def ndcg(ranking, labels, k, level=1):
-    """Return the discounted cumulative gain of the first k documents over the best ranking's.
+    """Return the discounted cumulative gain of the first k documents, divided by the best possible.
 
-    A document's gain is its label, a negative one counting as 0; `level` is not used.
+    A document's gain is its label, or 0 if the label is negative; `level` is not used.
     """
     best_gains = sorted((label for label in labels.values() if label > 0), reverse=True)
     if not best_gains:
@@ -246,9 +247,9 @@ def discounted_gain(gains):
 
 
 def average_precision(ranking, labels, k, level=1):
-    """Return the mean, over all relevant documents, of the precision at each one's rank.
+    """Return the mean, over all relevant documents, of the precision at the document's rank.
 
-    Relevant documents below rank k have a precision of 0.
+    A relevant document after rank k counts as 0.
     """
     relevant = relevant_documents(labels, level)
     num_relevant_so_far = 0
@@ -271,14 +272,14 @@ def relevant_documents(labels, level=1):
 
 
 def topk_accuracy(is_answering, cutoffs):
-    """{nq@k: 1.0 if one of the first k passages holds an answer, else 0.0} of one question (DPR).
+    """Return {nq@k: 1.0 if one of the first k passages contains an answer, else 0.0} (DPR).
 
-    is_answering: has_answer of every passage, in the order of their ranks.
+    is_answering: has_answer of each of a question's passages, in the order of their ranks.
     """
     return {f"nq@{k}": float(any(is_answering[:k])) for k in cutoffs}
 
 
-# what --metrics may name: those of ranking_metrics, and nq, which is topk_accuracy
+# --metrics accepts these names and nq, which is topk_accuracy
 RANKING_METRICS = {"mrr": reciprocal_rank, "recall": recall, "ndcg": ndcg, "map": average_precision,
                    "success": success, "precision": precision}
 METRICS = (*RANKING_METRICS, "nq")

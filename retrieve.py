@@ -123,12 +123,11 @@ def check_question_ids(questions, args):
 
 def require_all_ids(corpus, questions, args, log):
     """Raise InputError if qrels, runs or results go by ids that cannot be found in the files."""
-    needed = {"the qrels go": args.qrels, "--trec writes a run": args.trec,
-              "--results are read": args.results}
-    purpose = next((purpose for purpose, is_given in needed.items() if is_given), None)
-    if purpose and questions:
-        corpus.require_ids(purpose)
-        require_ids(questions, purpose, log)
+    needed = {"--qrels": args.qrels, "--trec": args.trec, "--results": args.results}
+    flag = next((flag for flag, is_given in needed.items() if is_given), None)
+    if flag and questions:
+        corpus.require_ids(flag)
+        require_ids(questions, flag, log)
 
 
 def limit_hits(args, corpus, questions, log):

@@ -539,7 +539,7 @@ def set_up(args, world, sets=BOTH_SETS):
     # data
     corpus = open_corpus(args.corpus, args.key_template, world)
     if args.positives or args.negatives or args.graded or args.eval_qrels:
-        corpus.require_ids("the qrels go")
+        corpus.require_ids("training from qrels")
     queries = read_queries(args.queries)
     data = TrainingData([], [], [], {})
     if "train" in sets:

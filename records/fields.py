@@ -1,4 +1,9 @@
-"""Read and check the fields of a record: question, id, answers, keys, passages, earlier turns."""
+"""Read and check the fields of a record: question, id, answers, keys, passages, earlier turns.
+
+A record is a JSON object per question: `question` (or `query`, or BEIR's `text`), an id, `answers`
+(or `answer`), `target`, `ctxs` (ranked passages {title, text, score}), `passage` (ground truth) and
+`chat_history` (earlier turns). docs/formats.md has all fields.
+"""
 import ast
 import io
 import json
@@ -22,22 +27,23 @@ from utils import InputError, shorten
 KEY_FOLDS = {fold(name) for name in (*POSITIVE_NAMES, *HARD_NEGATIVE_NAMES, *OTHER_NEGATIVE_NAMES)}
 LIST_FIELDS = ("pos", "neg", "pos_index", "neg_index", "positive_ctxs", "negative_ctxs",
                "hard_negative_ctxs")
-
-
-UNKNOWN_VALUE = "<unk>"  # the answers of TriviaQA's test set are not published
+UNKNOWN_VALUE = "<unk>"  # TriviaQA's test set has it for answers, which are not published
 NUMPY_ARRAY = re.compile(r"array\((\[.*\])(?:,\s*dtype=\S+)?\)", re.DOTALL)
 NO_COMMA = re.compile(r"""['"]\s+['"]""")  # between two texts of a list
 
 
 def question_text(record, location):
-    """Return the question's text. Raise InputError for a record that is no object or has none."""
+    """Return the question's text.
+
+    Raises InputError if the record is not an object or has no question.
+    """
     if not isinstance(record, dict):
-        raise InputError(f"{location}: a record must be a JSON object, this is a "
+        raise InputError(f"{location}: a record must be a JSON object, got a "
                          f"{type(record).__name__}")
     text = find_value(record, QUESTION_NAMES)
     if text is not None and not isinstance(text, str):
         name = next(name for name in record if record[name] is text)
-        raise InputError(f"{location}: '{name}' must be a text, it is {shorten(text)} "
+        raise InputError(f"{location}: '{name}' must be a text, got {shorten(text)} "
                          f"({type(text).__name__}); put it in quotes if it is the question")
     if text is None or not text.strip():
         raise InputError(f"{location}: no 'question' (or 'query', 'text') text; its fields are "
@@ -46,19 +52,19 @@ def question_text(record, location):
 
 
 def record_id(record, location):
-    """Return the identifier that a record carries, or None. Raise InputError for a wrong type."""
+    """Return a record's id as it is in the file, or None. Raises InputError for a wrong type."""
     identifier = find_value(record, QUESTION_ID_NAMES)
     if identifier is not None and type(identifier) not in (str, int, float):
-        raise InputError(f"{location}: the id must be a text or a number, it is "
+        raise InputError(f"{location}: the id must be a text or a number, got "
                          f"{shorten(identifier)}")
     return identifier
 
 
 def gold_answers(record, location):
-    """Return (answers, target or None) of a record's answers, without those that hold no text.
+    """Return a record's (answers, target or None); answers without text are dropped.
 
-    They are a list of texts, one text (`answer`, `response`), TriviaQA's object or SQuAD's. Raise
-    InputError for anything else.
+    The field holds a list of texts, one text (`answer`, `response`), TriviaQA's object or SQuAD's.
+    Raises InputError for anything else.
     """
     name, target = find_name(drop_missing(record), ANSWER_NAMES), None
     answers = record[name] if name else []
@@ -66,7 +72,7 @@ def gold_answers(record, location):
         answers, target = read_answer_object(answers)
     if isinstance(answers, str) and is_list_text(answers):
         try:
-            answers = parse_answers(answers, location)  # pyserini and pandas write a list's text
+            answers = parse_answers(answers, location)  # pyserini and pandas write a list as text
         except InputError:
             if fold(name).endswith("s"):
                 raise
@@ -74,25 +80,24 @@ def gold_answers(record, location):
         if isinstance(answers, str):
             answers = [answers]
         elif not isinstance(answers, (list, dict)) or name == "response":
-            answers = []  # a number or true is the index of a choice, no text to look for
+            answers = []  # a number or true is the index of a choice, not an answer's text
     if not isinstance(answers, list) or not all(isinstance(item, str) for item in answers):
-        raise InputError(f"{location}: 'answers' must be a list of strings (or 'answer' one, or "
-                         f"TriviaQA's object), it is {shorten(answers)}")
+        raise InputError(f"{location}: 'answers' must be a list of strings (or 'answer' a string, "
+                         f"or TriviaQA's object), got {shorten(answers)}")
     for answer in answers:
         if answer.startswith(("{'", '{"')) and answer.endswith("}"):
             raise InputError(f"{location}: the answer {shorten(answer)} is the text of an object "
-                             "(SQuAD's or TriviaQA's, written to a csv); write the answers as a "
+                             "(SQuAD's or TriviaQA's, saved in a csv); write the answers as a "
                              "list, ['one', 'another']")
     return [answer for answer in answers if has_text(answer)], target
 
 
 def read_answer_object(answer):
-    """Return (answers, target or None) of TriviaQA's object, SQuAD's {text: [text]}, or any other
-    object as it is.
+    """Return (answers, target or None) of TriviaQA's object or SQuAD's {text: [text]}.
 
-    The value and every alias of TriviaQA's are right; where it has no aliases, its normalised ones
-    are. The target is the value, in title case if it is all upper case (FiD, src/preprocess.py).
-    The value of its test set, <unk>, is no answer.
+    Any other object is returned as it is. TriviaQA's value and every alias are answers; without
+    aliases, its normalised aliases are. The target is the value, in title case if it is all upper
+    case (FiD, src/preprocess.py). The value <unk> of TriviaQA's test set is not an answer.
     """
     if isinstance(find_value(answer, ("text",)), list):
         return find_value(answer, ("text",)), None
@@ -116,62 +121,62 @@ def drop_missing(record):
 
 
 def has_text(text):
-    """Return True for a text with a character that is neither white space nor a control character.
-    """
+    """Return True if a text has a character besides white space and control characters."""
     return any(unicodedata.category(character)[0] not in "ZC" for character in text)
 
 
 def list_field(record, name, location):
-    """The list of a field, [] where the record has none. Raises InputError for anything else."""
+    """Return the list in a field, or [] without the field. Raises InputError for another type."""
     items = record.get(name)
     if items is not None and not isinstance(items, list):
-        raise InputError(f"{location}: '{name}' must be a list, it is {shorten(items)}")
+        raise InputError(f"{location}: '{name}' must be a list, got {shorten(items)}")
     return items or []
 
 
 def is_context(item):
-    """True for a passage: an object with a text and, if any, a title that is one."""
+    """Return True for a passage: an object whose `text` and, if given, `title` are texts."""
     return (isinstance(item, dict) and isinstance(item.get("text"), str)
             and isinstance(item.get("title", ""), (str, type(None))))
 
 
 def is_index(item):
-    """True for a document's index, or one spelled as a text."""
+    """Return True for a document's index: a number, or a text that spells one."""
     return type(item) in (int, str)
 
 
 def is_key(item):
-    """True for a text, or an object for the key template."""
+    """Return True for a key: a text, or an object for the key template."""
     return isinstance(item, (str, dict))
 
 
 def check_types(record, location, names=LIST_FIELDS):
-    """Raise InputError for a record whose fields of these names are no lists of what they should
-    hold (passages, indices, or else keys), or whose task is no text.
+    """Check that these fields of a record are lists of passages, indices or keys.
+
+    Raises InputError if they are not, or if the task is not a text.
     """
     for name in names:
         if name.endswith("ctxs"):
             is_right = is_context
-            kind = "an object with a 'text' string and, if any, a 'title' string"
+            kind = "an object with a 'text' string and optionally a 'title' string"
         elif name.endswith("_index"):
             is_right, kind = is_index, "the index of a document"
         else:
             is_right, kind = is_key, "a text or an object"
         if name in ("pos", "neg") and isinstance(record.get(name), str):
-            continue  # one text
+            continue  # a single text is allowed
         for item in list_field(record, name, location):
             if not is_right(item):
-                raise InputError(f"{location}: every entry of '{name}' must be {kind}, one is "
+                raise InputError(f"{location}: every entry of '{name}' must be {kind}, got "
                                  f"{shorten(item)}")
     if names is LIST_FIELDS:
         check_keys(record, location)
     if not isinstance(record.get("task", ""), (str, type(None))):
-        raise InputError(f"{location}: 'task' must be a text such as 'qa', it is "
+        raise InputError(f"{location}: 'task' must be a text such as 'qa', got "
                          f"{shorten(record['task'])}")
 
 
 def check_keys(record, location):
-    """Raise InputError for positives and negatives, by any of their names, that are no keys."""
+    """Raise InputError for positives or negatives, under any of their names, that are not keys."""
     for name in record:
         if name in LIST_FIELDS or fold(name) not in KEY_FOLDS:
             continue
@@ -179,15 +184,17 @@ def check_keys(record, location):
         for item in items:
             if not is_key(item):
                 raise InputError(f"{location}: every entry of '{name}' must be a text or an "
-                                 f"object, one is {shorten(item)}")
+                                 f"object, got {shorten(item)}")
 
 
 def labelled_keys(record):
-    """Return (positives, negatives) of a record, which its teacher_scores belong to in this order.
+    """Return (positives, negatives) of a record, in the order of its teacher_scores.
 
-    Of DPR's form they are the first of positive_ctxs, and the hard_negative_ctxs or else the
-    negative_ctxs. All of a `history` (LLM-Embedder's chat and lrlm) is negative: the teacher will
-    choose the positive. Other records have pos and neg, or the names that names.py has for them.
+    - DPR's records: the first of positive_ctxs, and hard_negative_ctxs or, without them,
+      negative_ctxs.
+    - Records with a `history` (LLM-Embedder's chat and lrlm): all of it is negative, and the
+      teacher chooses the positive.
+    - Other records: pos and neg, or another of their names in names.py.
     """
     if record.get("positive_ctxs") is not None:
         negatives = record.get("hard_negative_ctxs") or record.get("negative_ctxs")
@@ -199,7 +206,7 @@ def labelled_keys(record):
 
 
 def find_keys(record, names):
-    """Return the keys of the first of these fields that holds some; a text is one key."""
+    """Return the keys in the first of these fields that is not empty; a text is one key."""
     by_fold = {fold(field): value for field, value in record.items()}
     for name in names:
         value = record.get(name) or by_fold.get(fold(name))
@@ -211,7 +218,7 @@ def find_keys(record, names):
 
 
 def find_numbered_keys(record, name):
-    """Return the texts of NAME_1, NAME_2 ..., as sentence-transformers has several negatives."""
+    """Return the texts in NAME_1, NAME_2 ..., sentence-transformers' names for several negatives."""
     values = []
     for number in range(1, len(record) + 1):
         value = find_value(record, [f"{name}_{number}"])
@@ -222,7 +229,7 @@ def find_numbered_keys(record, name):
 
 
 def has_keys(record):
-    """Return True for a record with keys to train on or to rank."""
+    """Return True if a record has keys to train on or to rank."""
     if record.get("positive_ctxs") or record.get("history"):
         return True
     negatives = [name for name in HARD_NEGATIVE_NAMES if not name.endswith("_ctxs")]
@@ -230,10 +237,10 @@ def has_keys(record):
 
 
 def gold_passages(record, location=""):
-    """The ground-truth passages [{text, title and id where given}] of `passage` (a text, such an
-    object, or a list of them) or of LocalRQA's `gold_docs`; [] where both are missing or empty.
+    """Return a record's ground-truth passages, [{text, and title and id if given}].
 
-    Raises InputError for anything else.
+    They are in `passage` (a text, such an object, or a list of them) or in LocalRQA's `gold_docs`.
+    Returns [] if both are missing or empty; raises InputError for anything else.
     """
     name = "passage" if record.get("passage") else "gold_docs"
     items = record.get(name) or []
@@ -247,17 +254,18 @@ def gold_passages(record, location=""):
             item = {"title": title, "text": item["page_content"]}
         if not is_context(item):
             raise InputError(f"{location}: '{name}' must be a text, an object with a 'text' string "
-                             "and, if any, a 'title' string, or a list of them, it is "
+                             "and optionally a 'title' string, or a list of them, got "
                              f"{shorten(items)}")
         passages.append(item)
     return passages
 
 
 def history_turns(record, location=""):
-    """The texts of the turns of `chat_history`, the oldest first: of a list of texts or of objects
-    {role, content} or {speaker, message}, or the lines of a text; [] where it is missing or empty.
+    """Return the texts of the turns in `chat_history`, the oldest first.
 
-    Raises InputError for anything else.
+    The field is a list of texts, a list of objects {role, content} or {speaker, message}, or a text
+    with one turn per line. Returns [] if it is missing or empty; raises InputError for anything
+    else.
     """
     history = record.get("chat_history") or []
     turns = history.split("\n") if isinstance(history, str) else history
@@ -270,26 +278,26 @@ def history_turns(record, location=""):
                 turn = f"{speaker}: {turn}"
         if not isinstance(turn, str):
             raise InputError(f"{location}: 'chat_history' must be a text, or a list of texts or of "
-                             f"objects {{role, content}}, it is {shorten(history)}")
+                             f"objects {{role, content}}, got {shorten(history)}")
         if turn.strip():
             texts.append(turn.strip())
     return texts
 
 
 def is_list_text(text):
-    """Return True for a text that looks like a list, or like numpy's array."""
+    """Return True for a text that looks like a list or like numpy's array."""
     return (text.startswith("[") and text.endswith("]")) or bool(NUMPY_ARRAY.fullmatch(text))
 
 
 def parse_answers(text, location):
-    """Return the answers that a list spells, in JSON, in Python (DPR's files) or in numpy's form.
+    """Return the answers in the text of a list, in JSON's, Python's (DPR) or numpy's notation.
 
-    Raise InputError for anything else.
+    Raises InputError for anything else.
     """
     for parse in (json.loads, parse_python_list):
         try:
             answers = parse(text)
-            # both spell halves of characters, which no file can hold
+            # both notations can escape half a character, which no file can hold
             json.dumps(answers, ensure_ascii=False).encode()
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             continue
@@ -301,10 +309,10 @@ def parse_answers(text, location):
 
 
 def parse_python_list(text):
-    """Return what a Python expression spells; texts without a comma between them are several.
+    """Return the value of a Python literal, in which commas between texts may be missing.
 
-    pandas and datasets write lists of texts to a csv as numpy prints them, ['a' 'b'], which Python
-    would read as the one text 'ab'. Raise SyntaxError or ValueError.
+    pandas and datasets write lists of texts to a csv as numpy prints them, ['a' 'b']. Python would
+    read that as one text, 'ab'. Raises SyntaxError or ValueError.
     """
     array = NUMPY_ARRAY.fullmatch(text)
     text = array[1] if array else text

@@ -16,11 +16,11 @@ STREAM = re.compile(r"/dev/std(?:out|err)|/(?:dev|proc/self)/fd/\d+")
 
 @contextmanager
 def new_file(path, mode="w"):
-    """Yields a file that takes its name only when it is whole: after kill -9 the old one stands.
+    """Yield a file that replaces `path` only when it is complete.
 
-    Text for a name that ends in .gz is gzipped. A link stays one: the file that it points to is
-    replaced. What is no file (/dev/stdout, a pipe) is written to as it is. Raises InputError if the
-    file cannot be written.
+    After kill -9 the old file is still there. Text is gzipped if the name ends in .gz. If the path
+    is a link, the file that it points to is replaced. A device or a pipe, such as /dev/stdout, is
+    written to directly. Raises InputError if the file cannot be written.
     """
     encoding = None if "b" in mode else "utf-8"
     try:
@@ -47,7 +47,7 @@ def new_file(path, mode="w"):
             os.replace(temporary, path)
     except OSError as error:
         if error.filename not in (None, temporary):
-            raise  # of another file, which the caller was reading
+            raise  # about another file, which the caller was reading
         raise unwritable(path, error, "choose another path or make room") from None
     finally:
         if os.path.exists(temporary):
@@ -55,9 +55,9 @@ def new_file(path, mode="w"):
 
 
 def is_stream(path):
-    """True for what is there and no file: a terminal, a pipe, a device.
+    """Return True for a terminal, a pipe or a device.
 
-    /dev/stdout is one even where the shell has redirected it to a file.
+    /dev/stdout counts as one even if the shell has redirected it to a file.
     """
     if STREAM.fullmatch(str(path)):
         return True
@@ -65,9 +65,10 @@ def is_stream(path):
 
 
 def stream_descriptor(path):
-    """What to open for a stream: a copy of the descriptor that its path names, or the path.
+    """Return a copy of the file descriptor that a stream's path names, else the path.
 
-    A redirected stream opened anew would have a position of its own, and overwrite what is printed.
+    Opening the path of a redirected stream again would start at its beginning and overwrite what
+    has been printed.
     """
     if not STREAM.fullmatch(str(path)):
         return path
@@ -76,34 +77,33 @@ def stream_descriptor(path):
 
 
 def open_temporary(path, mode, encoding):
-    """(name, open file) that becomes `path` when it is whole; locked as long as its writer lives.
-    """
+    """Return (name, open file) of the temporary file for `path`, locked while its writer lives."""
     temporary = f"{path}.{os.getpid()}.writing"
     while True:
         file = open(temporary, mode, encoding=encoding)
         take_lock(file, wait=True)
         if os.path.exists(temporary):
             return temporary, file
-        # between the two lines another process took it for a leftover
+        # another process removed it as a leftover before the lock was taken
         file.close()
 
 
 def remove_leftovers(path):
-    """Removes what killed processes left of `path` half-written; a live one's file is locked."""
+    """Remove the temporary files that killed processes left. Those in use are locked, and stay."""
     for leftover in glob.glob(f"{glob.escape(path)}.[0-9]*.writing"):
         try:
             with open(leftover, "r+b") as file:
                 if take_lock(file):
                     os.remove(leftover)
         except OSError:
-            pass  # its writer has just finished, or it is another user's
+            pass  # its writer has just finished, or it belongs to another user
 
 
 def take_lock(file, wait=False, without_locks=False):
-    """Locks an open file or folder until it is closed, or its process ends.
+    """Lock an open file or folder until it is closed or the process ends; return True on success.
 
-    Returns False if another process holds the lock and is not waited for, and `without_locks` on a
-    file system that knows no locks.
+    Returns False if another process holds the lock and `wait` is False. Returns `without_locks` if
+    the file system does not support locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,15 +115,15 @@ def take_lock(file, wait=False, without_locks=False):
 
 
 def unwritable(path, error, remedy):
-    """The InputError for a path that cannot be written."""
+    """Return the InputError for a path that cannot be written."""
     return InputError(f"{path}: cannot be written ({first_line(error)}); {remedy}")
 
 
 def check_paths(outputs, inputs):
-    """Raises InputError for an output whose folder cannot be written, or that is also an input, in
-    an input's folder, or another output.
+    """Raise InputError for an output that cannot be written, or that would overwrite something.
 
-    Paths that are None or empty are left out.
+    An output must not be an input, lie in an input folder, be a folder, or have the name of another
+    output. Paths that are None or empty are skipped.
     """
     real_inputs = {os.path.realpath(path) for path in inputs if path}
     folders = [path + os.sep for path in real_inputs if os.path.isdir(path)]
@@ -133,25 +133,25 @@ def check_paths(outputs, inputs):
         if is_stream(path):
             continue
         if real_path in real_inputs:
-            raise InputError(f"{path}: is read by this command too, and would be replaced; choose "
-                             "another name")
+            raise InputError(f"{path}: is also an input of this command, and would be replaced; "
+                             "choose another name")
         if real_path.startswith(tuple(folders)):
-            raise InputError(f"{path}: lies in a folder that this command reads; choose another "
-                             "one")
+            raise InputError(f"{path}: is in a folder that this command reads; choose another "
+                             "folder")
         if real_path in real_outputs:
-            raise InputError(f"{path}: two outputs have this name; choose another one")
+            raise InputError(f"{path}: two outputs have this name; choose another name")
         real_outputs.add(real_path)
         if os.path.isdir(path):
             raise InputError(f"{path}: is a folder; choose another name")
         if not os.access(os.path.dirname(real_path), os.W_OK):
-            raise InputError(f"{path}: its folder does not exist or cannot be written; make it "
+            raise InputError(f"{path}: its folder does not exist or cannot be written; create it "
                              "first, or choose another name")
 
 
 def save_folder(folder, *writers):
-    """Calls each writer(temporary folder), then moves the files into `folder`.
+    """Call each writer(temporary folder), then move the files into `folder`.
 
-    What else lies in the folder stays. Raises InputError if it cannot be written.
+    Other files in the folder stay. Raises InputError if it cannot be written.
     """
     try:
         temporary = write_aside(folder, writers)
@@ -162,7 +162,7 @@ def save_folder(folder, *writers):
 
 
 def write_aside(folder, writers):
-    """Calls each writer(temporary folder) and returns that folder, FOLDER/.writing."""
+    """Call each writer(temporary folder) and return that folder, FOLDER/.writing."""
     temporary = os.path.join(folder, ".writing")
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
@@ -172,13 +172,13 @@ def write_aside(folder, writers):
         except Exception as error:
             if type(error) is not Exception:
                 raise
-            # what tokenizers raise for a full disk has no kind
+            # tokenizers raise a bare Exception if the disk is full
             raise OSError(str(error)) from error
     return temporary
 
 
 def list_files(folder):
-    """The sorted paths of all files below a folder, relative to it."""
+    """Return the sorted paths of all files below a folder, relative to it."""
     paths = []
     for directory, _, names in os.walk(folder):
         paths += [os.path.relpath(os.path.join(directory, name), folder) for name in names]
@@ -186,7 +186,7 @@ def list_files(folder):
 
 
 def move_files(source, target, paths):
-    """Moves files from folder to folder."""
+    """Move files (paths relative to the folders) from source to target."""
     for path in paths:
         os.makedirs(os.path.dirname(os.path.join(target, path)), exist_ok=True)
         os.replace(os.path.join(source, path), os.path.join(target, path))
@@ -194,21 +194,21 @@ def move_files(source, target, paths):
 
 @contextmanager
 def lock(folder):
-    """Lets one process at a time make what the folder is for; others wait, and find it made."""
+    """Lock a folder while this process writes its files; other processes wait."""
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, ".lock"), "w")
     except OSError as error:
-        raise InputError(f"{folder}: is not whole yet, and cannot be written ({error.strerror}); "
+        raise InputError(f"{folder}: is not complete, and cannot be written ({error.strerror}); "
                          "give another --index folder") from None
     with file:
         if not take_lock(file, without_locks=True):
-            print(f"{folder}: another process is making it; waiting", flush=True)
+            print(f"{folder}: another process is writing it; waiting", flush=True)
             take_lock(file, wait=True)
         yield
 
 
 def write_json(path, content):
-    """Writes `content` as indented JSON, whole or not at all."""
+    """Write `content` as indented JSON, whole or not at all."""
     with new_file(path) as file:
         json.dump(content, file, indent=2)

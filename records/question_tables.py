@@ -22,7 +22,7 @@ from utils import InputError, shorten
 
 
 def read_table(path):
-    """[(record, 'FILE:LINE')] of a table, whose first line with text may be a header.
+    """Return [(record, 'FILE:LINE')] of a table; its first line with text may be a header.
 
     Raises InputError.
     """
@@ -43,23 +43,23 @@ def read_table(path):
 
 
 def read_table_lines(path):
-    """The lines of a table, without their ends.
+    """Return the lines of a table, without line ends.
 
-    Raises InputError for a line that is not in UTF-8 or holds a carriage return, at which some
-    programs end a line and others do not.
+    Raises InputError for a line that is not in UTF-8, or that contains a carriage return: only some
+    programs end a line there.
     """
     lines = []
     for line_number, line in enumerate(read_lines(path), 1):
         text = decode_line(line, path, line_number)
         if "\r" in text:
-            raise InputError(f"{path}:{line_number}: a carriage return inside the line; end lines "
-                             "with line feeds: tr '\\r' '\\n'")
+            raise InputError(f"{path}:{line_number}: a carriage return inside the line; convert "
+                             "line ends to line feeds: tr '\\r' '\\n'")
         lines.append(text)
     return lines
 
 
 def split_line(line, separator, location):
-    """The cells of a line, which need not be quoted as csv does. Raises InputError."""
+    """Return the cells of a line; quotes need not follow csv's rules. Raises InputError."""
     try:
         return next(read_cells([line], separator), [])
     except csv.Error as error:
@@ -67,33 +67,31 @@ def split_line(line, separator, location):
 
 
 def split_header(line, location):
-    """Return (column names, the separator) of a table's first line, names being None if it is no
-    header.
+    """Return (column names or None, separator) of a table's first line.
 
-    A header names a question, and an id or answers unless it is the only column. Raises InputError
-    for one that names no question, or a column twice.
+    The line is a header if it names a question column and, unless that is the only column, an id or
+    an answer column. Raises InputError for a header without a question, or with a repeated name.
     """
     separator = choose_delimiter(line)
     names = [cell.strip().lower() for cell in split_line(line, separator, location)]
     if len(names) > 1 and names[0].isdecimal():
-        return None, separator  # an id: no column is named by a number
+        return None, separator  # the first cell is an id: a number is not a column's name
     has_question = find_name(names, QUESTION_NAMES) is not None
     others = (*QUESTION_ID_NAMES, *DOCUMENT_ID_NAMES, *ANSWER_NAMES)
     has_others = find_name(names, others) is not None
     if has_others and not has_question:
-        raise InputError(f"{location}: the header names no column 'question' (or 'query', 'text'); "
-                         "rename the one that holds the questions")
+        raise InputError(f"{location}: the header has no column 'question' (or 'query', 'text'); "
+                         "rename the column with the questions")
     if not has_question or len(names) > 1 and not has_others:
         return None, separator
     repeated = next((name for name in names if name and names.count(name) > 1), None)
     if repeated:
-        raise InputError(f"{location}: the header names {repeated!r} twice; rename one of them")
+        raise InputError(f"{location}: the header has {repeated!r} twice; rename one of them")
     return names, separator
 
 
 def read_named_columns(path, lines, names, separator):
-    """[(record, 'FILE:LINE')] of the lines of a table with a header; a quoted cell may hold line
-    ends.
+    """Return [(record, 'FILE:LINE')] of a table with a header; quoted cells may hold line ends.
 
     Raises InputError.
     """
@@ -104,10 +102,10 @@ def read_named_columns(path, lines, names, separator):
         try:
             cells = next(reader, None)
         except csv.Error:
-            raise InputError(f"{location}: a cell begins with a quote and is not closed as csv has "
-                             'it; double the quotes inside it, as in "a ""b"" c"') from None
+            raise InputError(f"{location}: a cell begins with a quote that is not closed by csv's "
+                             'rules; double the quotes inside it, as in "a ""b"" c"') from None
         if cells is None:
-            return rows[1:]  # the first is the header
+            return rows[1:]  # the first row is the header
         if not any(cell.strip() for cell in cells):
             continue
         row = name_cells(cells, names, location)
@@ -116,10 +114,9 @@ def read_named_columns(path, lines, names, separator):
 
 
 def make_record(row, location):
-    """Return the record of {column: cell}, without the empty ones: `id`, `answers` as a list, the
-    others as they are named.
+    """Return the record of a row {column: cell}, without empty cells.
 
-    Raises InputError.
+    Its `id` and `answers` (a list) get these names; other columns keep theirs. Raises InputError.
     """
     record = {name: cell.strip() for name, cell in row.items() if name and cell.strip()}
     identifier = find_value(record, QUESTION_ID_NAMES)
@@ -134,15 +131,16 @@ def make_record(row, location):
 
 
 def parse_two_columns(line, path, location):
-    """Return the record of a line without a header: question and answers, or id and text.
+    """Return the record of a line in a table without a header.
 
-    A second column that is a list holds answers, as in DPR's files, whose cells are quoted as csv
-    does. Any other line is an id and, as it stands after the first tab, a text; so is one that
-    begins with a number, or with a word before brackets that are no list. Raises InputError.
+    If the second column is a list, the columns are question and answers, quoted as in a csv (DPR's
+    files). Any other line is an id and a text: everything after the first tab, unchanged. Brackets
+    after a number, or after a single word if they are not a list, also belong to a text. Raises
+    InputError.
     """
     if "\t" not in line:
         raise InputError(f"{location}: neither a header, such as question,answer, nor question and "
-                         f"answers with a tab between them: {shorten(line)}")
+                         f"answers separated by a tab: {shorten(line)}")
     cells = split_line(line, "\t", location)
     identifier, _, question = line.partition("\t")
     if len(cells) == 2 and holds_answers(cells[1], path) and not identifier.strip().isdecimal():
@@ -152,13 +150,14 @@ def parse_two_columns(line, path, location):
             if len(identifier.split()) != 1 or cells[1].startswith(("['", '["')):
                 raise
     if len(identifier.split()) != 1:
-        raise InputError(f"{location}: the first of two columns is an id, and "
-                         f"{shorten(identifier)} is none; if it is a question, add the header line "
+        raise InputError(f"{location}: the first of two columns must be an id, got "
+                         f"{shorten(identifier)}; if it is a question, add the header line "
                          "question<TAB>answer")
     return {"id": identifier, "question": question}
 
 
 def holds_answers(cell, path):
-    """True for a second column that is meant as a list of answers, not as a text."""
-    is_csv = str(path).removesuffix(".gz").endswith(".csv")  # DPR's, where a list may be cut off
+    """Return True if a second column is meant as a list of answers, not as a text."""
+    # in DPR's .csv files a list may be cut off
+    is_csv = str(path).removesuffix(".gz").endswith(".csv")
     return cell.startswith("[") and (cell.endswith("]") or is_csv)

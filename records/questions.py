@@ -1,10 +1,7 @@
-"""Questions and their fields, in every file form of the field: one rule for reader and retriever.
+"""Read questions for retrieval, from every file format of the field.
 
-A record is a JSON object per question: `question` (or `query`, or BEIR's `text`), an id, `answers`
-(or `answer`), `target`, `ctxs` (ranked passages {title, text, score}), `passage` (ground truth) and
-`chat_history` (earlier turns). Files: a `.json` list or `.jsonl`; tables whose header names the
-columns, or without one of question and answers (DPR's nq-test.csv) or of id and text;
-any of them gzipped.
+Files are a `.json` list, `.jsonl`, or a table (records/question_tables.py), gzipped or not. A
+table has a header, or the columns question and answers (DPR's nq-test.csv), or id and text.
 """
 from typing import NamedTuple
 
@@ -32,19 +29,17 @@ TABLE_ENDINGS = (".csv", ".tsv", ".txt")
 
 
 class Question(NamedTuple):
-    """A question for the retriever: its record as it was read, identifier, text, task, gold answers
-    and FILE:LINE.
-    """
-    record: dict
-    id: str
+    """Hold a question for the retriever."""
+    record: dict   # as it was read
+    id: str        # its index in the file if the record has no id
     text: str
-    task: str
-    answers: list
-    location: str
+    task: str      # chooses the instruction
+    answers: list  # gold answers
+    location: str  # FILE:LINE
 
 
 def make_question(record, location, index, task=""):
-    """Return the Question of a record; `index` is its id if it has none, `task` its task.
+    """Return the Question of a record. `index` and `task` are defaults for its id and its task.
 
     Raises InputError.
     """
@@ -59,9 +54,9 @@ def make_question(record, location, index, task=""):
 
 
 def read_questions(path, task=""):
-    """The Questions of a file, whose first line tells its form; see the module's docstring.
+    """Return the Questions of a file, whose first line decides how it is read.
 
-    `task` is that of questions that name none. Raises InputError.
+    `task` is the default for questions without a task. Raises InputError.
     """
     rows = read_json(path) if holds_json(path) else read_table(path)
     if not rows:
@@ -73,13 +68,13 @@ def read_questions(path, task=""):
 
 
 def own_ids(questions):
-    """Return the id that each question's record carries, as text; None where it carries none."""
+    """Return each question's id as text, or None if its record has no id."""
     return [None if record_id(question.record, question.location) is None else question.id
             for question in questions]
 
 
 def holds_json(path):
-    """True for a file named .json or .jsonl, or whose first line with text begins as JSON does."""
+    """Return True for a .json or .jsonl file, or one whose first line with text begins like JSON."""
     if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
         return True
     first_line = next((line for line in read_lines(path) if line.strip()), b"")
@@ -87,16 +82,18 @@ def holds_json(path):
 
 
 def refuse_table(path, remedy):
-    """Raises InputError, which ends with the remedy, for a table where records are needed."""
+    """Raise InputError, with this remedy, for a table of questions instead of JSON records."""
     if str(path).removesuffix(".gz").endswith(TABLE_ENDINGS) and not holds_json(path):
-        raise InputError(f"{path}: a table of questions, where JSON records are needed; {remedy}")
+        raise InputError(f"{path}: a table of questions, but JSON records are needed; {remedy}")
 
 
 # ---------------------------------------------------------------- queries of qrels
 
-def require_ids(questions, purpose, log):
-    """Raise InputError, for a purpose that goes by ids, if only some Questions have ids, or if a
-    field might hold the ids and is not known by its name; log a line where positions are the ids.
+def require_ids(questions, needed_by, log):
+    """Raise InputError if only some Questions have ids, or a field of unknown name may hold them.
+
+    needed_by: the flag that matches questions by their ids. If no question has an id, log that
+    positions are used.
     """
     without = [question for question in questions
                if record_id(question.record, question.location) is None]
@@ -109,15 +106,15 @@ def require_ids(questions, purpose, log):
     unknown = [name for name in unknown
                if may_hold_ids([question.record.get(name) for question in questions])]
     if unknown or len(without) < len(questions):
-        raise InputError(f"{first.location}: {purpose} by the questions' ids, and no field of this "
-                         f"one is known to hold its id; its fields are "
-                         f"{shorten(sorted(first.record))}; rename the one with the id to 'id', or "
-                         "add one")
+        raise InputError(f"{first.location}: {needed_by} needs the questions' ids, and no field of "
+                         "this record is known to hold its id; its fields are "
+                         f"{shorten(sorted(first.record))}; rename the field with the id to 'id', "
+                         "or add one")
     log("note: the questions have no ids; their positions, from 0, are used")
 
 
 def note_ids(question, log):
-    """Log which field is the id, if a question has several that differ."""
+    """Log which field is used as the id, if a question has several that differ."""
     given = drop_missing(question.record)
     names = [name for name in given if find_name([name], QUESTION_ID_NAMES)]
     if len({str(given[name]) for name in names}) > 1:
@@ -127,7 +124,7 @@ def note_ids(question, log):
 
 
 def read_unique_questions(paths, task=""):
-    """{id: Question} of the questions that qrels name, which need ids of their own.
+    """Return {id: Question} of the files' questions, to which qrels refer by id.
 
     Raises InputError for a question without an id, or an id with two texts.
     """
@@ -135,15 +132,16 @@ def read_unique_questions(paths, task=""):
     for path in paths:
         for question in read_questions(path, task):
             if record_id(question.record, question.location) is None:
-                raise InputError(f"{question.location}: a query that qrels name needs an id; its "
-                                 f"fields are {shorten(sorted(question.record))}")
+                raise InputError(f"{question.location}: a query of the qrels needs an id; its "
+                                 f"fields are {shorten(sorted(question.record))}; rename the field "
+                                 "with the id to 'id', or add one")
             first = questions.setdefault(question.id, question)
             if first.text != question.text:
-                raise InputError(f"{question.location}: the id {shorten(question.id)} is another "
-                                 "query's already; make ids unique")
+                raise InputError(f"{question.location}: the id {shorten(question.id)} belongs to "
+                                 "another query, too; make ids unique")
     return questions
 
 
 def read_queries(paths):
-    """{id: text} of read_unique_questions."""
+    """Return {id: text} of the files' questions (read_unique_questions)."""
     return {question.id: question.text for question in read_unique_questions(paths).values()}

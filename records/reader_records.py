@@ -1,4 +1,4 @@
-"""Read questions with ranked contexts, as the reader takes them, and report what they lack."""
+"""Read questions with ranked contexts for the reader, and log what they lack."""
 import os
 
 from records.fields import (
@@ -18,12 +18,12 @@ from utils import InputError, log_on_main, shorten
 
 
 def read_records(path, keep_contexts=None, log=log_on_main):
-    """Return the records of a file, checked, their contexts in the reader's order.
+    """Return the checked records of a file, with their contexts in the reader's order.
 
     Every record gets `question`, `answers` (may be empty), `ctxs` and `id`; other fields are kept.
-    Contexts are sorted by descending score, ties in file order, if the file's first context has one
-    (FiD, src/data.py: sort_data); those without a score come last then. `keep_contexts` drops the
-    contexts after that many, to save memory. Logs a warning where all scores rise. Raises
+    If the file's first context has a score, contexts are sorted by descending score, with ties in
+    file order (FiD, src/data.py: sort_data) and contexts without a score last. At most
+    `keep_contexts` are kept, to save memory. A warning is logged if all scores rise. Raises
     InputError.
     """
     refuse_table(path, "run retrieve.py first, whose --output FILE.jsonl has contexts")
@@ -45,25 +45,24 @@ def read_records(path, keep_contexts=None, log=log_on_main):
 
 
 def rank_order(scores):
-    """Return "rising" for scores in that order, "other" for others, and None where fewer than
-    three differ.
-    """
+    """Return "rising" or "other" for the order of scores, or None if fewer than three differ."""
     if len(set(scores)) < 3:
         return None
     return "rising" if scores == sorted(scores) else "other"
 
 
 def note_rising(orders, path, log):
-    """Log a warning if the scores of all questions, of these rank_orders, rise: what was found
-    first then has the lowest, as distances have.
+    """Log a warning if the scores of all questions rise with the rank, as distances do.
+
+    orders: rank_order of each question.
     """
     if set(orders) - {None} == {"rising"} and orders.count("rising") > 1:
         log(f"warning: {path}: the scores of every question rise, as distances do, but the highest "
-            "counts as the best; if they are distances, negate them")
+            "score ranks first; if they are distances, negate them")
 
 
 def context_score(context):
-    """Return a context's score as a number, -inf for one without."""
+    """Return a context's score as a number, or -inf if it has none."""
     score = context.get("score")
     return float("-inf") if score is None else to_number(score)
 
@@ -71,16 +70,15 @@ def context_score(context):
 def retrieval_score(context):
     """Return the score that a retriever gave a context, or None.
 
-    test.py --scores keeps it as `retrieval_score`, where the reader's takes its place as `score`.
+    test.py --scores moves it to `retrieval_score` and stores the reader's score as `score`.
     """
     return context.get("retrieval_score" if "retrieval_score" in context else "score")
 
 
 def check_record(record, location, index):
-    """Return a copy of the record with the fields that the reader uses; `index` is its id if it has
-    none.
+    """Return a copy of a record with the fields that the reader uses, checked.
 
-    Raises InputError.
+    `index` is the id of a record without one. Raises InputError.
     """
     question = question_text(record, location)
     record = dict(record, question=question)
@@ -92,7 +90,7 @@ def check_record(record, location, index):
     if target is not None and record.get("target") is None:
         record["target"] = target
     if not isinstance(record.get("target", ""), (str, type(None))):
-        raise InputError(f"{location}: 'target' must be a text, it is {shorten(record['target'])}")
+        raise InputError(f"{location}: 'target' must be a text, got {shorten(record['target'])}")
     take_contexts(record)
     check_types(record, location, ["ctxs"])
     gold_passages(record, location)
@@ -105,7 +103,7 @@ def check_record(record, location, index):
 
 
 def check_score(context, name, location):
-    """Raise InputError for a context whose score of this name is given and is no number."""
+    """Raise InputError if a context has a score of this name that is not a number."""
     try:
         if context.get(name) is not None:
             to_number(context[name])
@@ -126,7 +124,7 @@ def take_contexts(record):
 
 
 def name_context_id(context):
-    """Return a context whose id is called `id`, whatever name it had."""
+    """Return a context with its id under the name `id`, whatever name the file uses."""
     if not isinstance(context, dict) or context.get("id") is not None:
         return context
     identifier = find_value(context, DOCUMENT_ID_NAMES)
@@ -134,8 +132,9 @@ def name_context_id(context):
 
 
 def note_contexts(records, path, num_contexts, log):
-    """Logs a line if records of a file have no contexts, so that their questions are read alone, or
-    none has as many as are to be read.
+    """Log how many records of a file have no contexts, or that all have fewer than num_contexts.
+
+    Without contexts the reader gets the question alone.
     """
     most = max((len(record["ctxs"]) for record in records), default=0)
     if 0 < most < num_contexts:
@@ -143,33 +142,34 @@ def note_contexts(records, path, num_contexts, log):
             f"{num_contexts}")
     without = sum(not record["ctxs"] for record in records)
     if without == len(records):
-        log(f"warning: 0 of {len(records)} records of {path} have contexts: run retrieve.py first, "
-            "else each question is read alone")
+        log(f"warning: 0 of {len(records)} records of {path} have contexts: run retrieve.py first; "
+            "without contexts the reader gets only the questions")
     elif without:
         log(f"note: {without} of {len(records)} records of {path} have no contexts")
 
 
 def note_unscored(records, path, log):
-    """Log how many records of a file have no answers, so that no measure counts them."""
+    """Log how many records of a file have no answers; they are left out of the measures."""
     unscored = sum(not record["answers"] for record in records)
     if unscored and unscored == len(records):
         log(f"note: no record of {path} has answers: nothing is measured on it; test.py OUT {path} "
-            "--pred FILE writes what the reader answers")
+            "--pred FILE writes the reader's answers")
     elif unscored:
         log(f"note: {unscored} of {len(records)} records of {path} have no answers: they are not "
             "scored")
 
 
 def note_files(files, num_contexts, log):
-    """note_contexts of each [(path, records or None)], the first being of training; logs a line
-    for another that is the same file.
+    """Log notes on the contexts of [(path, records or None)]; the first file is for training.
+
+    A note also points out an evaluation file that is the training file.
     """
     training_path, _ = files[0]
     for index, (path, records) in enumerate(files):
         if records is None:
             continue
         if index > 0 and os.path.samefile(path, training_path):
-            log(f"note: {path} is also the training file: its measures do not show how new "
+            log(f"note: {path} is also the training file: its measures do not show how well new "
                 "questions are answered")
         else:
             note_contexts(records, path, num_contexts, log)

@@ -18,12 +18,12 @@ from records.reading import (
     check_quotes,
     choose_delimiter,
     decode_line,
-    goes_on,
+    is_not_one_record,
     name_cells,
     parse_json,
     read_cells,
     read_lines,
-    refuse_other_forms,
+    refuse_other_formats,
 )
 from utils import InputError, progress_bar, shorten
 
@@ -178,14 +178,14 @@ def plain_lines(path):
     try:
         with open(path, "rb") as file:
             beginning = file.peek(3)
-            is_object = beginning.startswith(b"{") and goes_on(file.readline())
+            is_object = beginning.startswith(b"{") and is_not_one_record(file.readline())
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; scripts/make_corpus.py makes a corpus of its "
                          "files") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     refuse_pickle(path, beginning)
-    refuse_other_forms(path)
+    refuse_other_formats(path)
     unpacked = f"{path}.lines"
     if os.path.exists(unpacked) and has_date_of(unpacked, path) and is_later(unpacked, path):
         return unpacked

@@ -184,7 +184,7 @@ class IdTable:
     def __len__(self):
         return len(self.known_ids)
 
-    def require_ids(self, purpose):
+    def require_ids(self, needed_by):
         """Do nothing: ids are all there is."""
 
     def refuse_blanks(self, path):

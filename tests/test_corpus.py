@@ -94,19 +94,19 @@ def test_headers_of_spreadsheets(content, tmp_path):
     ("c.jsonl", '{"_id": "a", "text": "x"}\n\n{"text": "y"}\n', "c.jsonl:3: no '_id'"),
     ("c.jsonl", '{"_id": "a", "text": "x"}\n[1]\n', "a list"),
     ("c.jsonl", "", "holds no documents"),
-    ("c.tsv", "id\ttext\ttitle\n1\tx\n", "c.tsv:2: 2 columns, the header names 3"),
+    ("c.tsv", "id\ttext\ttitle\n1\tx\n", "c.tsv:2: 2 columns, but the header has 3"),
     ("c.tsv", "a\tb\n", "neither JSON lines nor a table"),
     ("c.tsv", "\nid\ttext\n", "neither JSON lines nor a table"),
     ("c.tsv", "id\ttext\n", "holds no documents"), ("c.tsv", "id\ttext", "holds no documents"),
     ("c.csv", "id,text\n", "holds no documents"), ("c.csv", "\n\n", "holds no documents"),
     ("c.csv", "Once, long ago,\nthere was\n", "neither JSON lines nor a table"),
-    ("c.csv", 'id,text\n1,"a\nb"\n2,x,y\n', "c.csv:4: 3 columns, the header names 2"),
+    ("c.csv", 'id,text\n1,"a\nb"\n2,x,y\n', "c.csv:4: 3 columns, but the header has 2"),
     ("c.csv", 'id,text\n1,a\n,"b\nc"\n', "c.csv:3: no 'id'"),
     ("c.csv", 'id,text\n1,"a\nb"\n1,c\n', "'1' occurs twice"),
     ("c.csv", 'id,text\n1,a\n2,"b\n', "c.csv:3: not quoted as csv does"),
     ("c.csv", 'id,text\n1,"a" b\n', "c.csv:2: not quoted as csv does"),
     ("c.tsv", 'id\ttitle\ttext\n1\tT\t"a\n2\tT\tb"\n', "c.tsv:2: a quote opens a cell"),
-    ("c.tsv", 'id\ttext\ttitle\n1\ta\rb\tT\n', "c.tsv:2: 2 columns, the header names 3"),
+    ("c.tsv", 'id\ttext\ttitle\n1\ta\rb\tT\n', "c.tsv:2: 2 columns, but the header has 3"),
     ("c.csv", "x" * 9000 + "," + "y" * 9000, "^.{,700}$")])
 def test_bad_corpora(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)

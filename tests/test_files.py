@@ -1,4 +1,4 @@
-"""records/files.py: files that are whole or absent, what killed processes leave, links, streams."""
+"""records/files.py: whole or absent files, leftovers of killed processes, links, streams."""
 import os
 import shutil
 import signal
@@ -73,7 +73,7 @@ def test_a_pipe_is_written_to(tmp_path):
 
 @pytest.mark.parametrize("is_piped, path", [(True, "/dev/stdout"), (False, "/dev/fd/1")])
 def test_predictions_to_stdout(is_piped, path, tiny, records_file, tmp_path):
-    """/dev/stdout stays what it is, and a file that the shell redirects it to keeps the log."""
+    """/dev/stdout is not replaced, and a file that the shell redirects it to keeps the log."""
     line = command("test.py", tiny, records_file, "--pred", path, "--num_contexts", 1)
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.run(line, stdout=subprocess.PIPE if is_piped else log, check=True,
@@ -94,7 +94,7 @@ def test_outputs_are_checked_before_the_work(tmp_path):
 
 def test_an_output_in_a_folder_that_is_read(tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(InputError, match="lies in a folder that this command reads"):
+    with pytest.raises(InputError, match="is in a folder that this command reads"):
         check_paths([str(tmp_path / "model" / "model.safetensors")], [str(tmp_path / "model")])
     check_paths([str(tmp_path / "model.tsv")], [str(tmp_path / "model")])
 
@@ -127,13 +127,13 @@ def test_numbered_predictions_do_not_replace_the_input(tiny, records_file, tmp_p
     shutil.copy(records_file, tmp_path / "p.2.json")
     _, error = run("test.py", tiny, tmp_path / "p.2.json", "--num_contexts", 1, 2, "--pred",
                    tmp_path / "p.json", code=1)
-    assert "p.2.json: is read by this command too" in error
+    assert "p.2.json: is also an input of this command" in error
 
 
 def test_an_output_that_is_an_input_is_refused(tiny, records_file):
     with open(records_file) as file:
         before = file.read()
     _, error = run("test.py", tiny, records_file, "--pred", records_file, code=1)
-    assert f"error: {records_file}: is read by this command too" in error
+    assert f"error: {records_file}: is also an input of this command" in error
     with open(records_file) as file:
         assert file.read() == before

@@ -59,27 +59,27 @@ def test_ids_of_questions_have_many_names(name, tmp_path):
 
 
 def test_an_unknown_id_column_is_refused_where_ids_matter(tmp_path):
-    """A15: qrels and runs go by ids; elsewhere positions serve, and a line says so."""
+    """A15: qrels and runs need ids; elsewhere positions are used, and a line reports it."""
     path = write_rows(tmp_path / "c.tsv", ["number\ttext", "7\tx"])
     corpus, logged = Corpus(path, "{text}"), []
-    with pytest.raises(InputError, match="c.tsv: the qrels go by documents' ids, and no column .*"
-                                         "'number', 'text'.*rename the one with the ids to 'id'"):
-        corpus.require_ids("the qrels go")
+    with pytest.raises(InputError, match="c.tsv: --qrels needs documents' ids, and no column .*"
+                                         "'number', 'text'.*rename the column with the ids to 'id'"):
+        corpus.require_ids("--qrels")
     corpus.note_columns(logged.append)
     assert "has no column of ids (its columns are number, text)" in logged[0]
-    Corpus(write_rows(tmp_path / "t.tsv", ["text", "x"]), "{text}").require_ids("the qrels go")
+    Corpus(write_rows(tmp_path / "t.tsv", ["text", "x"]), "{text}").require_ids("--qrels")
     make = make_questions
-    with pytest.raises(InputError, match="f:0: the qrels go by the questions' ids, and no field .*"
+    with pytest.raises(InputError, match="f:0: --qrels needs the questions' ids, and no field .*"
                                          "'number', 'question'"):
-        require_ids(make({"number": 3}, {"number": 4}), "the qrels go", logged.append)
-    require_ids(make({"dataset": "nq", "kind": "a"}, {"dataset": "nq", "kind": "a"}), "x go", print)
+        require_ids(make({"number": 3}, {"number": 4}), "--qrels", logged.append)
+    require_ids(make({"dataset": "nq", "kind": "a"}, {"dataset": "nq", "kind": "a"}), "x", print)
     rows = [{"text": "x", "summary": "two words", "tags": ["a"]}]
-    Corpus(write_rows(tmp_path / "s.jsonl", rows), "{text}").require_ids("the qrels go")
-    with pytest.raises(InputError, match="f:1: .*no field of this one is known to hold its id"):
-        require_ids(make({"id": 3}, {"answers": ["a"]}), "the qrels go", logged.append)
-    require_ids(make({"answers": ["a"]}), "the qrels go", logged.append)
+    Corpus(write_rows(tmp_path / "s.jsonl", rows), "{text}").require_ids("--qrels")
+    with pytest.raises(InputError, match="f:1: .*no field of this record is known to hold its id"):
+        require_ids(make({"id": 3}, {"answers": ["a"]}), "--qrels", logged.append)
+    require_ids(make({"answers": ["a"]}), "--qrels", logged.append)
     assert logged[-1].startswith("note: the questions have no ids")
-    require_ids(make({"id": 3, "query_id": 7}), "the qrels go", logged.append)
+    require_ids(make({"id": 3, "query_id": 7}), "--qrels", logged.append)
     assert logged[-1] == "note: f:0: 'id' is the question's id; 'query_id' is not used"
 
 
@@ -98,7 +98,7 @@ def test_right_figures_with_ids_by_other_names(tmp_path):
     assert (tmp_path / "run").read_text().startswith("9 Q0 6 1 ")
     unknown = write_rows(tmp_path / "u.tsv", ["number\ttext", "5\tx", "6\trye bread"])
     _, stderr = run("retrieve.py", "--corpus", unknown, "--queries", queries, *common, code=1)
-    assert "u.tsv: the qrels go by documents' ids" in stderr and stderr.count("\n") == 1
+    assert "u.tsv: --qrels needs documents' ids" in stderr and stderr.count("\n") == 1
 
 
 def test_titles_and_texts_by_other_spellings(tmp_path):
@@ -318,7 +318,7 @@ def test_tables_of_triples(corpus, tmp_path):
     with pytest.raises(InputError, match="i.tsv:1: document '12' is not in the corpus"):
         read_examples(ids, Source(corpus=corpus, queries={"7": "who"}))
     passages = write_rows(tmp_path / "p.tsv", ["id\ttext\ttitle", "1\tx\tT"])
-    with pytest.raises(InputError, match="p.tsv: a table of questions, where JSON records are"):
+    with pytest.raises(InputError, match="p.tsv: a table of questions, but JSON records are"):
         read_examples(passages)
     broken = write_rows(tmp_path / "b.tsv", ["a\tp\tn", "a\tp"])
     with pytest.raises(InputError, match="b.tsv:2: not a triple"):
@@ -450,13 +450,13 @@ def test_pyserinis_run_is_read(tmp_path):
 @pytest.mark.parametrize("content, message", [
     (b'{"question": "who"}\n{"question": "\xe9t\xe9"}\n', "r.jsonl:2: byte 15 of the line is not "
                                                           "UTF-8"),
-    (b'[{"question": 5}]', "record 0: 'question' must be a text, it is 5"),
-    (b"{'question': 'who'}\n", "r.jsonl:1: not valid JSON .*in JSON texts are in double quotes"),
+    (b'[{"question": 5}]', "record 0: 'question' must be a text, got 5"),
+    (b"{'question': 'who'}\n", "r.jsonl:1: not valid JSON .*JSON needs double quotes around texts"),
     (b'{"question": "wh', "r.jsonl:1: .*may be cut off there"),
     (b"PAR1\x15\x04", "a parquet file.*python -c .*pyarrow.*r.jsonl > .*r.jsonl.jsonl"),
     (b"\xff\xfe{\x00", "in UTF-16.*iconv .*r.jsonl > .*r.utf8.jsonl"),
     (b"\x1f\x8b\x08\x00", "is gzipped.*its name must end in .gz"),
-    (b"PK\x03\x04", "is a zip file or a spreadsheet's own form")])
+    (b"PK\x03\x04", "is a zip file or a spreadsheet")])
 def test_messages_name_the_trouble(content, message, tmp_path):
     """C."""
     (tmp_path / "r.jsonl").write_bytes(content)

@@ -152,7 +152,7 @@ def test_what_is_deep_in_long_lists_is_left_out(tmp_path):
 @pytest.mark.parametrize("name, message", [
     ("p.json", "--html p.json: a page's name ends in .html"),
     ("/nowhere/p.html", "/nowhere/p.html: its folder does not exist"),
-    ("records.html", "is read by this command too"),
+    ("records.html", "is also an input of this command"),
 ])
 def test_bad_names_are_refused_in_one_line(files, name, message, tmp_path):
     (tmp_path / "records.html").symlink_to(files / "records.jsonl")

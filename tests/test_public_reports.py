@@ -133,7 +133,7 @@ def test_copies_of_positives_are_not_mined(record, labels, tmp_path):
     assert make_question({"question": "river", "id": 7.0}, "f:1", 0).id == "7"
     floats = Corpus(write_lines(tmp_path / "f.jsonl", [{"id": 3.0, "text": "a"}]), "{text}")
     assert floats.ids([0]) == ["3"]
-    with pytest.raises(InputError, match="f.jsonl:1: 'id' must be a text or an integer, it is 3.5"):
+    with pytest.raises(InputError, match="f.jsonl:1: 'id' must be a text or an integer, got 3.5"):
         Corpus(write_lines(tmp_path / "f.jsonl", [{"id": 3.5, "text": "a"}]), "{text}")
 
 

@@ -252,13 +252,13 @@ def test_a_quoted_cell_may_hold_line_ends(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    (b"who was it\tBob\n", "1: the first of two columns is an id, and 'who was it' is none; .*add "
+    (b"who was it\tBob\n", "1: the first of two columns must be an id, got 'who was it'; .*add "
                            "the header line question<TAB>answer"),
-    (b"\twho\n", "1: the first of two columns is an id"),
+    (b"\twho\n", "1: the first of two columns must be an id"),
     (b"who was it,Bob\n", "1: neither a header, such as question,answer, nor .*: .who was it,Bob."),
-    (b"id\tprompt\n7\twho\n", "1: the header names no column 'question'"),
-    (b"question,answer,question\n", "1: the header names 'question' twice"),
-    (b"question,answer\n\nwho,Bob,Rob\n", "3: 3 columns, the header names 2"),
+    (b"id\tprompt\n7\twho\n", "1: the header has no column 'question'"),
+    (b"question,answer,question\n", "1: the header has 'question' twice"),
+    (b"question,answer\n\nwho,Bob,Rob\n", "3: 3 columns, but the header has 2"),
     (b'question,answer\nwho,"Bob" Ross\n', "2: a cell begins with a quote"),
     (b'question,answer\nwho,Bob\nwhat,"x\ny,z\n', "3: a cell begins with a quote"),
     (b'question\tanswer\n"who is\tBob\nwho said hi"\tyou\n', "2: a quote opens a cell"),
@@ -268,7 +268,7 @@ def test_a_quoted_cell_may_hold_line_ends(tmp_path):
     (b"question,answer\rwho,Bob\r", "1: a carriage return inside the line"),
     (b"7\twho\n8\twhat\rnow\n", "2: a carriage return inside the line"),
     (b"question,answer\nwho,Andr\xe9\n", "2: byte 9 of the line is not UTF-8"),
-    ("question,answer\n".encode("utf-16"), " is in UTF-16, which is not read; write it in UTF-8"),
+    ("question,answer\n".encode("utf-16"), " is in UTF-16, which is not read; convert it to UTF-8"),
     (b"question,answer\n", " holds no questions"), (b"\n", " holds no questions")])
 @pytest.mark.parametrize("name", ["q.csv", "q.tsv"])
 def test_bad_tables_are_one_clear_line(tmp_path, name, text, message):
@@ -291,7 +291,7 @@ def test_lines_are_cut_at_line_ends_only(tmp_path):
     (tmp_path / "q.csv").write_text("question\tanswers\nwho\t['a']\n")
     assert [question.answers for question in read_questions(tmp_path / "q.csv")] == [["a"]]
     (tmp_path / "q.tsv").write_text("7\twho\n7\twhat\n")
-    with pytest.raises(InputError, match="q.tsv:2: the id '7' is another query's"):
+    with pytest.raises(InputError, match="q.tsv:2: the id '7' belongs to another query"):
         read_queries([tmp_path / "q.tsv"])
 
 
@@ -313,7 +313,7 @@ def test_the_text_of_a_query_stays_as_it_is(tmp_path):
 def test_queries_that_qrels_name_need_ids(tmp_path):
     (tmp_path / "nq.csv").write_text("who was it\t['a']\n")
     (tmp_path / "one.tsv").write_text("who was it\n")
-    with pytest.raises(InputError, match="nq.csv:1: a query that qrels name needs an id"):
+    with pytest.raises(InputError, match="nq.csv:1: a query of the qrels needs an id"):
         read_queries([tmp_path / "nq.csv"])
     with pytest.raises(InputError, match="one.tsv:1: neither a header"):
         read_queries([tmp_path / "one.tsv"])
