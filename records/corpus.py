@@ -1,4 +1,4 @@
-"""Corpora of all the field's formats, gzipped or not: documents by index or id, read from disk."""
+"""Open corpora in all the field's formats; read documents from disk by index or id."""
 import json
 import mmap
 import os
@@ -36,34 +36,34 @@ from utils import InputError, progress_bar, refusing, shorten, wait_for_all
 
 CHUNK = 65536  # documents after which a scan packs their ids and moves its bar
 
-# From this many bytes on a file's table of lines is kept beside it, in FILE.table. Making one takes
-# 5.2 us a passage (measured on 400,000), which is 110 s for 21 million passages, at every start;
-# opening the kept one takes 0.02 s.
+# For files of at least this many bytes, the table of lines is kept next to the file, in FILE.table.
+# Making a table takes 5.2 us per passage (measured on 400,000), or 110 s at every start for 21
+# million passages; opening a kept table takes 0.02 s.
 KEEP_TABLE = 2 ** 26
 QUOTED_TITLE = re.compile(r'"([^\n]*)"\n(.*)', re.DOTALL)
-TABLE_VERSION = 3  # of what a table holds and what counts as one of its lines
+TABLE_VERSION = 3  # changes with the content of tables and with the rules of what is a line
 
 
 class Part(NamedTuple):
-    """One file of a corpus, N documents."""
+    """Hold one file of a corpus, with N documents."""
     path: str           # as the user gave it
     content: mmap.mmap  # its bytes, mapped
     layout: Layout      # how its lines hold columns
     starts: np.ndarray  # (N + 1): the byte at which each document starts, and the file's end
-    ids: PackedIds      # of its documents; empty where no column holds ids
-    first: int          # the index, in the corpus, of its first document
+    ids: PackedIds      # its documents' ids; empty without an id column
+    first: int          # the index of its first document in the corpus
 
 
 class Corpus:
-    """Documents by index or id; in memory are 24 bytes and the id per document.
+    """Read documents from disk by index or id. In memory, a document takes 24 bytes and its id.
 
-    Files: tables with a header, such as psgs_w100.tsv (id, text, title), with tabs or commas;
-    BEIR's corpus.jsonl (_id, title, text), or JSON lines with any columns. Without an id column
-    (names.DOCUMENT_ID_NAMES) the ids are the indices. What is not one document per line is written
-    out once as FILE.lines (see records/tables.py); a large file's table of lines is kept in
-    FILE.table.
-    `template` is the text of a document, with columns in braces. Raises InputError for a line that
-    is no document, lacks a column or repeats an id.
+    Files are tables with a header, such as psgs_w100.tsv (id, text, title), with tabs or commas;
+    BEIR's corpus.jsonl (_id, title, text); or JSON lines with any columns. Without an id column
+    (names.DOCUMENT_ID_NAMES) the ids are the indices. Files in other formats are converted once to
+    FILE.lines (records/tables.py), and the table of a large file's lines is kept in FILE.table.
+
+    `template` formats a document's text, with columns in braces. Raises InputError for a line that
+    is not a document, lacks a column or repeats an id.
     """
 
     def __init__(self, paths, template):
@@ -76,9 +76,9 @@ class Corpus:
         self.has_ids = self.parts[0].ids.count > 0
         names = ", ".join(map(str, paths))
         if any((part.ids.count > 0) != self.has_ids for part in self.parts):
-            raise InputError(f"{names}: some files name ids, others do not; give all of them an id "
-                             "column")
-        if len(self.parts) > 1 and self.has_ids:  # within a part, scan has checked it
+            raise InputError(f"{names}: some files have an id column, others do not; add one to "
+                             "all of them")
+        if len(self.parts) > 1 and self.has_ids:  # scan has checked each part alone
             check_unique([part.ids for part in self.parts], names)
 
     def __len__(self):
@@ -87,16 +87,16 @@ class Corpus:
     # ---------------------------------------------------------------- opening
 
     def open_part(self, path):
-        """Adds a file."""
+        """Add a file of any format to the corpus."""
         try:
             self.open_lines(path, plain_lines(path))
         except NotPlain:
             self.open_lines(path, write_plain_lines(path, table_rows(path)))
 
     def open_lines(self, path, plain_path):
-        """Add a file by its plain lines: maps their bytes, and reads or makes their table.
+        """Add a file: map the bytes of its plain lines, and read or make their table.
 
-        Raises NotPlain for a table whose rows are not lines.
+        Raises NotPlain if a table's rows are not exactly its lines.
         """
         with open(plain_path, "rb") as file:
             is_empty = os.path.getsize(plain_path) == 0  # an empty file cannot be mapped
@@ -120,7 +120,7 @@ class Corpus:
         self.size += len(starts) - 1
 
     def scan(self, path, content, layout):
-        """Return (starts, PackedIds) of a file, each line of which is checked."""
+        """Check every line of a file and return (starts, PackedIds)."""
         starts = array("q")
         id_column = None
         ids, packer = [], IdPacker()
@@ -138,17 +138,17 @@ class Corpus:
             is_first = not starts
             if is_first:
                 id_column = find_name(row, DOCUMENT_ID_NAMES)
-            if is_first or is_json:  # all lines of a table have the columns of the first
+            if is_first or is_json:  # in a table all lines have the columns of the first one
                 format_key(row, self.template, f"{path}:{line_number}")
             starts.append(start)
             if id_column is not None:
                 if row.get(id_column) in (None, ""):
-                    raise InputError(f"{path}:{line_number}: no '{id_column}', which other "
-                                     "documents have; add it")
+                    raise InputError(f"{path}:{line_number}: no '{id_column}', although other "
+                                     "documents have it; add it")
                 identifier = spell_id(row[id_column])
                 if type(row[id_column]) not in (str, int) and not identifier.isdecimal():
                     raise InputError(f"{path}:{line_number}: '{id_column}' must be a text or an "
-                                     f"integer, it is {shorten(row[id_column])}")
+                                     f"integer, got {shorten(row[id_column])}")
                 ids.append(identifier.encode())
             if len(starts) % CHUNK == 0:
                 packer.add(ids)
@@ -166,7 +166,7 @@ class Corpus:
     def check_header(self, layout, path):
         """Raise InputError if a table's header lacks a column of the template."""
         format_key(dict.fromkeys(layout.columns, ""), self.template,
-                   f"{path}:1: neither JSON lines nor a table whose header names these columns")
+                   f"{path}:1: neither JSON lines nor a table with these columns")
 
     # ---------------------------------------------------------------- documents
 
@@ -175,20 +175,21 @@ class Corpus:
         part = next(part for part in reversed(self.parts) if part.first <= doc_index)
         index = doc_index - part.first
         lines = part.content[part.starts[index]:part.starts[index + 1]]
-        line = lines.split(b"\n", 1)[0]  # blank lines may follow it
+        line = lines.split(b"\n", 1)[0]  # blank lines may follow the document's line
         has_header = part.layout.header is not None and part.layout.has_header
         line_number = index + 2 if has_header else index + 1
         return parse_row(line, part.layout, part.path, line_number), f"{part.path}:{line_number}"
 
     def text(self, doc_index):
-        """The key text of a document, by the template."""
+        """Return a document's text for the retriever, formatted by the template."""
         row, location = self.row(doc_index)
         return format_key(row, self.template, location)
 
     def passage(self, doc_index):
-        """Return {id, title, text} of a document; answers are searched in the text alone.
+        """Return {id, title, text} of a document; answers are searched for in the text alone.
 
-        In Pyserini's and FlashRAG's Wikipedia `contents` is a title in quotes, a line end, a text.
+        In Pyserini's and FlashRAG's Wikipedia, `contents` is a title in quotes, a line end and a
+        text, which are taken apart.
         """
         row, location = self.row(doc_index)
         column = next((name for name in TEXT_NAMES
@@ -206,8 +207,7 @@ class Corpus:
     # ---------------------------------------------------------------- ids
 
     def ids(self, doc_indices):
-        """Return the ids of documents (a list) by their indices; without an id column, these as
-        text.
+        """Return the ids of documents, a list. Without an id column they are the indices as text.
         """
         if not self.has_ids:
             return [str(doc_index) for doc_index in doc_indices]
@@ -219,9 +219,9 @@ class Corpus:
         return ids.tolist()
 
     def indices(self, ids):
-        """Return the indices of documents (a list) by their ids, -1 for an unknown id."""
+        """Return the indices of documents by their ids, a list with -1 for an unknown id."""
         if not self.has_ids:
-            return [self.index_of_number(document_id) for document_id in ids]
+            return [self.parse_index(document_id) for document_id in ids]
         expected = [document_id.encode() for document_id in ids]
         indices = np.full(len(ids), -1)
         for part in self.parts:
@@ -229,30 +229,33 @@ class Corpus:
             indices[found >= 0] = found[found >= 0] + part.first
         return indices.tolist()
 
-    def require_ids(self, purpose):
-        """Raise InputError, for a purpose that goes by ids, if a column might hold the ids and is
-        not known by its name.
+    def require_ids(self, needed_by):
+        """Raise InputError if there is no id column, but a column of unknown name may hold ids.
+
+        needed_by: the flag that matches documents by their ids.
         """
         unknown = [] if self.has_ids else self.unknown_columns()
         if unknown:
-            raise InputError(f"{self.parts[0].path}: {purpose} by documents' ids, and no column is "
-                             f"known to hold them; its columns are "
-                             f"{shorten(list(self.parts[0].layout.columns))}; rename the one with "
-                             "the ids to 'id', or add one")
+            raise InputError(f"{self.parts[0].path}: {needed_by} needs documents' ids, and no "
+                             "column is known to hold them; its columns are "
+                             f"{shorten(list(self.parts[0].layout.columns))}; rename the column "
+                             "with the ids to 'id', or add one")
 
     def refuse_blanks(self, path):
-        """Raise InputError, for a TREC run that will be written, if a document's id has a blank."""
+        """Raise InputError if a document's id has a blank, which a TREC run cannot hold."""
         for part in self.parts if self.has_ids else ():
             index = part.ids.find_blank()
             if index is not None:
                 identifier, = part.ids.ids(np.array([index]))
                 raise InputError(f"{path}: a TREC run cannot hold the blank in the id "
-                                 f"{shorten(identifier)} of {part.path}; use --output, or take "
-                                 "blanks out of the ids")
+                                 f"{shorten(identifier)} of {part.path}; use --output, or remove "
+                                 "the blanks from the ids")
 
     def unknown_columns(self):
-        """Return the columns of the first file that may hold ids: neither texts, titles nor parts
-        of the template, with a word or a number in the first document.
+        """Return the columns of the first file that may hold ids.
+
+        They are not texts, titles or parts of the template, and hold a single word or a number in
+        the first document.
         """
         in_template = [name for _, name, _, _ in Formatter().parse(self.template) if name]
         row, _ = self.row(0)
@@ -260,7 +263,7 @@ class Corpus:
                 if may_hold_ids([row[name]])]
 
     def note_columns(self, log):
-        """Log how columns are read where their names do not settle it."""
+        """Log how columns are read if their names do not decide it."""
         for part in self.parts:
             layout = part.layout
             if not layout.has_header:
@@ -273,8 +276,8 @@ class Corpus:
                 f"{', '.join(map(str, self.parts[0].layout.columns))[:200]}): documents' "
                 "positions, from 0, are their ids")
 
-    def index_of_number(self, text):
-        """The index that a text spells as str() does, or -1 if it is none of a document."""
+    def parse_index(self, text):
+        """Return the document index that a text spells, in str()'s form, or -1."""
         is_index = text.isdecimal() and str(int(text)) == text and int(text) < self.size
         return int(text) if is_index else -1
 
@@ -283,7 +286,7 @@ def open_corpus(paths, template, world):
     """Return the Corpus on every process, or None without paths; log how its columns are read."""
     if not paths:
         return None
-    # the main process goes first: what it writes beside the files serves the others
+    # the main process goes first and writes FILE.lines and FILE.table for the others
     corpus = Corpus(paths, template) if world.is_main else None
     wait_for_all(world)
     if corpus is None:
@@ -303,12 +306,11 @@ def check_unique(parts, location):
 # ---------------------------------------------------------------- kept tables of lines
 
 def open_table(folder, size):
-    """Return (starts, PackedIds), mapped, of a table that keep_table saved of a file of so many
-    bytes.
+    """Return (starts, PackedIds), mapped, of a table that keep_table saved.
 
-    Raises InputError if it is broken.
+    `size` is the number of bytes in the file. Raises InputError if the table is broken.
     """
-    with refusing(f"{folder}: is broken", "delete it; the next run makes it anew"):
+    with refusing(f"{folder}: is broken", "delete it; the next run makes it again"):
         arrays = [open_memmap(os.path.join(folder, f"{name}.npy"), "r")
                   for name in ("starts", *PackedIds._fields)]
         starts, *packed = arrays
@@ -325,7 +327,7 @@ def open_table(folder, size):
 
 
 def read_stamp(folder, plain_path):
-    """Return what keep_table stamped a table of a file with, or None if the file changed later."""
+    """Return the stamp of a kept table, or None if there is none or the file changed later."""
     path = os.path.join(folder, "stamp.json")
     try:
         with open(path, encoding="utf-8") as file:
@@ -335,9 +337,9 @@ def read_stamp(folder, plain_path):
 
 
 def keep_table(folder, stamp, starts, ids):
-    """Save a file's table of lines, the stamp last: it makes the table valid.
+    """Save a file's table of lines. The stamp is written last, and makes the table valid.
 
-    A table that cannot be written is made again next time.
+    If the table cannot be written, the next run makes it again.
     """
     stamp_path = os.path.join(folder, "stamp.json")
     try:

@@ -218,7 +218,7 @@ def find_keys(record, names):
 
 
 def find_numbered_keys(record, name):
-    """Return the texts in NAME_1, NAME_2 ..., sentence-transformers' names for several negatives."""
+    """Return the texts in NAME_1, NAME_2 ..., as sentence-transformers names several negatives."""
     values = []
     for number in range(1, len(record) + 1):
         value = find_value(record, [f"{name}_{number}"])

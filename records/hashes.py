@@ -1,9 +1,9 @@
-"""Hashes of files, by which indices, resume states and journals notice a change."""
+"""Hash files, so that indices, resume states and journals notice a change."""
 import hashlib
 import os
 
 WINDOW = 65536        # bytes
-CORPUS_WINDOWS = 256  # windows of a corpus's file that are hashed: it may have many gigabytes
+CORPUS_WINDOWS = 256  # windows that are hashed of a corpus file, which may have many gigabytes
 WEIGHT_ENDINGS = (".safetensors", ".bin", "config.json", "modules.json",
                   "config_sentence_transformers.json")
 TOKENIZER_BEGINNINGS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens",
@@ -11,7 +11,10 @@ TOKENIZER_BEGINNINGS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece
 
 
 def model_files(model):
-    """The paths of a model's weights, configurations and tokenizers, in order; [] of a hub name."""
+    """Return the sorted paths of a model's weights, configurations and tokenizer files.
+
+    `model` is a file or a folder; a hub name gives [].
+    """
     if os.path.isfile(model):
         return [model]
     paths = []
@@ -23,14 +26,14 @@ def model_files(model):
 
 
 def hash_file(path):
-    """A hash of a whole file."""
+    """Return a hash of a whole file."""
     digest = hashlib.blake2b(digest_size=12)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def hash_windows(path, count):
-    """A hash of so many evenly spaced windows of a file."""
+    """Return a hash of `count` evenly spaced windows of a file, the first and the last included."""
     digest = hashlib.blake2b(digest_size=12)
     last_start = max(0, os.path.getsize(path) - WINDOW)
     with open(path, "rb") as file:

@@ -1,5 +1,6 @@
-"""The ids of a file's documents, packed: each takes its own length plus 12 bytes, so that one long
-id does not make the others longer.
+"""Pack the ids of a file's documents: each takes its own length plus 12 bytes.
+
+In a numpy array of texts, one long id would make all others as long.
 """
 import re
 from hashlib import blake2b
@@ -7,22 +8,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-FOUR_BYTES = 2 ** 32  # numbers below it take 4 bytes
-# whitespace of str.split(), in UTF-8; an id with it would break the line of a run
+FOUR_BYTES = 2 ** 32  # smaller numbers fit into 4 bytes
+# the white space of str.split(), in UTF-8; in an id it would break the line of a run
 BLANK = re.compile(rb"[\t-\r\x1c-\x20]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]"
                    rb"|\xe2\x81\x9f|\xe3\x80\x80")
 
 
 class PackedIds(NamedTuple):
-    """The ids of N documents, found by their hashes. N is 0 for documents without ids."""
+    """Hold the ids of N documents, to be looked up by hash. N is 0 if documents have no ids."""
     letters: np.ndarray  # uint8: all ids in UTF-8, one after another
-    offsets: np.ndarray  # (N + 1): where each id begins in letters, and the end of the last one
+    offsets: np.ndarray  # (N + 1): where each id begins in letters, and where the last one ends
     hashes: np.ndarray   # (N) uint64, sorted
-    order: np.ndarray    # (N): the document that each hash belongs to
+    order: np.ndarray    # (N): the index of the document for each hash
 
     @property
     def count(self):
-        """Return the number of documents that have an id: all or none."""
+        """Return the number of ids: N, or 0 if documents have none."""
         return len(self.order)
 
     def ids(self, indices):
@@ -32,13 +33,13 @@ class PackedIds(NamedTuple):
         return [bytes(letters[start:end]).decode() for start, end in zip(starts, ends)]
 
     def indices(self, ids):
-        """Return the documents' indices of ids (bytes), an array with -1 for an unknown id."""
+        """Return the document index of each id (bytes) as an array, -1 for an unknown id."""
         hashes = hash_ids(ids)
         found = np.full(len(ids), -1)
         ranks = np.searchsorted(self.hashes, hashes)
         waiting = np.arange(len(ids))
         letters = memoryview(self.letters)
-        while True:  # once more only for ids that share a hash with another id
+        while True:  # repeats only if two ids share a hash
             waiting = waiting[ranks[waiting] < len(self.hashes)]
             waiting = waiting[self.hashes[ranks[waiting]] == hashes[waiting]]
             if not len(waiting):
@@ -52,7 +53,7 @@ class PackedIds(NamedTuple):
             ranks[waiting] += 1
 
     def find_blank(self):
-        """Return the index of the first document whose id holds a blank, or None."""
+        """Return the index of the first document with a blank in its id, or None."""
         blank = BLANK.search(memoryview(self.letters))
         if blank is None:
             return None
@@ -60,7 +61,7 @@ class PackedIds(NamedTuple):
 
 
 class IdPacker:
-    """Collects ids (bytes) into PackedIds."""
+    """Collect ids (bytes) into PackedIds."""
 
     def __init__(self):
         self.letters = bytearray()
@@ -74,7 +75,7 @@ class IdPacker:
         self.hashes.append(hash_ids(ids))
 
     def pack(self):
-        """Return the PackedIds of all that was added."""
+        """Return the PackedIds of all documents that were added."""
         lengths = np.concatenate([np.zeros(1, np.int64), *self.lengths])
         hashes = np.concatenate([np.zeros(0, np.uint64), *self.hashes])
         order = np.argsort(hashes, kind="stable")
@@ -83,13 +84,13 @@ class IdPacker:
 
 
 def hash_ids(ids):
-    """Return 64-bit hashes (n) of ids (bytes)."""
+    """Return 64-bit hashes (n,) of n ids (bytes)."""
     digests = b"".join([blake2b(identifier, digest_size=8).digest() for identifier in ids])
     return np.frombuffer(digests, np.uint64)
 
 
 def shorten_numbers(numbers):
-    """Return numbers that are not negative in 4 bytes each where they fit."""
+    """Return non-negative numbers as uint32 if they all fit, else unchanged."""
     fits = not len(numbers) or numbers.max() < FOUR_BYTES
     return numbers.astype(np.uint32) if fits else numbers
 
@@ -100,8 +101,8 @@ def find_repeated(parts):
     repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     seen = set()
     for part in parts if len(repeated) else ():
-        places = np.flatnonzero(np.isin(part.hashes, repeated))
-        for identifier in part.ids(part.order[places].astype(np.int64)):
+        ranks = np.flatnonzero(np.isin(part.hashes, repeated))
+        for identifier in part.ids(part.order[ranks].astype(np.int64)):
             if identifier in seen:
                 return identifier
             seen.add(identifier)

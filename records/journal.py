@@ -1,7 +1,7 @@
-"""A journal beside a file that long work makes at its end: what is done survives kill -9.
+"""Keep a journal of long work next to its output, so that finished parts survive kill -9.
 
-FILE.journal.RANK, one per process, holds a line that says what the work depends on, then one line
-per finished part. Lines are only added; the last one may be cut off, and is then done again.
+Each process writes FILE.journal.RANK: first a line with the work's fingerprint, then a line per
+finished part. Lines are only appended. If the last line is cut off, its part is done again.
 """
 import glob
 import json
@@ -13,11 +13,12 @@ from utils import InputError, gather_lists, wait_for_all
 
 
 class Journal:
-    """The parts that are done, {number: result}, and the file to which this process adds."""
+    """Hold the finished parts, {number: result}, and this process's journal file."""
 
     def __init__(self, output, fingerprint, world):
-        """Reads what killed runs of the same fingerprint have done, on the main process for all;
-        what others left is replaced, and a line says so.
+        """Read the parts that killed runs with this fingerprint have finished.
+
+        The main process reads for all. Journals with another fingerprint are reported and replaced.
         """
         self.output, self.fingerprint, self.rank = output, fingerprint, world.rank
         self.file = None  # made with the first part
@@ -26,15 +27,13 @@ class Journal:
             parts, size = read_journal(path, fingerprint)
             done.update(parts)
             if not size:
-                world.log(f"note: {path} is of other data, another model or other flags; starting "
-                          "from scratch")
+                world.log(f"note: {path} was written for other data, another model or other flags; "
+                          "starting from scratch")
         self.done = dict(gather_lists(done.items(), world))
         wait_for_all(world)
 
     def add(self, number, result):
-        """Notes a part as done. Raises InputError if the file cannot be written, or another run is
-        writing it.
-        """
+        """Record a finished part. Raises InputError if the file is in use or cannot be written."""
         if self.file is None:
             self.file = open_journal(f"{self.output}.journal.{self.rank}", self.fingerprint)
         self.done[number] = result
@@ -43,20 +42,21 @@ class Journal:
         self.file.flush()
 
     def remove(self):
-        """Removes the journals of all processes, when the file that they are for is whole."""
+        """Remove the journals of all processes, once the output is complete."""
         for path in list_journals(self.output):
             with suppress(FileNotFoundError):  # another process was faster
                 os.remove(path)
 
 
 def list_journals(output):
-    """The paths of the journals beside a file."""
+    """Return the paths of an output's journals."""
     return sorted(glob.glob(f"{glob.escape(output)}.journal.[0-9]*"))
 
 
 def read_journal(path, fingerprint):
-    """({number: result} of a journal, the bytes that its whole lines take); ({}, 0) for one of
-    another fingerprint.
+    """Return ({number: result}, size of the complete lines in bytes) of a journal.
+
+    For a journal with another fingerprint, return ({}, 0).
     """
     done, size = {}, 0
     with open(path, "rb") as file:
@@ -70,20 +70,20 @@ def read_journal(path, fingerprint):
             except (ValueError, TypeError, KeyError, RecursionError):
                 break
             if not line.endswith(b"\n"):
-                break  # it may be cut off within a number
+                break  # the line may be cut off within a number
             size += len(line)
     return done, size
 
 
 def open_journal(path, fingerprint):
-    """The file of a journal, to be added to; it is begun anew unless it has this fingerprint.
+    """Return a journal's file, open for appending and emptied if its fingerprint differs.
 
     Raises InputError.
     """
     try:
         file = open(path, "ab")
         if not take_lock(file, without_locks=True):
-            raise InputError(f"{path}: another run is writing it; wait for its end, or give "
+            raise InputError(f"{path}: another run is writing it; wait until it ends, or give "
                              "another --save_name")
         _, size = read_journal(path, fingerprint)
         file.truncate(size)

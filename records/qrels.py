@@ -1,4 +1,4 @@
-"""Relevance judgments (qrels): TREC's, BEIR's and JSON files, and Trove's filters of them."""
+"""Read relevance judgments (qrels) in TREC's, BEIR's and JSON formats; apply Trove's filters."""
 import math
 import random
 from collections import defaultdict
@@ -30,10 +30,10 @@ CUTS = ("first_k", "random_k", "top_k", "bottom_k")
 def read_qrels(path):
     """Return {query id: {document id: score}} of a file.
 
-    Forms: TREC's (query, 0, document, score), BEIR's (a header and three columns), either with
-    blanks, tabs, commas or semicolons, or JSON lines; names.py has the names of the columns. The
-    same judgment may come twice. Raises InputError for a line that is no qrel, and for a document
-    that is judged twice with different labels, which trec_eval refuses, too.
+    Formats are TREC's (query, 0, document, score), BEIR's (a header and three columns), both with
+    blanks, tabs, commas or semicolons, and JSON lines. names.py has the names of the columns. A
+    judgment may be repeated. Raises InputError for a line that is not a qrel, and for a document
+    with two different labels, which trec_eval refuses, too.
     """
     qrels = defaultdict(dict)
     delimiter, columns = None, None
@@ -69,9 +69,9 @@ def add_qrel(qrels, cells, location):
         query, document, score = cells
         score = to_number(score)
     except ValueError:
-        raise InputError(f"{location}: not a qrel; it must be query, 0, document, score, or the "
-                         "same without the 0 (a header names the columns, such as query-id, "
-                         "corpus-id, score)") from None
+        raise InputError(f"{location}: not a qrel; write query, 0, document, score, or query, "
+                         "document, score (under a header such as query-id, corpus-id, "
+                         "score)") from None
     given = qrels[query].setdefault(document, score)
     if given != score:
         raise InputError(f"{location}: document {shorten(document)} of query {shorten(query)} has "
@@ -79,13 +79,12 @@ def add_qrel(qrels, cells, location):
 
 
 def read_objects(row, location):
-    """Return [[query, document, score]] of a JSON object: one judgment, or pytrec_eval's form of
-    all of them, {query: {document: score}}.
+    """Return [[query, document, score]] of a JSON object.
 
-    Raises InputError.
+    It is one judgment, or pytrec_eval's {query: {document: score}}. Raises InputError.
     """
     if not isinstance(row, dict):
-        raise InputError(f"{location}: not a qrel; a JSON object is needed")
+        raise InputError(f"{location}: not a qrel; it must be a JSON object")
     if holds_scores(row):
         return [[query, document, score] for query, scores in row.items()
                 for document, score in scores.items()]
@@ -102,59 +101,63 @@ def find_columns(fields, location):
     found = [find_name(fields, names) for names in COLUMNS]
     if None in found:
         missing = ("query-id", "corpus-id", "score")[found.index(None)]
-        raise InputError(f"{location}: not a qrel; no column '{missing}' (or another name for it), "
-                         f"its columns are {shorten(fields)}; rename the one that holds it")
+        raise InputError(f"{location}: not a qrel; it has no column '{missing}' (or another name "
+                         f"for it), only {shorten(fields)}; rename the column that holds it")
     return found
 
 
 def choose_separator(first_line):
-    """Return what separates the cells of a file: a tab, None for blanks, a comma or semicolon."""
+    """Return the delimiter of a file's cells: a tab, None for blanks, a comma or a semicolon."""
     if "\t" in first_line:
         return "\t"
     return None if len(first_line.split()) > 2 else choose_delimiter(first_line)
 
 
 def read_header(cells, location):
-    """Return the positions of query, document and score among the columns that a header names, or
-    None for a line that is no header: its last cell is a number.
+    """Return the positions of query, document and score in a header, or None for another line.
 
     Raises InputError for a header without these columns.
     """
     try:
         to_number(cells[-1])
-        return None
+        return None  # the last cell is a score
     except ValueError:
         pass
     is_known = any(find_name(cells, names) for names in COLUMNS)
     if not is_known and len(cells) == 3 and not any(map(str.isdigit, "".join(cells))):
-        return [0, 1, 2]  # a header in names of its own
+        return [0, 1, 2]  # a header with unknown names
     if not is_known or len(cells) < 3:
         return None
     return [cells.index(name) for name in find_columns(cells, location)]
 
 
 def pick_columns(cells, columns):
-    """Return the cells of query, document and score, by position where no header names them."""
+    """Return the cells of query, document and score, by position if there is no header."""
     if columns:
         return [cells[column] for column in columns] if max(columns) < len(cells) else cells[:1]
     if len(cells) == 4:
-        return [cells[0], *cells[2:]]  # TREC's second column, which means nothing, is left out
+        return [cells[0], *cells[2:]]  # TREC's second column is unused
     return cells
 
 
 def split_cells(text, delimiter):
-    """Return the cells of a line, without the blanks around them."""
+    """Return the cells of a line, stripped of blanks."""
     if delimiter in (",", ";"):
         return [cell.strip() for cell in next(read_cells([text], delimiter), [])]
     return [cell.strip() for cell in (text.split("\t") if "\t" in text else text.split())]
 
 
 def select_qrels(spec, seed=0):
-    """The qrels of a flag such as qrels=FILE,min_score=1,top_k=5, with any of Trove's filters.
+    """Return the qrels of a flag such as qrels=FILE,min_score=1,top_k=5 (Trove's filters).
 
-    Applied in this order: query_subset=FILE keeps queries (ids, or qrels naming them); min_score
-    (inclusive) and max_score (exclusive) keep labels; first_k, random_k, top_k and bottom_k keep so
-    many per query; score=NUMBER|floor|ceil sets the label of what is left. Raises InputError.
+    Filters are applied in this order, whatever the order in the flag:
+
+    query_subset=FILE                    keep the queries in a file of ids, qrels or queries
+    min_score=X, max_score=X             keep labels >= X, and < X
+    first_k, random_k, top_k, bottom_k   keep this many documents per query
+    score=NUMBER|floor|ceil              set, or round, the remaining labels
+
+    Raises InputError.
     """
     options, limits, cuts = parse_spec(spec)
     qrels = read_qrels(options["qrels"])
@@ -174,10 +177,9 @@ def select_qrels(spec, seed=0):
 
 
 def read_subset(path):
-    """Return the queries that a file names, of ids, of qrels or of queries: in the column that its
-    header has for them, else in the first one.
+    """Return the query ids in a file of ids, qrels or queries.
 
-    Raises InputError.
+    They are in the column that the header names, else in the first column. Raises InputError.
     """
     queries = set()
     delimiter, column = None, None
@@ -208,27 +210,29 @@ def parse_spec(spec):
         limits = {name: to_number(options[name]) for name in LIMITS if name in options}
         cuts = {name: int(options[name]) for name in CUTS if name in options}
     except ValueError:
-        raise InputError(f"'{spec}' is not qrels=FILE,name=value,... with numbers for scores and "
-                         "counts, and no comma in a file's name") from None
-    unknown = options.keys() - {"qrels", "query_subset", "score", *LIMITS, *CUTS}
+        raise InputError(f"'{spec}' must be qrels=FILE,name=value,... with numbers for scores and "
+                         "counts, and without commas in file names") from None
+    known = {"qrels", "query_subset", "score", *LIMITS, *CUTS}
+    unknown = options.keys() - known
     if unknown:
-        raise InputError(f"'{spec}': unknown filter {min(unknown)}")
+        raise InputError(f"'{spec}': unknown filter {min(unknown)}; the filters are "
+                         f"{', '.join(sorted(known))}")
     negative = next((name for name, count in cuts.items() if count < 0), None)
     if negative:
-        raise InputError(f"'{spec}': {negative} is {cuts[negative]}; it must be 0 or more")
+        raise InputError(f"'{spec}': {negative} must be >= 0, got {cuts[negative]}")
     if "qrels" not in options:
-        raise InputError(f"'{spec}': qrels=FILE is missing")
+        raise InputError(f"'{spec}': qrels=FILE is missing; add it")
     return options, limits, cuts
 
 
 def list_qrels_files(spec):
-    """Return the paths of the files that a flag names. Raise InputError."""
+    """Return the paths of the files in a qrels flag. Raises InputError."""
     options, _, _ = parse_spec(spec)
     return [options[name] for name in ("qrels", "query_subset") if name in options]
 
 
 def cut_pairs(pairs, name, count, seed):
-    """At most `count` of a query's (document, score)."""
+    """Return at most `count` of a query's pairs (document, score); `name` is one of CUTS."""
     if name == "random_k":
         return random.Random(seed).sample(pairs, min(count, len(pairs)))
     if name in ("top_k", "bottom_k"):
@@ -237,7 +241,7 @@ def cut_pairs(pairs, name, count, seed):
 
 
 def relabel(score, rule):
-    """A label by the rule of score=: kept (None), floor, ceil, or a number. Raises InputError."""
+    """Return the label that score=RULE gives; None keeps the score. Raises InputError."""
     if rule is None:
         return score
     if rule == "floor":
@@ -247,11 +251,11 @@ def relabel(score, rule):
     try:
         return to_number(rule)
     except ValueError:
-        raise InputError(f"score={rule}: must be a number, floor or ceil") from None
+        raise InputError(f"score must be a number, floor or ceil, got {rule}") from None
 
 
 def merge_qrels(specs, seed=0):
-    """The union of several flags' qrels; where they disagree the later one holds."""
+    """Return the union of several flags' qrels; if two disagree on a label, the later one wins."""
     merged = defaultdict(dict)
     for spec in specs:
         for query, labels in select_qrels(spec, seed).items():

@@ -74,7 +74,7 @@ def own_ids(questions):
 
 
 def holds_json(path):
-    """Return True for a .json or .jsonl file, or one whose first line with text begins like JSON."""
+    """Return True for a .json or .jsonl file, or if its first line with text begins like JSON."""
     if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
         return True
     first_line = next((line for line in read_lines(path) if line.strip()), b"")

@@ -1,7 +1,7 @@
-"""The lines of a corpus's file, one document each: JSON objects, or rows of a tab-separated table.
+"""Read documents from the lines of a file: JSON objects, or rows of a tab-separated table.
 
-A file of any other form (gzipped, a JSON list, a table with commas or semicolons, or with cells of
-several lines) is written out once, as FILE.lines, and read from there.
+Other files (gzipped, a JSON list, a table with commas or semicolons, or with cells of several
+lines) are converted once to FILE.lines, with one document per line, and read from there.
 """
 import codecs
 import csv
@@ -27,40 +27,40 @@ from records.reading import (
 )
 from utils import InputError, progress_bar, shorten
 
-READ_COLUMNS = ("title", "text", "contents", "content", "body")  # whose values must be texts
+READ_COLUMNS = ("title", "text", "contents", "content", "body")  # their values must be texts
 COLLECTION = ("id", "text", "title")  # the columns of a table without a header
-BEGINNING = 65536     # bytes that a table's header fits into
+BEGINNING = 65536                     # bytes in which to look for a table's header
 
 
-# what makes JSON lines of a pickle of documents: objects with page_content and metadata, as
-# LangChain's and LocalRQA's, or dictionaries
+# Python that converts a pickle of documents to JSON lines. The documents are dictionaries or, as in
+# LangChain and LocalRQA, objects with page_content and metadata.
 UNPICKLE = ("import json, pickle, sys; [print(json.dumps(d if isinstance(d, dict) else "
             "{'title': d.metadata.get('title', ''), 'text': d.page_content})) for d in "
             "pickle.load(open(sys.argv[1], 'rb'))]")
 
 
 class NotPlain(Exception):
-    """A table whose rows are not all one tab-separated line each."""
+    """Signal a table in which some row is not exactly one tab-separated line."""
 
 
 # ---------------------------------------------------------------- one line
 
 class Layout(NamedTuple):
-    """How the lines of a file hold the columns of documents."""
-    header: list | None      # the names of a table's columns; None: JSON lines
-    has_header: bool = True  # a table's first line is its header, not a document
-    columns: tuple = ()      # the names of the first document's columns, aliases included
-    aliases: tuple = ()      # (name, field): a field that is read by that name too
+    """Describe how the lines of a file hold the columns of documents."""
+    header: list | None      # the names of a table's columns; None for JSON lines
+    has_header: bool = True  # whether a table's first line is its header, not a document
+    columns: tuple = ()      # the names of the first document's columns, including aliases
+    aliases: tuple = ()      # (name, field) pairs: the field is also read under this name
 
 
 def read_layout(path, content):
-    """Return (Layout, whether its lines are plain) of a file's bytes.
+    """Return (Layout, whether each line is one document) of a file's bytes.
 
     Raises InputError for an empty file.
     """
     if not content:
         raise InputError(f"{path}: holds no documents")
-    # blank lines come first where table_rows has left out a header
+    # table_rows writes a blank line for a header, so a file may begin with blank lines
     beginning = content[:BEGINNING]
     if beginning.lstrip()[:1] in (b"{", b""):
         return read_json_layout(content, path), True
@@ -76,7 +76,7 @@ def read_layout(path, content):
 
 
 def read_json_layout(content, path):
-    """Return the Layout of JSON lines, whose first object names the columns."""
+    """Return the Layout of JSON lines; the first object has the columns."""
     lines = enumerate(iter(io.BytesIO(content[:BEGINNING]).readline, b""), 1)
     line_number, line = next(((number, line) for number, line in lines if line.strip()), (1, b""))
     if not line.endswith(b"\n") and len(content) > BEGINNING:  # the first document is longer
@@ -90,8 +90,9 @@ def read_json_layout(content, path):
 
 
 def lacks_header(first_line):
-    """Return True for the first line of a table without a header, as MS MARCO's collection.tsv: an
-    id that is a number, a text and perhaps a title, and no name of a column.
+    """Return True if a table has no header, as MS MARCO's collection.tsv.
+
+    Its first line then has a number as id, a text and perhaps a title, and no known column name.
     """
     cells = first_line.split("\t")
     known = (*DOCUMENT_ID_NAMES, *TEXT_NAMES, *TITLE_NAMES)
@@ -100,7 +101,7 @@ def lacks_header(first_line):
 
 
 def find_aliases(fields):
-    """Return ((name, field), ...) of fields that are a title or a text by another spelling."""
+    """Return ((name, field), ...) for fields that hold a title or a text under another spelling."""
     aliases = []
     title = None if "title" in fields else find_name(fields, TITLE_NAMES)
     if title is not None:
@@ -115,13 +116,13 @@ def find_aliases(fields):
 def parse_row(line, layout, path, line_number):
     """Return the columns {name: value} of a line of bytes.
 
-    Raises InputError, or NotPlain for a table's row that is not just this line.
+    Raises InputError, or NotPlain if a table's row is not exactly this line.
     """
     text = decode_line(line, path, line_number)
     if layout.header is None:
         row = parse_json(text, path, line_number)
         if not isinstance(row, dict):
-            raise InputError(f"{path}:{line_number}: a document must be a JSON object, this is a "
+            raise InputError(f"{path}:{line_number}: a document must be a JSON object, got a "
                              f"{type(row).__name__}")
     elif layout.has_header:
         row = name_cells(split_row(text), layout.header, f"{path}:{line_number}")
@@ -132,16 +133,16 @@ def parse_row(line, layout, path, line_number):
     if layout.header is None:
         for name in READ_COLUMNS:
             if not isinstance(row.get(name, ""), (str, type(None))):
-                raise InputError(f"{path}:{line_number}: '{name}' must be a text, it is "
+                raise InputError(f"{path}:{line_number}: '{name}' must be a text, got "
                                  f"{shorten(row[name])}")
     return row
 
 
 def split_row(text):
-    """Return the cells of a tab-separated line. Raise NotPlain if its last cell goes on behind it.
+    """Return the cells of a tab-separated line. Raises NotPlain if a cell continues after it.
 
-    Cells are unquoted if all are quoted as csv does; else their quotes are letters of the text, as
-    in `"Hello" she said`.
+    Quotes are removed if all cells follow csv's rules. Otherwise they are part of the text, as in
+    `"Hello" she said`.
     """
     try:
         return next(read_cells([text], "\t", strict=True), [])
@@ -152,13 +153,13 @@ def split_row(text):
         next(read_cells(lines, "\t"), [])
     except csv.Error:  # a bare carriage return ends the row inside the line
         raise NotPlain from None
-    if next(lines, None) is None:  # the reader went on to the second line for the end of a quote
+    if next(lines, None) is None:  # the reader took the second line to find the end of a quote
         raise NotPlain
     return text.split("\t")
 
 
 def name_columns(header):
-    """Return a header's cells, those of texts and titles spelled as records/names.py has them."""
+    """Return a header's cells, with names of texts and titles spelled as in records/names.py."""
     known = {fold(name): name for name in (*TEXT_NAMES, "title")}
     names = []
     for cell in header:
@@ -170,18 +171,18 @@ def name_columns(header):
 # ---------------------------------------------------------------- plain lines
 
 def plain_lines(path):
-    """Return the path of a file of plain lines: `path` itself or, made of it, PATH.lines.
+    """Return the path of a file with one document per line: `path` itself, or PATH.lines.
 
-    The latter if it has been made, or for a file that is gzipped, a JSON list or begins with a byte
-    order mark.
+    PATH.lines is used if it exists and is up to date. It is written for a file that is gzipped, is
+    a JSON list or begins with a byte order mark.
     """
     try:
         with open(path, "rb") as file:
             beginning = file.peek(3)
             is_object = beginning.startswith(b"{") and is_not_one_record(file.readline())
     except IsADirectoryError:
-        raise InputError(f"{path}: is a folder; scripts/make_corpus.py makes a corpus of its "
-                         "files") from None
+        raise InputError(f"{path}: is a folder; make a corpus of its files with "
+                         "scripts/make_corpus.py") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     refuse_pickle(path, beginning)
@@ -196,39 +197,38 @@ def plain_lines(path):
 
 
 def has_date_of(made, path):
-    """Return True if a file has the date of the file that it was made of."""
+    """Return True if a file has the same date as the file that it was made from."""
     return os.stat(made).st_mtime_ns == os.stat(path).st_mtime_ns
 
 
 def is_later(made, path):
-    """Return True if a file was written after the last change of the file that it was made of.
+    """Return True if a file was written after the last change of the file that it was made from.
 
-    Dates can be set, and many archives give all their files one date. The time of the last change
-    (ctime) cannot. What lies in a folder that cannot be written is taken as it is.
+    The comparison uses ctime, the time of the last change. Dates (mtime) can be set by hand, and
+    many archives give all their files one date. In a read-only folder the answer is always True.
     """
     is_fixed = not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)
     return is_fixed or os.stat(made).st_ctime_ns >= os.stat(path).st_ctime_ns
 
 
 def refuse_pickle(path, beginning):
-    """Raises InputError, which tells how to convert it, for a pickle: opening one may run any code.
-    """
+    """Raise InputError, with the command that converts it, for a pickle: it may run any code."""
     is_binary = beginning[:1] == b"\x80" and beginning[1:2] in (b"\2", b"\3", b"\4", b"\5")
     if is_binary or str(path).endswith((".pkl", ".pickle")):
         target = os.path.splitext(path)[0] + ".jsonl"
         raise InputError(f"{path}: a pickle, which may run any code when it is opened; if you "
-                         f'trust it: python -c "{UNPICKLE}" {shlex.quote(str(path))} > '
+                         f'trust it, convert it: python -c "{UNPICKLE}" {shlex.quote(str(path))} > '
                          f"{shlex.quote(target)}")
 
 
 def write_plain_lines(path, lines):
-    """Writes a file's lines (bytes) to PATH.lines, and returns that path.
+    """Write a file's lines (bytes) to PATH.lines and return that path.
 
-    It gets the file's own date, by which plain_lines knows it. Raises InputError.
+    PATH.lines gets the date of the file, which plain_lines compares. Raises InputError.
     """
     if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
-        raise InputError(f"{path}: must be made plain lines, and its folder cannot be written; "
-                         "copy the file to another folder, and give that one")
+        raise InputError(f"{path}: needs {os.path.basename(path)}.lines next to it, but its folder "
+                         "cannot be written; copy the file to another folder and use the copy")
     unpacked = f"{path}.lines"
     changed = os.stat(path).st_mtime_ns
     bar = progress_bar(lines, unit=" lines", desc=f"unpacking {os.path.basename(path)}")
@@ -240,17 +240,17 @@ def write_plain_lines(path, lines):
 
 
 def table_rows(path):
-    """Yields a table's rows as JSON lines (bytes), whatever its delimiter and its line ends.
+    """Yield the rows of a table, with any delimiter and line ends, as JSON lines (bytes).
 
-    Blank lines stand for the header and for the further lines of a row, so that a document keeps
-    its line number. Raises InputError for what is not quoted as csv does.
+    The header, and each further line of a row, become blank lines, so that documents keep their
+    line numbers. Raises InputError for cells that do not follow csv's rules.
     """
     lines = split_text_lines(path)
     first_line = next(lines)
     delimiter = choose_delimiter(first_line)
     reader = read_cells(chain([first_line], lines), delimiter, strict=True)
     header = None
-    first = 1  # the line that a row begins in
+    first = 1  # the line in which the row begins
     try:
         for cells in reader:
             row = b""
@@ -263,12 +263,13 @@ def table_rows(path):
             yield row + b"\n" * (end - first)
             first = end
     except csv.Error as error:
-        raise InputError(f"{path}:{first}: not quoted as csv does ({error}); a cell that holds "
-                         "quotes is put in quotes, and they are written twice") from None
+        raise InputError(f"{path}:{first}: does not follow csv's rules for quotes ({error}); put a "
+                         "cell that holds quotes in quotes, and write its own quotes "
+                         "twice") from None
 
 
 def split_text_lines(path):
-    """Yields a file's lines as texts; a bare carriage return, old Macs' line end, ends one too.
+    """Yield the lines of a file as text; a bare carriage return (old Macs) also ends a line.
 
     Raises InputError.
     """

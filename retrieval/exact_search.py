@@ -1,7 +1,7 @@
-"""Exact search: the documents with the best scores among all vectors, a block of them at a time.
+"""Search exactly: score all vectors, a block at a time, and keep the best documents.
 
-Equal scores are ranked by document index, and processes take whole blocks, so that the result is
-the same for any number of processes.
+Equal scores are ranked by document index, and each process takes whole blocks. The result is
+therefore the same for any number of processes.
 """
 import warnings
 
@@ -14,31 +14,31 @@ from utils import progress_bar
 BLOCK = 16384   # vectors that are scored at once
 QUERIES = 1024  # queries that a block is scored for at once
 MERGED = 4096   # queries whose results are merged over the processes at once
-# A process's part is a multiple of so many vectors. It is a multiple of BLOCK too, so that scores,
-# whose last bits depend on the shape of the product, do not depend on the number of processes. The
-# files of faiss indices go by these parts.
+# Each process's part has a multiple of this many vectors. It is a multiple of BLOCK, so that all
+# products have the same shape for any number of processes: the last bits of scores depend on it.
+# The files of faiss indices hold the same parts.
 PART_UNIT = 65536
 
 
 def top_k(scores, k):
-    """(values, columns), each (n, k'), of each row's k highest scores (n, K), in order.
+    """Return (values, columns), each (n, k'), of the k highest scores in each row of scores (n, K).
 
-    Equal scores are ordered by rising column. k' is less than k where K is.
+    They are sorted; equal scores are ordered by rising column. k' is the smaller of k and K.
     """
     width = scores.shape[1]
     k = min(k, width)
-    # torch.topk breaks ties in any way; one value more than k shows whether a tie is cut
+    # torch.topk breaks ties arbitrarily; a value beyond the k-th shows whether it has cut a tie
     values, columns = scores.topk(min(k + 1, width))
     if k < width:
         is_cut_tie = values[:, k - 1] == values[:, k]
         values, columns = values[:, :k], columns[:, :k]
         for row in is_cut_tie.nonzero().flatten().tolist():
-            # all candidates of the row, by rising column; a stable sort keeps that order among ties
+            # candidates are in the order of their columns, which a stable sort keeps among ties
             candidates = (scores[row] >= values[row, -1]).nonzero().flatten()
             best = scores[row, candidates].sort(descending=True, stable=True).indices[:k]
             columns[row] = candidates[best]
             values[row] = scores[row, columns[row]]
-    # by column first, then stably by score: equal scores end up by rising column
+    # sort by column, then stably by score, so that equal scores are ordered by column
     columns, order = columns.sort(dim=1)
     values, by_score = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     return values, columns.gather(1, by_score)
@@ -46,12 +46,12 @@ def top_k(scores, k):
 
 @torch.no_grad()
 def search_blocks(query_vectors, blocks, k, metric="ip"):
-    """(doc_indices (Q, k'), scores (Q, k')) of the k best documents for query_vectors (Q, D), on
-    their device.
+    """Return (doc_indices (Q, k'), scores (Q, k')) of the k best documents for each query.
 
-    blocks: an iterable, in the order of the corpus, of (first document's index, vectors (n, D) of
-    any float type). metric: ip (inner product; of unit vectors, the cosine) or l2 (the scores are
-    minus squared distances). k' is less than k where there are fewer documents.
+    query_vectors: (Q, D); the results are on their device. blocks: an iterable, in the order of the
+    corpus, of (first document's index, vectors (n, D) of any float type). metric: ip (inner
+    product; for unit vectors, the cosine) or l2 (minus squared distances). k' is less than k if
+    there are fewer documents.
     """
     device = query_vectors.device
     query_vectors = query_vectors.float()
@@ -62,7 +62,7 @@ def search_blocks(query_vectors, blocks, k, metric="ip"):
         vectors = vectors.to(device).float()
         for i, part in enumerate(slices):
             values, columns = top_k(score_vectors(part, vectors, metric), k)
-            # the best so far stand first: their indices are lower, so that they win ties
+            # the best so far come first: they have lower document indices, so they win ties
             values = torch.cat([best_scores[i], values], dim=1)
             indices = torch.cat([best_indices[i], columns + first], dim=1)
             best_scores[i], columns = top_k(values, k)
@@ -71,8 +71,8 @@ def search_blocks(query_vectors, blocks, k, metric="ip"):
 
 
 def score_vectors(query_vectors, vectors, metric):
-    """The scores (Q, n) of float32 vectors (n, D) for query_vectors (Q, D)."""
-    # in float32 also where the model runs in bfloat16
+    """Return the scores (Q, n) of float32 vectors (n, D) for query_vectors (Q, D)."""
+    # without autocast, because a model in bfloat16 is searched in float32, too
     with torch.autocast(query_vectors.device.type, enabled=False):
         scores = query_vectors @ vectors.T
     if metric == "l2":  # -|q - v|^2 = 2 q.v - |v|^2 - |q|^2
@@ -83,10 +83,9 @@ def score_vectors(query_vectors, vectors, metric):
 
 
 def search_vectors(vectors, query_vectors, first, last, k, metric, is_main=True):
-    """search_blocks of vectors[first:last], a memory-mapped array; returns numpy arrays."""
+    """Search vectors[first:last] of a memory-mapped array by search_blocks; return numpy arrays."""
     with warnings.catch_warnings():
-        # torch warns of a mapping that cannot be written: it is only read
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # torch warns of a read-only mapping, which is only read
         vectors = torch.from_numpy(vectors)
     starts = progress_bar(range(first, last, BLOCK), desc="searching", is_main=is_main)
     blocks = ((start, vectors[start:min(start + BLOCK, last)]) for start in starts)
@@ -97,11 +96,12 @@ def search_vectors(vectors, query_vectors, first, last, k, metric, is_main=True)
 # ---------------------------------------------------------------- parts
 
 def part_range(count, rank, size, unit=None):
-    """(first, last) of one process's part of `count` vectors; of few vectors it may be empty.
+    """Return (first, last) of one process's part of `count` vectors.
 
-    A part is a multiple of `unit` vectors, PART_UNIT unless given.
+    Each part has a multiple of `unit` vectors (default: PART_UNIT); if there are few vectors, some
+    parts are empty.
     """
-    unit = unit or PART_UNIT  # read here, not as a default: the tests make it small
+    unit = unit or PART_UNIT  # not a default argument, because tests change the constant
     units = -(-count // unit)
     first = min(count, unit * (units * rank // size))
     last = min(count, unit * (units * (rank + 1) // size))
@@ -109,7 +109,10 @@ def part_range(count, rank, size, unit=None):
 
 
 def merge(parts, k):
-    """The k best of several (doc_indices, scores), each (n, k_i); -1, no document, comes last."""
+    """Merge several (doc_indices, scores), each (n, k_i), into the k best of each row.
+
+    The index -1 means no document, and comes last.
+    """
     doc_indices = np.concatenate([indices for indices, _ in parts], axis=1)
     scores = np.concatenate([scores for _, scores in parts], axis=1)
     scores = np.where(doc_indices < 0, -np.inf, scores)
@@ -118,14 +121,14 @@ def merge(parts, k):
 
 
 def merge_processes(doc_indices, scores, k, world):
-    """The k best of all processes' (doc_indices, scores), numpy arrays (Q, at most k).
+    """Merge all processes' (doc_indices, scores), numpy arrays (Q, at most k), into the k best.
 
-    Returns them on the main process, (None, None) on the others. Where all parts together have
-    fewer than k documents, the index is -1.
+    Returns them on the main process, and (None, None) on the others. If all parts together have
+    fewer than k documents, the remaining indices are -1.
     """
     if world.size == 1:
         return doc_indices, scores
-    missing = k - doc_indices.shape[1]  # a part may have fewer than k documents
+    missing = k - doc_indices.shape[1]  # this part may have fewer than k documents
     doc_indices = np.pad(doc_indices, [(0, 0), (0, missing)], constant_values=-1)
     scores = np.pad(scores, [(0, 0), (0, missing)])
     merged = []
@@ -142,7 +145,7 @@ def merge_processes(doc_indices, scores, k, world):
 
 
 def gather_arrays(array, world):
-    """Every process's array, all of one shape, on the main process; None on the others."""
+    """Return, on the main process, all processes' arrays of equal shape; None on the others."""
     tensor = torch.from_numpy(np.ascontiguousarray(array)).to(world.device)
     tensors = [torch.empty_like(tensor) for _ in range(world.size)] if world.is_main else None
     dist.gather(tensor, tensors)

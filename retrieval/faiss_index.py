@@ -1,4 +1,4 @@
-"""Approximate search with faiss: indices of parts of the corpus, built, kept as files, searched."""
+"""Search approximately with faiss: build, store and search indices of parts of the corpus."""
 import math
 import os
 import re
@@ -10,59 +10,59 @@ from records.files import new_file
 from retrieval.exact_search import merge, part_range
 from utils import InputError, gather_lists, progress_bar
 
-ADDED = 16384  # vectors that an index takes at once
+ADDED = 16384  # vectors that are added to an index at once
 FAISS_METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 
 
 # ---------------------------------------------------------------- opening
 
 def open_indices(folder, vectors, factory, metric, train_sample, seed, world):
-    """[(index of the first vector, faiss index)] that this process searches.
+    """Return [(index of the first vector, faiss index)] for the parts that this process searches.
 
-    A folder holds an index in parts, as many as processes made it; parts made by any number of
-    processes serve any other number. Without a whole set of parts each process builds its own.
+    A folder holds one part per process that made the index. Any other number of processes can use
+    the parts. If the set of parts is incomplete, each process builds its own part.
 
     factory       faiss's string, such as IVF4096,PQ64
     metric        ip or l2
-    train_sample  vectors that a part is trained on at most; None: 40 per list, 200,000 at least
+    train_sample  most vectors to train a part on; None: 40 per list, at least 200,000
 
-    Raises InputError for a factory that faiss cannot make of these vectors, or a broken file.
+    Raises InputError if faiss cannot build this factory for the vectors, or a file is broken.
     """
     if train_sample is None:
-        train_sample = default_train_sample(factory)
+        train_sample = choose_train_sample(factory)
     stem = f"{factory.replace(',', '_')}.{train_sample}.{seed}"
-    # as the main process sees it, before one of them writes
+    # all processes use the number that the main process finds before any of them writes
     size = gather_lists([find_parts(folder, stem, len(vectors), world.size)], world)[0]
     indices = []
     for rank in range(world.rank, size, world.size):
         first, last = part_range(len(vectors), rank, size)
         if first == last:
-            continue  # few vectors leave parts empty
+            continue  # with few vectors, some parts are empty
         path = part_path(folder, stem, rank, size)
         if not os.path.exists(path):
             index = build_faiss_index(vectors, first, last, factory, metric, train_sample, seed,
                                 world.is_main)
             write_index(index, path)
-            del index  # it is read back, mapped where faiss can
+            del index  # it is read back, because faiss can map some indices
         indices.append((first, read_index(path, last - first)))
     return indices
 
 
-def default_train_sample(factory):
-    """Vectors that faiss needs to train: 40 per list of an IVF index, 200,000 at least."""
+def choose_train_sample(factory):
+    """Return how many vectors to train on: 40 per list of an IVF index, at least 200,000."""
     lists = re.search(r"IVF(\d+)", factory)
     return max(200_000, 40 * int(lists[1])) if lists else 200_000
 
 
 def part_path(folder, stem, rank, size):
-    """The path of one of `size` parts of an index."""
+    """Return the path of one of `size` parts of an index."""
     return os.path.join(folder, f"{stem}.{rank}-of-{size}.faiss")
 
 
 def find_parts(folder, stem, count, preferred_size):
-    """The number of parts that the folder's index of `count` vectors has.
+    """Return the number of parts of the folder's index of `count` vectors.
 
-    That is preferred_size if its parts are all there, or if no number of parts is.
+    It is preferred_size if the folder has all these parts, or if it has no complete set of parts.
     """
     names = re.compile(re.escape(stem) + r"\.\d+-of-(\d+)\.faiss")
     sizes = {int(match[1]) for match in map(names.fullmatch, os.listdir(folder)) if match}
@@ -73,7 +73,7 @@ def find_parts(folder, stem, count, preferred_size):
 
 
 def has_all_parts(folder, stem, count, size):
-    """True if each of `size` parts is in the folder, but for those without vectors."""
+    """Return True if the folder has each of `size` parts, except empty ones."""
     for rank in range(size):
         first, last = part_range(count, rank, size)
         if first < last and not os.path.exists(part_path(folder, stem, rank, size)):
@@ -82,46 +82,46 @@ def has_all_parts(folder, stem, count, size):
 
 
 def write_index(index, path):
-    """Writes a faiss index, whole or not at all."""
+    """Write a faiss index, whole or not at all."""
     with new_file(path, "wb") as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
 
 
 def read_index(path, count):
-    """The faiss index of a file, of `count` vectors. Raises InputError if it is broken."""
-    # a size that is broken would be filled with zeros for minutes; what is read is no larger than
-    # the file, and what faiss computes (IVF-PQ's table) no larger than 2 GiB
+    """Return the faiss index in a file, with `count` vectors. Raises InputError if it is broken."""
+    # With a wrong size in a broken file, faiss would fill memory with zeros for minutes. Vectors
+    # take at most the file's size, and tables that faiss computes (IVF-PQ's) at most 2 GiB.
     faiss.set_deserialization_vector_byte_limit(os.path.getsize(path) + 2 ** 31)
     try:
         index = faiss.read_index(path)
-    except (RuntimeError, MemoryError) as error:  # MemoryError: a size in it is mangled
-        raise InputError(f"{path}: faiss cannot read it ({reason(error)}); delete it, the same "
-                         "command makes it again") from None
+    except (RuntimeError, MemoryError) as error:  # MemoryError: a size in the file is wrong
+        raise InputError(f"{path}: faiss cannot read it ({faiss_reason(error)}); delete it, and "
+                         "the same command makes it again") from None
     if index.ntotal != count:
-        raise InputError(f"{path}: holds {index.ntotal} vectors, not {count}; delete it, the same "
-                         "command makes it again")
+        raise InputError(f"{path}: holds {index.ntotal} vectors, not {count}; delete it, and the "
+                         "same command makes it again")
     return index
 
 
-def reason(error):
-    """The end of faiss's message, which says what was wrong."""
+def faiss_reason(error):
+    """Return the end of faiss's message, which has the reason."""
     return str(error).splitlines()[-1][-120:]
 
 
 # ---------------------------------------------------------------- building
 
 def build_faiss_index(vectors, first, last, factory, metric, train_sample, seed, is_main):
-    """The trained and filled faiss index of vectors[first:last]. Raises InputError.
+    """Train a faiss index, add vectors[first:last] and return it. Raises InputError.
 
-    Of the vectors themselves no more than the sample is in memory.
+    At most the training sample of the vectors is in memory.
     """
     count, width = last - first, vectors.shape[1]
     flag = f"--faiss_index_factory {factory}"
     try:
         index = faiss.index_factory(width, factory, FAISS_METRICS[metric])
     except RuntimeError as error:
-        raise InputError(f"{flag}: faiss makes no such index of {width} numbers "
-                         f"({reason(error)})") from None
+        raise InputError(f"{flag}: faiss cannot build this index for vectors of {width} numbers "
+                         f"({faiss_reason(error)}); choose another factory") from None
     if "OPQ" in factory and min(train_sample, count) < width:  # faiss would abort
         raise InputError(f"{flag}: {min(train_sample, count):,} vectors are too few to train a "
                          f"rotation of {width} numbers; use Flat, or a factory without OPQ")
@@ -130,17 +130,18 @@ def build_faiss_index(vectors, first, last, factory, metric, train_sample, seed,
             index.train(draw_sample(vectors, first, last, train_sample, seed))
         except RuntimeError as error:
             raise InputError(f"{flag}: {count:,} vectors are too few to train it "
-                             f"({reason(error)}); use Flat, or fewer lists") from None
+                             f"({faiss_reason(error)}); use Flat, or fewer lists") from None
     for start in progress_bar(range(first, last, ADDED), desc="indexing", is_main=is_main):
         try:
             index.add(vectors[start:min(start + ADDED, last)].astype(np.float32))
         except RuntimeError as error:
-            raise InputError(f"{flag}: takes no vectors without ids ({reason(error)})") from None
+            raise InputError(f"{flag}: this index needs ids for its vectors "
+                             f"({faiss_reason(error)}); choose another factory") from None
     return index
 
 
 def draw_sample(vectors, first, last, train_sample, seed):
-    """At most train_sample of vectors[first:last], drawn by the seed, in file order, as float32."""
+    """Draw at most train_sample of vectors[first:last], in file order, as float32."""
     drawn = np.random.default_rng(seed).permutation(last - first)[:train_sample]
     rows = first + np.sort(drawn)
     sample = np.empty((len(rows), vectors.shape[1]), np.float32)
@@ -152,14 +153,14 @@ def draw_sample(vectors, first, last, train_sample, seed):
 # ---------------------------------------------------------------- searching
 
 def search_indices(indices, query_vectors, k, metric, settings):
-    """Return (doc_indices (Q, k), scores), numpy arrays, of the k best documents; -1 where none is
-    left.
+    """Return (doc_indices (Q, k), scores), numpy arrays, of the k best documents.
 
-    indices: what open_indices returns. settings: {nprobe, efSearch}; None stands for
-    choose_settings's. Raises InputError for a setting that an index does not have.
+    The index is -1 if there are fewer documents. indices: from open_indices. settings: {nprobe,
+    efSearch}; for a value of None, choose_settings decides. Raises InputError for a setting that an
+    index does not have.
     """
     query_vectors = query_vectors.cpu().numpy()
-    # what a process without a part has to merge: no document for any query
+    # a process without a part has this to merge: no document for any query
     shape = (len(query_vectors), 1)
     results = [(np.full(shape, -1), np.zeros(shape, np.float32))]
     for first, index in indices:
@@ -177,11 +178,11 @@ def drop_none(settings):
 
 
 def choose_settings(index, k):
-    """Return {nprobe or efSearch: value} for a search of the k best, {} of another kind of index.
+    """Return {nprobe or efSearch: value} for a search of the k best, or {} for other index types.
 
-    faiss's own defaults, one list and a breadth of 16, miss most of the best documents. An IVF
-    index searches 2 sqrt(lists) of its lists, and as many as hold 2 k vectors at least; HNSW has a
-    breadth of k, 64 at least.
+    faiss's own defaults, one list and a breadth of 16, miss most of the best documents. In an IVF
+    index, 2 sqrt(lists) lists are searched, or more, until they hold about 2 k vectors. HNSW gets a
+    breadth of k, at least 64.
     """
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
@@ -194,8 +195,7 @@ def choose_settings(index, k):
 
 
 def describe_search(index, k, settings):
-    """Return how an index is searched for the k best, for a line of the log; "" if no setting says.
-    """
+    """Return a line for the log on how an index is searched, or "" for other index types."""
     chosen = choose_settings(index, k)
     used = chosen | drop_none(settings)
     if "nprobe" in chosen:
@@ -210,5 +210,5 @@ def set_parameters(index, settings):
         try:
             faiss.ParameterSpace().set_index_parameter(index, name, value)
         except RuntimeError:
-            raise InputError(f"--{name} is no setting of this index; leave it out, or name another "
-                             "--faiss_index_factory") from None
+            raise InputError(f"--{name} is not a setting of this index; leave it out, or give "
+                             "another --faiss_index_factory") from None

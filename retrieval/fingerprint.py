@@ -1,4 +1,4 @@
-"""The fingerprint of an index: what it was made of, compared before the index is used."""
+"""Fingerprint what an index is made from, and compare it before the index is used."""
 import os
 
 from records.files import lock, unwritable
@@ -6,26 +6,26 @@ from records.hashes import CORPUS_WINDOWS, hash_file, hash_windows, model_files
 from records.reading import read_settings
 from utils import InputError, gather_lists, shorten, wait_for_all
 
-INDEX_ENDINGS = (".npy", ".faiss", ".json")  # of an index's own files, bm25s's too
-# what indices were made with before index.json stated it
+INDEX_ENDINGS = (".npy", ".faiss", ".json")  # an index's own files, bm25s's included
+# settings of older indices, whose index.json lacks them
 FORMER_SETTINGS = {"words": "bm25s", "end_token": True}
 
 
 def fingerprint(corpus, model, settings, world):
-    """{name: value} of what an index depends on: the corpus's and the model's files, and settings.
+    """Return {name: value} of all that an index depends on: corpus files, model files, settings.
 
-    Files are known by size and content. model: a folder or file, or a hub name; None where the
-    settings say what takes its place. The main process hashes the model's files for all; every
-    process hashes a little of its own corpus, which may be another one on another machine.
+    Files are compared by size and content. model: a folder, a file, a hub name, or None for BM25.
+    The main process hashes the model's files for all. Every process hashes windows of its own
+    corpus, because another machine may have another one.
     """
     files = []
-    for part in corpus.parts:  # without its name: a corpus may be renamed
+    for part in corpus.parts:  # names are left out, because a corpus may be renamed
         files.append(["", os.path.getsize(part.path), hash_windows(part.path, CORPUS_WINDOWS)])
     hashes = []
     if world.is_main and model is not None:
         for path in model_files(model):
             hashes.append([os.path.basename(path), os.path.getsize(path), hash_file(path)])
-    files += gather_lists(hashes, world)  # those of the main process
+    files += gather_lists(hashes, world)  # only the main process has hashes
     is_hub_name = model is not None and not os.path.exists(model)
     return {"documents": len(corpus), "model": str(model) if is_hub_name else "", "files": files,
             **settings}
@@ -34,15 +34,15 @@ def fingerprint(corpus, model, settings, world):
 def check_fingerprint(folder, expected):
     """Return True if the folder's index has this fingerprint, False if there is no index.
 
-    Raises InputError if it has another one, or the folder holds anything else.
+    Raises InputError for another fingerprint, or if the folder holds other files.
     """
     path = os.path.join(folder, "index.json")
     given = read_settings(path)
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    # whoever makes an index makes .lock first
+    # a folder in which an index is being made has .lock from the start
     if "documents" not in given and (given or names and ".lock" not in names):
-        raise InputError(f"{folder}: holds files that are no index, such as {min(names)}; they are "
-                         "not touched: give another --index folder")
+        raise InputError(f"{folder}: holds files that do not belong to an index, such as "
+                         f"{min(names)}, and is left as it is; give another --index folder")
     if not given:
         return False
     given = FORMER_SETTINGS | given
@@ -50,11 +50,12 @@ def check_fingerprint(folder, expected):
     if "documents" in changed:
         count = shorten(given.get("documents"))
         raise InputError(f"{folder} holds an index of {count} documents, and the corpus has "
-                         f"{expected['documents']}; an index is not added to: delete this one, "
-                         "and the same command makes it anew, or give another --index folder")
+                         f"{expected['documents']}; documents cannot be added to an index: delete "
+                         "this one, and the same command makes it again, or give another --index "
+                         "folder")
     if changed == ["files"]:
         raise InputError(f"{folder}: the corpus or the model has changed since this index was "
-                         "made; delete it, and the same command makes it anew, or give another "
+                         "made; delete it, and the same command makes it again, or give another "
                          "--index folder")
     if changed:
         first = changed[0]
@@ -65,8 +66,10 @@ def check_fingerprint(folder, expected):
 
 
 def remove_other_index(folder, expected):
-    """Remove the files of the folder's index if it has another fingerprint, index.json last: what
-    kill -9 leaves is still known as another one's. Raises InputError if they cannot be removed.
+    """Remove the files of the folder's index if it has another fingerprint.
+
+    index.json is removed last, so that a folder left by kill -9 still has the other fingerprint.
+    Raises InputError if files cannot be removed.
     """
     path = os.path.join(folder, "index.json")
     given = read_settings(path)
@@ -84,11 +87,11 @@ def remove_other_index(folder, expected):
 
 
 def await_index(folder, expected, world):
-    """Returns when the main process has made the folder's index.
+    """Return when the main process has made the folder's index.
 
     Raises InputError on a process that does not see it.
     """
     wait_for_all(world)
     if not check_fingerprint(folder, expected):
         raise InputError(f"{folder}: process {world.rank} does not see the index that process 0 "
-                         "made; it must lie on a shared disk")
+                         "made; put the folder on a shared disk")

@@ -1,7 +1,7 @@
-"""The vectors of a corpus in one memory-mapped array, written by all processes, resumed if killed.
+"""Encode a corpus into one memory-mapped array of vectors, on all processes; resume if killed.
 
-The folder of an index holds vectors.npy (N, D), done.npy (a mark per block of documents) and
-index.json (the fingerprint).
+An index folder holds vectors.npy (N, D), done.npy (a mark per block of documents) and index.json
+(the fingerprint).
 """
 import math
 import os
@@ -24,12 +24,13 @@ from utils import (
 )
 
 DONE_BLOCK = 4096  # documents that are encoded, written and marked as done together
-DTYPES = ("float16", "float32", "uint8")  # of vectors and marks
+DTYPES = ("float16", "float32", "uint8")  # types of vectors, and of marks
 
 
 class TokenBlocks(torch.utils.data.Dataset):
-    """A block of documents: its index, their token ids, the indices of documents without a text;
-    a loader's workers read and tokenise them.
+    """Provide blocks of documents, which a loader's workers read and tokenise.
+
+    An item is (block, token ids of its documents, indices of its documents without text).
     """
 
     def __init__(self, corpus, tokenize):
@@ -43,7 +44,7 @@ class TokenBlocks(torch.utils.data.Dataset):
 
 
 def take_only_item(items):
-    """A loader's collator: its batches are of one block."""
+    """Return the only item of a batch: a collator for loaders whose batches are single blocks."""
     return items[0]
 
 
@@ -52,14 +53,14 @@ def take_only_item(items):
 @torch.no_grad()
 def encode_corpus(model, corpus, tokenize, max_length, folder, dtype, world, expected,
                   num_workers=0, bf16=False):
-    """Encode what is missing, on all processes. Return the corpus's vectors (N, D).
+    """Encode the missing documents, on all processes. Return the corpus's vectors (N, D).
 
-    model: a BiEncoder. tokenize: texts -> token ids, cut off at max_length. expected: the
-    fingerprint of the index. Raises InputError if the folder holds another index, is out of room or
-    cannot be written, or a vector is not finite.
+    model: a BiEncoder. tokenize: texts -> token ids, truncated to max_length. expected: the
+    fingerprint of the index. Raises InputError if the folder holds another index or cannot be
+    written, the disk is full, or a vector is not finite.
     """
     model.eval()
-    # of several commands that encode into one folder one goes ahead; the others wait for it
+    # if several commands encode into one folder, one goes first and the others wait for it
     must_write = world.is_main and not is_encoded(folder, expected)
     with lock(folder) if must_write else nullcontext():
         if world.is_main and not check_fingerprint(folder, expected):
@@ -72,29 +73,29 @@ def encode_corpus(model, corpus, tokenize, max_length, folder, dtype, world, exp
     note_long_documents([num_long, num_encoded], max_length, world)
     note_empty_documents(empty, corpus, world)
     if not open_array(folder, "done").all():
-        raise InputError(f"{folder}: not all documents are encoded; do all machines share this "
-                         "folder? The same command goes on")
+        raise InputError(f"{folder}: not all documents are encoded; check that all machines share "
+                         "this folder, and run the same command again to continue")
     return open_array(folder, "vectors")
 
 
 def is_encoded(folder, expected):
-    """True if the folder holds all vectors. Raises InputError if it is of another fingerprint."""
+    """Return True if the folder holds all vectors. Raises InputError for another fingerprint."""
     return check_fingerprint(folder, expected) and bool(open_array(folder, "done").all())
 
 
 def encode_missing(model, token_blocks, max_length, folder, dtype, world, num_workers, bf16):
-    """Encode this process's share of the missing blocks, and wait until all processes have.
+    """Encode this process's share of the missing blocks, and wait for the other processes.
 
-    Returns [documents that take up max_length, documents, indices of those without a text] of its
-    share.
+    Returns, for its share, [number of documents that fill max_length, number of documents, indices
+    of documents without text].
     """
     vectors, done = open_array(folder, "vectors"), open_array(folder, "done")
     if not (done.all() or os.access(os.path.join(folder, "done.npy"), os.W_OK)):
-        raise InputError(f"{folder}: not all documents are encoded yet, and it cannot be written; "
-                         "give another --index folder")
+        raise InputError(f"{folder}: not all documents are encoded yet, and the folder cannot be "
+                         "written; give another --index folder")
     missing = np.flatnonzero(done == 0)
     share = np.array_split(missing, world.size)[world.rank].tolist()
-    wait_for_all(world)  # all have read the marks before one of them makes a new one
+    wait_for_all(world)  # all processes must read the marks before any of them writes a new one
 
     loader = make_loader(token_blocks, [[block] for block in share], take_only_item, num_workers)
     bar = progress_bar(total=len(share) * DONE_BLOCK, unit=" documents", desc="encoding",
@@ -117,9 +118,9 @@ def encode_missing(model, token_blocks, max_length, folder, dtype, world, num_wo
 
 
 def note_long_documents(counts, max_length, world):
-    """Logs how many of the documents that were encoded now, on all processes, fill max_length.
+    """Log how many of the documents encoded now, on all processes, fill max_length.
 
-    Those of exactly that length are among them: cut-off texts are as long, token for token.
+    The count includes documents of exactly that length: truncated ones cannot be told from them.
     """
     num_long, num_encoded = sum_over_processes(counts, world)
     if num_long:
@@ -129,9 +130,9 @@ def note_long_documents(counts, max_length, world):
 
 
 def note_empty_documents(empty, corpus, world):
-    """Log how many of the documents that were encoded now have no text, and the id of the first.
+    """Log how many of the documents encoded now have no text, and the id of the first.
 
-    empty: the indices of this process's. Such a document gets the vector of the empty text.
+    empty: their indices in this process's share. They get the vector of the empty text.
     """
     all_empty = gather_lists(empty, world)
     if all_empty:
@@ -141,18 +142,18 @@ def note_empty_documents(empty, corpus, world):
 
 
 def check_finite(rows, first, dtype):
-    """Raises InputError naming the first document whose vector is not finite."""
+    """Raise InputError, which names the first such document, if a vector is not finite."""
     is_finite = np.isfinite(rows).all(axis=1)
     if not is_finite.all():
         raise InputError(f"document {first + int(np.argmin(is_finite))} gets a vector that is not "
-                         f"finite in {dtype}; use --dtype float32 or leave out --bf16, and if that "
-                         "does not help the checkpoint is broken")
+                         f"finite in {dtype}; use --dtype float32 or leave out --bf16; if that "
+                         "does not help, the checkpoint is broken")
 
 
 # ---------------------------------------------------------------- arrays on disk
 
 def make_arrays(folder, count, width, dtype, expected):
-    """Makes the files of vectors and marks, all zeros, then the fingerprint. Raises InputError."""
+    """Create the files of vectors and marks (zeros), then the fingerprint. Raises InputError."""
     blocks = -(-count // DONE_BLOCK)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -165,8 +166,8 @@ def make_arrays(folder, count, width, dtype, expected):
 
 
 def make_array(path, shape, dtype):
-    """Makes a .npy file of zeros that takes its room now, not after hours of encoding."""
-    with open(path, "w+b") as file:  # also readable, for file systems where fallocate is emulated
+    """Create a .npy file of zeros and reserve its disk space now, not after hours of encoding."""
+    with open(path, "w+b") as file:  # file systems that emulate fallocate need it readable
         header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         file.flush()
@@ -174,27 +175,28 @@ def make_array(path, shape, dtype):
 
 
 def open_array(folder, name):
-    """A memory-mapped array of the folder, as it is now. Raises InputError if it is broken."""
+    """Return a memory-mapped array of the folder. Raises InputError if it is broken."""
     path = os.path.join(folder, f"{name}.npy")
     with refusing(f"{path}: cannot be opened", "copy it again, or delete the folder"):
         array = np.lib.format.open_memmap(path, "r")
         if array.offset + array.nbytes != os.path.getsize(path) or array.dtype not in DTYPES:
-            raise ValueError(f"its header says {array.dtype} {array.shape}, its size another")
+            raise ValueError(f"its header has {array.dtype} {array.shape}, which does not fit its "
+                             "size")
         return array
 
 
 def write_rows(array, first, rows):
-    """Puts rows into the file of a memory-mapped array, from row `first` on, and onto the disk.
+    """Write rows into the file of a memory-mapped array, from row `first` on, through to the disk.
 
-    A plain write, since a full disk kills a process that writes to mapped memory. O_DSYNC also
-    keeps NFS from widening a write to whole pages, which would put back what another machine has
-    written beside it.
+    Writing to mapped memory would kill the process if the disk is full. O_DSYNC also prevents NFS
+    from widening a write to whole pages, which would overwrite another machine's rows with old
+    ones.
     """
     content = memoryview(rows.tobytes())
     offset = array.offset + first * array.strides[0]
     file = os.open(array.filename, os.O_WRONLY | os.O_DSYNC)
     try:
-        while content:  # a write may take a part only
+        while content:  # pwrite may write only a part
             written = os.pwrite(file, content, offset)
             content = content[written:]
             offset += written

@@ -1,4 +1,4 @@
-"""Split texts into words for BM25: as bm25s does, or by Unicode's classes for other scripts."""
+"""Split texts into words for BM25, as bm25s does or by Unicode's character classes."""
 import re
 import unicodedata
 
@@ -7,36 +7,37 @@ import regex
 from metrics import UNSPACED
 
 RULES = ("auto", "bm25s", "unicode")
-RULE_SAMPLE = 10_000     # documents that `auto` looks at, evenly spaced
-THRESHOLD = 0.001   # the share of their characters from which `auto` chooses `unicode`
+RULE_SAMPLE = 10_000  # documents, evenly spaced, that `auto` examines
+THRESHOLD = 0.001     # `auto` chooses `unicode` if this share of their characters needs it
 
-# bm25s's words: two letters, digits or underscores at least; marks are none of these
+# bm25s's words: at least two letters, digits or underscores, but no combining marks
 PLAIN_WORD = re.compile(r"(?u)\b\w\w+\b")
-FIRST = rf"[[\p{{L}}\p{{N}}_]--[{UNSPACED}]]"       # characters of a word with blanks around it
+FIRST = rf"[[\p{{L}}\p{{N}}_]--[{UNSPACED}]]"       # characters of words with blanks around them
 OTHER = rf"[[\p{{L}}\p{{N}}\p{{M}}_]--[{UNSPACED}]]"
 WORD = regex.compile(rf"(?P<run>[{UNSPACED}][{UNSPACED}\p{{M}}]*)|{FIRST}{OTHER}+",
                      regex.VERSION1)
 GRAPHEME = regex.compile(r"\X")
-# characters that a word may be written with or without: vowel points of Hebrew and Arabic, the
-# letter stretcher, soft hyphens, joiners; and the dot that lower() leaves behind in "İ"
+# Characters that may be left out of a word: vowel points of Hebrew and Arabic, the letter
+# stretcher, soft hyphens and joiners. Also the dot that lower() leaves behind in "İ".
 OPTIONAL = ("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0640\u064b-\u0652\u0670"
             "\u00ad\u200c\u200d\u2060\ufeff]|(?<=i)\u0307")
 OPTIONAL_SIGN = re.compile(OPTIONAL)
 WIDE = re.compile("[\uff01-\uffee]+")  # letters in full or half width
-# what the two rules treat differently, in a text in form NFC
+# the characters of a text in NFC that the two rules treat differently
 SPECIAL = regex.compile(rf"[{UNSPACED}\p{{M}}\u0130\uff01-\uffee]|{OPTIONAL}")
 ASCII = re.compile(r"[\x00-\x7f]+")
 
 
 def split_words(text, rule, stopwords=()):
-    """Return the words of a text in lower case, by a rule.
+    """Return the words of a lower-case text, by a rule.
 
     bm25s     two or more letters, digits or underscores, as in bm25s
-    unicode   the same with combining marks; in scripts without spaces, each pair of adjacent
-              letters, or a single letter. A run of such a script that is a stop word is left out.
+    unicode   the same, with combining marks as well. In scripts without spaces, the words are the
+              pairs of adjacent letters of a run, or its single letter; a run that is a stop word is
+              left out.
 
-    The text is normalised to NFC first. Both rules give the same words for Latin, Greek and
-    Cyrillic letters without combining marks in NFC.
+    The text is first normalised to NFC. For Latin, Greek and Cyrillic letters without combining
+    marks in NFC, both rules give the same words.
     """
     if text.isascii():
         return PLAIN_WORD.findall(text)
@@ -54,7 +55,7 @@ def split_words(text, rule, stopwords=()):
 
 
 def pair_letters(run):
-    """Return the pairs of adjacent letters, with their marks, of a run of letters."""
+    """Return the pairs of adjacent letters in a run, with their marks, or the run's only letter."""
     letters = GRAPHEME.findall(run)
     if len(letters) == 1:
         return letters
@@ -62,8 +63,10 @@ def pair_letters(run):
 
 
 def choose_rule(corpus):
-    """Return (rule, share): `unicode` if at least THRESHOLD of a sample's characters are such that
-    bm25s would cut words wrongly, else `bm25s`.
+    """Return (rule, share) for a corpus.
+
+    `share` is the share of a sample's characters at which bm25s would split words wrongly. The rule
+    is `unicode` if it is at least THRESHOLD, else `bm25s`.
     """
     count, num_special, total = min(RULE_SAMPLE, len(corpus)), 0, 0
     for i in range(count):

@@ -103,8 +103,8 @@ def test_headers_of_spreadsheets(content, tmp_path):
     ("c.csv", 'id,text\n1,"a\nb"\n2,x,y\n', "c.csv:4: 3 columns, but the header has 2"),
     ("c.csv", 'id,text\n1,a\n,"b\nc"\n', "c.csv:3: no 'id'"),
     ("c.csv", 'id,text\n1,"a\nb"\n1,c\n', "'1' occurs twice"),
-    ("c.csv", 'id,text\n1,a\n2,"b\n', "c.csv:3: not quoted as csv does"),
-    ("c.csv", 'id,text\n1,"a" b\n', "c.csv:2: not quoted as csv does"),
+    ("c.csv", 'id,text\n1,a\n2,"b\n', "c.csv:3: does not follow csv.s rules for quotes"),
+    ("c.csv", 'id,text\n1,"a" b\n', "c.csv:2: does not follow csv.s rules for quotes"),
     ("c.tsv", 'id\ttitle\ttext\n1\tT\t"a\n2\tT\tb"\n', "c.tsv:2: a quote opens a cell"),
     ("c.tsv", 'id\ttext\ttitle\n1\ta\rb\tT\n', "c.tsv:2: 2 columns, but the header has 3"),
     ("c.csv", "x" * 9000 + "," + "y" * 9000, "^.{,700}$")])

@@ -33,7 +33,7 @@ def test_faiss_indices(factory, settings, metric, tmp_path):
         assert (doc_indices == exact_indices).all()
         np.testing.assert_allclose(scores, exact_scores, atol=1e-3)
     other = {"efSearch": 10} if "IVF" in factory else {"nprobe": 2}
-    with pytest.raises(InputError, match="is no setting of this index"):
+    with pytest.raises(InputError, match="is not a setting of this index"):
         search_indices(open_again(), query_vectors, 5, metric, other)
     with pytest.raises(InputError, match="300 vectors are too few to train it"):
         open_again("IVF301,Flat")

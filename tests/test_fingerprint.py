@@ -65,12 +65,12 @@ def test_files_that_are_no_index_are_not_touched(tmp_path):
     assert not check_fingerprint(tmp_path / "new", expected)
     assert not check_fingerprint(tmp_path, expected)
     (tmp_path / "vectors.npy").write_text("mine")
-    with pytest.raises(InputError, match="no index, such as vectors.npy; they are not touched"):
+    with pytest.raises(InputError, match="to an index, such as vectors.npy, and is left as it is"):
         check_fingerprint(tmp_path, expected)
     (tmp_path / ".lock").write_text("")  # an index of ours, whose making was killed
     assert not check_fingerprint(tmp_path, expected)
     (tmp_path / "index.json").write_text('{"name": "of a web page"}')
-    with pytest.raises(InputError, match="holds files that are no index"):
+    with pytest.raises(InputError, match="holds files that do not belong to an index"):
         check_fingerprint(tmp_path, expected)
 
 

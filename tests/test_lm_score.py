@@ -326,8 +326,8 @@ def test_goes_on_after_kill(models, tmp_path):
 
     journal.write_bytes(kept)
     output, _ = run("lm_score.py", *flags, "--likelihood", "sum")
-    assert "journal.0 is of other data, another model or other flags; starting from scratch" in (
-        output)
+    assert ("journal.0 was written for other data, another model or other flags; starting from "
+            "scratch") in output
     assert read_scores(path) != expected
     assert not list(tmp_path.glob("*.journal*"))
 

@@ -62,8 +62,9 @@ def test_an_unknown_id_column_is_refused_where_ids_matter(tmp_path):
     """A15: qrels and runs need ids; elsewhere positions are used, and a line reports it."""
     path = write_rows(tmp_path / "c.tsv", ["number\ttext", "7\tx"])
     corpus, logged = Corpus(path, "{text}"), []
-    with pytest.raises(InputError, match="c.tsv: --qrels needs documents' ids, and no column .*"
-                                         "'number', 'text'.*rename the column with the ids to 'id'"):
+    with pytest.raises(InputError, match="c.tsv: --qrels needs documents' ids, and no column "
+                                         ".*'number', 'text'.*rename the column with the ids to "
+                                         "'id'"):
         corpus.require_ids("--qrels")
     corpus.note_columns(logged.append)
     assert "has no column of ids (its columns are number, text)" in logged[0]

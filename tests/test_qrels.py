@@ -45,7 +45,7 @@ def test_the_later_flag_holds(qrels_file, tmp_path):
 
 @pytest.mark.parametrize("spec,message", [
     ("F,top=3", "unknown filter top"), ("F,top_k=x", "with numbers"),
-    ("F,random_k=-1", "random_k is -1; it must be 0 or more"),
+    ("F,random_k=-1", "random_k must be >= 0, got -1"),
     ("top_k=3", "qrels=FILE is missing"),
     ("F,score=high", "must be a number, floor or ceil")])
 def test_bad_filters(qrels_file, spec, message):

@@ -559,7 +559,7 @@ def test_bad_input_is_one_line(flags, message, bert, world_files, tmp_path):
     (["--metrics", "nq"], "nq cannot be measured"),
     (["--metrics", "map", "--qrels", "qrels=QRELS"], "none of the qrels' documents"),
     (["--output", "train.csv"], "--output train.csv: contexts are written as JSON lines if"),
-    (["--trec", "x", "--key_template", "{title:.0}"], "no document has a word besides stop words"),
+    (["--trec", "x", "--key_template", "{title:.0}"], "no document has a word except stop words"),
     (["--trec", "x", "--key_template", "text"], "it names no column"),
     (["--metrics", "collate_score", "mrr"], "collate_score"),
     (["--trec", "x", "--ranker"], "use --retrieval_method rank")])
