@@ -65,7 +65,7 @@ def test_large_corpora_are_read_once(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="'bbb' occurs twice"):
         Corpus([str(path), write_rows(tmp_path / "more.jsonl", [{"id": "bbb", "text": "x"}])],
                "{text}")
-    with pytest.raises(InputError, match="some files name ids"):
+    with pytest.raises(InputError, match="some files have an id column"):
         Corpus([str(path), write_rows(tmp_path / "more.jsonl", [{"text": "x"}])], "{text}")
 
 
