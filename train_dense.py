@@ -1,5 +1,5 @@
-r"""Trains a dense retriever (or a ranker) from LLM-Embedder's, DPR's or qrels files, and measures
-it on the way.
+r"""Train a dense retriever, or a ranker, from LLM-Embedder's, DPR's or qrels files, and measure it
+while it trains.
 
     python train_dense.py --output_dir OUT --train_data train.json --max_steps 2000 \
         --query_encoder BAAI/bge-base-en
@@ -10,12 +10,13 @@ it on the way.
     python train_dense.py --output_dir OUT --train_data scored.json --loss fid-kd \
         --query_encoder retriever    # scored.json: test.py READER FILE --scores scored.json
 
-Losses: InfoNCE over the keys of all processes (DPR, arXiv 2004.04906), distillation from teacher
+Losses: InfoNCE over the keys of all processes (DPR, arXiv 2004.04906); distillation from teacher
 scores (LLM-Embedder, arXiv 2310.07554), from a reader's cross-attention (FiD-KD, arXiv 2012.04584)
-or a language model's likelihood (REPLUG, arXiv 2301.12652), graded labels. Written: OUT (a
-sentence-transformers folder), OUT.jsonl (a row per report), OUT.state (for --resume).
+or from a language model's likelihood (REPLUG, arXiv 2301.12652); graded labels.
+
+Writes OUT (a sentence-transformers folder), OUT.jsonl (a row per report) and OUT.state (for
+--resume).
 """
-import argparse
 import math
 import os
 import time
@@ -41,15 +42,15 @@ from retrieval.dev_set import evaluate as measure_retriever
 from retrieval.measures import note_patterns, note_unjudged
 from retrieval.results import note_own
 from training.adapters import copy_to_cpu, prepare_lora, read_lora_flags, unload_adapters
-from training.cost import count_trained, log_cost
+from training.cost import log_cost
 from training.loop import (
     BOTH_SETS,
     Progress,
     Run,
     RunLog,
-    describe_machine,
     epoch_bar,
     freeze,
+    log_start,
     log_update,
     make_optimizer,
     measure_updates,
@@ -68,27 +69,32 @@ from training.resume import (
 )
 from utils import InputError, run_script, start_processes
 
-# flags that may differ between a run and its resumption: they do not change the weights
+# flags that may differ between a run and its resumption, because they do not change the weights
 FREE_FLAGS = {"resume", "overwrite", "num_workers", "gpus", "tqdm", "logging_steps",
-              "early_exit_steps", "stop_at", "plan"}
+              "early_exit_steps", "plan"}
+
+# federate.py trains with this script, too; train_epoch.py lists the functions that it calls
 
 
 @dataclass
 class RetrieverRun(Run):
-    """A Run of a retriever (or a ranker); its model is a BiEncoder or a CrossEncoder."""
+    """Hold a Run of a retriever or a ranker. Its model is a BiEncoder or a CrossEncoder."""
     corpus: Corpus
     task_settings: dict  # {task: the TaskSettings of its loss}
-    updates: int         # of the schedule; --early_exit_steps may end the run before
+    updates: int         # of the schedule; --early_exit_steps may end the run earlier
+    chunk_size: int      # texts to encode at a time (GradCache); 0: all at once
 
 
 # ---------------------------------------------------------------- loss
 
 def compute_loss(run, batch):
-    """Return (loss over the queries of all processes, their number); every process computes the
-    same one, see dense/gather.py.
+    """Return (loss over the queries of all processes, their number). Every process computes the
+    same loss, see dense/gather.py.
+
+    Shapes: Q queries and K keys of all processes, groups of G keys.
     """
     settings = run.task_settings[batch["task"]]
-    # a batch that is not real takes part in the gather with no rows
+    # a dummy batch adds no rows to what is gathered
     count = len(batch["indices"]) if batch["is_real"] else 0
     sizes = gather_sizes(batch["sizes"][:count], run.world)                              # (Q)
     teacher = gather_teacher(batch["teacher"][:count].to(run.world.device), sizes)       # (Q, G)
@@ -120,8 +126,8 @@ def gather_sizes(sizes, world):
 
 
 def gather_teacher(teacher, sizes):
-    """Return the teacher scores (Q, G) of all processes; those of one whose own groups are all
-    smaller than G are padded with nan.
+    """Return the teacher scores (Q, G) of all processes, padded with nan where a process has only
+    groups smaller than G.
     """
     width = int(sizes.max()) if len(sizes) else teacher.shape[1]
     padding = teacher.new_full((len(teacher), max(width - teacher.shape[1], 0)), math.nan)
@@ -129,14 +135,13 @@ def gather_teacher(teacher, sizes):
 
 
 def score_with_retriever(run, batch, count, sizes):
-    """Return (scores (Q, K) of all processes' queries and keys, groups (Q, G): the columns of each
-    query's own keys, a zero).
+    """Return (scores (Q, K) of all queries and keys, groups (Q, G): the columns of each query's own
+    keys, zero).
 
-    sizes (Q) are those of the queries' groups, K their sum: every other query's keys are in-batch
-    negatives. The zero depends on all weights: a process whose batch is not real still takes part
-    in the exchange of gradients.
+    sizes: of the queries' groups (Q), with sum K. The other queries' keys are in-batch negatives.
+    The zero depends on all weights, so that DDP's all-reduce works with a dummy batch, too.
     """
-    queries, keys = run.model(batch["queries"], batch["keys"], run.args.chunk_size)
+    queries, keys = run.model(batch["queries"], batch["keys"], run.chunk_size)
     all_queries = gather_rows(queries[:count])  # (Q, D)
     all_keys = gather_rows(keys[:int(batch["sizes"][:count].sum())])  # (K, D)
     scores = run.unwrapped.score(all_queries, all_keys)
@@ -144,8 +149,8 @@ def score_with_retriever(run, batch, count, sizes):
 
 
 def list_columns(sizes):
-    """Return the columns (Q, G) of each query's own keys, of groups of these sizes (Q), one after
-    another; a group smaller than G ends in copies of its first column.
+    """Return the columns (Q, G) of each query's own keys, if groups of these sizes (Q) are next to
+    each other. A group smaller than G is filled up with copies of its first column.
     """
     first = (sizes.cumsum(0) - sizes)[:, None]                                           # (Q, 1)
     offsets = torch.arange(int(sizes.max()), device=sizes.device)[None]                  # (1, G)
@@ -153,9 +158,11 @@ def list_columns(sizes):
 
 
 def score_with_ranker(run, batch, count):
-    """The same of a ranker, which scores a query with its own keys only: scores (Q, G)."""
+    """Return what score_with_retriever returns, but scores (Q, G), because a ranker scores a query
+    with its own keys only.
+    """
     # (B * G) -> (B, G)
-    pair_scores = run.model(batch["pairs"], run.args.chunk_size).view(len(batch["indices"]), -1)
+    pair_scores = run.model(batch["pairs"], run.chunk_size).view(len(batch["indices"]), -1)
     scores = gather_rows(pair_scores[:count])
     groups = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
     return scores, groups, pair_scores.sum() * 0
@@ -172,9 +179,10 @@ def duplicate_mask(batch, count, positives):
 
 
 def distillation_loss(settings, scores, groups, teacher, temperature):
-    """Return the loss of the queries that have teacher scores (Q, G); scores (Q, K), groups (Q, G).
+    """Return the distillation loss of the queries that have teacher scores.
 
-    temperature: what the scores have been divided by already.
+    scores (Q, K), groups (Q, G): see score_with_retriever; teacher (Q, G); temperature: by which
+    the scores have been divided already.
     """
     own_scores = scores.gather(1, groups)                                                # (Q, G)
     student_temperature = distill_temperature(settings, temperature) / temperature
@@ -187,10 +195,11 @@ def distillation_loss(settings, scores, groups, teacher, temperature):
 
 
 def distill_temperature(settings, temperature):
-    """Return what cosines, inner products or distances are divided by in distillation.
+    """Return by how much distillation divides cosines, inner products or distances.
 
-    temperature: the model's own. One loss alone has one temperature (REPLUG, arXiv 2301.12652,
-    section 4: 0.1); next to InfoNCE --student_temperature divides once more, as in LLM-Embedder.
+    temperature: the model's own. Distillation alone has one temperature (REPLUG, arXiv 2301.12652,
+    section 4: 0.1). Together with InfoNCE, scores are divided by the model's temperature and then
+    by --student_temperature, as in LLM-Embedder.
     """
     if settings.student_temperature is None or settings.stable_distill:
         return temperature
@@ -200,8 +209,8 @@ def distill_temperature(settings, temperature):
 
 
 def combine_losses(weighted_losses):
-    """The weighted sum; a loss that stands alone is not weighted, as in LLM-Embedder; 0 if there is
-    none.
+    """Return the weighted sum of losses, 0 without any. A single loss is not weighted, as in
+    LLM-Embedder.
     """
     if len(weighted_losses) == 1:
         _, loss = weighted_losses[0]
@@ -214,8 +223,8 @@ def combine_losses(weighted_losses):
 def train_update(run, batches, micro_batches):
     """Take an optimizer step over micro-batches. Return (mean loss, 1, queries of all processes).
 
-    Raises InputError naming the records if the loss or the gradient is not finite; the weights are
-    untouched then.
+    Raises InputError naming the records if the loss or the gradient is not finite; the weights have
+    not changed then.
     """
     args, world = run.args, run.world
     losses, counts, indices = [], [], []
@@ -245,24 +254,23 @@ def train_update(run, batches, micro_batches):
     return mean_loss, 1, sum(counts)
 
 
-def plan_epoch(args, dataset_sizes, epoch, world):
-    """This process's part of an epoch: [update][micro-batch][(index, is_real)]."""
+def plan_run(run, epoch):
+    """Return this process's part of an epoch: [update][micro-batch][(index, is_real)]."""
+    return plan_updates(run.args, run.dataset_sizes, epoch, run.world)
+
+
+def plan_updates(args, dataset_sizes, epoch, world):
+    """Return what plan_run returns, before there is a run."""
     return plan_batches(dataset_sizes, epoch, args.seed, not args.no_shuffle, args.batch_size,
                         args.grad_accumulation, args.inbatch_same_dataset, world.rank, world.size)
 
 
-def plan_run(run, epoch):
-    """This process's part of an epoch of the run: [update][micro-batch][(index, is_real)]."""
-    return plan_epoch(run.args, run.dataset_sizes, epoch, run.world)
-
-
 def train_epoch(run):
-    """Trains on the rest of the current epoch, with the reports, evaluations and saves that fall
-    into it.
+    """Train on the rest of the current epoch, with the reports, evaluations and saves that are due
+    in it.
     """
     args, world, progress = run.args, run.world, run.progress
-    # who reads what is planned anew for each epoch, alike on all processes
-    plan = plan_run(run, progress.epoch)
+    plan = plan_run(run, progress.epoch)  # a pure function: all processes get parts of one plan
     remaining, batches = open_epoch(run, plan)
     bar = epoch_bar(run)
     for update in remaining:
@@ -272,19 +280,19 @@ def train_epoch(run):
         progress.count_update(loss, weight, queries, seconds)
         log_update(run, bar, seconds)
 
-        # report, measure and save when it is due, all of it at the end of the run
+        # report, evaluate and save when it is due, and at the end of the run
         done, is_end = progress.total_updates, progress.total_updates >= run.last_update
         if progress.update == len(plan):
             progress.start_epoch()
         eval_is_due = run.dev is not None and (is_end
                                                or done % (args.eval_steps or args.save_steps) == 0)
         if eval_is_due:
-            report(run, evaluate(run))
+            report_progress(run, evaluate(run))
         elif is_end or done % args.logging_steps == 0:
-            report(run)
+            report_progress(run)
         if is_end or eval_is_due or done % args.save_steps == 0:
             if run.dev is None and world.is_main:
-                save_best(run)  # nothing is measured: the latest is kept
+                save_best(run)  # without a dev set, keep the latest
             save_state(run)
         if is_end:
             break
@@ -294,7 +302,9 @@ def train_epoch(run):
 # ---------------------------------------------------------------- evaluation
 
 def evaluate(run):
-    """{measure: value} of the retriever as it is on the dev set; training goes on afterwards."""
+    """Return {measure: value} of the retriever as it is now on the dev set, with eval_seconds. The
+    model returns to training mode.
+    """
     start = time.time()
     measures = measure_retriever(run.unwrapped, run.dev, make_dev_collator(run), run.corpus,
                                  run.args.metrics, run.args.cutoffs, run.world)
@@ -303,8 +313,8 @@ def evaluate(run):
 
 
 def make_dev_collator(run):
-    """Return the GroupCollator of the dev set: the prompts that OUT will state go before all its
-    texts, as they do when retrieve.py measures OUT, whatever task a question names.
+    """Return the GroupCollator of the dev set. If OUT will have prompts for all texts, they replace
+    the instructions of the questions' tasks, as when retrieve.py measures OUT.
     """
     prompts = sentence_transformers_prompts(run)
     if not prompts:
@@ -313,26 +323,9 @@ def make_dev_collator(run):
     return GroupCollator(replace(run.collator.texts, prompts=prompts), run.corpus)
 
 
-def plan_cost(run):
-    """Logs what the run will cost, by a few updates and an evaluation of a part of the dev set, or
-    of the corpus that it searches.
-    """
-    args, world = run.args, run.world
-    seconds = measure_updates(run, plan_run(run, run.progress.epoch), train_update)
-    evaluations, eval_seconds = 0, 0.0
-    if run.dev is not None:
-        dev, corpus, share = sample_dev_set(run.dev, run.corpus, world)
-        start = time.time()
-        measure_retriever(run.unwrapped, dev, make_dev_collator(run), corpus, args.metrics,
-                          args.cutoffs, world)
-        eval_seconds = (time.time() - start) / share
-        interval = args.eval_steps or args.save_steps
-        evaluations = math.ceil(run.last_update / interval) - run.progress.total_updates // interval
-    log_cost(run, seconds, evaluations, eval_seconds)
-
-
 def best_metric(args, dev):
-    """The name of the measure that chooses the checkpoint. Raises InputError if it is not measured.
+    """Return the name of the measure that chooses the checkpoint. Raises InputError if it is not
+    measured.
     """
     if dev.method == "rank":
         measured, default = ["rank"], "rank"
@@ -342,14 +335,14 @@ def best_metric(args, dev):
         default = f"{args.metrics[0]}@{cutoff}"
     name = args.best_metric or default
     if name not in measured:
-        raise InputError(f"--best_metric {name} is not measured; one of {', '.join(measured)} is")
+        raise InputError(f"--best_metric {name} is not measured; choose one of "
+                         f"{', '.join(measured)}")
     return name
 
 
-def report(run, measures=None):
-    """Logs a line and a row of the updates since the last report.
-
-    With measures, also these, and keeps the retriever if it is the best so far.
+def report_progress(run, measures=None):
+    """Log a line and a row about the updates since the last report. With measures, log them, too,
+    and save the retriever if it is the best so far.
     """
     progress = run.progress
     summary = progress.summary()
@@ -372,10 +365,9 @@ def report(run, measures=None):
 
 
 def keep_measures(run, measures):
-    """True if the measures are the best so far, which the progress then remembers."""
+    """Return True, and remember the measures, if they are the best so far by --best_metric."""
     name = best_metric(run.args, run.dev)
-    # a lower average rank is better
-    value = -measures[name] if name == "rank" else measures[name]
+    value = -measures[name] if name == "rank" else measures[name]  # a lower rank is better
     return run.progress.keep_best((value,), f"{name} {measures[name]:.4f} at update "
                                   f"{run.progress.total_updates}")
 
@@ -383,7 +375,7 @@ def keep_measures(run, measures):
 # ---------------------------------------------------------------- saving
 
 def save_best(run):
-    """Write OUT: a sentence-transformers folder of the retriever, its tokenizer and args.json."""
+    """Write OUT: a sentence-transformers folder with the tokenizer and args.json."""
     args = run.args
     model = merge_adapters(run.unwrapped, args) if args.lora else run.unwrapped
     roles = {"": "query"} if args.ranker else {role: role or "query" for role in model.encoders}
@@ -401,13 +393,12 @@ def save_best(run):
 
 
 def describe_retriever(run):
-    """Return the content of args.json: what retrieve.py needs to use the retriever as it was
-    trained.
+    """Return the content of args.json, with which retrieve.py uses the retriever as it was trained.
     """
     args, model, texts = run.args, run.unwrapped, run.collator.texts
     used = used_instructions(run)
-    # of the flags, what was used: by default no instruction is, unless an example names a task
-    flags = vars(args) | {"stop_at": None, "version": texts.version if used else "none"}
+    # "none" if no example has a task that gets an instruction: retrieve.py must not add any then
+    flags = run.flags | {"version": texts.version if used else "none"}
     info = {"best": run.progress.best_at, "update": run.progress.total_updates,
             "query_max_length": texts.max_lengths["query"],
             "key_max_length": texts.max_lengths["key"],
@@ -428,8 +419,9 @@ def used_instructions(run):
 
 
 def sentence_transformers_prompts(run):
-    """Return {query, document: what OUT puts before all texts} if that is one for all tasks, else
-    {}. Of records whose own prompts differ the queries get none.
+    """Return the prompts {query, document} for all texts, which sentence-transformers reads from
+    OUT, or {} if they depend on the task. If records have different prompts of their own, queries
+    get an empty one.
     """
     instructions = {run.collator.instruction(task) for task in run.task_settings}
     if len(instructions) != 1:
@@ -442,12 +434,12 @@ def sentence_transformers_prompts(run):
 
 
 def encoders_of(model, args):
-    """The modules that hold a transformer as `.model`: the encoders, or the ranker itself."""
+    """Return the modules with a transformer as `.model`: the encoders, or the ranker itself."""
     return [model] if args.ranker else list(model.encoders.values())
 
 
 def merge_adapters(model, args):
-    """Return a copy of the model, on the CPU, whose LoRA adapters are merged into the weights."""
+    """Return a copy of the model on the CPU, with its LoRA adapters merged into the weights."""
     model = copy_to_cpu(model)
     for module in encoders_of(model, args):
         module.model = unload_adapters(module.model).float()
@@ -457,11 +449,11 @@ def merge_adapters(model, args):
 # ---------------------------------------------------------------- setting up
 
 def open_model(args, texts, device):
-    """Return the retriever or ranker of the flags, with LoRA adapters if they are asked for."""
+    """Return the retriever or ranker of the flags, with LoRA adapters if there is --lora."""
     if args.ranker:
         model = CrossEncoder.open(args.query_encoder, args.dropout)
     else:
-        model = open_retriever(args, texts)
+        model = open_bi_encoder(args, texts)
     if args.lora:
         add_adapters(model, args, device)
     if args.freeze:
@@ -470,15 +462,15 @@ def open_model(args, texts, device):
 
 
 def second_encoder(args):
-    """Return the name of the checkpoint of the keys' own encoder, None where there is one for both
-    or --query_encoder holds two.
+    """Return the name of the checkpoint for a separate key encoder, or None if one encoder serves
+    both or --query_encoder holds two.
     """
     if args.tie_encoders or not args.key_encoder and holds_pair(find_path(args.query_encoder)):
         return None
     return args.key_encoder or args.query_encoder
 
 
-def open_retriever(args, texts):
+def open_bi_encoder(args, texts):
     """Return the BiEncoder of the flags."""
     model = BiEncoder.open(args.query_encoder, second_encoder(args), pooling=args.pooling_method,
                            metric=args.dense_metric, dropout=args.dropout,
@@ -494,13 +486,13 @@ def open_retriever(args, texts):
 
 
 def add_adapters(model, args, device):
-    """Freeze the transformers, pack them with --load_in_4bit, and add LoRA adapters of rank
-    --lora. Raises InputError.
+    """Freeze the transformers, and add LoRA adapters of rank --lora; --load_in_4bit packs the
+    frozen weights. Raises InputError.
     """
     lora = read_lora_flags(vars(args))
     for module in encoders_of(model, args):
         module.model = prepare_lora(module.model, lora, device, args.bf16)
-        if not args.ranker:  # no vector passes through a pooler; DDP would wait for its gradient
+        if not args.ranker:  # a pooler is not used, and DDP would wait for its gradient
             for name, parameter in module.model.named_parameters():
                 if ".pooler." in name:
                     parameter.requires_grad_(False)
@@ -526,16 +518,18 @@ def read_dev(args, corpus, queries, log):
         note_own(sum(doc_index >= 0 for doc_index in dev.own), len(dev.own), log)
     if args.match == "regex":
         note_patterns(dev.answers, dev.queries, log)
-    best_metric(args, dev)  # before the training, not at its first evaluation
+    best_metric(args, dev)  # raises its error now, not at the first evaluation
     return dev._replace(level=args.relevance_level, is_regex=args.match == "regex")
 
 
 def set_up(args, world, sets=BOTH_SETS):
-    """Return the RetrieverRun of these flags: everything read and built, from the start or from
+    """Return the RetrieverRun of these flags with everything read and built, from the start or from
     OUT.state.
 
-    sets: what is read, of "train" and "dev". Raises InputError.
+    sets: what to read, of "train" and "dev". Raises InputError.
     """
+    out = args.output_dir.rstrip("/")
+
     # data
     corpus = open_corpus(args.corpus, args.key_template, world)
     if args.positives or args.negatives or args.graded or args.eval_qrels:
@@ -558,27 +552,26 @@ def set_up(args, world, sets=BOTH_SETS):
     inputs = hash_inputs(list_inputs(args), world)
     if not args.ranker:
         world.log(describe_texts(args.query_encoder, model, texts))
-    args = settle_flags(args, texts, model)
-    state = None
-    if args.resume:
-        state = load_state(args.output_dir, vars(args), world, FREE_FLAGS, inputs)
+    flags = settle_flags(args, out, texts, model)
+    state = load_state(out, flags, world, FREE_FLAGS, inputs) if args.resume else None
 
     # optimizer and schedule; --early_exit_steps ends the run before its schedule ends
     updates = count_updates(args, data.dataset_sizes, world)
     optimizer, scheduler = make_optimizer(model, args.lr, args.weight_decay, args.adam_eps,
                                           count_warmup(args, updates), updates)
 
-    # the run, where it stands
+    # the run, from its start or from the state
     progress = Progress(**state["progress"]) if state else Progress()
-    log = RunLog(f"{args.output_dir}.jsonl", world.is_main, progress.rows)
-    run = RetrieverRun(args=args, flags=vars(args), world=world, out=args.output_dir,
-                       model=wrap_model(model, world),
-                       tokenizer=texts.tokenizers["query"], dev=dev, corpus=corpus,
+    log = RunLog(f"{out}.jsonl", world.is_main, progress.rows)
+    run = RetrieverRun(args=args, flags=flags, world=world, out=out,
+                       model=wrap_model(model, world), tokenizer=texts.tokenizers["query"],
+                       dev=dev, corpus=corpus, chunk_size=flags["chunk_size"],
                        train_set=GroupSet(data.examples, data.group_rules, args.seed),
                        collator=GroupCollator(texts, corpus, args.mask_duplicates),
                        optimizer=optimizer, scheduler=scheduler,
-                       last_update=min(updates, args.stop_at), log=log, progress=progress,
-                       dataset_sizes=data.dataset_sizes, task_settings=data.task_settings,
+                       last_update=min(updates, args.early_exit_steps or updates), log=log,
+                       progress=progress, dataset_sizes=data.dataset_sizes,
+                       task_settings=data.task_settings,
                        updates=updates, inputs=inputs)
     if dev:
         check_one_instruction(make_dev_collator(run), dev.tasks)
@@ -588,20 +581,20 @@ def set_up(args, world, sets=BOTH_SETS):
 
 
 def check_lone_queries(data, args, world):
-    """Raise InputError for examples without negatives in batches of one query: nothing would be
-    contrasted.
+    """Raise InputError for examples without negatives in batches of one query: there is nothing to
+    contrast them with.
     """
     if args.batch_size * world.size > 1 or args.train_group_size == 1:
         return
     for example, rule in zip(data.examples, data.group_rules):
         if example.pos and not example.neg and rule.group_size > 1:
             raise InputError(f"{example.location}: has no negatives, and a batch of one query has "
-                             "no others' passages; give --batch_size 2 or more, or mine negatives")
+                             "no in-batch negatives; give --batch_size 2 or more, or mine some")
 
 
 def list_inputs(args):
-    """Return {path: whether all of it is hashed} of the files that the weights depend on, but for
-    the checkpoint, whose weights OUT.state holds.
+    """Return {path: whether to hash all of it} of the files that the weights depend on, except the
+    checkpoint, whose weights are in OUT.state.
     """
     files = dict.fromkeys([*args.train_data, *args.queries], True)
     if args.eval_data:
@@ -612,52 +605,54 @@ def list_inputs(args):
 
 
 def check_own_prompts(data, texts):
-    """Raise InputError for records with a prompt of their own where the model leaves its prompt,
-    which is one for all texts, out of the pooling.
+    """Raise InputError for records with a prompt of their own if the model leaves its prompt out of
+    the pooling, because that counts the tokens of one prompt for all texts.
     """
     for example in data.examples:
         if texts.skip and example.instruction is not None:
-            raise InputError(f"{example.location}: has a 'prompt' of its own, and the model leaves "
-                             "its prompt out of the pooling (include_prompt); take it out of the "
-                             "records, and give --query_prompt")
+            raise InputError(f"{example.location}: has a 'prompt' of its own, but the model leaves "
+                             "its one prompt out of the pooling (include_prompt); remove it from "
+                             "the records, and give --query_prompt")
 
 
-def settle_flags(args, texts, model):
-    """Return a copy of the flags with the settled values, which args.json and OUT.state store."""
-    settled = {"version": texts.version, "add_instruction": texts.add_instruction,
-               "query_max_length": texts.max_lengths["query"],
-               "key_max_length": texts.max_lengths["key"]}
+def settle_flags(args, out, texts, model):
+    """Return {name: value} of the flags with derived values filled in, for args.json and OUT.state.
+    """
+    chunk_size = args.chunk_size or (32 if args.gradient_checkpointing else 0)
+    flags = vars(args) | {
+        "output_dir": out, "chunk_size": chunk_size, "version": texts.version,
+        "add_instruction": texts.add_instruction, "query_max_length": texts.max_lengths["query"],
+        "key_max_length": texts.max_lengths["key"]}
     if texts.prompts is not None:
-        settled |= {"query_prompt": texts.prompts["query"], "key_prompt": texts.prompts["key"]}
+        flags |= {"query_prompt": texts.prompts["query"], "key_prompt": texts.prompts["key"]}
     if not args.ranker:
-        settled |= {"pooling_method": model.query_encoder.pooling, "dense_metric": model.metric}
-    return argparse.Namespace(**(vars(args) | settled))
+        flags |= {"pooling_method": model.query_encoder.pooling, "dense_metric": model.metric}
+    return flags
 
 
 def count_updates(args, dataset_sizes, world):
-    """The updates of the schedule; 0 where there is nothing to train on."""
+    """Return the updates of the schedule; 0 without training data."""
     if not dataset_sizes:
         return 0
-    return args.max_steps or len(plan_epoch(args, dataset_sizes, 0, world)) * args.epochs
+    return args.max_steps or len(plan_updates(args, dataset_sizes, 0, world)) * args.epochs
 
 
 def count_warmup(args, updates):
-    """The updates of warm-up in a run of that many."""
+    """Return the updates of warm-up in a run of `updates` updates; --num_warmup_steps replaces
+    --warmup_ratio.
+    """
     if args.num_warmup_steps is None:
         return math.ceil(updates * args.warmup_ratio)
     return args.num_warmup_steps
 
 
-def describe(run):
+def describe_retriever_run(run):
     """Log the lines that a run starts with."""
     args, texts, log = run.args, run.collator.texts, run.world.log
-    log(describe_machine(run.world, args.gpus))
-    kind = "ranker" if args.ranker else "retriever"
-    trained = count_trained(run.unwrapped)
-    log(f"{len(run.train_set.examples)} training examples of {len(run.dataset_sizes)} dataset(s), "
-        f"groups of {run.train_set.group_rules[0].group_size}; {trained:,} trained parameters; "
-        f"{kind}; batch {args.batch_size * run.world.size} x {args.grad_accumulation}; "
-        f"{run.updates} updates, {count_warmup(args, run.updates)} of warm-up")
+    log_start(run, f"{len(run.train_set.examples)} training examples of {len(run.dataset_sizes)} "
+              f"dataset(s), groups of {run.train_set.group_rules[0].group_size}; "
+              f"{'ranker' if args.ranker else 'retriever'}", ("queries", "mean"),
+              f"{run.updates} updates", count_warmup(args, run.updates))
     note_prompts(run)
     note_temperature(run)
     tasks = list(used_instructions(run))
@@ -665,26 +660,24 @@ def describe(run):
         log(f"{texts.version}'s instructions are put before the texts of {', '.join(tasks)} "
             "(--version none leaves them out)")
     elif texts.settings.names_instructions and texts.version != "none" and texts.add_instruction:
-        log(f"note: no example names a task, so that {texts.version}'s instructions are not used")
-    if run.progress.total_updates:
-        log(f"resuming after {run.progress.total_updates} updates")
+        log(f"note: {texts.version}'s instructions are not used, because no example has a task")
 
 
 def note_prompts(run):
-    """Log how the records' own instructions, their `prompt`, are used."""
+    """Log how a `prompt` of the records is used."""
     examples = run.train_set.examples
     own = [example.instruction for example in examples if example.instruction is not None]
     if own and run.args.ranker:
-        run.world.log(f"note: 'prompt' of {len(own)} records is not used: a ranker has none")
+        run.world.log(f"note: 'prompt' of {len(own)} records is not used: a ranker has no prompts")
     elif own:
         saved = "it is saved as the retriever's prompt"
         if len(own) < len(examples) or len(set(own)) > 1:
-            saved = "records differ in it, so that no prompt is saved with the retriever"
+            saved = "it differs between records, so no prompt is saved with the retriever"
         run.world.log(f"'prompt' of {len(own)} records is put before their queries; {saved}")
 
 
 def note_temperature(run):
-    """Log what the scores are divided by in distillation, if it is not the model's temperature."""
+    """Log the temperature of the distillation, if it is not the model's own."""
     own = 1.0 if run.args.ranker else run.unwrapped.temperature
     for task, settings in run.task_settings.items():
         temperature = distill_temperature(settings, own)
@@ -697,17 +690,36 @@ def note_temperature(run):
         run.world.log(f"distillation{named} divides scores by {temperature:g} ({origin})")
 
 
+def estimate_retriever_cost(run):
+    """Log what the run will cost, from a few updates and an evaluation on a part of the dev set or
+    of the corpus.
+    """
+    args, world = run.args, run.world
+    seconds = measure_updates(run, plan_run(run, run.progress.epoch), train_update)
+    evaluations, eval_seconds = 0, 0.0
+    if run.dev is not None:
+        dev, corpus, share = sample_dev_set(run.dev, run.corpus, world)
+        start = time.time()
+        measure_retriever(run.unwrapped, dev, make_dev_collator(run), corpus, args.metrics,
+                          args.cutoffs, world)
+        eval_seconds = (time.time() - start) / share
+        interval = args.eval_steps or args.save_steps
+        evaluations = math.ceil(run.last_update / interval) - run.progress.total_updates // interval
+    log_cost(run, seconds, evaluations, eval_seconds)
+
+
 def main(args):
+    """Train a retriever with these flags."""
     check_args(args)
     world = start_processes(args.gpus)
     set_seed(args.seed, world.rank)
     transformers.utils.logging.disable_progress_bar()
-    claim = claim_folder(args.output_dir, args.resume, args.overwrite, world)
+    claim = claim_folder(args.output_dir.rstrip("/"), args.resume, args.overwrite, world)
     with nullcontext() if args.plan else claim:
         run = set_up(args, world)
-        describe(run)
+        describe_retriever_run(run)
         if args.plan:
-            plan_cost(run)
+            estimate_retriever_cost(run)
             return
         forget_replaced_state(run.out, args.overwrite, world)
         start = time.time()

@@ -1,7 +1,6 @@
 """The flags of train_dense.py, named as in LLM-Embedder's, Trove's and minDPR's commands, and their
 checks.
 """
-import math
 from dataclasses import fields
 
 from dense.description import POOLING
@@ -239,10 +238,6 @@ def check_args(args, sets=BOTH_SETS):
     check_training_data(args, sets)
     check_unused(args)
     check_evaluation(args)
-    args.output_dir = args.output_dir.rstrip("/")
-    args.stop_at = args.early_exit_steps or math.inf
-    if args.gradient_checkpointing and not args.chunk_size:
-        args.chunk_size = 32
     args.train_data = find_all_files(args.train_data, args.data_root)
     if args.corpus:
         args.corpus = find_all_files(args.corpus, args.data_root)
