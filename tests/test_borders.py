@@ -4,10 +4,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-import lm_score
 from causal_helpers import SIZES
 from reader.borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
 from reader.causal import CausalReader, PromptCollator, Prompts
+from reader.scorers import make_causal_texts
 from utils import InputError
 
 WORDS = ["Answer", "Question", "Paris", "aris", "one", "town", "who", "user", "assistant"]
@@ -136,7 +136,7 @@ def test_prompt_and_answer_are_the_whole_text(tokenizer, template):  # E1
         assert tokenizer.decode(target).split() == tokenizer.decode(
             tokenizer(" " + answer, add_special_tokens=False)["input_ids"]).split()
         # scoring splits it in the same place
-        texts, = lm_score.make_causal_texts(tokenizer, [text], [answer], "here")
+        texts, = make_causal_texts(tokenizer, [text], [answer], "here")
         assert texts[0] == (prompt, target)
 
 
@@ -192,7 +192,7 @@ def test_one_start_token(kind):  # E14
         prompt, _, _ = collate(tokenizer, template, "Paris")
         assert prompt[0] == bos and prompt.count(bos) == 1
         text = template.format(text="one town.", question="who?") + " "
-        (pair,), = lm_score.make_causal_texts(tokenizer, [text], ["Paris"], "here")
+        (pair,), = make_causal_texts(tokenizer, [text], ["Paris"], "here")
         assert pair.prompt == prompt
     assert add_start([1, 2], [3]) == [1, 2, 3] and add_start([], [3]) == [3]
 

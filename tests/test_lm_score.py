@@ -23,6 +23,7 @@ from conftest import ENVIRONMENT, command, make_records, make_t5, run
 from data import format_passage
 from lm_score import choose_answers
 from reader.open import open_reader
+from reader.scorers import TEMPLATES, CausalScorer, Job
 from records.questions import make_question
 from training.checkpoints import read_config
 from utils import InputError, World
@@ -360,12 +361,12 @@ def test_the_longest_title_of_a_reader_is_checked(tmp_path):  # E7
     folder = make_reader(tmp_path / "reader", make_causal)
     context = {"title": "town " * 300, "text": "a"}
     records = [{**record, "ctxs": [*record["ctxs"], context]} for record in make_records(1)]
-    args = Namespace(model_name_or_path=str(folder), context_max_length=1024, bf16=False,
-                     t5_name="t5-base", tokenizer=None, chat_template=None)
-    scorer = lm_score.open_scorer(args, True, {"max_length": 40}, read_config(folder, "language"),
+    args = Namespace(context_max_length=1024, key_max_length=512, bf16=False, t5_name="t5-base",
+                     tokenizer=None, chat_template=None)
+    scorer = lm_score.open_scorer(args, str(folder), True, {"max_length": 40},
+                                  read_config(folder, "language"),
                                   World(0, 0, 1, torch.device("cpu")))
-    job = lm_score.Job(records[0], records[0]["question"], records[0]["ctxs"], ["x"], None, True,
-                       "f.jsonl:1")
+    job = Job(records[0], records[0]["question"], records[0]["ctxs"], ["x"], None, "f.jsonl:1")
     with pytest.raises(InputError, match="f.jsonl:1: the question takes"):
         lm_score.check_jobs(scorer, [job])
     lm_score.check_jobs(scorer, [job._replace(keys=job.keys[:-1])])
@@ -373,15 +374,14 @@ def test_the_longest_title_of_a_reader_is_checked(tmp_path):  # E7
 
 def test_the_chat_template_frames_the_text(models):  # E16
     tokenizer = make_tokenizer()
-    scorer = lm_score.Scorer("causal", None, tokenizer, None, 200, False, None, True,
-                             ("user: ", "\nassistant: "))
-    job = lm_score.Job({}, "who?", ["a town"], ["Mira"], lm_score.TEMPLATES["qa"], True, "f:1")
-    ((text,),) = lm_score.make_texts(scorer, job, job.keys)
+    scorer = CausalScorer(None, tokenizer, 200, 100, frame=("user: ", "\nassistant: "))
+    job = Job({}, "who?", ["a town"], ["Mira"], TEMPLATES["qa"], "f:1")
+    ((text,),) = scorer.texts(job)
     assert tokenizer.decode(text.prompt) == (
         "user: Knowledge: a town\n\nQuestion: who?\n\nAnswer:\nassistant:")
     assert tokenizer.decode(text.answer) == " Mira"
-    with pytest.raises(InputError, match="f:1: lrlm's texts go on from one another"):
-        lm_score.make_texts(scorer, job._replace(template=lm_score.TEMPLATES["lrlm"]), job.keys)
+    with pytest.raises(InputError, match="f:1: the parts of an lrlm text continue each other"):
+        scorer.texts(job._replace(template=TEMPLATES["lrlm"]))
 
 
 # ---------------------------------------------------------------- errors
@@ -391,15 +391,15 @@ QA = {"task": "qa", **FIELDS, "pos": ["a key"], "neg": []}
 
 @pytest.mark.parametrize("record, flags, message", [
     ({"query": "who?", "answers": ["x"]}, [], "r.jsonl:1: no keys: neither 'pos' and 'neg'"),
-    ({"query": "who?", "pos": ["a"]}, [], "r.jsonl:1: no answer, whose likelihood"),
-    ({**QA, "answers": [" "]}, [], "r.jsonl:1: no answer, whose likelihood"),
+    ({"query": "who?", "pos": ["a"]}, [], "r.jsonl:1: no answer to score"),
+    ({**QA, "answers": [" "]}, [], "r.jsonl:1: no answer to score"),
     ({**QA, "task": "poem"}, [], "r.jsonl:1: there is no template for the task 'poem', only"),
     ({**QA, "answers": ["word " * 400]}, [], "r.jsonl:1: question and answer take"),
     ({**QA, "query": "word " * 400}, [], "r.jsonl:1: question and answer take"),
     ({**QA, "pos": [3]}, [], "r.jsonl:1: every entry of 'pos' must be"),
     ({**QA, "pos": [{"contents": "a"}]}, [], "no column 'text' for --key_template"),
     ({"query": "who?", "answers": ["x"], "pos_index": [3]}, [], "give the corpus with --corpus"),
-    (QA, ["--template", "{query} {answer}"], "must name {key} once"),
+    (QA, ["--template", "{query} {answer}"], "must contain {key} once"),
     (QA, ["--template", "{key} {query}"], "must end with {answer}"),
     (QA, ["--template", "{answer} {key}"], "must end with {answer}"),
     (QA, ["--batch_size", "0"], "--batch_size must be >= 1, got 0"),
@@ -435,5 +435,8 @@ def test_sequence_to_sequence_model_without_padding_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path / "bart")
     path = write_records(tmp_path / "r.jsonl", [QA])
     _, errors = run("lm_score.py", "--eval_data", path, "--model_name_or_path", tmp_path / "bart",
+                    "--reader", code=1)
+    assert "readers are T5 or causal" in errors and len(errors.splitlines()) == 1
+    _, errors = run("lm_score.py", "--eval_data", path, "--model_name_or_path", tmp_path / "bart",
                     code=1)
-    assert "config.json says no pad_token_id" in errors and len(errors.splitlines()) == 1
+    assert "config.json sets no pad_token_id" in errors and len(errors.splitlines()) == 1

@@ -373,8 +373,9 @@ def lm_score_args(path):
 
 
 def read_scored(path):
-    return count_writable([job.record for job in lm_score.read_jobs(lm_score_args(path), False,
-                                                                    ALONE)])
+    paths = lm_score.ScoringPaths(path, path, [], "")
+    jobs = lm_score.read_jobs(paths, None, lm_score_args(path), False, ALONE)
+    return count_writable([job.record for job in jobs])
 
 
 TOPICS = [{"question": f"who is {i}", "topic": ["town", "river", 3][i % 3]} for i in range(5)]
@@ -613,9 +614,9 @@ def open_causal_reader(path):
 def score_one(path):
     """Scores a key as lm_score.py does."""
     args = lm_score_args(path)
-    jobs = [lm_score.Job({}, "who", ["the a"], ["a town"], lm_score.KNOWLEDGE, True, "mangled")]
+    jobs = [lm_score.Job({}, "who", ["the a"], ["a town"], lm_score.TEMPLATES["qa"], "mangled")]
     config = read_config(path, "language")
-    lm_score.score_jobs(lm_score.open_scorer(args, False, {}, config, ALONE), jobs, args)
+    lm_score.score_jobs(lm_score.open_scorer(args, path, False, {}, config, ALONE), jobs, args)
 
 
 def open_retriever(path):

@@ -489,11 +489,11 @@ def test_nothing_untrained_answers_or_scores(copy):  # A12
     (copy / "model.safetensors").rename(copy / "flax_model.msgpack")
     args = argparse.Namespace(
         model=str(copy), model_name_or_path=str(copy), tokenizer=None, t5_name=None, bf16=False,
-        context_max_length=60)
+        context_max_length=60, key_max_length=20, chat_template=None)
     config = read_config(copy)
     for name in ("flax_model.msgpack: looks like weights", "has no model.safetensors"):
         for open_model in (lambda: ask.load_reader(args, WORLD),
-                           lambda: lm_score.open_scorer(args, True, {}, config, WORLD)):
+                           lambda: lm_score.open_scorer(args, str(copy), True, {}, config, WORLD)):
             with pytest.raises(InputError, match=name):
                 open_model()
         (copy / "flax_model.msgpack").unlink(missing_ok=True)
