@@ -29,7 +29,15 @@ import torch
 import transformers
 
 from data import note_long_passages
-from pages.page import END, begin_page, check_page, clean, cut_excerpt, plain, split_at_answers
+from pages.page import (
+    END,
+    begin_page,
+    check_page,
+    clean_text,
+    cut_excerpt,
+    normalize_text,
+    split_at_answers,
+)
 from reader.open import add_prompt_flags, open_with_tokenizer
 from reader.predict import add_answer_flags, describe_best, predict, settle_beams, settle_lengths
 from records.corpus import open_corpus
@@ -280,7 +288,7 @@ def choose_shown(answer, count, length):
     shown = []
     for rank, context in ranked[:count]:
         excerpt = cut_excerpt(context["text"], [answer.text], length)
-        title = clean(context["title"] or "") or context["id"]
+        title = clean_text(context["title"] or "") or context["id"]
         shown.append(Shown(rank, context["score"], context["share"], title, excerpt))
     others = [context["share"] for _, context in ranked[count:]]
     return shown, len(others), sum(others)
@@ -297,8 +305,8 @@ def print_answer(answer, count, in_colour):
         return f"{colour}{text}{PLAIN}" if in_colour else text
     width = min(shutil.get_terminal_size().columns, WIDEST)
     shown, num_others, others_share = choose_shown(answer, count, EXCERPT)
-    lines = [paint(clean(answer.question), BOLD),
-             f"  {paint(clean(answer.text) or EMPTY, GREEN)}",
+    lines = [paint(clean_text(answer.question), BOLD),
+             f"  {paint(clean_text(answer.text) or EMPTY, GREEN)}",
              *(f"  {line}" for line in best_lines(answer)), ""]
     if shown:
         lines.append(paint("  share  rank      score", DIM))
@@ -321,7 +329,7 @@ def print_answer(answer, count, in_colour):
 
 def best_lines(answer):
     """Return a line for each of the n best answers, with its probability."""
-    return [f"{100 * math.exp(log_probability):5.1f} %  {clean(text) or EMPTY}"
+    return [f"{100 * math.exp(log_probability):5.1f} %  {clean_text(text) or EMPTY}"
             for text, log_probability in answer.n_best or []]
 
 
@@ -360,7 +368,8 @@ def write_page(path, answers, footer, count):
     today = time.strftime("%Y-%m-%d")
     with new_file(path) as file:
         file.write(begin_page(answers[0].question))
-        file.write(f"{sections}\n<footer>{html.escape(plain(footer))}; {today}</footer>\n{END}")
+        footer = html.escape(normalize_text(footer))
+        file.write(f"{sections}\n<footer>{footer}; {today}</footer>\n{END}")
 
 
 def make_section(answer, count):
@@ -381,8 +390,8 @@ def make_section(answer, count):
         remarks = f"{NOTHING_FOUND}; {remarks}"
     if answer.n_best:
         remarks = "<br>".join([*map(html.escape, best_lines(answer)), remarks])
-    return SECTION.format(question=html.escape(clean(answer.question)),
-                          answer=html.escape(clean(answer.text) or EMPTY),
+    return SECTION.format(question=html.escape(clean_text(answer.question)),
+                          answer=html.escape(clean_text(answer.text) or EMPTY),
                           passages="\n".join(passages), remarks=remarks)
 
 

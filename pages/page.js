@@ -1,22 +1,22 @@
-// Shows the questions of a page that pages.py wrote: filtered, searched, and built as they are
-// looked at. The view stands in the address: #q=words&show=wrong&order=file&page=2&open=17
+// Show the questions of a page that page.py wrote: filter and search them, and build elements only
+// when they are looked at. The address holds the view: #q=words&show=wrong&order=file&page=2&open=17
 "use strict";
 
 const PER_PAGE = 50;    // questions that are listed at once
-const FIRST = 10;       // passages of a question that are shown without being asked for
-const PATIENCE = 200;   // milliseconds without a key until a search begins
+const FIRST = 10;       // passages of a question that are shown without a click on "all"
+const PATIENCE = 200;   // milliseconds after the last key until a search begins
 
 const about = JSON.parse(takeText("about"));
-const texts = takeText("texts").split("\n");      // a line per question, as are the numbers
+const texts = takeText("texts").split("\n");      // one line per question, as in the numbers
 const numbers = takeText("numbers").split("\n");
-let lowered = null;     // the texts in lower case, once something is searched
+let lowered = null;     // the texts in lower case, made by the first search
 let matching = [];      // the indices of the questions that fit the view, in order
 let state = {};
 
 function takeText(id) {
   const element = document.getElementById(id);
   const text = element.textContent;
-  element.remove();     // a large page need not be held twice
+  element.remove();     // so that memory holds a large page once
   return text;
 }
 
@@ -39,9 +39,9 @@ function readRow(index) {
   return {em, f1, answerRank, relevantRank, count, holding};
 }
 
-// ---------------------------------------------------------------- what is listed
+// ---------------------------------------------------------------- filters and search
 
-// [name in the address, label, test of a row]
+// Return [name in the address, label, test of a row] of each filter.
 function listFilters() {
   const filters = [["all", "all questions", () => true]];
   if (about.has_predictions) {
@@ -63,7 +63,7 @@ function listFilters() {
   return filters;
 }
 
-// the smaller, the worse; what cannot be judged comes last
+// Return a number for sorting: worse questions have smaller ones, unjudged questions the largest.
 function goodness(row) {
   if (about.has_predictions) return row.em === null ? 3 : row.em + row.f1;
   const rank = row.relevantRank ?? row.answerRank;
@@ -84,12 +84,12 @@ function findMatching() {
   if (state.order !== "file") matching.sort((a, b) => goodness(rows[a]) - goodness(rows[b]));
 }
 
-// what is searched for, as pages.py writes texts: single blanks, form NFC
+// Return the search words in the form of page.py's texts: single blanks, NFC.
 function sought() {
   return state.q.trim().replace(/\s+/g, " ").normalize("NFC").toLowerCase();
 }
 
-// ---------------------------------------------------------------- building what is seen
+// ---------------------------------------------------------------- elements of the page
 
 function make(tag, attributes, ...children) {
   const element = document.createElement(tag);
@@ -199,7 +199,7 @@ function makePassage(passage, passages) {
   return item;
 }
 
-// a share is one of a whole; scores are seen between the lowest and the highest
+// Return a bar's width in per cent: the share, or the score between the lowest and the highest.
 function barWidth(passage, passages) {
   if (about.reader_is_share) return 100 * passage.reader;
   const values = passages.map(other => other.reader).filter(value => value !== null);
@@ -207,7 +207,7 @@ function barWidth(passage, passages) {
   return 100 * (passage.reader - lowest) / (Math.max(...values) - lowest || 1);
 }
 
-// the pieces of a text: what is a gold answer, a prediction or searched for is marked
+// Return the pieces of a text, with marks on gold answers, predictions and search words.
 function markText(passage) {
   const characters = [...passage.text];  // Python counts whole characters
   const kinds = new Array(characters.length).fill("");

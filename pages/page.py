@@ -1,4 +1,4 @@
-"""Pages: what test.py, retrieve.py and ask.py write as one HTML file that needs no other one."""
+"""Write the HTML pages of test.py, retrieve.py and ask.py, each a file that needs no other one."""
 import base64
 import hashlib
 import html
@@ -15,36 +15,36 @@ from records.files import is_stream, new_file
 from utils import InputError, progress_bar
 
 FOLDER = Path(__file__).resolve().parent
-CONTROLS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")  # blanks, and what would steer a terminal
-HALVES = re.compile("[\ud800-\udfff]")             # of characters: UTF-8 has no place for them
+CONTROLS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")  # blanks, and characters that control a terminal
+HALVES = re.compile("[\ud800-\udfff]")             # half characters, which UTF-8 cannot encode
 
-# what is deep in the lists of a large file is left out: Chromium opened a page of 70 MiB in 2 s and
-# searched it in 0.5 s, and took 6 s and 1 s for all of its 242 MiB (bench/pages.py)
-BUDGET = 64 * 2 ** 20  # characters of passages in a page
-LONGEST = 2000         # and of one passage
-DEPTH_SAMPLE = 100           # questions by whose passages the depth is chosen
+# Passages at low ranks are left out of large pages. Chromium opened a page of 70 MiB in 2 s and
+# searched it in 0.5 s; with all 242 MiB it took 6 s and 1 s (bench/pages.py).
+BUDGET = 64 * 2 ** 20  # characters of all passages in a page
+LONGEST = 2000         # characters of one passage
+DEPTH_SAMPLE = 100     # questions whose passages decide the depth
 LEAST_DEPTH = 5
 
-# the texts of a page have no control characters, so that these can stand for what separates them;
-# a < in them might end the element that holds them
+# The texts of a page have no control characters, so these can be used as separators. LESS_THAN
+# replaces a <, which could end the element that holds the texts.
 BETWEEN_FIELDS, BETWEEN_ANSWERS, LESS_THAN = "\t", "\x1f", "\x1e"
 
 
 # ---------------------------------------------------------------- texts
 
-def clean(text):
-    """A text of someone else in one line, without characters that steer a terminal."""
+def clean_text(text):
+    """Return a text in one line, without characters that control a terminal."""
     return CONTROLS.sub(" ", text).strip()
 
 
-def plain(text):
-    """A text in one line that UTF-8 can hold, in the one form (NFC) in which it is searched."""
-    return unicodedata.normalize("NFC", HALVES.sub("\ufffd", clean(text)))
+def normalize_text(text):
+    """Return a text in one line that UTF-8 can encode, in NFC, in which pages are searched."""
+    return unicodedata.normalize("NFC", HALVES.sub("\ufffd", clean_text(text)))
 
 
 def cut_excerpt(text, answers, length):
-    """About `length` characters of a text, whole words, with the first of the answers in it."""
-    text = clean(text)
+    """Return about `length` characters of a text, in whole words, including its first answer."""
+    text = clean_text(text)
     if len(text) <= length:
         return text
     start, end = 0, len(text)
@@ -53,13 +53,13 @@ def cut_excerpt(text, answers, length):
         start = text.rfind(" ", 0, max(places[0][0] - length // 2, 1)) + 1
     if end > start + length:
         end = start + length
-        blank = text.rfind(" ", end - length // 4, end)  # some languages have none
+        blank = text.rfind(" ", end - length // 4, end)  # some languages have no blanks
         end = blank if blank > 0 else end
     return ("… " if start else "") + text[start:end] + (" …" if end < len(text) else "")
 
 
 def split_at_answers(text, answers):
-    """The pieces of a text; every second one, from the second on, is an answer."""
+    """Split a text into pieces; the second, fourth, ... piece is an answer."""
     pieces, end_before = [], 0
     for start, end in find_answers(text, answers):
         pieces += [text[end_before:start], text[start:end]]
@@ -85,36 +85,36 @@ END = "</body>\n</html>\n"
 
 
 def check_page(path):
-    """Raises InputError for a page whose name a browser would not open as one."""
+    """Raise InputError for a page whose name does not end in .html or .htm."""
     if path and not is_stream(path) and not path.lower().endswith((".html", ".htm")):
-        raise InputError(f"--html {path}: a page's name ends in .html, so that a browser opens it "
-                         "as one")
+        raise InputError(f"--html {path}: the name must end in .html, so that a browser opens it "
+                         "as a page")
 
 
 def begin_page(title, script=""):
-    """The HTML up to the body's content. The page can load nothing, and run that script alone."""
+    """Return the HTML up to the body's content. The page can load nothing and run only `script`."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     if script:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy += f"; script-src 'sha256-{digest}'"
     style = (FOLDER / "page.css").read_text(encoding="utf-8")
-    return PAGE.format(policy=policy, title=html.escape(plain(title)), style=style)
+    return PAGE.format(policy=policy, title=html.escape(normalize_text(title)), style=style)
 
 
 # ---------------------------------------------------------------- a page of many questions
 
 class Inspected(NamedTuple):
-    """A question as it is shown, with its ranked passages."""
+    """Hold a question as it is shown, with its ranked passages."""
     id: object
     question: str
     answers: list
-    # [{title, text, score, has_answer}], and `id`, the `reader`'s score, `label`, `is_relevant`
-    # where they are
+    # [{title, text, score, has_answer}], with `id`, `reader` (the reader's score), `label` and
+    # `is_relevant` if they are known
     contexts: list
     prediction: str = ""
-    em: object = None
+    em: object = None          # None if the question has no answers
     f1: object = None
-    is_labelled: bool = False  # whether some document is known to be relevant
+    is_labelled: bool = False  # whether a document is known to be relevant
 
 
 CONTENT = """<header>
@@ -145,10 +145,10 @@ CONTENT = """<header>
 
 def write_inspection(path, title, remark, table, questions, count, *, depth, has_predictions=False,
                      reader_is_share=True, is_regex=False):
-    """Write a page of many questions, which is filtered and searched by its script.
+    """Write a page of many questions, with a script that filters and searches them.
 
-    `questions` yields `count` Inspected, whose passages below `depth` are left out (choose_kept);
-    `table` is a list of rows of texts. is_regex: answers are regular expressions.
+    `questions` yields `count` Inspected; of their passages below rank `depth`, only some are kept
+    (choose_kept). `table` is a list of rows of texts. is_regex: answers are regular expressions.
     """
     script = (FOLDER / "page.js").read_text(encoding="utf-8")
     title = f"{title}, {time.strftime('%Y-%m-%d')}"
@@ -158,8 +158,9 @@ def write_inspection(path, title, remark, table, questions, count, *, depth, has
         content = content.replace('<mark class="found">the prediction</mark>\n', "")
     with new_file(path) as file:
         file.write(begin_page(title, script))
-        file.write(content.format(title=html.escape(plain(title)), table=make_table(table),
-                                  remark=html.escape(plain(remark))))
+        file.write(content.format(title=html.escape(normalize_text(title)),
+                                  table=make_table(table),
+                                  remark=html.escape(normalize_text(remark))))
         file.write('<script type="text/plain" id="texts">')
         bar = progress_bar(questions, desc="writing the page", total=count)
         for i, question in enumerate(bar):
@@ -177,7 +178,7 @@ def write_inspection(path, title, remark, table, questions, count, *, depth, has
 
 
 def make_table(rows):
-    """The HTML of a table of texts, its first row and column the headers."""
+    """Return the HTML of a table of texts, whose first row and column are headers."""
     lines = []
     for i, row in enumerate(rows):
         cells = [html.escape(cell) for cell in row]
@@ -188,8 +189,9 @@ def make_table(rows):
 
 
 def choose_depth(samples, count):
-    """How many passages of each of `count` questions fit a page; `samples` are the [contexts] of
-    some of them.
+    """Return how many passages of each of `count` questions fit a page.
+
+    samples: the contexts of some questions, a list of lists.
     """
     lengths = [min(len(context["text"]), LONGEST) for contexts in samples for context in contexts]
     if not lengths:
@@ -199,15 +201,17 @@ def choose_depth(samples, count):
 
 
 class Kept(NamedTuple):
-    """A passage that the page holds: its rank, from 1, the context, and its text as it is shown."""
-    rank: int
+    """Hold a passage that is in the page."""
+    rank: int      # from 1
     context: dict
-    text: str
+    text: str      # as it is shown
 
 
 def choose_kept(question, depth):
-    """Return the Kept passages of a question: the first ones, and of those below `depth` the first
-    with an answer, the first that is relevant, and the reader's favourite.
+    """Return the Kept passages of a question.
+
+    They are the first `depth` ones and, from lower ranks, the first passage with an answer, the
+    first relevant one, and the one with the reader's highest score.
     """
     ranks = set(range(1, min(depth, len(question.contexts)) + 1))
     ranks |= {find_rank(question, "has_answer"), find_rank(question, "is_relevant")} - {0}
@@ -218,21 +222,24 @@ def choose_kept(question, depth):
     for rank in sorted(ranks):
         context = question.contexts[rank - 1]
         answers = question.answers if context["has_answer"] else [question.prediction]
-        kept.append(Kept(rank, context, plain(cut_excerpt(context["text"], answers, LONGEST))))
+        excerpt = cut_excerpt(context["text"], answers, LONGEST)
+        kept.append(Kept(rank, context, normalize_text(excerpt)))
     return kept
 
 
 def find_rank(question, name):
-    """The rank, from 1, of the first context in which this is true, or 1 or more; 0 if none is."""
+    """Return the rank, from 1, of the first context whose field `name` is True or >= 1, else 0."""
     ranks = (rank for rank, context in enumerate(question.contexts, 1)
              if (context.get(name) or 0) >= 1)
     return next(ranks, 0)
 
 
 def list_row_numbers(question):
-    """Return [em, f1, rank of the first answer, of the first relevant passage, passages, those with
-    an answer]: by this pages/page.js filters. A rank is 0 where there is none, None where it is not
-    known.
+    """Return a question's numbers, by which pages/page.js filters.
+
+    They are [em, f1, rank of the first passage with an answer, rank of the first relevant passage,
+    number of passages, number of passages with an answer]. A rank is 0 if there is no such passage,
+    and None if that is unknown.
     """
     answer_rank = find_rank(question, "has_answer") if question.answers else None
     relevant_rank = find_rank(question, "is_relevant") if question.is_labelled else None
@@ -241,33 +248,36 @@ def list_row_numbers(question):
 
 
 def describe_passage(question, kept, is_regex):
-    """Return [rank, score, reader's score, holds an answer, label, places of answers, of the
-    prediction] of a Kept passage; a place is its start and end, in characters.
+    """Return a Kept passage's numbers.
+
+    They are [rank, score, reader's score, 1 if it has an answer, label, spans of answers, spans of
+    the prediction]. Spans are a flat list of starts and ends, in characters.
     """
     rank, context, text = kept
     gold = find_answers(text, question.answers, is_regex) if context["has_answer"] else []
     predicted = find_answers(text, [question.prediction])
-    return [rank, finite(context.get("score")), finite(context.get("reader")),
-            int(context["has_answer"]), finite(context.get("label")),
-            [end for place in gold for end in place],
-            [end for place in predicted for end in place]]
+    return [rank, round_finite(context.get("score")), round_finite(context.get("reader")),
+            int(context["has_answer"]), round_finite(context.get("label")),
+            [end for span in gold for end in span],
+            [end for span in predicted for end in span]]
 
 
-def finite(value):
-    """A number for JSON, rounded; None for one that it cannot hold."""
+def round_finite(value):
+    """Return a rounded number for JSON, or None for None and for a number that is not finite."""
     return round(value, 6) if value is not None and math.isfinite(value) else None
 
 
 def join_texts(question, kept):
-    """What is searched of a question, in one line, as pages/page.js takes it apart."""
-    answers = BETWEEN_ANSWERS.join(plain(answer) for answer in question.answers)
-    fields = [plain(str(question.id)), plain(question.question), plain(question.prediction),
-              answers]
+    """Return a question's searchable texts in one line, which pages/page.js splits again."""
+    answers = BETWEEN_ANSWERS.join(normalize_text(answer) for answer in question.answers)
+    fields = [normalize_text(str(question.id)), normalize_text(question.question),
+              normalize_text(question.prediction), answers]
     for rank, context, text in kept:
-        fields += [plain(str(context.get("id", rank - 1))), plain(context.get("title") or ""), text]
+        fields += [normalize_text(str(context.get("id", rank - 1))),
+                   normalize_text(context.get("title") or ""), text]
     return BETWEEN_FIELDS.join(fields).replace("<", LESS_THAN)
 
 
 def dump_json(value):
-    """JSON that no browser takes for an element."""
+    """Return JSON in which no browser sees the beginning or end of an element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

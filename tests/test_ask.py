@@ -157,7 +157,7 @@ def test_a_question_longer_than_the_reader_reads_is_noted(files):
     ([], "stdin holds no question"),
     (["--query_encoder", "bert"], "--query_encoder is for dense retrieval and bm25 has no encoder"),
     (["--question", "who", "--html", "/nowhere/page.html"], "/nowhere/page.html: its folder does"),
-    (["--question", "who", "--html", "page.txt"], "--html page.txt: a page's name ends in .html"),
+    (["--question", "who", "--html", "page.txt"], "--html page.txt: the name must end in .html"),
     (["--question", "who", "--k1", 2], "bm25 holds an index of another k1"),
     (["--question", "who", "--corpus", "no.jsonl"], "no.jsonl: cannot be read"),
     (["--question", "who", "--num_contexts", 0], "--num_contexts must be >= 1, got 0"),

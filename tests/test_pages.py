@@ -150,7 +150,7 @@ def test_what_is_deep_in_long_lists_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("p.json", "--html p.json: a page's name ends in .html"),
+    ("p.json", "--html p.json: the name must end in .html"),
     ("/nowhere/p.html", "/nowhere/p.html: its folder does not exist"),
     ("records.html", "is also an input of this command"),
 ])
