@@ -1,14 +1,13 @@
-r"""Asks: one question from a corpus to an answer, with the passages that it was read from.
+r"""Ask: from one question and a corpus to an answer, with the passages that it was read from.
 
     python ask.py OUT --corpus notes.jsonl --retrieval_method bm25 --question "Who has the key?"
     python ask.py OUT --corpus psgs_w100.tsv --query_encoder runs/dpr --index wiki.index
     python ask.py OUT --corpus notes.jsonl --retrieval_method bm25 --html page.html < questions.txt
 
-Without --question the questions are read from a pipe, one per line, or typed at a prompt, which
-an empty line ends. The corpus is searched as by retrieve.py, whose index is made or reused, and the
-passages are read as by test.py; both are opened once. The passages are printed in the order of
-their shares: of the reader's attention as the answer begins or, of a causal language model, of the
-answer's likelihood.
+Without --question, questions are read from a pipe, one per line, or typed at a prompt until an
+empty line. The corpus is searched as in retrieve.py, with the same index, and the passages are read
+as in test.py; index and reader are opened once. Passages are printed by their share of the reader's
+attention as the answer begins, or for a causal language model of the answer's likelihood.
 """
 import time
 
@@ -29,6 +28,7 @@ import torch
 import transformers
 
 from data import note_long_passages
+from dense.flags import pick_flags
 from pages.page import (
     END,
     begin_page,
@@ -44,20 +44,24 @@ from records.corpus import open_corpus
 from records.files import check_paths, new_file
 from records.questions import make_question
 from records.reading import decode_line
+from retrieval.bm25 import open_bm25, search_words
 from retrieval.flags import (
     add_corpus_flags,
-    add_run_flags,
+    add_machine_flags,
     add_search_flags,
-    check_search,
-    settle_defaults,
+    check_search_flags,
+    list_corpus_files,
+    name_index,
+    read_dense_settings,
+    settle_templates,
 )
 from retrieval.results import read_contexts
 from retrieval.search import (
+    BM25Settings,
+    SearchSettings,
     encode_questions,
-    open_bm25,
     open_dense,
     search_query_vectors,
-    search_words,
 )
 from utils import (
     InputError,
@@ -74,117 +78,76 @@ EMPTY = "(an empty answer)"
 NOTHING_FOUND = "no passage was found; the question was read alone"
 EXCERPT = 300        # characters of a passage on the terminal
 LONG_EXCERPT = 1500  # and on the page
-WIDEST = 100         # columns of the terminal that are filled at most
+WIDEST = 100         # most columns of the terminal that are filled
 BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[1;32m", "\033[2m", "\033[0m"
 
 
-def parse_args():
-    parser = Parser(description=__doc__)
-    add = parser.add_argument_group("reader").add_argument
-    add("model", help="the reader: checkpoint folder, minFiD file or hub name")
-    add("--num_contexts", type=int, help="passages to read; default: as trained, else 5")
-    add("--max_length", type=int,
-        help="tokens per question and passage; default: as trained, else 200")
-    add_answer_flags(add)
-    add_prompt_flags(parser)
-    add = parser.add_argument_group("questions and answers").add_argument
-    add("--question", action="append", metavar="TEXT",
-        help="a question, in quotes; may be repeated; default: read one per line from a pipe, or "
-        "typed at a prompt")
-    add("--show", type=int, default=5, metavar="N",
-        help="how many of the passages that were read to show")
-    add("--html", metavar="FILE", help="write questions, answers and passages to an HTML page")
-    add("--json", action="store_true",
-        help="print each question as a JSON record with all passages as ctxs, not as text")
-    add_corpus_flags(parser.add_argument_group("documents").add_argument)
-    add = parser.add_argument_group("retrieval").add_argument
-    add("--retrieval_method", choices=["dense", "bm25"],
-        help="how to find passages; default: dense if --query_encoder is given")
-    add("--query_encoder", default="",
-        help="retriever: checkpoint folder or hub name; needed for dense retrieval")
-    add_search_flags(add)
-    add_run_flags(parser)
-    parser.set_defaults(eval_data=None, ranker=False)  # retrieve.py's functions look at them
-    return parser.parse_args()
+# ---------------------------------------------------------------- answering
+
+class Answer(NamedTuple):
+    """Hold the answer to a question, and the passages that it was read from."""
+    question: str
+    text: str
+    contexts: list  # read, in the retriever's order: {id, title, text, score, share (per cent)}
+    seconds: dict   # {part: seconds}
+    n_best: object = None  # [(text, log probability)] of the best answers, or None
 
 
-def check_args(args):
-    """Settle how to search, and reject flags that do not fit. Raises InputError."""
-    if read_number("WORLD_SIZE", 1) > 1:
-        raise InputError("ask.py runs in one process: start it without torchrun")
-    for name in ("query_encoder", "key_encoder"):
-        if args.retrieval_method == "bm25" and getattr(args, name):
-            raise InputError(f"--{name} is for dense retrieval and bm25 has no encoder; leave one "
-                             "of the two out")
-    if args.retrieval_method != "bm25" and not args.query_encoder:
-        raise InputError("nothing to search with: give --query_encoder DIR, or --retrieval_method "
-                         "bm25")
-    args.retrieval_method = args.retrieval_method or "dense"
-    if not args.corpus:
-        raise InputError("nothing to search in: give --corpus FILE (scripts/make_corpus.py makes "
-                         "one of a folder of texts)")
-    for question in args.question or []:
-        check_question(question, "--question")
-    settle_defaults(args)
-    check_search(args)
-    check_at_least(args, {"num_contexts": 1, "max_length": 1, "answer_maxlength": 2, "show": 0})
-    settle_beams(args)
-    check_page(args.html)
-    check_paths([args.html], [*args.corpus, args.index, args.model, args.query_encoder,
-                              args.key_encoder])
+def answer_question(args, settings, text, corpus, index, model, tokenizer, world):
+    """Return the Answer to a question's text. index: what open_search returns."""
+    seconds = {}
+    contexts = search_contexts(settings, text, corpus, index, world, seconds)
+    # errors name a record by its id
+    record = {"id": text, "question": text, "answers": [], "ctxs": contexts}
+    with timed(seconds, "read"):
+        prediction, = predict(model, [record], tokenizer, world, batch_size=1,
+                              num_contexts=args.num_contexts, max_length=args.max_length,
+                              answer_maxlength=args.answer_maxlength, num_beams=args.num_beams,
+                              with_scores="attention", n_best=args.n_best)
+    # scores are logarithms of shares; a question without passages has one score, its own
+    shares = 100 * torch.tensor(prediction.context_scores).softmax(0)
+    for context, share in zip(contexts, shares.tolist()):
+        context["share"] = share
+    return Answer(text, prediction.text, contexts, seconds, prediction.n_best)
 
 
-# ---------------------------------------------------------------- questions
-
-def check_question(text, location):
-    """Raises InputError for a question without a character, or with a half one."""
-    if not text.strip():
-        raise InputError(f"{location}: the question is empty; write one")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{location}: {shorten(text)} is not in UTF-8; set the terminal to "
-                         "it") from None
-
-
-def read_piped():
-    """Yields the lines of stdin that have text. Raises InputError if none has."""
-    count = 0
-    for line_number, line in enumerate(sys.stdin.buffer, 1):
-        text = decode_line(line, "stdin", line_number).strip("\ufeff \t\r\n")  # of Windows, say
-        if text:
-            check_question(text, f"stdin:{line_number}")
-            count += 1
-            yield text
-    if not count:
-        raise InputError("stdin holds no question; write one per line, or give --question TEXT")
+def search_contexts(settings, text, corpus, index, world, seconds):
+    """Return the contexts {id, title, text, score} of a question, best first. Store the times in
+    `seconds`.
+    """
+    questions = [make_question({"question": text}, "the question", 0, settings.task)]
+    if settings.method == "dense":
+        with timed(seconds, "encode"):
+            query_vectors = encode_questions(index, questions, log)
+        with timed(seconds, "search"):
+            results = search_query_vectors(settings, index, query_vectors, world)
+            return read_contexts(results, 0, corpus, None)
+    with timed(seconds, "search"):
+        results = search_words(settings, index, questions, world)
+        return read_contexts(results, 0, corpus, None)
 
 
-def read_typed():
-    """Yields the lines that are typed at a prompt, up to an empty one, Ctrl-D or Ctrl-C."""
-    import readline  # noqa: F401  input() then edits lines and remembers them
-    print("type a question; an empty line ends", file=sys.stderr)
-    while True:
-        try:
-            if sys.stdout.isatty():
-                text = input(PROMPT)
-            else:  # input would write the prompt among the answers
-                print(PROMPT, end="", file=sys.stderr, flush=True)
-                text = input()
-        except (EOFError, KeyboardInterrupt):
-            print(file=sys.stderr)
-            return
-        if not text.strip():
-            return
-        check_question(text, "the line")
-        yield text.strip()
+def note_unread(args, answer, model, tokenizer, is_first):
+    """Log that a question fills the reader's input or, for the first question, that long passages
+    are truncated.
+    """
+    collator = model.make_collator(tokenizer, args.num_contexts, args.max_length)
+    alone, = collator.texts({"question": answer.question, "ctxs": []})
+    ids = tokenizer(alone, add_special_tokens=False, truncation=True,
+                    max_length=args.max_length)["input_ids"]
+    if len(ids) == args.max_length:
+        log(f"note: the question takes all of the {args.max_length} tokens that are read per "
+            "passage, so no passage is read; raise --max_length")
+    elif is_first:
+        record = {"question": answer.question, "ctxs": answer.contexts}
+        note_long_passages([record], collator, log)
 
 
 # ---------------------------------------------------------------- opening
 
 @contextmanager
 def timed(seconds, part):
-    """Puts the seconds that the block takes into {part: seconds}."""
+    """Store the seconds that the block takes in `seconds`, {part: seconds}."""
     start = time.perf_counter()
     yield
     seconds[part] = time.perf_counter() - start
@@ -202,80 +165,65 @@ def load_reader(args, world):
     return model, tokenizer
 
 
-def open_search(args, corpus, world):
-    """Return what a search needs: (BM25 index, words) or a DenseIndex; made if it is not there."""
-    if args.retrieval_method == "dense":
-        return open_dense(args, corpus, [args.task], world)
-    return open_bm25(args, corpus, world)
+def open_search(settings, corpus, world):
+    """Return the BM25Index or DenseIndex of the settings, made if it is missing."""
+    if settings.method == "dense":
+        return open_dense(settings, corpus, [settings.task], world)
+    return open_bm25(settings, corpus, world)
 
 
-# ---------------------------------------------------------------- answering
+# ---------------------------------------------------------------- questions
 
-class Answer(NamedTuple):
-    """The answer to a question, and where it comes from."""
-    question: str
-    text: str
-    # those that were read, in the retriever's order: {id, title, text, score, share (per cent)}
-    contexts: list
-    seconds: dict  # {part: seconds}
-    n_best: object = None  # [(text, log probability)] of the best answers, or None
-
-
-def answer_question(args, text, corpus, index, model, tokenizer, world):
-    """Return the Answer to a question's text; `index` is what open_search returns."""
-    seconds = {}
-    contexts = find_contexts(args, text, corpus, index, world, seconds)
-    record = {"id": text, "question": text, "answers": [], "ctxs": contexts}  # errors name it
-    with timed(seconds, "read"):
-        prediction, = predict(model, [record], tokenizer, world, batch_size=1,
-                              num_contexts=args.num_contexts, max_length=args.max_length,
-                              answer_maxlength=args.answer_maxlength, num_beams=args.num_beams,
-                              with_scores="attention", n_best=args.n_best)
-    # the scores are logarithms of shares; a question that is read alone has one of its own
-    shares = 100 * torch.tensor(prediction.context_scores).softmax(0)
-    for context, share in zip(contexts, shares.tolist()):
-        context["share"] = share
-    return Answer(text, prediction.text, contexts, seconds, prediction.n_best)
+def check_question(text, location):
+    """Raise InputError for a question that is blank or not valid Unicode."""
+    if not text.strip():
+        raise InputError(f"{location}: the question is empty; write one")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{location}: {shorten(text)} is not in UTF-8; set the terminal to "
+                         "it") from None
 
 
-def find_contexts(args, text, corpus, index, world, seconds):
-    """Return the contexts {id, title, text, score} of a question, best first. Put the times into
-    `seconds`.
-    """
-    questions = [make_question({"question": text}, "the question", 0, args.task)]
-    if args.retrieval_method == "dense":
-        with timed(seconds, "encode"):
-            query_vectors = encode_questions(args, index.model, index.collator, questions, world,
-                                             log)
-        with timed(seconds, "search"):
-            results = search_query_vectors(args, index, query_vectors, world)
-            return read_contexts(results, 0, corpus, None)
-    with timed(seconds, "search"):
-        results = search_words(args, *index, questions, world)
-        return read_contexts(results, 0, corpus, None)
+def read_piped():
+    """Yield the lines of stdin that have text. Raises InputError if no line has."""
+    count = 0
+    for line_number, line in enumerate(sys.stdin.buffer, 1):
+        # \ufeff starts text files of Windows
+        text = decode_line(line, "stdin", line_number).strip("\ufeff \t\r\n")
+        if text:
+            check_question(text, f"stdin:{line_number}")
+            count += 1
+            yield text
+    if not count:
+        raise InputError("stdin holds no question; write one per line, or give --question TEXT")
 
 
-def note_unread(args, answer, model, tokenizer, is_first):
-    """Logs that a question fills the reader's input, or, once, that the ends of passages are not
-    read.
-    """
-    collator = model.make_collator(tokenizer, args.num_contexts, args.max_length)
-    alone, = collator.texts({"question": answer.question, "ctxs": []})
-    ids = tokenizer(alone, add_special_tokens=False, truncation=True,
-                    max_length=args.max_length)["input_ids"]
-    if len(ids) == args.max_length:
-        log(f"note: the question takes all of the {args.max_length} tokens that are read of a "
-            "question with its passage: no passage is read (--max_length)")
-    elif is_first:
-        record = {"question": answer.question, "ctxs": answer.contexts}
-        note_long_passages([record], collator, log)
+def read_typed():
+    """Yield the lines typed at a prompt, until an empty line, Ctrl-D or Ctrl-C."""
+    import readline  # noqa: F401  gives input() editing and a history
+    print("type a question; an empty line ends", file=sys.stderr)
+    while True:
+        try:
+            if sys.stdout.isatty():
+                text = input(PROMPT)
+            else:  # input() would write the prompt to stdout, where the answers go
+                print(PROMPT, end="", file=sys.stderr, flush=True)
+                text = input()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if not text.strip():
+            return
+        check_question(text, "the line")
+        yield text.strip()
 
 
-# ---------------------------------------------------------------- what is shown
+# ---------------------------------------------------------------- the terminal
 
 class Shown(NamedTuple):
-    """A passage as it is shown: its rank in the retriever's order, from 1, and an excerpt."""
-    rank: int
+    """Hold a passage as it is shown."""
+    rank: int  # in the retriever's order, from 1
     score: float
     share: float
     title: str
@@ -283,7 +231,7 @@ class Shown(NamedTuple):
 
 
 def choose_shown(answer, count, length):
-    """([Shown], those of the highest shares first, number of the others, their share)."""
+    """Return ([Shown], by falling share, number of the other passages, their share)."""
     ranked = sorted(enumerate(answer.contexts, 1), key=lambda pair: -pair[1]["share"])
     shown = []
     for rank, context in ranked[:count]:
@@ -295,12 +243,12 @@ def choose_shown(answer, count, length):
 
 
 def describe_seconds(seconds, digits=3):
-    """The times of the parts in one line."""
+    """Return the times of the parts in one line."""
     return ", ".join(f"{part} {value:.{digits}f} s" for part, value in seconds.items())
 
 
 def print_answer(answer, count, in_colour):
-    """Print an answer and the `count` passages of the highest shares."""
+    """Print an answer and the `count` passages with the highest shares."""
     def paint(text, colour):
         return f"{colour}{text}{PLAIN}" if in_colour else text
     width = min(shutil.get_terminal_size().columns, WIDEST)
@@ -315,7 +263,7 @@ def print_answer(answer, count, in_colour):
     for passage in shown:
         lines.append(f"{passage.share:5.1f} %  {passage.rank:4d}  {passage.score:9.3f}  "
                      f"{paint(passage.title, BOLD)}")
-        # wrapped first, since marks take no room on a terminal
+        # wrapped before it is coloured, because colour codes have no width
         excerpt = textwrap.fill(passage.excerpt, max(width - 9, 20))
         pieces = split_at_answers(excerpt, [answer.text])
         for i in range(1, len(pieces), 2):
@@ -334,7 +282,7 @@ def best_lines(answer):
 
 
 def print_record(answer, index):
-    """Print an answer as a record for other scripts, in one line."""
+    """Print an answer as one line of JSON, a record for other scripts."""
     record = {"id": index, "question": answer.question, "prediction": answer.text,
               "ctxs": answer.contexts, "seconds": answer.seconds}
     if answer.n_best:
@@ -361,9 +309,8 @@ PASSAGE = """<li>
 </li>"""
 
 
-def write_page(path, answers, footer, count):
-    """Writes the answers with `count` passages each as one page of HTML, which needs nothing else.
-    """
+def write_answers_page(path, answers, footer, count):
+    """Write the answers, with `count` passages each, as one HTML page without other files."""
     sections = "\n".join(make_section(answer, count) for answer in answers)
     today = time.strftime("%Y-%m-%d")
     with new_file(path) as file:
@@ -395,23 +342,88 @@ def make_section(answer, count):
                           passages="\n".join(passages), remarks=remarks)
 
 
+# ---------------------------------------------------------------- flags
+
+def parse_args():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group("reader").add_argument
+    add("model", help="the reader: checkpoint folder, minFiD file or hub name")
+    add("--num_contexts", type=int,
+        help="passages to read; default: the checkpoint's value, else 5")
+    add("--max_length", type=int,
+        help="tokens per question and passage; default: the checkpoint's value, else 200")
+    add_answer_flags(add)
+    add_prompt_flags(parser)
+    add = parser.add_argument_group("questions and answers").add_argument
+    add("--question", action="append", metavar="TEXT",
+        help="a question, in quotes; may be repeated; default: read questions from a pipe, one per "
+        "line, or at a prompt")
+    add("--show", type=int, default=5, metavar="N",
+        help="how many of the passages that were read to show")
+    add("--html", metavar="FILE", help="write questions, answers and passages to an HTML page")
+    add("--json", action="store_true",
+        help="print a JSON record per question, with all passages as ctxs, instead of text")
+    add_corpus_flags(parser.add_argument_group("documents").add_argument)
+    add = parser.add_argument_group("retrieval").add_argument
+    add("--retrieval_method", choices=["dense", "bm25"],
+        help="how to find passages; default: dense if --query_encoder is given")
+    add("--query_encoder", default="",
+        help="retriever: checkpoint folder or hub name; needed for dense retrieval")
+    add_search_flags(add)
+    add_machine_flags(parser)
+    return parser.parse_args()
+
+
+def check_ask_flags(args, method, templates):
+    """Raise InputError for flags that do not fit together. templates: see settle_templates."""
+    if read_number("WORLD_SIZE", 1) > 1:
+        raise InputError("ask.py runs in one process: start it without torchrun")
+    for name in ("query_encoder", "key_encoder"):
+        if args.retrieval_method == "bm25" and getattr(args, name):
+            raise InputError(f"--{name} is for dense retrieval and bm25 has no encoder; leave out "
+                             "one of the two flags")
+    if args.retrieval_method != "bm25" and not args.query_encoder:
+        raise InputError("nothing to search with: give --query_encoder DIR, or --retrieval_method "
+                         "bm25")
+    if not args.corpus:
+        raise InputError("nothing to search in: give --corpus FILE (scripts/make_corpus.py makes "
+                         "one from a folder of texts)")
+    for question in args.question or []:
+        check_question(question, "--question")
+    check_search_flags(args, templates)
+    check_at_least(args, {"num_contexts": 1, "max_length": 1, "answer_maxlength": 2, "show": 0})
+    settle_beams(args)
+    check_page(args.html)
+    check_paths([args.html], [*list_corpus_files(args), name_index(args, method), args.model,
+                              args.query_encoder, args.key_encoder])
+
+
+def read_ask_settings(args, method, templates, hits):
+    """Return the SearchSettings of the flags."""
+    dense = read_dense_settings(args, templates) if method == "dense" else None
+    return SearchSettings(method=method, hits=hits, index=name_index(args, method),
+                          overwrite_index=args.overwrite_index, bm25=pick_flags(args, BM25Settings),
+                          dense=dense, task=args.task, seed=args.seed)
+
+
 # ---------------------------------------------------------------- main
 
 def main(args):
     seconds = {"libraries": time.perf_counter() - START}
-    check_args(args)
-    sys.stdout.reconfigure(errors="replace")  # of letters that the terminal does not have
+    method = args.retrieval_method or "dense"
+    templates = settle_templates(args, method)
+    check_ask_flags(args, method, templates)
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack some letters
     transformers.utils.logging.disable_progress_bar()
-    # what is said on the way goes to stderr: a pipe gets the answers
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr):  # only answers go to stdout
         world = start_processes(args.gpus)
         with timed(seconds, "reader"):
             model, tokenizer = load_reader(args, world)
-        args.hits = args.num_contexts
+        settings = read_ask_settings(args, method, templates, args.num_contexts)
         with timed(seconds, "corpus and index"):
-            corpus = open_corpus(args.corpus, args.key_template, world)
-            index = open_search(args, corpus, world)
-    sources = (f"{len(corpus):,} documents of {', '.join(args.corpus)}, "
+            corpus = open_corpus(list_corpus_files(args), templates["key_template"], world)
+            index = open_search(settings, corpus, world)
+    sources = (f"{len(corpus):,} documents of {', '.join(list_corpus_files(args))}, "
                f"{args.query_encoder or 'BM25'}; {args.model} reads {args.num_contexts}, "
                f"{args.max_length} tokens each")
     log(f"{sources}; loaded in {sum(seconds.values()):.1f} s ({describe_seconds(seconds, 1)})")
@@ -423,11 +435,12 @@ def main(args):
     try:
         for i, text in enumerate(questions):
             try:
-                answer = answer_question(args, text, corpus, index, model, tokenizer, world)
+                answer = answer_question(args, settings, text, corpus, index, model, tokenizer,
+                                         world)
             except InputError as error:
                 if not is_typed:
                     raise
-                log(f"error: {error}")  # another question may do
+                log(f"error: {error}")  # the next question may work
                 continue
             answers.append(answer)
             note_unread(args, answer, model, tokenizer, is_first=len(answers) == 1)
@@ -435,23 +448,26 @@ def main(args):
                 print_record(answer, i)
             else:
                 print_answer(answer, args.show, in_colour)
-            if args.html and is_typed:  # it can be looked at between the questions
-                write_page(args.html, answers, sources, args.show)
+            if args.html and is_typed:  # the page can be viewed between two questions
+                write_answers_page(args.html, answers, sources, args.show)
     finally:
         if args.html and answers:
-            write_page(args.html, answers, sources, args.show)
+            write_answers_page(args.html, answers, sources, args.show)
             log(f"page: {args.html}")
     if len(answers) > 1:
         log_times([answer.seconds for answer in answers])
 
 
 def log(text):
-    """Prints on stderr, beside the answers."""
+    """Print on stderr, apart from the answers."""
     print(text, file=sys.stderr, flush=True)
 
 
 def log_times(rows):
-    """Logs the first answer's time and, by part, the median over all, of [{part: seconds}]."""
+    """Log the first answer's time, and the median of all in total and by part.
+
+    rows: {part: seconds} per answer.
+    """
     parts = {part: median(row[part] for row in rows) for part in rows[0]}
     total = median(sum(row.values()) for row in rows)
     log(f"{len(rows)} questions: the first took {sum(rows[0].values()):.3f} s, the median "

@@ -37,8 +37,7 @@ from dense.training_data import DataSettings, TaskSettings, TrainingData, read_t
 from records.corpus import Corpus, open_corpus
 from records.qrels import list_qrels_files, merge_qrels
 from records.questions import read_queries
-from retrieval.dev_set import annotated_set, read_dev_set, sample_dev_set
-from retrieval.dev_set import evaluate as measure_retriever
+from retrieval.dev_set import annotated_set, measure_retriever, read_dev_set, sample_dev_set
 from retrieval.measures import note_patterns, note_unjudged
 from retrieval.results import note_own
 from training.adapters import copy_to_cpu, prepare_lora, read_lora_flags, unload_adapters

@@ -316,7 +316,9 @@ def set_up(args, world, sets=BOTH_SETS):
     inputs = hash_inputs(list_inputs(args), world)
     state = load_state(paths.out, flags, world, FREE_FLAGS, inputs) if args.resume else None
     if args.retriever:
-        retrieve_once(args, paths.out, count_retrieved(args), given_records(paths), world)
+        retrieve_once(paths.out, given_records(paths), args.retriever, args.corpus,
+                      count_retrieved(args), world, index=args.index, num_workers=args.num_workers,
+                      resumes=args.resume)
     train, dev = [], []
     if "train" in sets:
         train = read_records(locate_records(paths, "train", args.retriever), num_contexts)

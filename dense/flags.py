@@ -233,7 +233,7 @@ def check_args(args, sets=BOTH_SETS):
     sets: see set_up in train_dense.py.
     """
     check_numbers(args)
-    check_templates(args)
+    check_templates(args.query_template, args.key_template)
     check_metrics(args)
     check_training_data(args, sets)
     check_unused(args)

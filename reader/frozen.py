@@ -1,20 +1,19 @@
-"""The passages of a frozen retriever for a reader's training: retrieved once, by retrieve.py's own
-functions, and kept beside the reader.
+"""The passages of a frozen retriever for a reader's training, retrieved once and kept next to the
+reader.
 
-OUT.retrieved holds train.jsonl, dev.jsonl and test.jsonl, as retrieve.py --output writes them, and
-made_of.json, which tells what they were made of.
+OUT.retrieved holds train.jsonl, dev.jsonl and test.jsonl, in the form of retrieve.py --output, and
+made_of.json, which lists what they were made of.
 """
 import hashlib
 import json
 import os
 import time
+from dataclasses import replace
 from itertools import chain
 
 import transformers
 
-import retrieval.flags
-from dense.flags import read_text_settings
-from dense.texts import settle_texts
+from dense.texts import TEMPLATES, TextSettings, read_trained_flags, settle_texts
 from records.corpus import open_corpus
 from records.fields import gold_passages
 from records.files import write_json
@@ -25,41 +24,30 @@ from records.reading import read_settings
 from retrieval.fingerprint import fingerprint
 from retrieval.measures import mark_answers
 from retrieval.results import Results, write_contexts
-from retrieval.search import search
+from retrieval.search import DenseSettings, SearchSettings, search
 from utils import InputError, gather_lists, wait_for_all
 
-TASK = "qa"  # whose instructions the retriever gets, where it was trained with some
-# what the passages depend on, beside corpus, retriever and questions
-SETTINGS = ("retrieval_method", "hits", "query_template", "key_template", "dtype")
+TASK = "qa"  # whose instructions the retriever gets, if it was trained with instructions
 
 
 # ---------------------------------------------------------------- retrieving
 
-def retrieve_once(args, out, num_retrieved, paths, world):
-    """Write OUT.retrieved/NAME.jsonl, the records of each {name: file} with --num_retrieved
-    passages of --corpus; what an earlier run has made of the same is kept.
+def retrieve_once(out, paths, retriever, corpus_file, num_retrieved, world, *, index=None,
+                  num_workers=0, resumes=False):
+    """Write OUT.retrieved/NAME.jsonl for each {name: file}: its records with retrieved passages.
 
-    args: train_epoch.py's flags. Raises InputError.
+    Files that an earlier run made in the same way are kept. retriever: a folder, hub name, or bm25.
+    resumes: the run continues from OUT.state. Raises InputError.
     """
     folder = retrieved_folder(out)
     records = {}
     for name, path in paths.items():
         records[name] = read_records(path, keep_contexts=1)
         drop_contexts(records[name], path, world.log)
-    flags = retrieval_flags(args, num_retrieved)
-    corpus = open_corpus(flags.corpus, flags.key_template, world)
-    flags.hits = min(flags.hits, len(corpus))
-    model = None if args.retriever == "bm25" else args.retriever
-    settings = {name: getattr(flags, name) for name in SETTINGS}
-    if model is None:
-        settings |= {"version": "none", "add_instruction": True, "query_max_length": None,
-                     "key_max_length": None, "prompts": None, "bm25_words": flags.bm25_words}
-    else:
-        texts = settle_texts(model, None, read_text_settings(flags), log=lambda line: None)
-        settings |= {"version": texts.version, "add_instruction": texts.add_instruction,
-                     "query_max_length": texts.max_lengths["query"],
-                     "key_max_length": texts.max_lengths["key"], "prompts": texts.prompts}
-    made_of = fingerprint(corpus, model, settings | {"has_ids": corpus.has_ids}, world)
+    settings = frozen_settings(retriever, corpus_file, num_retrieved, index, num_workers)
+    corpus = open_corpus([corpus_file], settings.key_template, world)
+    settings = replace(settings, hits=min(settings.hits, len(corpus)))
+    made_of = describe_passages(settings, corpus, world)
 
     # the main process decides what is missing
     digests = {name: hash_records(records[name]) for name in paths}
@@ -70,46 +58,60 @@ def retrieve_once(args, out, num_retrieved, paths, world):
                   "questions")
         return
 
-    if args.resume and os.path.exists(f"{out}.state") and missing != ["test"]:
+    if resumes and os.path.exists(f"{out}.state") and missing != ["test"]:
         world.log("warning: the retriever's weights, the corpus or the questions have changed "
                   "since the resumed run began")
     transformers.utils.logging.disable_progress_bar()
     start = time.time()
     questions = {name: make_questions(records[name], paths[name]) for name in missing}
     all_questions = list(chain.from_iterable(questions.values()))
-    results = search(flags, corpus, all_questions, world)
+    results = search(settings, corpus, all_questions, world)
     if world.is_main:
         keep_results(folder, made_of, digests, questions, results, corpus)
-    world.log(f"{folder}: {flags.hits} of {len(corpus):,} documents for each of the "
-              f"{len(all_questions)} questions of {', '.join(missing)}, by {args.retriever}: "
+    world.log(f"{folder}: {settings.hits} of {len(corpus):,} documents for each of the "
+              f"{len(all_questions)} questions of {', '.join(missing)}, by {retriever}: "
               f"{time.time() - start:.1f} s")
-    wait_for_all(world)  # for the main process's files
+    wait_for_all(world)  # until the main process has written the files
 
 
-def retrieval_flags(args, num_retrieved):
-    """retrieve.py's flags, as if its command line named these. Raises InputError."""
-    method = "bm25" if args.retriever == "bm25" else "dense"
-    arguments = [f"--retrieval_method={method}", f"--query_encoder={args.retriever}",
-                 f"--corpus={args.corpus}", f"--hits={num_retrieved}", f"--task={TASK}",
-                 f"--num_workers={args.num_workers}"]
-    if args.index:
-        arguments.append(f"--index={args.index}")
-    flags = retrieval.flags.parse_args("", arguments)
-    retrieval.flags.settle_defaults(flags)
-    return flags
+def frozen_settings(retriever, corpus_file, num_retrieved, index, num_workers):
+    """Return the SearchSettings of a frozen retriever: retrieve.py's defaults, with the templates
+    that the retriever was trained with.
+    """
+    method = "bm25" if retriever == "bm25" else "dense"
+    trained = {} if method == "bm25" else read_trained_flags(retriever)
+    templates = {name: trained.get(name, default) for name, default in TEMPLATES.items()}
+    dense = DenseSettings(retriever, texts=TextSettings(**templates), num_workers=num_workers)
+    return SearchSettings(method, num_retrieved, index=index or f"{corpus_file}.{method}-index",
+                          dense=dense, task=TASK, key_template=templates["key_template"])
+
+
+def describe_passages(settings, corpus, world):
+    """Return {name: value} of what the passages depend on, besides the questions."""
+    dense, model = settings.dense, None
+    made_of = {"retrieval_method": settings.method, "hits": settings.hits, "version": "none",
+               "add_instruction": True, "query_template": dense.texts.query_template,
+               "query_max_length": None, "key_template": dense.texts.key_template,
+               "key_max_length": None, "dtype": dense.dtype, "prompts": None}
+    if settings.method == "bm25":
+        made_of["bm25_words"] = settings.bm25.bm25_words
+    else:
+        model = dense.query_encoder
+        texts = settle_texts(model, None, dense.texts, log=lambda line: None)
+        made_of |= {"version": texts.version, "add_instruction": texts.add_instruction,
+                    "query_max_length": texts.max_lengths["query"],
+                    "key_max_length": texts.max_lengths["key"], "prompts": texts.prompts}
+    return fingerprint(corpus, model, made_of | {"has_ids": corpus.has_ids}, world)
 
 
 def make_questions(records, path):
-    """The Questions of a reader's records: the text alone, without the chat_history."""
-    questions = []
-    for record in records:
-        questions.append(Question(record, str(record["id"]), record["question"],
-                                  record.get("task") or TASK, record["answers"], path))
-    return questions
+    """Return the Questions of a reader's records: their text, without the chat_history."""
+    return [Question(record, str(record["id"]), record["question"], record.get("task") or TASK,
+                     record["answers"], path) for record in records]
 
 
 def drop_contexts(records, path, log):
-    """Takes the records' own contexts away; logs how many had some."""
+    """Remove the records' own contexts, and log how many records had some."""
     given = sum(bool(record["ctxs"]) for record in records)
     if given:
         log(f"note: {given} of {len(records)} records of {path} have ctxs; the retrieved passages "
@@ -121,20 +123,17 @@ def drop_contexts(records, path, log):
 # ---------------------------------------------------------------- kept results
 
 def retrieved_folder(out):
+    """Return the folder of a reader's retrieved passages."""
     return f"{out}.retrieved"
 
 
-def made_of_path(out):
-    return os.path.join(retrieved_folder(out), "made_of.json")
-
-
 def retrieved_path(out, name):
-    """The file that retrieve_once writes for the records of this name."""
+    """Return the file that retrieve_once writes for the records of this name."""
     return os.path.join(retrieved_folder(out), f"{name}.jsonl")
 
 
 def hash_records(records):
-    """A hash of records, all fields included."""
+    """Return a hash of records with all their fields."""
     digest = hashlib.blake2b(digest_size=12)
     for record in records:
         digest.update(json.dumps(record).encode() + b"\n")
@@ -142,31 +141,31 @@ def hash_records(records):
 
 
 def read_kept(folder, made_of):
-    """{name: hash of its records} of the files that the folder holds, made of this; {} if it was
-    made of anything else.
+    """Return {name: hash of its records} of the folder's files that were made of `made_of`, or {}.
 
-    Raises InputError for a folder that holds files of others.
+    Raises InputError if the folder holds files that no run has written.
     """
     given = read_settings(os.path.join(folder, "made_of.json"))
     names = os.listdir(folder) if os.path.isdir(folder) else []
     if "records" not in given and any(not name.startswith("made_of.json") for name in names):
         raise InputError(f"{folder}: holds files that no run has written, such as {min(names)}; "
-                         "they are not touched: choose another name for the reader")
+                         "they are left alone: choose another name for the reader")
     kept = given.pop("records", None)
     return kept if given == made_of and isinstance(kept, dict) else {}
 
 
 def list_missing(folder, made_of, digests):
-    """The names of digests, {name: hash of its records}, whose file has yet to be made of these."""
+    """Return the names whose file has to be made. digests: {name: hash of its records}."""
     kept = read_kept(folder, made_of)
     return [name for name, digest in digests.items() if kept.get(name) != digest
             or not os.path.exists(os.path.join(folder, f"{name}.jsonl"))]
 
 
 def keep_results(folder, made_of, digests, questions, results, corpus):
-    """Writes the file of each name, {name: its questions}, whose results follow one another.
+    """Write the file of each name. questions: {name: its questions}, in the order of the results.
 
-    made_of.json lists a file from when it is whole until it is written anew.
+    made_of.json lists a file only while it is whole, so a file is removed from the list before it
+    is written again.
     """
     kept = {name: digest for name, digest in read_kept(folder, made_of).items()
             if name not in questions}
@@ -186,10 +185,13 @@ def keep_results(folder, made_of, digests, questions, results, corpus):
 # ---------------------------------------------------------------- the reader's records
 
 def put_gold_first(out, records, num_contexts, path, log):
-    """Puts the ground-truth passages of training records before the retrieved ones, without
-    duplicates, num_contexts in all; logs how many records have none, or more than that.
+    """Put the ground-truth passages of training records before the retrieved ones, without
+    duplicates, and keep num_contexts passages.
+
+    Logs how many records of the file have no ground truth, or more than num_contexts passages of
+    it.
     """
-    by_id = read_settings(made_of_path(out))["has_ids"]
+    by_id = read_settings(os.path.join(retrieved_folder(out), "made_of.json"))["has_ids"]
     without, too_many = 0, 0
     for record in records:
         gold = gold_passages(record)
@@ -197,19 +199,18 @@ def put_gold_first(out, records, num_contexts, path, log):
         too_many += len(gold) > num_contexts
         record["ctxs"] = merge_passages(gold, record["ctxs"], by_id)[:num_contexts]
     if without:
-        log(f"note: {without} of {len(records)} records of {path} have no 'passage'; "
-            "they are trained on with retrieved passages alone")
+        log(f"note: {without} of {len(records)} records of {path} have no 'passage'; they are "
+            "trained on with retrieved passages alone")
     if too_many:
-        log(f"note: {too_many} of {len(records)} records of {path} have more than "
-            f"{num_contexts} ground-truth passages; the first {num_contexts} are read "
-            "(--num_retrieved)")
+        log(f"note: {too_many} of {len(records)} records of {path} have more than {num_contexts} "
+            f"ground-truth passages; the first {num_contexts} are read (--num_retrieved)")
 
 
 def merge_passages(gold, retrieved, by_id):
-    """Ground-truth passages, then the retrieved ones, each passage once.
+    """Return the ground-truth passages, then the retrieved ones, each passage once.
 
-    One that was retrieved, too, is taken as the corpus has it, and one without a title gets an
-    empty one, as documents do: in training and evaluation passages must look alike.
+    Passages must look the same in training and evaluation. So a ground-truth passage that was also
+    retrieved is replaced by the corpus's form, and a missing title by an empty one.
     """
     passages = []
     for passage in gold:
@@ -224,8 +225,9 @@ def merge_passages(gold, retrieved, by_id):
 
 
 def find_passage(passage, others, by_id):
-    """Return the first of others that is this passage, or None: one with its id or its text, white
-    space apart. Not by_id: the corpus's ids are but positions.
+    """Return the first of `others` with the passage's id, or its text up to white space; or None.
+
+    by_id: False if the corpus has no ids of its own, so that ids are not compared.
     """
     identifier = find_value(passage, DOCUMENT_ID_NAMES) if by_id else None
     for other in others:
@@ -237,7 +239,7 @@ def find_passage(passage, others, by_id):
 
 
 def note_reach(records, path, log):
-    """Logs the share of questions that the retrieved passages can answer."""
+    """Log the share of questions that have an answer among the retrieved passages."""
     scored = [record for record in records if record["answers"]]
     reached = sum(any(context.get("has_answer") for context in record["ctxs"]) for record in scored)
     log(f"{100 * reached / max(len(scored), 1):.2f} % of the questions of {path} "

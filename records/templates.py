@@ -85,10 +85,10 @@ def format_key(key, template, location):
     raise InputError(message)
 
 
-def check_templates(args):
+def check_templates(query_template, key_template):
     """Raises InputError for a --key_template or --query_template that cannot be used."""
-    check_template("key_template", args.key_template, defaultdict(str))
-    check_template("query_template", args.query_template, {"query": ""})
+    check_template("key_template", key_template, defaultdict(str))
+    check_template("query_template", query_template, {"query": ""})
 
 
 def check_template(flag, template, columns):

@@ -1,5 +1,6 @@
 """Search with BM25 by bm25s: build the index of a corpus, store it in a folder, open and search it.
 """
+import os
 import sys
 import unicodedata
 from array import array
@@ -8,9 +9,16 @@ from typing import NamedTuple
 import bm25s
 import numpy as np
 
-from records.files import save_folder
-from retrieval.words import split_words
-from utils import InputError, progress_bar, refusing
+from records.files import lock, save_folder, write_json
+from retrieval.fingerprint import (
+    await_index,
+    check_fingerprint,
+    fingerprint,
+    remove_other_index,
+)
+from retrieval.results import stack_rows
+from retrieval.words import choose_rule, split_words
+from utils import InputError, gather_lists, progress_bar, refusing
 
 
 class Words(NamedTuple):
@@ -146,3 +154,72 @@ def search_bm25_index(index, query_words, k):
     best = np.lexsort((candidates, -scores[candidates]))[:k]
     doc_indices = candidates[best]
     return doc_indices, scores[doc_indices]
+
+
+# ---------------------------------------------------------------- a whole search
+
+class BM25Index(NamedTuple):
+    """Hold what a BM25 search opens once, before the first question."""
+    index: object  # bm25s.BM25
+    words: Words
+
+
+def open_bm25(settings, corpus, world):
+    """Return the BM25Index of a SearchSettings (retrieval/search.py), made if it is missing."""
+    bm25 = settings.bm25
+    rule, share = bm25.bm25_words, None
+    if rule == "auto":
+        rule, share = choose_rule(corpus)
+    words = open_words(bm25.stopwords, bm25.stemmer, rule)
+    make_missing_index(settings, corpus, words, share, world)
+    return BM25Index(load_bm25_index(settings.index, len(corpus)), words)
+
+
+def make_missing_index(settings, corpus, words, share, world):
+    """Make the index in settings.index unless it is there. Raises InputError for another index.
+
+    share: see log_words.
+    """
+    bm25 = settings.bm25
+    made_with = {"model": "bm25", "k1": bm25.k1, "b": bm25.b, "stopwords": bm25.stopwords,
+                 "stemmer": bm25.stemmer, "template": corpus.template, "words": words.rule}
+    expected = fingerprint(corpus, None, made_with, world)
+    if settings.overwrite_index and world.is_main:
+        remove_other_index(settings.index, expected)
+    if world.is_main and not check_fingerprint(settings.index, expected):
+        with lock(settings.index):
+            # another command may have made the index while this one waited for the lock
+            if not check_fingerprint(settings.index, expected):
+                log_words(words, bm25.stopwords, share, world.log)
+                build_bm25_index(settings.index, corpus, words, bm25.k1, bm25.b)
+                write_json(os.path.join(settings.index, "index.json"), expected)
+    await_index(settings.index, expected, world)
+
+
+def log_words(words, stopwords, share, log):
+    """Log how texts are split into words, and why.
+
+    share: share of the characters that need the rule unicode (choose_rule); None if --bm25_words
+    names the rule.
+    """
+    kinds = {"bm25s": "two or more letters or digits",
+             "unicode": "Unicode letters with their marks, in pairs for scripts without spaces"}
+    reason = ""
+    if share is not None:
+        percent = float(f"{100 * share:.2g}")  # not 1e+02
+        reason = f", chosen as {percent:g} % of the documents' characters need unicode"
+    log(f"BM25: words are {kinds[words.rule]} (--bm25_words {words.rule}{reason}); stop words: "
+        f"{stopwords} (--stopwords)")
+
+
+def search_words(settings, bm25_index, questions, world):
+    """Return the Results of questions in a BM25Index; each process scores a strided share."""
+    index, words = bm25_index
+    share = range(world.rank, len(questions), world.size)
+    token_lists = tokenize_texts([questions[i].text for i in share], words)
+    rows = []
+    for i, tokens in zip(progress_bar(share, desc="searching", is_main=world.is_main), token_lists):
+        with refusing(f"{settings.index}: the index is broken", "delete the folder"):
+            doc_indices, scores = search_bm25_index(index, tokens, settings.hits)
+        rows.append((i, doc_indices, scores))
+    return stack_rows(gather_lists(rows, world))

@@ -1,8 +1,8 @@
-"""Measures of a retriever while it trains: on annotated documents, by average rank, or by searching
-a corpus.
+"""Measuring a retriever while it trains: on annotated documents, by average rank, or by searching a
+corpus.
 
-All give the same figures for any number of processes: the queries are shared out, each is measured
-once, and against the same documents.
+The figures do not depend on the number of processes: each query is measured once, by one process,
+against the same documents.
 """
 from typing import NamedTuple
 
@@ -19,25 +19,22 @@ from retrieval.measures import index_labels, note_absent_queries, trec_ranking
 from retrieval.results import Results, drop_own, find_own
 from utils import InputError, gather_lists, progress_bar, shorten, sum_over_processes
 
-BLOCK = 2048            # texts tokenised and encoded at a time
+ENCODED_TEXTS = 2048    # texts that are tokenised and encoded at a time
 ANNOTATED_QUERIES = 64  # queries whose annotated documents are scored at a time
 RANKED_QUERIES = 256    # queries that are scored against all pooled passages at a time
-DEPTH = 200             # documents per query that a search ranks at least: retrieve.py's --hits
+DEPTH = 200             # fewest documents per query that a search ranks: retrieve.py's --hits
 
 
 class DevSet(NamedTuple):
-    """What a retriever is measured on, a list entry per query.
-
-    The method is annotated, rank or retrieval.
-    """
-    method: str
+    """Hold the queries that a retriever is measured on; each list has one entry per query."""
+    method: str    # annotated, rank or retrieval
     queries: list  # texts
-    tasks: list    # "" without instructions
-    labels: list   # {doc index: relevance}, below -1 if the corpus lacks the document; not for rank
+    tasks: list    # "" for no instruction
+    labels: list   # {doc index: label}; index_labels explains indices below -1; not for rank
     answers: list  # gold answers; for retrieval only
     pools: list    # key texts, the positive first; for rank only
-    own: list = ()    # index of the query's own document, left out; () leaves none out
-    level: int = 1    # the least label that counts as relevant
+    own: list = ()    # index of the query's own document, which is left out, or -1; () for none
+    level: int = 1    # lowest label that counts as relevant
     is_regex: bool = False  # answers are regular expressions
 
 
@@ -45,12 +42,12 @@ class DevSet(NamedTuple):
 
 def annotated_set(qrels, corpus, queries, group_size, source="the qrels", log=print,
                   exclude_self=False):
-    """Return the DevSet of each query's annotated documents, the group_size most relevant of them,
-    as in Trove; None: all of them.
+    """Return the DevSet of each query's annotated documents.
 
-    Judged queries that `queries`, {id: text}, lacks are left out, and documents that the corpus
-    lacks count as not found; both are logged. `source` names the qrels in messages. Raises
-    InputError if no query, or no document, is there.
+    As in Trove, only the group_size most relevant documents are kept; None keeps all. Judged
+    queries that are not in `queries`, {id: text}, are left out, and documents that are not in the
+    corpus count as not found. Both are logged. `source` names the qrels in messages. Raises
+    InputError if no judged query, or no labelled document, is found.
     """
     query_ids = [query_id for query_id in qrels if query_id in queries]
     if not query_ids:
@@ -68,11 +65,11 @@ def annotated_set(qrels, corpus, queries, group_size, source="the qrels", log=pr
 
 
 def read_dev_set(path, corpus, metrics, template, log, exclude_self=False):
-    """Return the DevSet of DPR's records, or without a corpus of any that have positives and
-    negatives alone (measured by average rank), or of LLM-Embedder's with pos_index or answers (by
-    retrieval from the corpus).
+    """Return the DevSet of a file of records.
 
-    Raises InputError.
+    DPR's records are measured by average rank. So are, without a corpus, records that have
+    positives and negatives but neither pos_index nor answers. Other records, such as
+    LLM-Embedder's, are measured by retrieval from the corpus. Raises InputError.
     """
     questions = read_questions(path)
     first = questions[0].record
@@ -93,8 +90,8 @@ def read_dev_set(path, corpus, metrics, template, log, exclude_self=False):
 
 
 def check_labels(question, pos_index, metrics, corpus_size):
-    """Raises InputError if a question lacks what the metrics need, or names documents that the
-    corpus does not have.
+    """Raise InputError if a question lacks a field that the metrics need, or has an index outside
+    the corpus.
     """
     needed = f"{question.location}: metrics {' '.join(metrics)} need "
     if pos_index is None and set(metrics) != {"nq"}:
@@ -104,12 +101,12 @@ def check_labels(question, pos_index, metrics, corpus_size):
     for doc_index in pos_index or []:
         if not (type(doc_index) is int and 0 <= doc_index < corpus_size):
             raise InputError(f"{question.location}: pos_index {shorten(doc_index)} lies outside "
-                             f"the corpus of {corpus_size} documents; is it another one's?")
+                             f"the corpus of {corpus_size} documents; give the corpus of this file")
 
 
 def rank_set(questions, template, log, hard=30, other=30):
-    """Return DPR's average-rank validation, with its defaults: each question's first positive, 30
-    hard and 30 other negatives; logs how many questions have no positive.
+    """Return the DevSet of DPR's average-rank validation: each question's first positive, 30 hard
+    and 30 other negatives (DPR's defaults). Logs how many questions have no positive.
     """
     dev = DevSet("rank", [], [], [], [], [])
     for question in questions:
@@ -138,7 +135,7 @@ def rank_set(questions, template, log, hard=30, other=30):
 # ---------------------------------------------------------------- a part of a dev set
 
 class FirstDocuments:
-    """A corpus that ends after so many documents."""
+    """Show the first `count` documents of a corpus as a corpus of its own."""
 
     def __init__(self, corpus, count):
         self.corpus, self.count = corpus, count
@@ -157,13 +154,13 @@ class FirstDocuments:
 
 
 def sample_dev_set(dev, corpus, world):
-    """Return (DevSet, corpus, the share of the work that they take): a part to time an evaluation
-    by.
+    """Return (DevSet, corpus, share of the whole work): a part to estimate an evaluation's time by.
 
-    A search takes the time of encoding the corpus, anything else that of the queries.
+    A search spends its time encoding the corpus, so its part has fewer documents. The other
+    methods' part has fewer queries.
     """
     if dev.method == "retrieval":
-        count = min(BLOCK * world.size, len(corpus))
+        count = min(ENCODED_TEXTS * world.size, len(corpus))
         return dev, FirstDocuments(corpus, count), count / len(corpus)
     count = min(ANNOTATED_QUERIES * world.size, len(dev.queries))
     columns = {name: value[:count] for name, value in dev._asdict().items()
@@ -174,14 +171,15 @@ def sample_dev_set(dev, corpus, world):
 # ---------------------------------------------------------------- measuring
 
 @torch.no_grad()
-def evaluate(model, dev, collator, corpus, metrics, cutoffs, world):
-    """{metric: mean over all queries}, the same on all processes; leaves the model in evaluation
-    mode.
+def measure_retriever(model, dev, collator, corpus, metrics, cutoffs, world):
+    """Return {metric@k: mean over all queries}, on every process; {"rank": mean} for average rank.
+
+    Leaves the model in evaluation mode.
     """
     model.eval()
     if dev.method == "rank":
         return {"rank": average_rank(model, dev, collator, world)}
-    share = own_queries(dev, world)
+    share = range(world.rank, len(dev.queries), world.size)  # the queries of this process
     if dev.method == "annotated":
         rankings = rank_annotated(model, dev, collator, corpus, share)
     else:
@@ -198,13 +196,8 @@ def evaluate(model, dev, collator, corpus, metrics, cutoffs, world):
     return {name: total / count for name, total in zip(names, totals)}
 
 
-def own_queries(dev, world):
-    """The indices of the queries that this process measures."""
-    return range(world.rank, len(dev.queries), world.size)
-
-
 def measure_ranking(ranking, dev, query_index, corpus, metrics, cutoffs):
-    """Return {metric: value} of one query's ranked doc indices."""
+    """Return {metric@k: value} of one query's ranked doc indices."""
     by_label = [name for name in metrics if name != "nq"]
     values = ranking_metrics(ranking, dev.labels[query_index], by_label, cutoffs, dev.level)
     if "nq" in metrics:
@@ -218,20 +211,19 @@ def measure_ranking(ranking, dev, query_index, corpus, metrics, cutoffs):
 # ---------------------------------------------------------------- texts to vectors
 
 def encode_blocks(model, collator, role, texts, tasks, is_main=False, desc=""):
-    """Yields (index of the first text, vectors (n, D)) of texts, a block at a time; role is query
-    or key.
+    """Yield (index of the first text, vectors (n, D)) of texts, a block at a time.
 
-    `texts` is a list, or anything else with a length and slices that lists can be made of.
+    role: query or key. texts: a list, or a CorpusTexts.
     """
     tokenize = collator.queries if role == "query" else collator.keys
-    for first in progress_bar(range(0, len(texts), BLOCK), desc=desc, is_main=is_main):
-        block = slice(first, first + BLOCK)
-        token_ids = tokenize(list(texts[block]), tasks[block])
+    for first in progress_bar(range(0, len(texts), ENCODED_TEXTS), desc=desc, is_main=is_main):
+        block = slice(first, first + ENCODED_TEXTS)
+        token_ids = tokenize(texts[block], tasks[block])
         yield first, model.encode(token_ids, role)
 
 
 def encode_texts(model, collator, role, texts, tasks, is_main=False, desc=""):
-    """Vectors (n, D) of all texts."""
+    """Return the vectors (n, D) of all texts."""
     blocks = [vectors for _, vectors in encode_blocks(model, collator, role, texts, tasks, is_main,
                                                       desc)]
     return torch.cat(blocks) if blocks else model.encode([], role)
@@ -240,29 +232,29 @@ def encode_texts(model, collator, role, texts, tasks, is_main=False, desc=""):
 # ---------------------------------------------------------------- annotated documents
 
 def rank_annotated(model, dev, collator, corpus, share):
-    """Return [annotated doc indices, ranked by the model] of the queries of these indices."""
-    score = score_pairs if collator.settings.ranker else score_vectors
+    """Return, for each query index of `share`, its annotated doc indices ranked by the model."""
+    score_pools = score_pools_by_pairs if collator.settings.ranker else score_pools_by_vectors
     rankings = []
     for start in range(0, len(share), ANNOTATED_QUERIES):
         part = share[start:start + ANNOTATED_QUERIES]
         pools = [list_annotated(dev, query_index) for query_index in part]
-        scored = score(model, dev, collator, corpus, part, pools) if any(pools) else pools
+        scored = score_pools(model, dev, collator, corpus, part, pools) if any(pools) else pools
         for pool, scores in zip(pools, scored):
             rankings.append(trec_ranking(pool, scores, corpus))
     return rankings
 
 
 def list_annotated(dev, query_index):
-    """Return the doc indices that are ranked for a query: its annotated documents that the corpus
-    has, without its own document where that is left out.
+    """Return a query's annotated doc indices that are in the corpus, without its own document if
+    that is left out.
     """
     own = dev.own[query_index] if dev.own else -1
     return [doc_index for doc_index in dev.labels[query_index] if doc_index >= 0
             and doc_index != own]
 
 
-def score_pairs(model, dev, collator, corpus, part, pools):
-    """Return [scores of the pool's documents] of the queries of `part`, by a ranker.
+def score_pools_by_pairs(model, dev, collator, corpus, part, pools):
+    """Return, per query of `part`, a ranker's scores of the documents of its pool.
 
     pools: doc indices per query.
     """
@@ -274,8 +266,8 @@ def score_pairs(model, dev, collator, corpus, part, pools):
     return [[next(scores) for _ in pool] for pool in pools]
 
 
-def score_vectors(model, dev, collator, corpus, part, pools):
-    """Return the same by a bi-encoder; a document that several queries share is encoded once."""
+def score_pools_by_vectors(model, dev, collator, corpus, part, pools):
+    """Return the same scores from a bi-encoder. A document in several pools is encoded once."""
     doc_indices = sorted({doc_index for pool in pools for doc_index in pool})
     columns = {doc_index: column for column, doc_index in enumerate(doc_indices)}
     texts = [corpus.text(doc_index) for doc_index in doc_indices]
@@ -290,16 +282,16 @@ def score_vectors(model, dev, collator, corpus, part, pools):
 # ---------------------------------------------------------------- average rank
 
 def average_rank(model, dev, collator, world):
-    """Return the mean over all questions of how many passages of all questions' pools score above
-    the question's positive (DPR's validation).
+    """Return the average rank of the positives (DPR's validation).
 
-    Another passage with the same score counts half, so that an encoder that gives all texts one
-    vector gets the middle rank and not the best one.
+    The rank counts how many passages, of all questions' pools, score above the question's positive.
+    Another passage with the same score counts half. Otherwise an encoder that maps all texts to one
+    vector would get the best rank.
     """
-    share = own_queries(dev, world)
+    share = range(world.rank, len(dev.queries), world.size)
     queries = [dev.queries[query_index] for query_index in share]
     tasks = [dev.tasks[query_index] for query_index in share]
-    passages, positives = [], []  # positives: where each question's positive lies in passages
+    passages, positives = [], []  # positives: position of each question's positive in passages
     for query_index in share:
         positives.append(len(passages))
         passages += dev.pools[query_index]
@@ -308,7 +300,7 @@ def average_rank(model, dev, collator, world):
                                world.is_main, "encoding")
     identities = torch.tensor([identity(text) for text in passages], device=key_vectors.device)
 
-    # the passages of all processes; this one's come behind those of lower ranks
+    # the passages of all processes, in the order of their ranks
     pools = gather_tensors(key_vectors) if world.size > 1 else [key_vectors]
     all_identities = gather_tensors(identities) if world.size > 1 else [identities]
     all_keys, all_identities = torch.cat(pools), torch.cat(all_identities)
@@ -330,8 +322,7 @@ def average_rank(model, dev, collator, world):
 # ---------------------------------------------------------------- search
 
 class CorpusTexts:
-    """The key texts of the documents first .. last - 1, read from the corpus as they are asked for.
-    """
+    """Read the key texts of documents first .. last - 1 from the corpus, one slice at a time."""
 
     def __init__(self, corpus, first, last):
         self.corpus = corpus
@@ -347,28 +338,27 @@ class CorpusTexts:
 def search_corpus(model, dev, collator, corpus, k, world):
     """Return, on every process, the doc indices of the k best documents of every query.
 
-    They are ranked as retrieve.py's run is measured (trec_ranking). Which of several documents with
-    equal scores are found at all is decided at the last rank of a search, by doc index; to meet
-    retrieve.py's figures it is DEPTH or more here too. Each process encodes and searches its part
-    of the corpus for all queries.
+    Each process encodes and searches its part of the corpus for all queries. Documents are ranked
+    in the order of trec_ranking, in which retrieve.py measures a run. The search is at least DEPTH
+    deep, to give retrieve.py's figures: where it ends, the doc index decides which documents with
+    equal scores are found.
     """
     query_vectors = encode_texts(model, collator, "query", dev.queries, dev.tasks)
-    # whole blocks, so that the products' shapes do not depend on the number of processes
-    first, last = part_range(len(corpus), world.rank, world.size, BLOCK)
+    # whole blocks, so that the shapes of matrix products do not depend on the number of processes
+    first, last = part_range(len(corpus), world.rank, world.size, ENCODED_TEXTS)
     texts = CorpusTexts(corpus, first, last)
     tasks = [dev.tasks[0]] * len(texts)
     blocks = encode_blocks(model, collator, "key", texts, tasks, world.is_main,
                            "encoding the corpus")
     blocks = ((first + start, vectors) for start, vectors in blocks)
-    # cosines are inner products of encode's vectors
+    # the vectors of cos have length 1, so that inner products are cosines
     metric = "l2" if model.metric == "l2" else "ip"
     depth = max(k, DEPTH) + bool(dev.own)
     doc_indices, scores = search_blocks(query_vectors, blocks, depth, metric)
     found = Results(*merge_processes(doc_indices.cpu().numpy(), scores.cpu().numpy(), depth, world))
 
     rankings = []
-    # the others add nothing: the gather sends them the main one's
-    if world.is_main:
+    if world.is_main:  # gather_lists sends them to the others
         if dev.own:
             found = drop_own(found, dev.own, depth - 1)
         rankings = [trec_ranking(*found.row(i), corpus)[:k] for i in range(len(dev.queries))]

@@ -1,14 +1,18 @@
-"""The flags of retrieve.py, what they default to, and their checks."""
+"""The flags of retrieve.py and of ask.py's search, their defaults, their checks, and the settings
+that they make.
+"""
 import math
+from dataclasses import replace
 
 from dense.description import POOLING
-from dense.flags import add_measure_flags, add_prompt_flags
+from dense.flags import add_measure_flags, add_prompt_flags, pick_flags, read_text_settings
 from dense.texts import TEMPLATES, read_trained_flags
 from metrics import METRICS
 from pages.page import check_page
 from records.files import check_paths
 from records.templates import INSTRUCTIONS, check_templates
-from retrieval.mining import COLLATED, collated_paths
+from retrieval.mining import COLLATED, collated_path
+from retrieval.search import SEARCHES, BM25Settings, DenseSettings, SearchSettings
 from retrieval.words import RULES
 from utils import (
     SWITCH,
@@ -19,42 +23,44 @@ from utils import (
     resolve_path,
 )
 
-METHODS = ("dense", "bm25", "rank", "random", "fuse", "run")
 HITS = 200  # documents per query
 
 
-def parse_args(description, arguments=None):
+def parse_retrieve_flags(description, arguments=None):
+    """Return the flags of retrieve.py from the command line, or from a list of arguments."""
     parser = Parser(description=description)
-    add_data_flags(parser)
+    add_question_flags(parser)
     add_method_flags(parser)
     add_output_flags(parser)
-    add_run_flags(parser)
+    add_machine_flags(parser)
     return parser.parse_args(arguments)
 
 
-def add_data_flags(parser):
+def add_question_flags(parser):
+    """Add the flags of questions, labels and documents."""
     add = parser.add_argument_group("data").add_argument
     add("--eval_data", metavar="FILE",
-        help="questions: records in JSON, or a table: with a header, or as docs/formats.md says")
+        help="questions: JSON records, or a table in one of the forms of docs/formats.md")
     add("--queries", nargs="+", default=[], metavar="FILE",
-        help="queries in BEIR's form, in place of --eval_data; with --qrels those that they name")
+        help="queries in BEIR's form, instead of --eval_data; with --qrels, only the judged ones "
+        "are searched for")
     add("--qrels", action="append", default=[], metavar="qrels=FILE",
         help="labels to measure with, with train_dense.py's filters")
     add_corpus_flags(add)
 
 
 def add_corpus_flags(add):
-    """Add what the texts of documents and questions depend on, by the function of a group."""
+    """Add the flags of documents and texts; add: the add_argument of a group."""
     add("--corpus", nargs="+", metavar="FILE",
-        help="documents: a .tsv or .csv with a header, as psgs_w100.tsv, BEIR's .jsonl or JSON "
-             "lines, may end in .gz; scripts/make_corpus.py makes one of text files")
+        help="documents: a .tsv or .csv with a header, such as psgs_w100.tsv, BEIR's .jsonl or "
+             "JSON lines; may end in .gz. scripts/make_corpus.py makes one from text files")
     add("--key_template",
         help="the text of a document; default: the checkpoint's, else '{title} {text}'")
     add("--query_template",
         help="the text of a query; default: the checkpoint's, else '{query}'")
     add("--task", default="",
-        help="task (qa, chat, ...) whose instruction is used for the documents and for questions "
-        "without a task")
+        help="task (qa, chat, ...) of questions without a task; chooses their instruction and the "
+        "documents'")
     add("--query_max_length", type=int,
         help="tokens per query; default: the checkpoint's, else 256")
     add("--key_max_length", type=int,
@@ -68,23 +74,25 @@ def add_corpus_flags(add):
     add("--pair_types", action="store_true",
         help="use token type 1 after a text's first [SEP], as minDPR does for pairs; only needed "
         "for minDPR's file")
-    add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
+    add("--data_root", default="/data/llm-embedder",
+        help="folder that llm-embedder:PATH is relative to")
 
 
 def add_method_flags(parser):
+    """Add the flags of the retrieval method."""
     add = parser.add_argument_group("method").add_argument
-    add("--retrieval_method", choices=METHODS, default="dense",
-        help="rank: reorder given candidates (the records' key, history, or pos and neg, or an "
-        "earlier result); fuse: merge earlier results; run: take an earlier result as it is, to "
-        "measure it")
+    add("--retrieval_method", choices=list(SEARCHES), default="dense",
+        help="rank: reorder candidates (the records' key, history, or pos and neg, or an earlier "
+        "result); random: the baseline; fuse: merge earlier results; run: measure an earlier "
+        "result as it is")
     add("--results", nargs="+", default=[], metavar="FILE",
         help="earlier results to rank, fuse or measure: TREC runs or records with ctxs")
     add("--hits", type=int, help="documents per query; default: 200, or all of a saved run")
     add("--query_encoder", default="BAAI/bge-base-en",
-        help="retriever (dense, rank) or, with --ranker, cross-encoder; the default is an English "
-        "model")
+        help="retriever (dense, rank), or with --ranker a cross-encoder; the default is an "
+        "English model")
     add("--ranker", action="store_true", help="rank with a cross-encoder")
-    add("--fusion", choices=["rrf", "weighted"], default="rrf",
+    add("--fusion", choices=["rrf", "weighted"], default=SearchSettings.fusion,
         help="reciprocal rank fusion, or the weighted sum of scores scaled to 0 .. 1")
     add("--fusion_weights", type=float, nargs="+",
         help="one weight per result; default: equal weights")
@@ -92,7 +100,7 @@ def add_method_flags(parser):
 
 
 def add_search_flags(add):
-    """Add what dense retrieval and BM25 are told of encoders and indices."""
+    """Add the flags of encoders and indices; add: the add_argument of a group."""
     add("--key_encoder",
         help="separate checkpoint of the document encoder; default: as --query_encoder")
     add("--dense_metric", choices=["ip", "cos", "l2"],
@@ -108,28 +116,28 @@ def add_search_flags(add):
         help="folder of the corpus's vectors and index, created or reused; default: next to the "
         "corpus")
     add("--overwrite_index", action="store_true",
-        help="replace the index in --index if it is of another model or corpus, or has other "
-        "settings; without it, such an index is an error")
-    add("--dtype", choices=["float16", "float32"], default="float16",
+        help="replace an index in --index that was made with another model, corpus or setting; "
+        "without this flag such an index is an error")
+    add("--dtype", choices=["float16", "float32"], default=DenseSettings.dtype,
         help="data type of the stored vectors")
-    add("--faiss_index_factory", default="Flat",
+    add("--faiss_index_factory", default=DenseSettings.faiss_index_factory,
         help="Flat (exact) or a faiss factory string: IVF4096,PQ64, HNSW32, OPQ16,PQ16 ...")
     add("--train_sample", type=int,
         help="maximum number of vectors to train an index on, per process; default: 40 per list "
         "of an IVF index, at least 200,000")
     add("--nprobe", type=int,
         help="lists to search in an IVF index; default: twice the square root of the number of "
-        "lists, and enough to hold twice --hits documents")
+        "lists, and at least as many as hold twice --hits documents")
     add("--efSearch", type=int,
         help="breadth of an HNSW search; default: --hits, at least 64")
-    add("--k1", type=float, default=0.9, help="BM25's k1")
-    add("--b", type=float, default=0.4, help="BM25's b")
-    add("--bm25_words", choices=RULES, default="auto",
+    add("--k1", type=float, default=BM25Settings.k1, help="BM25's k1")
+    add("--b", type=float, default=BM25Settings.b, help="BM25's b")
+    add("--bm25_words", choices=RULES, default=BM25Settings.bm25_words,
         help="bm25s: words of two or more letters or digits, as in bm25s; unicode: words with "
         "combining marks, and pairs of letters in scripts without spaces (Chinese, Japanese, "
-        "Korean, Thai, ...); auto: unicode if the corpus has such letters, else bm25s (printed "
-        "when the index is made)")
-    add("--stopwords", default="en",
+        "Korean, Thai, ...); auto: unicode if the corpus has such letters, else bm25s; the choice "
+        "is printed when the index is made")
+    add("--stopwords", default=BM25Settings.stopwords,
         help="stop words that BM25 ignores: en (English), another language of bm25s (de, fr, es, "
         "...), or none")
     add("--stemmer",
@@ -137,6 +145,7 @@ def add_search_flags(add):
 
 
 def add_output_flags(parser):
+    """Add the flags of output files and measures."""
     add = parser.add_argument_group("outputs").add_argument
     add("--output", metavar="FILE", help="write reader records with ctxs (.json or .jsonl)")
     add("--trec", metavar="FILE", help="write a TREC run")
@@ -152,12 +161,12 @@ def add_output_flags(parser):
     add("--neg_max_score", type=float, metavar="S",
         help="take hard negatives with at most this score; default: any")
     add("--neg_margin", type=float, metavar="M",
-        help="take hard negatives that score at least M below the positive. The score of the "
-        "positive is that of its hit, the lowest if there are several; a question whose positive "
-        "was not found gets no negatives (raise --hits)")
+        help="take hard negatives that score at least M below the positive. If several positives "
+        "are found, the lowest score counts; if none is found, the question gets no negatives "
+        "(raise --hits)")
     add("--neg_relative_margin", type=float, metavar="R",
-        help="like --neg_margin, with a margin of R times the positive's score; NV-Retriever's 95 "
-        "per cent is 0.05")
+        help="like --neg_margin, with a margin of R times the positive's score; 0.05 is "
+        "NV-Retriever's 95 per cent")
     add("--filter_answers", default=False, **SWITCH,
         help="leave passages that contain an answer out of collate_neg")
     add_measure_flags(add)
@@ -170,7 +179,8 @@ def add_output_flags(parser):
         "an answer or are relevant")
 
 
-def add_run_flags(parser):
+def add_machine_flags(parser):
+    """Add the flags of workers, precision, seed and GPUs."""
     add = parser.add_argument_group("run").add_argument
     add("--num_workers", type=int, default=0, help="processes that read and tokenise")
     add("--bf16", default=False, help="encode in bfloat16", **SWITCH)
@@ -179,34 +189,57 @@ def add_run_flags(parser):
         help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
 
 
-# ---------------------------------------------------------------- defaults and checks
+# ---------------------------------------------------------------- settings
 
-def settle_defaults(args):
-    """Resolve paths; set the templates as in the checkpoint's training where no flag sets them."""
-    args.eval_data = resolve_path(args.eval_data, args.data_root)
-    args.corpus = [resolve_path(path, args.data_root) for path in args.corpus or []]
+def list_corpus_files(args):
+    """Return the files of --corpus."""
+    return [resolve_path(path, args.data_root) for path in args.corpus or []]
+
+
+def name_index(args, method):
+    """Return --index, or else the folder next to the corpus that is named after the method."""
     if args.index is None and args.corpus:
-        args.index = f"{args.corpus[0]}.{args.retrieval_method}-index"
-
-    if getattr(args, "hits", HITS) is None and args.retrieval_method != "run":
-        args.hits = HITS
-    trained = {}
-    if args.retrieval_method in ("dense", "rank"):
-        trained = read_trained_flags(args.query_encoder)
-    for name, default in TEMPLATES.items():
-        if getattr(args, name) is None:
-            setattr(args, name, trained.get(name, default))
+        return f"{list_corpus_files(args)[0]}.{method}-index"
+    return args.index
 
 
-def check_args(args):
-    """Reject invalid combinations of flags before anything is read. Raises InputError."""
-    check_search(args)
+def choose_hits(args):
+    """Return the number of documents per question; None takes all of a saved run."""
+    if args.hits is None and args.retrieval_method != "run":
+        return HITS
+    return args.hits
+
+
+def settle_templates(args, method):
+    """Return {query_template, key_template}: given by flags, else used in the encoder's training,
+    else the defaults. Raises InputError for a broken args.json.
+    """
+    given = {name: getattr(args, name) for name in TEMPLATES}
+    trained = read_trained_flags(args.query_encoder) if method in ("dense", "rank") else {}
+    return {name: trained.get(name, default) if given[name] is None else given[name]
+            for name, default in TEMPLATES.items()}
+
+
+def read_dense_settings(args, templates):
+    """Return the DenseSettings of the flags. templates: what settle_templates returns."""
+    texts = replace(read_text_settings(args), **templates)
+    return replace(pick_flags(args, DenseSettings), texts=texts)
+
+
+# ---------------------------------------------------------------- checks
+
+def check_retrieve_flags(args, templates):
+    """Raise InputError for flags that do not fit together, before anything is read.
+
+    templates: what settle_templates returns.
+    """
+    check_search_flags(args, templates)
     check_at_least(args, {"hits": 1, "max_neg_num": 1, "relevance_level": 1})
     if not all(map(math.isfinite, args.fusion_weights or [])):
         raise InputError("--fusion_weights must be finite numbers")
     if min(args.cutoffs) < 1:
-        raise InputError("--cutoffs must be 1 or more")
-    check_metrics(args)
+        raise InputError(f"--cutoffs must be >= 1, got {min(args.cutoffs)}")
+    check_metric_names(args)
     check_questions(args)
     check_corpus(args)
     check_method(args)
@@ -215,15 +248,17 @@ def check_args(args):
     if args.output and args.output.endswith((".csv", ".tsv", ".txt")):
         raise InputError(f"--output {args.output}: contexts are written as JSON lines if the name "
                          "ends in .jsonl, else as JSON; choose such a name")
-    outputs = [args.output, args.trec, args.measures, args.measures_per_query, args.html]
-    outputs += [collated_paths(args)[kind] for kind in list_collated(args)]
-    check_paths(outputs, [args.eval_data, *args.queries, *args.results, *args.corpus, args.index,
-                          args.query_encoder, args.key_encoder])
+    outputs = [args.output, args.trec, args.measures, args.measures_per_query, args.html,
+               *name_collated_files(args).values()]
+    check_paths(outputs, [resolve_path(args.eval_data, args.data_root), *args.queries,
+                          *args.results, *list_corpus_files(args),
+                          name_index(args, args.retrieval_method), args.query_encoder,
+                          args.key_encoder])
 
 
-def check_search(args):
+def check_search_flags(args, templates):
     """Raise InputError for flags of corpus and search that cannot be used."""
-    check_templates(args)
+    check_templates(**templates)
     check_at_least(args, dict.fromkeys(("train_sample", "nprobe", "efSearch", "truncate_dim"), 1))
     check_at_least(args, {"query_max_length": 3, "key_max_length": 3, "num_workers": 0, "k1": 0,
                           "b": 0})
@@ -234,25 +269,26 @@ def check_search(args):
 
 
 def list_measures(args):
-    """The names in --metrics that are measures."""
+    """Return the names in --metrics that are measures."""
     return [name for name in args.metrics if name in METRICS]
 
 
-def list_collated(args):
-    """The names in --metrics that are collated files."""
-    return [name for name in args.metrics if name in COLLATED]
+def name_collated_files(args):
+    """Return {name in --metrics: path} of the collated files, which lie next to --eval_data."""
+    eval_data = resolve_path(args.eval_data, args.data_root)
+    name = args.save_name or args.retrieval_method
+    return {kind: collated_path(eval_data, kind, name) for kind in COLLATED if kind in args.metrics}
 
 
-def check_metrics(args):
+def check_metric_names(args):
     """Raise InputError for an unknown name, or a file of measures without a measure."""
     for name in args.metrics:
         if name not in METRICS and name not in COLLATED:
-            raise InputError(f"--metrics {name}: unknown, choose of "
+            raise InputError(f"--metrics {name}: unknown, choose from "
                              f"{', '.join([*METRICS, *COLLATED])}")
     for flag in ("measures", "measures_per_query"):
         if getattr(args, flag) and not list_measures(args):
-            raise InputError(f"--{flag} writes measures, and none is asked for: give --metrics, of "
-                             f"{', '.join(METRICS)}")
+            raise InputError(f"--{flag} writes measures: give --metrics, from {', '.join(METRICS)}")
 
 
 def check_questions(args):
@@ -264,8 +300,8 @@ def check_questions(args):
     if args.eval_data and args.queries:
         raise InputError("--eval_data and --queries both name questions; give one of them")
     if not has_questions and (has_outputs or not makes_index):
-        raise InputError("no questions: give --eval_data, or --queries; without them and without "
-                         "outputs bm25 and dense make the index, no more")
+        raise InputError("no questions: give --eval_data or --queries (bm25 and dense without "
+                         "questions and outputs only make the index)")
     if has_questions and not has_outputs:
         raise InputError("nothing to do with the result: give --output, --trec, --metrics or "
                          "--html")
@@ -276,44 +312,46 @@ def check_corpus(args):
     if args.corpus:
         return
     if args.retrieval_method == "run":
-        looks_at_texts = args.output or args.html or "nq" in args.metrics or list_collated(args)
-        if not args.qrels or looks_at_texts:
+        needs_texts = args.output or args.html or {"nq", *COLLATED} & {*args.metrics}
+        if not args.qrels or needs_texts:
             raise InputError("a run is measured by --qrels; --output, --html, collated files and "
                              "the metric nq need the passages: give --corpus")
         return
     if args.retrieval_method != "rank" or args.results:
         raise InputError(f"--retrieval_method {args.retrieval_method} needs --corpus")
-    if args.output or args.trec or args.html or args.qrels or "nq" in args.metrics:
-        raise InputError("--output, --trec, --html, --qrels and the metric nq need the passages: "
-                         "give --corpus")
+    needs_texts = args.output or args.html or "nq" in args.metrics
+    if needs_texts or args.trec or args.qrels or args.exclude_self:
+        raise InputError("--output, --trec, --html, --qrels, --exclude_self and the metric nq need "
+                         "the passages: give --corpus")
 
 
 def check_method(args):
-    """Raise InputError for flags that are for another --retrieval_method."""
+    """Raise InputError for flags that belong to another --retrieval_method."""
     method = args.retrieval_method
     if args.ranker and (args.query_prompt or args.key_prompt or args.truncate_dim):
-        raise InputError("--query_prompt, --key_prompt and --truncate_dim are for encoders; a "
-                         "ranker reads query and document themselves: leave them out")
+        raise InputError("--query_prompt, --key_prompt and --truncate_dim are for encoders, not "
+                         "for a ranker: leave them out")
     if args.ranker and method != "rank":
         raise InputError("--ranker scores given candidates: use --retrieval_method rank")
     if args.results and method not in ("rank", "fuse", "run"):
         raise InputError("--results are for --retrieval_method rank or run (one) and fuse (two or "
                          "more)")
     if method == "rank" and len(args.results) > 1:
-        raise InputError("--retrieval_method rank orders one of --results; fuse merges two or more")
+        raise InputError("--retrieval_method rank orders one file of --results; fuse merges two or "
+                         "more")
     if method == "run" and len(args.results) != 1:
-        raise InputError("--retrieval_method run takes one of --results")
+        raise InputError("--retrieval_method run takes one file of --results")
     if method == "fuse":
         has_other_weights = args.fusion_weights and len(args.fusion_weights) != len(args.results)
         if len(args.results) < 2 or has_other_weights:
-            raise InputError("--retrieval_method fuse needs two or more --results, and one of "
-                             "--fusion_weights for each")
+            raise InputError("--retrieval_method fuse needs two or more --results, and as many "
+                             "--fusion_weights if given")
 
 
 def check_collated(args):
-    """Raise InputError for collated files that cannot be written or would not be what they say."""
-    if list_collated(args) and not args.eval_data:
-        raise InputError("collated files are written beside --eval_data, which is missing")
+    """Raise InputError for collated files that cannot be written or would not fit their names."""
+    if {*COLLATED} & {*args.metrics} and not args.eval_data:
+        raise InputError("collated files are written next to --eval_data: give it")
     check_negatives(args)
     if "collate_pos" in args.metrics:
         check_collate_pos(args)
@@ -323,12 +361,12 @@ def check_collated(args):
         raise InputError("collate_score scores the records' own candidates: use --retrieval_method "
                          "rank without --results")
     if args.output or args.trec or args.html or len(args.metrics) > 1:
-        raise InputError("collate_score may score other candidates than are ranked; ask for it "
-                         "alone")
+        raise InputError("collate_score may score other candidates than are ranked: give it as the "
+                         "only output")
 
 
 def check_negatives(args):
-    """Raise InputError for limits of hard negatives that cannot be used."""
+    """Raise InputError for limits of hard negatives that cannot hold."""
     given = [name for name in ("neg_ranks", "neg_max_score", "neg_margin", "neg_relative_margin")
              if getattr(args, name) is not None]
     if given and not {"collate_neg", "collate_pos"} & set(args.metrics):
@@ -341,19 +379,20 @@ def check_negatives(args):
         return
     first, last = args.neg_ranks
     if not 1 <= first <= last:
-        raise InputError("--neg_ranks must be two ranks from 1 on, the lower one first, got "
+        raise InputError("--neg_ranks must be two ranks >= 1, the lower one first, got "
                          f"{first} {last}")
-    if args.hits is not None and first > args.hits:
-        raise InputError(f"--neg_ranks {first} {last} are below the {args.hits} documents that are "
+    hits = choose_hits(args)
+    if hits is not None and first > hits:
+        raise InputError(f"--neg_ranks {first} {last} are beyond the {hits} documents that are "
                          "searched for: raise --hits")
 
 
 def check_collate_pos(args):
-    """Raises InputError if positives would not be found in the corpus, or mined as negatives."""
+    """Raise InputError if positives would not be found in the corpus, or be mined as negatives."""
     if args.retrieval_method == "rank" and not args.results:
         raise InputError("collate_pos looks for answers in documents of the corpus: search it, or "
                          "rank an earlier result with --results")
     if "collate_neg" in args.metrics:
-        raise InputError("collate_pos mines negatives too, and collate_neg would take its "
-                         "positives for negatives: leave collate_neg out, or mine more with the "
-                         f"file {collated_paths(args)['collate_pos']} as --eval_data")
+        raise InputError("collate_pos mines negatives too, and collate_neg would mine its "
+                         "positives as negatives: leave collate_neg out, or mine more with the "
+                         f"file {name_collated_files(args)['collate_pos']} as --eval_data")

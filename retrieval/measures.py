@@ -1,4 +1,5 @@
-"""Measures of results: by labels of documents (as trec_eval), by answers in passages (as DPR)."""
+"""Measures of results by labels of documents (as in trec_eval) or answers in passages (as in DPR).
+"""
 import json
 
 from metrics import (
@@ -15,8 +16,8 @@ from utils import InputError, progress_bar, shorten
 # ---------------------------------------------------------------- answers
 
 def mark_answers(questions, results, corpus, is_regex=False):
-    """Return, per question, [does the passage hold an answer] by rank; None where there are no
-    answers.
+    """Return, per question, whether each passage contains an answer, by rank; None for a question
+    without answers.
     """
     marks = []
     for i, question in enumerate(progress_bar(questions, desc="looking for answers")):
@@ -30,7 +31,7 @@ def mark_answers(questions, results, corpus, is_regex=False):
 
 
 def note_patterns(answers, locations, log):
-    """Log how many answers are no regular expressions; such answers match nothing, as in DPR.
+    """Log how many answers are malformed regular expressions, which match nothing, as in DPR.
 
     answers: a list per question; locations: FILE:LINE of each question.
     """
@@ -45,25 +46,26 @@ def note_patterns(answers, locations, log):
 # ---------------------------------------------------------------- labels
 
 def read_labels(questions, qrels, corpus, log):
-    """Return [{document index: label}], one per question, of the qrels, or of the records'
-    pos_index.
+    """Return, per question, {document index: label} from the qrels.
 
-    The latter, with the label 1, if qrels is None. Documents that the corpus lacks are those of
-    index_labels. Raises InputError if the qrels are of other questions or of another corpus.
+    If qrels is None, the documents of the records' pos_index get the label 1. Documents that are
+    not in the corpus: see index_labels. Raises InputError if the qrels judge none of the questions,
+    or no document of the corpus.
     """
     if qrels is None:
         return [dict.fromkeys(question.record.get("pos_index") or [], 1) for question in questions]
     rows = [qrels.get(question.id, {}) for question in questions]
     if questions and not any(rows):
-        raise InputError("the qrels label no document for any of the questions (theirs are such as "
-                         f"{shorten(next(iter(qrels), None))}, the questions' ids such as "
-                         f"{shorten(questions[0].id)}); give the qrels of these questions")
+        raise InputError("the qrels label no document for any of the questions (the first id is "
+                         f"{shorten(next(iter(qrels), None))} in the qrels, "
+                         f"{shorten(questions[0].id)} in the questions); give the qrels of these "
+                         "questions")
     note_absent_queries(qrels, {question.id for question in questions}, log)
     return index_labels(rows, corpus, log)
 
 
 def note_absent_queries(qrels, query_ids, log):
-    """Log how many queries the qrels judge that are not among those of query_ids."""
+    """Log how many judged queries are not among the query ids."""
     absent = [query_id for query_id in qrels if query_id not in query_ids]
     if absent:
         log(f"note: {len(absent)} of {len(qrels)} judged queries are not among the queries (first: "
@@ -71,10 +73,11 @@ def note_absent_queries(qrels, query_ids, log):
 
 
 def index_labels(rows, corpus, log):
-    """Return rows of {document index: label}, of rows of {document id: label}.
+    """Return rows of {document index: label} from rows of {document id: label}.
 
-    Each labelled document that the corpus lacks gets an index below -1, so that it counts as not
-    found, as in trec_eval; logs how many. Raises InputError if the corpus has none of them.
+    A labelled document that is not in the corpus gets an index below -1, so that it counts as not
+    found, as in trec_eval. Logs their number. Raises InputError if no labelled document is in the
+    corpus.
     """
     # each document once, in order
     ids = list(dict.fromkeys(document_id for row in rows for document_id in row))
@@ -82,7 +85,7 @@ def index_labels(rows, corpus, log):
     absent = [document_id for document_id, doc_index in doc_indices.items() if doc_index < 0]
     if absent and len(absent) == len(ids):
         raise InputError(f"none of the qrels' documents (such as {shorten(absent[0])}) is in the "
-                         "corpus; give the corpus that they are of")
+                         "corpus; give the corpus of these qrels")
     if absent:
         log(f"note: {len(absent)} of {len(ids)} labelled documents are not in the corpus "
             f"(first: {shorten(absent[0])}); they count as not found")
@@ -94,10 +97,9 @@ def index_labels(rows, corpus, log):
 # ---------------------------------------------------------------- measuring
 
 def trec_ranking(doc_indices, scores, corpus):
-    """Return one query's document indices as trec_eval ranks a run of them: by falling score,
-    documents with equal scores by falling id.
+    """Return one query's document indices in trec_eval's order: by falling score, then falling id.
 
-    All ranked lists are measured in this order, whatever order they were found in.
+    Every ranked list is measured in this order, in whatever order it was found.
     """
     ids = doc_indices
     if len(set(scores)) < len(scores) and corpus:
@@ -106,9 +108,10 @@ def trec_ranking(doc_indices, scores, corpus):
 
 
 def measure_queries(questions, results, labels, marks, corpus, names, cutoffs, level=1):
-    """Return [{metric@k: value}], one per question: {} for one without labels (nq: answers).
+    """Return, per question, {metric@k: value}; questions without labels (nq: answers) are left out
+    of the metric.
 
-    marks: what mark_answers returns; it may be None where names does not hold nq. level: see
+    marks: what mark_answers returns; unused without the metric nq. level: see
     metrics.ranking_metrics.
     """
     ranking_names = [name for name in names if name != "nq"]
@@ -125,8 +128,9 @@ def measure_queries(questions, results, labels, marks, corpus, names, cutoffs, l
 
 
 def average_measures(rows, names, cutoffs, log):
-    """Return ({metric@k: mean}, {metric: number of questions that the mean is over}) of
-    measure_queries's rows; logs where a mean leaves questions out.
+    """Return ({metric@k: mean}, {metric: number of questions in the mean}).
+
+    rows: what measure_queries returns. Logs if a mean leaves questions out.
     """
     means, counts = {}, {}
     for name in names:
@@ -142,7 +146,7 @@ def average_measures(rows, names, cutoffs, log):
 
 
 def note_unjudged(labels, level, log):
-    """Log how many labelled queries have no relevant document, and so count as 0."""
+    """Log how many labelled queries have no relevant document, so that they count as 0."""
     labelled = [row for row in labels if row]
     without = sum(not relevant_documents(row, level) for row in labelled)
     if without:
@@ -151,8 +155,8 @@ def note_unjudged(labels, level, log):
 
 
 def write_measures_per_query(path, questions, rows):
-    """Write each question's measures: a JSON object per line if the path ends in .jsonl, else lines
-    of query, measure and value with tabs between them, under a header.
+    """Write each question's measures: one JSON object per line if the path ends in .jsonl, else a
+    table of query, measure and value, separated by tabs.
     """
     is_json = str(path).removesuffix(".gz").endswith(".jsonl")
     with new_file(path) as file:

@@ -1,8 +1,7 @@
-"""Candidates that records bring along, and collated files made of results, as LLM-Embedder has
-them.
+"""Candidates in records, and collated files made from results, in LLM-Embedder's form.
 
-The files hold mined positives, negatives, keys, or teacher scores. A candidate is known by its
-index among the record's candidates; it may also be a document of the corpus.
+Collated files hold mined positives, mined negatives, keys or teacher scores. A candidate is
+identified by its position in the record; it may also be a document of the corpus.
 """
 import json
 import math
@@ -32,29 +31,28 @@ from records.names import (
     spell_id,
 )
 from records.templates import format_key
-from retrieval.results import stack
+from retrieval.results import CandidateResults, stack_rows
 from utils import InputError, shorten
 
-# {what --metrics asks for: the middle of the file's name}
+# {name in --metrics: middle of the file's name}
 COLLATED = {"collate_pos": "pos", "collate_neg": "neg", "collate_key": "key",
             "collate_score": "scored"}
-OLD_SCORES = ("pos_scores", "neg_scores")  # FlagEmbedding's, of keys that are replaced
+OLD_SCORES = ("pos_scores", "neg_scores")  # FlagEmbedding's scores of keys that are replaced
 
 
 # ---------------------------------------------------------------- candidates
 
 def list_candidates(record, scored=False):
-    """Return (keys, document indices) of a record's candidates, the first of these fields that it
-    has:
+    """Return (keys, document indices) of a record's candidates, from the first field that it has:
 
         keys            document indices
         key             key_index
-        positive_ctxs   none: DPR's form, see labelled_keys
+        positive_ctxs   no index: DPR's form, see labelled_keys
         history         history_index
         pos and neg     pos_index and neg_index
 
-    The indices are None unless every candidate has one. With `scored` the candidates are those
-    that teacher_scores belong to in training: `key` then comes last.
+    The indices are None unless every candidate has one. scored: return the candidates that
+    teacher_scores belong to in training, where `key` comes last.
     """
     has_others = has_keys(record)
     if record.get("key") is not None and not (scored and has_others):
@@ -78,7 +76,7 @@ def list_candidates(record, scored=False):
 
 
 def check_candidates(questions, corpus, template, need_indices, scored=False):
-    """Raise InputError for candidates that are no keys, or lack a document index they need."""
+    """Raise InputError for candidates that are not keys, or lack a document index they need."""
     if questions and not any(question.record.get("key") or has_keys(question.record)
                              for question in questions):
         raise InputError("no question has candidates, in 'key', 'positive_ctxs', 'history', or "
@@ -90,78 +88,61 @@ def check_candidates(questions, corpus, template, need_indices, scored=False):
         key_texts(question, keys, template)
         if need_indices and keys and doc_indices is None:
             raise InputError(f"{question.location}: not every candidate has its index in "
-                             "'key_index', or 'pos_index' and 'neg_index'; only the collated files "
-                             "can do without, or rank an earlier result with --results")
+                             "'key_index', or 'pos_index' and 'neg_index'; only collated files "
+                             "work without it, or rank an earlier result with --results")
         if need_indices or corpus:
             check_indices(question, doc_indices or [], corpus)
 
 
 def check_indices(question, doc_indices, corpus):
-    """Raises InputError for an index that is none of a document of the corpus."""
+    """Raise InputError for an index that no document of the corpus has."""
     for doc_index in doc_indices:
         is_index = type(doc_index) is int and doc_index >= 0
         if not is_index or (corpus and doc_index >= len(corpus)):
             raise InputError(f"{question.location}: {shorten(doc_index)} is the index of no "
-                             "document of the corpus; is it the corpus of this file?")
+                             "document of the corpus; give the corpus of this file")
 
 
 def key_texts(question, keys, template):
-    """The texts of a question's keys. Raises InputError for one that does not fit the template."""
+    """Return the texts of a question's keys. Raises InputError for one that does not fit the
+    template.
+    """
     return [format_key(key, template, question.location) for key in keys]
 
 
 def list_positives(record):
-    """Return all keys that a record names as its positives, under any of their names."""
+    """Return all keys that a record lists as positives, under any accepted name."""
     return [key for name in POSITIVE_NAMES for key in find_keys(record, [name])]
 
 
 def to_documents(questions, results):
-    """Results by document index, of results by index among each record's candidates."""
+    """Return the Results of CandidateResults whose candidates all have a document index."""
     rows = []
     for i, question in enumerate(questions):
-        indices, scores = results.row(i)
+        positions, scores = results.row(i)
         _, doc_indices = list_candidates(question.record)
-        rows.append((i, [doc_indices[index] for index in indices], scores))
-    return stack(rows)
+        rows.append((i, [doc_indices[position] for position in positions], scores))
+    return stack_rows(rows)
 
 
-# ---------------------------------------------------------------- collated files
-
-def collated_paths(args):
-    """{kind of collated file: path} beside --eval_data."""
-    name = args.save_name or args.retrieval_method
-    return {kind: collated_path(args.eval_data, middle, name) for kind, middle in COLLATED.items()}
-
-
-def collated_path(path, middle, name):
-    """The path of a collated file, as in LLM-Embedder: records.json to records.MIDDLE.NAME.json."""
-    stem, ending = os.path.splitext(str(path).removesuffix(".gz"))
-    if ending not in (".json", ".jsonl"):  # a table's; the collated file holds records
-        ending = ".json"
-    return f"{stem}.{middle}.{name}{ending}"
-
+# ---------------------------------------------------------------- limits of negatives
 
 class NegativeLimits(NamedTuple):
-    """Which hits may be hard negatives. A positive's score is that of its own hit."""
-    ranks: object = None            # (first, last), from 1, of the search's result
-    max_score: object = None        # a hit's score is this at most
-    margin: object = None           # and this much below the positive's score at least
-    relative_margin: object = None  # and this share of the positive's score below it at least
-
-    def needs_positive(self):
-        """Return True if a limit goes by the positive's score."""
-        return self.margin is not None or self.relative_margin is not None
+    """Hold the limits of hard negatives. A positive's score is the score of its own hit."""
+    ranks: object = None            # (first, last) rank in the search's result, counted from 1
+    max_score: object = None        # highest score of a negative
+    margin: object = None           # a negative scores at least this much below the positive
+    relative_margin: object = None  # the same as a share of the positive's score
 
     def allow(self, rank, score, positive_score):
         """Return True for a hit within the limits.
 
-        positive_score is None if no positive is among the hits: none of them is known to be below
-        it then.
+        positive_score: None if no positive is among the hits. A margin then allows no hit.
         """
         if self.ranks is not None and not self.ranks[0] <= rank <= self.ranks[1]:
             return False
         highest = math.inf if self.max_score is None else self.max_score
-        if self.needs_positive():
+        if self.margin is not None or self.relative_margin is not None:
             if positive_score is None:
                 return False
             relative = abs(positive_score) * (self.relative_margin or 0)
@@ -172,59 +153,70 @@ class NegativeLimits(NamedTuple):
 NO_LIMITS = NegativeLimits()
 
 
-def read_limits(args):
-    """Return the NegativeLimits of the flags."""
-    return NegativeLimits(args.neg_ranks, args.neg_max_score, args.neg_margin,
-                          args.neg_relative_margin)
+# ---------------------------------------------------------------- collated files
+
+def collated_path(eval_data, kind, name):
+    """Return the path of a collated file, as LLM-Embedder names it: records.json becomes
+    records.MIDDLE.NAME.json.
+    """
+    stem, ending = os.path.splitext(str(eval_data).removesuffix(".gz"))
+    if ending not in (".json", ".jsonl"):  # a table; the collated file holds records
+        ending = ".json"
+    return f"{stem}.{COLLATED[kind]}.{name}{ending}"
 
 
-def write_collated(kind, path, questions, results, corpus, labels, args, are_candidates, log=print):
-    """Write one of LLM-Embedder's files: each question's record with fields replaced.
+def write_teacher_scores(path, questions, results):
+    """Write collate_score's file: records with the scores of all candidates as teacher_scores."""
+    with new_file(path) as file:
+        for i, question in enumerate(questions):
+            by_position = sorted(zip(*results.row(i)))
+            scores = [score for _, score in by_position]
+            write_record(file, question.record | {"teacher_scores": scores})
 
-        kind           the record gets
-        collate_key    the hits as `key`
-        collate_neg    the hits that are no positives as `neg` (as `hard_negative_ctxs` in a record
-                       in DPR's form); old teacher_scores are dropped, and questions without hits
-        collate_score  the scores of all candidates as `teacher_scores`
 
-    labels: {document index: label} per question. are_candidates: the results go by index among each
-    record's candidates, not by document. args: key_template, max_neg_num, filter_answers, match and
-    those of read_limits. Logs how many questions have no negative.
+def write_keys(path, questions, results, corpus, template):
+    """Write collate_key's file: records with the hits as `key`."""
+    with new_file(path) as file:
+        for i, question in enumerate(questions):
+            record = dict(question.record)
+            put_hits(record, "key", list_hits(results, i, question, corpus, template))
+            write_record(file, record)
+
+
+def write_negatives(path, questions, results, corpus, labels, template, limits=NO_LIMITS,
+                    max_count=100, filter_answers=False, is_regex=False, log=print):
+    """Write collate_neg's file: records with the hits that are not positives as negatives.
+
+    Old teacher_scores are dropped, and so are questions without hits. Logs how many questions get
+    no negative. labels: per question, {document index: label}. The others: see keep_negatives.
     """
     without = []
     with new_file(path) as file:
         for i, question in enumerate(questions):
+            hits = list_hits(results, i, question, corpus, template)
+            if not hits:
+                continue
+            negatives = keep_negatives(question, hits, results.row(i)[1], corpus, labels[i],
+                                       template, limits, filter_answers, is_regex)
+            if not negatives:
+                without.append(question)
             record = dict(question.record)
-            indices, scores = results.row(i)
-            if kind == "collate_score":
-                by_candidate = sorted(zip(indices, scores))
-                record["teacher_scores"] = [score for _, score in by_candidate]
-            elif kind == "collate_key":
-                hits = read_hits(question, indices, corpus, are_candidates, args.key_template)
-                put_hits(record, "key", hits)
-            else:
-                hits = read_hits(question, indices, corpus, are_candidates, args.key_template)
-                if not hits:
-                    continue
-                negatives = keep_negatives(question, hits, corpus, labels[i], args.key_template,
-                                           args.filter_answers, scores, read_limits(args),
-                                           args.match == "regex")
-                if not negatives:
-                    without.append(question)
-                put_negatives(record, negatives[:args.max_neg_num], corpus)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            put_negatives(record, negatives[:max_count], corpus)
+            write_record(file, record)
     if without:
         log(f"note: {len(without)} of {len(questions)} questions have no hard negative among their "
             f"hits (first: {shorten(without[0].id)})")
 
 
-def write_positives(path, questions, results, corpus, marks, max_neg_num, log, limits=NO_LIMITS):
-    """Write DPR's training records of questions and answers, as DPR's were made (sections 3.2 and
-    4.2): the highest hit that holds an answer is the positive, the highest that hold none are the
-    hard negatives, within the limits.
+def write_positives(path, questions, results, corpus, marks, limits=NO_LIMITS, max_count=100,
+                    log=print):
+    """Write collate_pos's file: training records in DPR's form, made as DPR's were (sections 3.2
+    and 4.2).
 
-    Questions without a positive are dropped; logs how many. Positives, negatives and teacher scores
-    that a record had are replaced. marks: what measures.mark_answers returns.
+    The highest hit that contains an answer is the positive. The highest hits that contain none are
+    the hard negatives, within the limits. Questions without a positive are dropped and counted in
+    the log; earlier positives, negatives and teacher scores are replaced. marks: what
+    measures.mark_answers returns.
     """
     num_positives = 0
     with new_file(path) as file:
@@ -241,11 +233,10 @@ def write_positives(path, questions, results, corpus, marks, max_neg_num, log, l
                          if not holds and limits.allow(rank, score, positive_score)]
             kept = {name: value for name, value in question.record.items()
                     if name not in (*LIST_FIELDS, "teacher_scores")}
-            record = {"id": question.id, "question": question.text, **kept,
-                      "positive_ctxs": [corpus_context(positive, corpus)],
-                      "hard_negative_ctxs": [corpus_context(doc_index, corpus)
-                                             for doc_index in negatives[:max_neg_num]]}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            write_record(file, {"id": question.id, "question": question.text, **kept,
+                                "positive_ctxs": [corpus_context(positive, corpus)],
+                                "hard_negative_ctxs": [corpus_context(doc_index, corpus)
+                                                       for doc_index in negatives[:max_count]]})
     num_unanswered = sum(not question.answers for question in questions)
     num_missed = len(questions) - num_positives - num_unanswered
     log(f"collate_pos: {path}")
@@ -253,19 +244,25 @@ def write_positives(path, questions, results, corpus, marks, max_neg_num, log, l
         f"whose hits hold no answer, {num_unanswered} without answers")
 
 
-def read_hits(question, indices, corpus, are_candidates, template):
-    """[(document index or None, text)] of hits: documents, or candidates of the record."""
-    if not are_candidates:
+def write_record(file, record):
+    """Write a record as one line of JSON."""
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def list_hits(results, i, question, corpus, template):
+    """Return [(document index or None, text)] of question i's documents or candidates, by rank."""
+    indices, _ = results.row(i)
+    if not isinstance(results, CandidateResults):
         return [(doc_index, corpus.text(doc_index)) for doc_index in indices]
     keys, doc_indices = list_candidates(question.record)
     if doc_indices is None:
         doc_indices = [None] * len(keys)
-    texts = key_texts(question, [keys[index] for index in indices], template)
-    return [(doc_indices[index], text) for index, text in zip(indices, texts)]
+    texts = key_texts(question, [keys[position] for position in indices], template)
+    return [(doc_indices[position], text) for position, text in zip(indices, texts)]
 
 
 def put_hits(record, field, hits):
-    """Sets a record's neg or key, and their document indices if all have one."""
+    """Set a record's neg or key, and their document indices if every hit has one."""
     record.pop(f"{field}_index", None)
     record[field] = [text for _, text in hits]
     if all(doc_index is not None for doc_index, _ in hits):
@@ -273,8 +270,8 @@ def put_hits(record, field, hits):
 
 
 def put_negatives(record, negatives, corpus):
-    """Set a record's negatives in the form that it is in: DPR's, Tevatron's or LLM-Embedder's."""
-    record.pop("teacher_scores", None)  # they were of the old negatives
+    """Set a record's negatives in the record's own form: DPR's, Tevatron's or LLM-Embedder's."""
+    record.pop("teacher_scores", None)  # they belonged to the old negatives
     if "positive_ctxs" in record:
         record["hard_negative_ctxs"] = [dpr_context(*negative, corpus) for negative in negatives]
         return
@@ -291,39 +288,39 @@ def put_negatives(record, negatives, corpus):
 
 
 def dpr_context(doc_index, text, corpus):
-    """A hit as DPR's files have it."""
+    """Return a hit in the form of DPR's files; a hit that is no document has its text alone."""
     if doc_index is None or not corpus:
         return {"title": "", "text": text}
     return corpus_context(doc_index, corpus)
 
 
 def corpus_context(doc_index, corpus):
-    """A document of the corpus as DPR's files have it."""
+    """Return a document of the corpus in the form of DPR's files."""
     passage = corpus.passage(doc_index)
     return {"title": passage["title"], "text": passage["text"], "passage_id": passage["id"]}
 
 
-def keep_negatives(question, hits, corpus, labels, template, filter_answers, scores=None,
-                   limits=NO_LIMITS, is_regex=False):
-    """Return the hits [(document index, text)] that are no positives nor the question's own text,
-    and are within the limits; with filter_answers, only those that hold no answer.
+# ---------------------------------------------------------------- choosing negatives
 
-    A text holds an answer, as in LLM-Embedder, if the answer is a substring of it, both in lower
-    case; with is_regex, if the pattern matches. scores: of the hits, where limits need them. A
-    positive's score is its hit's, the lowest of several.
+def keep_negatives(question, hits, scores, corpus, labels, template, limits, filter_answers,
+                   is_regex):
+    """Return the hits [(document index, text)] that are negatives within the limits.
+
+    A positive is not a negative, nor is the question's own text, nor, with filter_answers, a text
+    that contains an answer. As in LLM-Embedder, a text contains an answer if the answer is a
+    substring, both in lower case; with is_regex, if the pattern matches. If several positives are
+    among the hits, the lowest of their scores counts for the limits.
     """
     are_positives = find_positives(question, hits, corpus, labels, template)
     own_text = normalise(question.text)
-    scores = [0.0] * len(hits) if scores is None else scores
     positive_score = min((score for score, is_positive in zip(scores, are_positives)
                           if is_positive), default=None)
     kept = []
-    for rank, ((doc_index, text), score, is_positive) in enumerate(zip(hits, scores, are_positives),
-                                                                   1):
+    for i, (doc_index, text) in enumerate(hits):
         is_own = own_text and own_text in spell_document(doc_index, text, corpus)
         holds_answer = filter_answers and holds_string(text, question.answers, is_regex)
-        if not (is_positive or is_own or holds_answer) and limits.allow(rank, score,
-                                                                        positive_score):
+        is_negative = not (are_positives[i] or is_own or holds_answer)
+        if is_negative and limits.allow(i + 1, scores[i], positive_score):
             kept.append((doc_index, text))
     return kept
 
@@ -336,10 +333,11 @@ def holds_string(text, answers, is_regex):
 
 
 def find_positives(question, hits, corpus, labels, template):
-    """Return [True for a positive] of hits [(document index, text)].
+    """Return, per hit (document index, text), True for a positive.
 
-    A positive is known by its text, its index in `pos_index`, its label or its id, by any of the
-    names of either; so are a copy of it in the corpus, and a reader's record's `passage`.
+    A hit is a positive by its text, its index in `pos_index`, its label, or its id under any
+    accepted name. So are copies of a positive in the corpus, and the `passage` of a reader's
+    record.
     """
     positives = list_positives(question.record)
     gold = gold_passages(question.record, question.location)
@@ -364,7 +362,7 @@ def find_positives(question, hits, corpus, labels, template):
 
 
 def normalise(text):
-    """Return a text by which equal ones are known: its words, in small letters, with one blank."""
+    """Return a text in lower case with single blanks, so that equal texts compare equal."""
     return " ".join(text.split()).casefold()
 
 
@@ -377,7 +375,7 @@ def plain_text(key):
 
 
 def spell_document(doc_index, text, corpus):
-    """Return {normalised text} of a hit: as the template has it, and without and with its title."""
+    """Return {normalised text} of a hit: in the template, and without and with its title."""
     spellings = {normalise(text)}
     if corpus and doc_index is not None:
         passage = corpus.passage(doc_index)

@@ -1,4 +1,4 @@
-"""Results: each question's documents by rank; written as records or TREC runs, read back, fused."""
+"""The ranked documents of every question: written as records or TREC runs, read back, fused."""
 import itertools
 import json
 from collections import defaultdict
@@ -16,25 +16,40 @@ from records.reader_records import note_rising, rank_order
 from records.reading import decode_line, holds_scores, read_json, read_lines, to_number
 from utils import InputError, shorten
 
-READ = 2 ** 20      # lines of a run whose documents are looked up in the corpus at once
-RRF_CONSTANT = 60   # of reciprocal rank fusion (Cormack et al., SIGIR 2009)
+RUN_LINES = 2 ** 20  # lines of a run whose documents are looked up in the corpus at once
+RRF_CONSTANT = 60    # of reciprocal rank fusion (Cormack et al., SIGIR 2009)
 
 
 class Results(NamedTuple):
-    """The documents of n questions by rank: their indices (n, k), -1 where there are fewer, and
-    scores (n, k).
-    """
-    indices: np.ndarray
-    scores: np.ndarray
+    """Hold the documents of n questions by rank."""
+    indices: np.ndarray  # (n, k), indices of documents in the corpus; -1 pads questions with fewer
+    scores: np.ndarray   # (n, k) float32
 
     def row(self, i):
-        """([document indices], [scores]) of one question, without the padding."""
+        """Return ([document indices], [scores]) of question i, without the padding."""
         is_document = self.indices[i] >= 0
         return self.indices[i][is_document].tolist(), self.scores[i][is_document].tolist()
 
 
-def stack(rows):
-    """Results of [(question's index, document indices, scores)], of any lengths, in any order."""
+class CandidateResults(NamedTuple):
+    """Hold the ranked candidates of n questions, which their records list.
+
+    A candidate may be no document of a corpus, so it is identified by its position in the record.
+    """
+    positions: np.ndarray  # (n, k), positions in mining.list_candidates; -1 as in Results
+    scores: np.ndarray     # (n, k) float32
+
+    def row(self, i):
+        """Return ([positions], [scores]) of question i, without the padding."""
+        is_candidate = self.positions[i] >= 0
+        return self.positions[i][is_candidate].tolist(), self.scores[i][is_candidate].tolist()
+
+
+def stack_rows(rows):
+    """Return Results of [(question's index, document indices, scores)], in any order.
+
+    Rows may have different lengths.
+    """
     width = max(1, max(len(indices) for _, indices, _ in rows))
     results = Results(np.full((len(rows), width), -1), np.zeros((len(rows), width), np.float32))
     for i, indices, scores in rows:
@@ -43,10 +58,11 @@ def stack(rows):
     return results
 
 
-def from_dictionaries(rows, hits):
-    """Return the Results of one {document index: score} per question; equal scores by index.
+def rank_scores(rows, hits):
+    """Return Results of one {document index: score} per question, with at most `hits` documents.
 
-    Scores are compared as float32, which Results hold and trec_eval compares.
+    Documents with equal scores are ranked by index. Scores are compared as float32, as in
+    trec_eval, because Results store float32.
     """
     ranked_rows = []
     for i, scores in enumerate(rows):
@@ -54,21 +70,13 @@ def from_dictionaries(rows, hits):
         values = np.fromiter(scores.values(), np.float64, len(scores)).astype(np.float32)
         order = np.lexsort((doc_indices, -values))[:hits]
         ranked_rows.append((i, doc_indices[order], values[order]))
-    return stack(ranked_rows)
-
-
-def round_score(score):
-    """Return a float32's value as the decimal of 9 significant digits, which still identifies it.
-
-    Files hold scores with these digits, so that a ranking read back is the same one.
-    """
-    return float(f"{score:.9g}")
+    return stack_rows(ranked_rows)
 
 
 # ---------------------------------------------------------------- the query's own document
 
 def find_own(query_ids, corpus):
-    """Return the index of the document whose id is the query's, per query; -1 where there is none.
+    """Return, per query, the index of the document that has the query's id, or -1.
 
     query_ids: texts, or None for a query without an id of its own.
     """
@@ -78,7 +86,7 @@ def find_own(query_ids, corpus):
 
 
 def note_own(count, total, log):
-    """Log that --exclude_self leaves the own document out for `count` of `total` queries."""
+    """Log for how many of `total` queries --exclude_self removes their own document."""
     if count:
         log(f"--exclude_self: {count} of {total} queries have a document with their own id, which "
             "is left out")
@@ -88,22 +96,24 @@ def note_own(count, total, log):
 
 
 def drop_own(results, own, hits):
-    """Return Results without each query's own document (an index, or -1), of `hits` at most."""
+    """Return the results, of the same type, without each query's own entry; at most `hits` each.
+
+    own: per query, the document index or candidate position to remove; -1 removes nothing.
+    """
     rows = []
     for i, own_index in enumerate(own):
-        doc_indices, scores = results.row(i)
-        kept = [(doc_index, score) for doc_index, score in zip(doc_indices, scores)
-                if doc_index != own_index][:hits]
-        rows.append((i, [doc_index for doc_index, _ in kept], [score for _, score in kept]))
-    return stack(rows)
+        kept = [(index, score) for index, score in zip(*results.row(i)) if index != own_index]
+        rows.append((i, [index for index, _ in kept[:hits]], [score for _, score in kept[:hits]]))
+    return type(results)(*stack_rows(rows))
 
 
 # ---------------------------------------------------------------- writing
 
 def write_contexts(path, questions, results, corpus, marks):
-    """Write reader records, each with its ctxs by rank: a list for .json, else one per line.
+    """Write a record with ranked ctxs for each question: a list if the path ends in .json, else
+    one record per line.
 
-    marks: per question, has_answer of each document by rank, or None (measures.mark_answers).
+    marks: what measures.mark_answers returns.
     """
     is_list = str(path).removesuffix(".gz").endswith(".json")
     with new_file(path) as file:
@@ -111,7 +121,7 @@ def write_contexts(path, questions, results, corpus, marks):
             ctxs = read_contexts(results, i, corpus, marks[i])
             record = {"id": question.id, "question": question.text, **question.record, "ctxs": ctxs}
             if not has_keys(record):
-                record.pop("teacher_scores", None)  # they were of earlier ctxs
+                record.pop("teacher_scores", None)  # they belonged to the replaced ctxs
             line = json.dumps(record, ensure_ascii=False)
             if is_list:
                 file.write("[\n" if i == 0 else ",\n")
@@ -123,11 +133,12 @@ def write_contexts(path, questions, results, corpus, marks):
 
 
 def read_contexts(results, i, corpus, marks):
-    """Return the ctxs of one question: [{id, title, text, score, has_answer if there are marks}].
+    """Return the ctxs of question i: [{id, title, text, score}], and has_answer if there are marks.
     """
     ctxs = []
     for doc_index, score in zip(*results.row(i)):
-        ctxs.append(corpus.passage(doc_index) | {"score": round_score(score)})
+        # 9 significant digits identify a float32, so that a file read back gives the same ranking
+        ctxs.append(corpus.passage(doc_index) | {"score": float(f"{score:.9g}")})
     if marks is not None:
         for context, mark in zip(ctxs, marks):
             context["has_answer"] = mark
@@ -137,7 +148,7 @@ def read_contexts(results, i, corpus, marks):
 def write_run(path, questions, results, corpus, name):
     """Write a TREC run: query, Q0, document, rank, score, name.
 
-    Corpus.refuse_blanks has made sure that no document's id holds a blank.
+    No id may contain a blank; Corpus.refuse_blanks and check_question_ids check them beforehand.
     """
     with new_file(path) as file:
         for i, question in enumerate(questions):
@@ -147,20 +158,20 @@ def write_run(path, questions, results, corpus, name):
                 file.write(f"{question.id} Q0 {document_id} {rank} {score:.9g} {name}\n")
 
 
-def write_page(path, title, remark, table, questions, results, corpus, labels, marks, level=1,
-               is_regex=False):
-    """Write the page of retrieve.py --html; labels, marks and level are measure_queries's."""
+def write_results_page(path, title, remark, table, questions, results, corpus, labels, marks,
+                       level=1, is_regex=False):
+    """Write the page of retrieve.py --html. labels, marks and level are as in measure_queries."""
     def contexts(i):
         return read_contexts(results, i, corpus, marks[i])
     samples = [contexts(i) for i in range(min(DEPTH_SAMPLE, len(questions)))]
-    inspected = (inspect(question, contexts(i), results.row(i)[0], labels[i], level)
+    inspected = (inspect_question(question, contexts(i), results.row(i)[0], labels[i], level)
                  for i, question in enumerate(questions))
     write_inspection(path, title, remark, table, inspected, len(questions),
                      depth=choose_depth(samples, len(questions)), is_regex=is_regex)
 
 
-def inspect(question, contexts, doc_indices, labels, level):
-    """Return the Inspected of a question: its contexts with the labels of their documents."""
+def inspect_question(question, contexts, doc_indices, labels, level):
+    """Return the Inspected of a question, whose contexts get the labels of their documents."""
     for context, doc_index in zip(contexts, doc_indices):
         context.setdefault("has_answer", False)
         context["label"] = labels.get(doc_index)
@@ -172,8 +183,8 @@ def inspect(question, contexts, doc_indices, labels, level):
 # ---------------------------------------------------------------- reading back
 
 class IdTable:
-    """Stands in for a Corpus of which only ids are known: a document's index is the place of its id
-    among those that were asked for.
+    """Replace a Corpus where only ids are needed. A new id gets the next index when it is looked
+    up.
     """
     has_ids = True
 
@@ -185,13 +196,13 @@ class IdTable:
         return len(self.known_ids)
 
     def require_ids(self, needed_by):
-        """Do nothing: ids are all there is."""
+        """Do nothing, because an IdTable consists of ids."""
 
     def refuse_blanks(self, path):
-        """Do nothing: a run's ids have no blanks."""
+        """Do nothing, because the ids of a run contain no blanks."""
 
     def indices(self, ids):
-        """Return the indices of documents by their ids, adding the new ones."""
+        """Return the indices of documents by their ids, and add new ids."""
         for document_id in ids:
             if document_id not in self.indices_by_id:
                 self.indices_by_id[document_id] = len(self.known_ids)
@@ -204,7 +215,7 @@ class IdTable:
 
 
 class RunLine(NamedTuple):
-    """One hit of an earlier result."""
+    """Hold one document of an earlier result."""
     query_id: str
     document_id: str
     score: float
@@ -212,25 +223,25 @@ class RunLine(NamedTuple):
 
 
 def read_run(path, questions, corpus, log=print, hits=None):
-    """Return the Results of a TREC run, or of records with ctxs, whose order stands in for missing
-    scores; of each question the `hits` best, all if None.
+    """Return the Results of a TREC run, or of records with ctxs.
 
-    Raises InputError for a broken line, a document that the corpus does not have, or a result of
-    other questions.
+    Contexts without scores are ranked by their order. hits: documents kept per question; None: all.
+    Raises InputError for a broken line, a document that is not in the corpus, or a result that has
+    none of the questions.
     """
     scores = {question.id: {} for question in questions}  # {query id: {document index: score}}
     if str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
         lines = context_lines(path, {question.id: question.text for question in questions})
     else:
         lines = run_lines(path)
-    others = 0  # lines of other questions
-    repeated = []  # lines of a document that the question already has
-    while chunk := list(itertools.islice(lines, READ)):
+    others = 0     # lines of other questions
+    repeated = []  # lines that name a document of their question again
+    while chunk := list(itertools.islice(lines, RUN_LINES)):
         doc_indices = corpus.indices([line.document_id for line in chunk])
         for line, doc_index in zip(chunk, doc_indices):
             if doc_index < 0:
                 raise InputError(f"{line.location}: document {shorten(line.document_id)} is not "
-                                 "in the corpus; is it a result of another one?")
+                                 "in the corpus; give the corpus that the result was made from")
             if line.query_id not in scores:
                 others += 1
             elif doc_index in scores[line.query_id]:
@@ -244,22 +255,21 @@ def read_run(path, questions, corpus, log=print, hits=None):
         log(f"note: {path} has documents for {shared} of the {len(questions)} questions")
     if not shared:
         raise InputError(f"{path}: holds no document for any of the questions (the first is "
-                         f"{shorten(questions[0].id)}); is it of others?")
+                         f"{shorten(questions[0].id)}); give a result of these questions")
     if others:
         log(f"note: {others} documents in {path} belong to other questions")
     if repeated:
         log(f"note: {len(repeated)} lines of {path} name a document that their question already "
             f"has (first: {repeated[0].location}); a document's best score counts")
-    return from_dictionaries([scores[question.id] for question in questions], hits)
+    return rank_scores([scores[question.id] for question in questions], hits)
 
 
 def run_lines(path):
-    """Yield the RunLines of a TREC run, or of MS MARCO's (query, document, rank), whose ranks
-    stand in for scores.
+    """Yield the RunLines of a TREC run or of a run in MS MARCO's form (query, document, rank).
 
-    Raises InputError.
+    MS MARCO's form has no scores, so the negative rank is used. Raises InputError.
     """
-    has_ranks = None  # the first line decides
+    has_ranks = None  # decided by the first line
     for line_number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -275,11 +285,12 @@ def run_lines(path):
                 yield RunLine(cells[0], cells[2], to_number(cells[4]), location)
         except (IndexError, ValueError):
             raise InputError(f"{location}: not a line of a TREC run (query Q0 document rank score "
-                             "name), nor of MS MARCO's (query document rank, from 1 on)") from None
+                             "name), nor of MS MARCO's form (query document rank, the first rank "
+                             "is 1)") from None
 
 
 def read_rank(text):
-    """Return the rank, 1 or more, that a text spells. Raises ValueError."""
+    """Return the rank that a text spells. Raises ValueError for a rank below 1."""
     rank = int(text)
     if rank < 1:
         raise ValueError(f"{rank} is no rank")
@@ -287,7 +298,7 @@ def read_rank(text):
 
 
 def context_lines(path, texts):
-    """Yield the RunLines of records with ctxs; texts: the questions' by id. Raises InputError."""
+    """Yield the RunLines of records with ctxs. texts: {question id: text}. Raises InputError."""
     for index, (record, location) in enumerate(read_json(path)):
         if holds_scores(record):  # pytrec_eval's form of a run
             for query_id, scores in record.items():
@@ -299,7 +310,7 @@ def context_lines(path, texts):
         if expected and question.text != expected:  # a saved run is measured without the texts
             raise InputError(f"{location}: question {shorten(question.id)} is "
                              f"{shorten(question.text)} here and {shorten(expected)} in the "
-                             "questions; give theirs")
+                             "questions; give a result of these questions")
         name = find_name(record, CONTEXT_NAMES) or "ctxs"
         lines = [context_line(context, rank, question.id, location)
                  for rank, context in enumerate(list_field(record, name, location))]
@@ -307,13 +318,13 @@ def context_lines(path, texts):
 
 
 def rank_unscored_last(lines):
-    """Return RunLines of which those without a score come last, in their order.
+    """Return RunLines in which lines without a score get scores below all others, in their order.
 
-    test.py --scores leaves contexts that its reader has not read without a score.
+    test.py --scores writes no score for contexts that its reader has not read.
     """
     scores = [line.score for line in lines if line.score is not None]
     lowest = min(scores, default=1)
-    step = max(1, abs(lowest))  # one that a float32 of this size can hold
+    step = max(1, abs(lowest))  # large enough to change a float32 of this size
     ranked, unscored = [], 0
     for line in lines:
         if line.score is None:
@@ -324,8 +335,7 @@ def rank_unscored_last(lines):
 
 
 def context_line(context, rank, query_id, location):
-    """Return the RunLine of a record's context; its score is None if it has none. Raise InputError.
-    """
+    """Return the RunLine of a record's context; a missing score is None. Raises InputError."""
     try:
         identifier = find_value(context, DOCUMENT_ID_NAMES)
         if type(identifier) not in (str, int):
@@ -334,38 +344,35 @@ def context_line(context, rank, query_id, location):
         score = None if score is None else to_number(score)
         return RunLine(query_id, str(identifier), score, location)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise InputError(f"{location}: ctxs[{rank}] is no object with an id and, if any, a score "
-                         "that is a number") from None
+        raise InputError(f"{location}: ctxs[{rank}] must be an object with an id; its score, if it "
+                         "has one, must be a number") from None
 
 
 # ---------------------------------------------------------------- fusing
 
 def fuse(results, how, weights, hits):
-    """One Results of several.
+    """Return one Results that merges several, weight by weight.
 
-    rrf sums weight / (60 + rank), weighted sums weight * score, the scores scaled to 0 .. 1.
+    how: rrf sums weight / (60 + rank); weighted sums weight * score, with scores scaled to 0 .. 1.
     """
     rows = []
     for i in range(len(results[0].indices)):
         totals = defaultdict(float)
         for weight, result in zip(weights, results):
             doc_indices, scores = result.row(i)
-            values = reciprocal_ranks(scores) if how == "rrf" else scale_scores(scores)
+            if how == "rrf":
+                values = [1 / (RRF_CONSTANT + rank) for rank in range(1, len(scores) + 1)]
+            else:
+                values = scale_scores(scores)
             for doc_index, value in zip(doc_indices, values):
                 totals[doc_index] += weight * value
         rows.append(totals)
-    return from_dictionaries(rows, hits)
-
-
-def reciprocal_ranks(scores):
-    """1 / (60 + rank) of ranked scores."""
-    return [1 / (RRF_CONSTANT + rank) for rank in range(1, len(scores) + 1)]
+    return rank_scores(rows, hits)
 
 
 def scale_scores(scores):
-    """Return scores moved and scaled to 0 .. 1; equal ones, and one that is alone, become 1.
-
-    A document that a run has found must not count as one that it has not.
+    """Return scores shifted and scaled to 0 .. 1. If all are equal they become 1, because 0 means
+    that a run did not find the document.
     """
     least = min(scores, default=0)
     spread = max(scores, default=0) - least

@@ -85,7 +85,7 @@ class ListCorpus(list):
 
 @pytest.mark.parametrize("metric", ["ip", "cos", "l2"])
 def test_search_equals_sorted_scores(metric, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK", 5)
+    monkeypatch.setattr(evaluation, "ENCODED_TEXTS", 5)
     model = BiEncoder.open(make_bert(tmp_path / "bert"), metric=metric, temperature=0.5).eval()
     texts = [torch.randint(6, 30, (n,)).tolist() for n in (5, 9, 3, 7, 7, 2)]
     dev = DevSet("retrieval", texts[:2], ["", ""], [], [], [])
@@ -150,6 +150,7 @@ def test_repeated_metrics_and_cutoffs_change_nothing(monkeypatch):
     dev = DevSet("annotated", ["q"], [""], [{0: 1, 1: 0}], [], [])
     monkeypatch.setattr(evaluation, "rank_annotated", lambda *_: [[1, 0]])
     model = torch.nn.Linear(1, 1)
-    once = evaluation.evaluate(model, dev, None, None, ["mrr", "recall"], [1, 2], ALONE)
-    twice = evaluation.evaluate(model, dev, None, None, ["mrr", "recall", "mrr"], [1, 2, 2], ALONE)
+    once = evaluation.measure_retriever(model, dev, None, None, ["mrr", "recall"], [1, 2], ALONE)
+    twice = evaluation.measure_retriever(model, dev, None, None, ["mrr", "recall", "mrr"],
+                                         [1, 2, 2], ALONE)
     assert once == twice == {"mrr@1": 0.0, "mrr@2": 0.5, "recall@1": 0.0, "recall@2": 1.0}

@@ -17,7 +17,6 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-import retrieval.flags
 import train_dense
 from conftest import make_bert
 from dense.flags import parse_args
@@ -25,7 +24,8 @@ from dense.model import BiEncoder, CrossEncoder
 from records.corpus import open_corpus
 from records.templates import named_version
 from retrieval import dev_set as evaluation
-from retrieval.search import open_retriever, search_dense
+from retrieval.flags import name_index, parse_retrieve_flags, read_dense_settings, settle_templates
+from retrieval.search import SearchSettings, open_search_model, search
 from retrieval_helpers import make_questions
 from utils import InputError, World
 
@@ -80,9 +80,9 @@ def make_folder(folder, base, modules=(("Pooling", {"pooling_mode_mean_tokens": 
 
 def open_ours(folder, *flags):
     """Return (model, collator) of a folder as retrieve.py opens it."""
-    args = retrieval.flags.parse_args("", ["--query_encoder", str(folder), "--corpus", "x", *flags])
-    retrieval.flags.settle_defaults(args)
-    return open_retriever(args, None, ALONE)
+    args = parse_retrieve_flags("", ["--query_encoder", str(folder), "--corpus", "x", *flags])
+    templates = settle_templates(args, args.retrieval_method)
+    return open_search_model(read_dense_settings(args, templates), None, ALONE)
 
 
 def encode_ours(folder, *flags, texts=TEXTS):
@@ -463,13 +463,15 @@ def test_scores_of_retrieve(bert, tmp_path, capsys):
     arguments = ["--query_encoder", str(folder), "--corpus", corpus_path, "--hits", "5",
                  "--key_template", "{text}", "--dtype", "float32"]
 
-    def search(*flags):
-        args = retrieval.flags.parse_args("", [*arguments, *flags])
-        retrieval.flags.settle_defaults(args)
-        corpus = open_corpus(args.corpus, args.key_template, ALONE)
+    def search_ours(*flags):
+        args = parse_retrieve_flags("", [*arguments, *flags])
+        templates = settle_templates(args, "dense")
+        corpus = open_corpus(args.corpus, templates["key_template"], ALONE)
         questions = make_questions(*[{"question": text} for text in TEXTS])
-        return search_dense(args, corpus, questions, ALONE)
-    results = search()
+        settings = SearchSettings("dense", args.hits, index=name_index(args, "dense"),
+                                  dense=read_dense_settings(args, templates))
+        return search(settings, corpus, questions, ALONE)
+    results = search_ours()
     theirs = open_theirs(folder)
     expected = theirs.similarity(theirs.encode_query(TEXTS), theirs.encode_document(documents))
     for row, indices, scores in zip(expected, results.indices, results.scores):
@@ -482,14 +484,14 @@ def test_scores_of_retrieve(bert, tmp_path, capsys):
     assert "1 documents have no text (first: 'd4')" in said
     # the index is of these files and of no others
     with pytest.raises(InputError, match="holds an index of another instruction"):
-        search("--key_prompt", "")
+        search_ours("--key_prompt", "")
     with pytest.raises(InputError, match="holds an index of another truncate_dim"):
-        search("--truncate_dim", "5")
+        search_ours("--truncate_dim", "5")
     for name in ("modules.json", "config_sentence_transformers.json"):
         content = (folder / name).read_text()
         (folder / name).write_text(content + " ")
         with pytest.raises(InputError, match="the corpus or the model has changed"):
-            search()
+            search_ours()
         (folder / name).write_text(content)
 
 
@@ -547,7 +549,7 @@ def test_dev_sets_get_the_prompts_that_are_saved(fields, flags, bert, tmp_path):
 
     def measure(model, dev, collator, *rest):
         measured.append(collator)
-        return evaluation.evaluate(model, dev, collator, *rest)
+        return evaluation.measure_retriever(model, dev, collator, *rest)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_dense, "measure_retriever", measure)
         train(tmp_path / "out", bert, [row | fields for row in RECORDS], *flags, "--eval_qrels",

@@ -3,7 +3,6 @@ the measures of a saved run, against trec_eval where it has them.
 """
 import json
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,23 +11,24 @@ import torch
 
 import retrieve
 from dense.examples import qrels_examples
+from dense.texts import TextSettings
 from metrics import find_answers, has_answer
 from reader.predict import Prediction, count_best_with_answer, describe_contexts, score_prediction
 from records.corpus import Corpus
 from records.questions import own_ids, read_questions
-from retrieval.dev_set import annotated_set, evaluate
-from retrieval.flags import parse_args
+from retrieval.dev_set import annotated_set, measure_retriever
+from retrieval.flags import parse_retrieve_flags
 from retrieval.measures import measure_queries, note_patterns, trec_ranking
 from retrieval.results import (
     drop_own,
     find_own,
-    from_dictionaries,
     fuse,
+    rank_scores,
     read_contexts,
     read_run,
     write_run,
 )
-from retrieval.search import note_missing
+from retrieval.search import DenseSettings, SearchSettings, note_missing
 from retrieval_helpers import make_questions, make_results, write_corpus, write_rows
 from utils import InputError, World, call_main
 
@@ -44,7 +44,7 @@ def corpus(tmp_path):
 
 def run_retrieve(*flags, code=0):
     """Run retrieve.py in this process."""
-    args = parse_args("", [str(flag) for flag in flags])
+    args = parse_retrieve_flags("", [str(flag) for flag in flags])
     assert call_main(retrieve.main, args) == code
 
 
@@ -126,7 +126,7 @@ def test_measures_per_query_in_lines(tmp_path):
 def test_a_run_that_is_read_again_has_the_same_ranking(corpus, tmp_path):
     """A24: scores that differ in the seventh decimal are no ties, in runs and in ctxs."""
     scores = {6: 0.1234567, 1: 0.1234566, 4: 0.12345655, 3: 1e-9, 2: 1e-10}
-    questions, results = make_questions({"id": "q"}), from_dictionaries([scores], 8)
+    questions, results = make_questions({"id": "q"}), rank_scores([scores], 8)
     assert results.row(0)[0] == [6, 1, 4, 3, 2]
     write_run(tmp_path / "run", questions, results, corpus, "x")
     again = read_run(tmp_path / "run", questions, corpus)
@@ -140,14 +140,14 @@ def test_a_run_that_is_read_again_has_the_same_ranking(corpus, tmp_path):
 def test_fused_scores_are_ranked_as_they_are_written(corpus, tmp_path):
     """A24: rrf's sums are ranked as float32, which runs and trec_eval have."""
     rng = random.Random(0)
-    parts = [from_dictionaries([{d: rng.random() for d in rng.sample(range(8), 7)}], 8)
+    parts = [rank_scores([{d: rng.random() for d in rng.sample(range(8), 7)}], 8)
              for _ in range(3)]
     fused = fuse(parts, "rrf", [1, 1, 1], 8)
     write_run(tmp_path / "run", make_questions({"id": "q"}), fused, corpus, "x")
     again = read_run(tmp_path / "run", make_questions({"id": "q"}), corpus)
     assert again.row(0) == fused.row(0)
     values = {1: 0.1, 2: 0.1 + 1e-12}  # equal as float32: by index
-    assert from_dictionaries([values], 8).row(0)[0] == [1, 2]
+    assert rank_scores([values], 8).row(0)[0] == [1, 2]
 
 
 # ---------------------------------------------------------------- one order of ties
@@ -166,7 +166,7 @@ class FixedScores(torch.nn.Module):
 
 
 class PlainCollator:
-    args = type("Args", (), {"ranker": False})
+    settings = TextSettings()
 
     def queries(self, texts, tasks):
         return texts
@@ -184,14 +184,14 @@ def test_both_scripts_rank_ties_as_trec_eval(method, tmp_path):
     if method == "annotated":
         run = {name: run[name] for name in qrels["q"]}
     dev = annotated_set(qrels, corpus, {"q": "q"}, None)._replace(method=method)
-    ours = evaluate(FixedScores(), dev, PlainCollator(), corpus, ["ndcg", "mrr", "recall"], [3],
-                    ALONE)
+    ours = measure_retriever(FixedScores(), dev, PlainCollator(), corpus,
+                             ["ndcg", "mrr", "recall"], [3], ALONE)
     names = {"ndcg_cut.3", "recall.3", "recip_rank"}
     theirs = pytrec_eval.RelevanceEvaluator(qrels, names).evaluate({"q": run})["q"]
     assert ours["ndcg@3"] == pytest.approx(theirs["ndcg_cut_3"])
     assert ours["recall@3"] == pytest.approx(theirs["recall_3"])
     assert ours["mrr@3"] == pytest.approx(theirs["recip_rank"]) == 1
-    results = from_dictionaries([{i: score for i, score in enumerate(run.values())}], 24)
+    results = rank_scores([{i: score for i, score in enumerate(run.values())}], 24)
     if method == "retrieval":  # retrieve.py's measures are the same
         questions = make_questions({"id": "q"})
         labels = [{int(name): label for name, label in qrels["q"].items()}]
@@ -224,7 +224,7 @@ def test_absent_queries_and_documents_are_said_in_both_scripts(corpus, tmp_path,
     dev = annotated_set(qrels, corpus, queries, None, log=logged.append)
     assert logged == [of_queries, of_documents]
     texts = type("Texts", (), {"text": lambda self, i: "0.5", "ids": corpus.ids})()
-    values = evaluate(FixedScores(), dev, PlainCollator(), texts, ["recall"], [8], ALONE)
+    values = measure_retriever(FixedScores(), dev, PlainCollator(), texts, ["recall"], [8], ALONE)
     assert values == {"recall@8": 0.5}
     # and its training
     logged = []
@@ -317,12 +317,12 @@ def test_a_querys_own_document_is_left_out(method, corpus, tmp_path, capsys):
 
 def test_a_document_that_is_left_out_is_not_missed(capsys):
     """A18, A34: the note that an approximate search finds too little counts what there is."""
-    args = SimpleNamespace(retrieval_method="dense", faiss_index_factory="IVF2,Flat", hits=8)
+    settings = SearchSettings("dense", 8, dense=DenseSettings("x", faiss_index_factory="IVF2,Flat"))
     questions = make_questions({}, {})
     results = make_results([0, 1, 2, 3, 4, 5, 6, -1], [0, 1, 2, 3, 4, 5, 6, -1])
-    note_missing(args, questions, results, 7, print)
+    note_missing(settings, questions, results, 7, print)
     assert capsys.readouterr().out == ""
-    note_missing(args, questions, results, 8, print)
+    note_missing(settings, questions, results, 8, print)
     assert "2 of 2 queries find fewer than 8 documents" in capsys.readouterr().out
 
 
@@ -344,8 +344,8 @@ def test_own_documents_in_training_and_by_position(corpus, tmp_path):
     texts = type("Texts", (list,), {"text": list.__getitem__, "ids": corpus.ids})
     texts = texts(["0.9" if i == 1 else str(i / 10) for i in range(8)])
     for method, recall in (("annotated", 0.75), ("retrieval", 0.0)):
-        given = evaluate(FixedScores(), dev._replace(method=method), PlainCollator(), texts,
-                         ["recall"], [1], ALONE)
+        given = measure_retriever(FixedScores(), dev._replace(method=method), PlainCollator(),
+                                  texts, ["recall"], [1], ALONE)
         assert given["recall@1"] == recall
     write_rows(tmp_path / "c.tsv", ["id\ttext", "0\ta", "1\tb"])
     numbered = Corpus(str(tmp_path / "c.tsv"), "{text}")

@@ -56,8 +56,9 @@ def parse(monkeypatch, *flags):
 def retrieve(args, world):
     """Call retrieve_once as train_epoch.py does."""
     paths = train_epoch.find_paths(args)
-    retrieve_once(args, paths.out, train_epoch.count_retrieved(args),
-                  train_epoch.given_records(paths), world)
+    retrieve_once(paths.out, train_epoch.given_records(paths), args.retriever, args.corpus,
+                  train_epoch.count_retrieved(args), world, index=args.index,
+                  num_workers=args.num_workers, resumes=args.resume)
 
 
 def flags_of(retriever, t5, *more):

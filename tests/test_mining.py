@@ -7,14 +7,15 @@ from dense.examples import read_examples
 from records.corpus import Corpus
 from records.questions import read_questions
 from retrieval.flags import check_collated
-from retrieval.mining import (
-    check_candidates,
-    collated_paths,
-    list_candidates,
-    to_documents,
-    write_collated,
+from retrieval.mining import check_candidates, collated_path, list_candidates, to_documents
+from retrieval.search import SearchSettings
+from retrieval_helpers import (
+    make_flags,
+    make_questions,
+    make_results,
+    rank_candidates,
+    write_corpus,
 )
-from retrieval_helpers import make_flags, make_questions, make_results, write_corpus
 from retrieve import check_records, write_outputs
 from utils import InputError
 
@@ -24,19 +25,21 @@ def corpus(tmp_path):
     return Corpus(write_corpus(tmp_path / "corpus.jsonl"), "{title} {text}")
 
 
-def collated(tmp_path, kind, questions, results, corpus, are_candidates=False, labels=None,
-             **changes):
-    """The records of the file that write_collated writes."""
-    path, labels = tmp_path / "out.json", labels or [{}] * len(questions)
-    write_collated(kind, path, questions, results, corpus, labels, make_flags(**changes),
-                   are_candidates)
-    return [json.loads(line) for line in open(path)]
+SETTINGS = SearchSettings("bm25", 9, key_template="{title} {text}")
+
+
+def collate(folder, kind, questions, results, corpus, labels=None, log=print, **changes):
+    """Return the records of the file that retrieve.py --metrics KIND writes."""
+    flags = make_flags(metrics=[kind], eval_data=f"{folder}/q.csv", save_name="x", **changes)
+    labels = labels or [{}] * len(questions)
+    write_outputs(flags, SETTINGS, [1], questions, results, corpus, labels, log)
+    return [json.loads(line) for line in open(collated_path(f"{folder}/q.csv", kind, "x"))]
 
 
 def test_given_candidates_need_indices_where_documents_are_written(corpus):
     good = {"pos": ["a"], "pos_index": [3], "neg": ["b"], "neg_index": [1]}
     check_candidates(make_questions(good), corpus, "{text}", True)
-    assert to_documents(make_questions(good), make_results([1, 0])).row(0)[0] == [1, 3]
+    assert to_documents(make_questions(good), rank_candidates([1, 0])).row(0)[0] == [1, 3]
     assert list_candidates({"pos": ["a"], "neg": ["b"], "neg_index": [1]}) == (["a", "b"], None)
     check_candidates(make_questions({"pos": ["a"], "neg": ["b"]}), None, "{text}", False)
     both = {"pos": ["a"], "neg": ["b"], "key": ["b", "a"]}
@@ -65,11 +68,11 @@ def test_collated_candidates_keep_their_texts(tmp_path):
     """Without document indices they get none: an index among the candidates is no document's."""
     questions = make_questions({"key": ["a", {"text": "b"}, "c"]},
                                {"key": ["a", "b", "c"], "key_index": [7, 5, 6]})
-    ranked = make_results([2, 0, 1], [1, 2, 0])
-    rows = collated(tmp_path, "collate_key", questions, ranked, None, are_candidates=True)
+    ranked = rank_candidates([2, 0, 1], [1, 2, 0])
+    rows = collate(tmp_path, "collate_key", questions, ranked, None)
     assert rows[0]["key"] == ["c", "a", "b"] and "key_index" not in rows[0]
     assert rows[1]["key"] == ["b", "c", "a"] and rows[1]["key_index"] == [5, 6, 7]
-    rows = collated(tmp_path, "collate_score", questions, ranked, None, are_candidates=True)
+    rows = collate(tmp_path, "collate_score", questions, ranked, None)
     assert rows[0]["teacher_scores"] == [-1, -2, 0] and rows[1]["teacher_scores"] == [-2, 0, -1]
 
 
@@ -85,7 +88,7 @@ def test_positives_are_never_mined(corpus, tmp_path):
                                  ({}, {3: 1, 5: 0, -2: 1}, [0, 1, 2, 4, 5]),
                                  ({"answers": ["Text 4"]}, {}, [0, 1, 2, 3, 5])):
         questions = make_questions(record)
-        row, = collated(tmp_path, "collate_neg", questions, hits, corpus, labels=[labels],
+        row, = collate(tmp_path, "collate_neg", questions, hits, corpus, labels=[labels],
                         filter_answers=True)
         assert row["neg_index"] == left
         assert row["neg"] == [corpus.text(doc_index) for doc_index in left]
@@ -93,7 +96,7 @@ def test_positives_are_never_mined(corpus, tmp_path):
 
 def test_questions_without_hits_and_old_teacher_scores_are_dropped(corpus, tmp_path):
     questions = make_questions({"id": "a", "teacher_scores": [1]}, {"id": "b"})
-    row, = collated(tmp_path, "collate_neg", questions, make_results([0, 1], [-1, -1]), corpus)
+    row, = collate(tmp_path, "collate_neg", questions, make_results([0, 1], [-1, -1]), corpus)
     assert row["id"] == "a" and row["neg_index"] == [0, 1] and "teacher_scores" not in row
 
 
@@ -103,28 +106,24 @@ def test_mined_negatives_of_dpr_records_are_dpr_records(corpus, tmp_path):
     record = {"positive_ctxs": [passage, {"title": "t1", "text": "text 1"}],
               "hard_negative_ctxs": [{"title": "old", "text": "old"}]}
     results = make_results([1, 2, 0, 5])
-    row, = collated(tmp_path, "collate_neg", make_questions(record), results, corpus, max_neg_num=1)
+    row, = collate(tmp_path, "collate_neg", make_questions(record), results, corpus, max_neg_num=1)
     assert row["hard_negative_ctxs"] == [{"title": "", "text": "text 0", "passage_id": "d0"}]
     assert "neg" not in row
-    assert read_examples(tmp_path / "out.json")[0].neg == row["hard_negative_ctxs"]
+    assert read_examples(tmp_path / "q.neg.x.json")[0].neg == row["hard_negative_ctxs"]
     ranked = make_questions(record | {"key": ["a", "t1 text 1", "c"]})
-    row, = collated(tmp_path, "collate_neg", ranked, make_results([2, 1, 0]), None,
-                    are_candidates=True)
+    row, = collate(tmp_path, "collate_neg", ranked, rank_candidates([2, 1, 0]), None)
     assert row["hard_negative_ctxs"] == [{"title": "", "text": "c"}, {"title": "", "text": "a"}]
 
 
 # ---------------------------------------------------------------- mined positives
 
 def mine_positives(folder, table, hits, corpus, **changes):
-    """(records, lines logged) of retrieve.py --metrics collate_pos on a table of questions."""
+    """Return (records, lines logged) of collate_pos on a table of questions."""
     (folder / "q.csv").write_text(table)
     questions = read_questions(folder / "q.csv")
-    flags = make_flags(metrics=["collate_pos"], eval_data=f"{folder}/q.csv", save_name="bm25",
-                       retrieval_method="bm25", output=None, **changes)
     logged = []
-    write_outputs(flags, questions, hits, corpus, [{}] * len(questions), logged.append)
-    path = folder / "q.pos.bm25.json"
-    return [json.loads(line) for line in open(path)], logged
+    rows = collate(folder, "collate_pos", questions, hits, corpus, log=logged.append, **changes)
+    return rows, logged
 
 
 def test_the_highest_hit_that_holds_an_answer_is_the_positive(corpus, tmp_path):
@@ -144,10 +143,10 @@ def test_the_highest_hit_that_holds_an_answer_is_the_positive(corpus, tmp_path):
     assert ids(rows[1], "positive_ctxs") == ["d4"]
     assert ids(rows[1], "hard_negative_ctxs") == ["d6", "d1"]
     assert ids(rows[2], "hard_negative_ctxs") == []
-    assert logged == [f"collate_pos: {tmp_path}/q.pos.bm25.json",
+    assert logged == [f"collate_pos: {tmp_path}/q.pos.x.json",
                       "3 of 5 questions got a positive; dropped: 1 whose hits hold no answer, 1 "
                       "without answers"]
-    examples = read_examples(tmp_path / "q.pos.bm25.json")
+    examples = read_examples(tmp_path / "q.pos.x.json")
     assert examples[0].query == "who" and examples[0].pos == [positive]
     assert len(examples[0].neg) == 2
 
@@ -167,16 +166,14 @@ def test_mined_positives_replace_those_of_the_record(corpus, tmp_path):
     ("a/q.csv", "a/q.pos.x.json"), ("a/q.tsv.gz", "a/q.pos.x.json"), ("a.b/q", "a.b/q.pos.x.json"),
     ("q.jsonl", "q.pos.x.jsonl"), ("q.json.gz", "q.pos.x.json")])
 def test_collated_files_of_tables_hold_records(eval_data, expected):
-    flags = make_flags(eval_data=eval_data, save_name="x", retrieval_method="bm25")
-    assert collated_paths(flags)["collate_pos"] == expected
+    assert collated_path(eval_data, "collate_pos", "x") == expected
 
 
 def test_positives_cannot_be_mined_without_answers_or_passages(corpus):
-    flags = make_flags(metrics=["collate_pos"], eval_data="q.csv", retrieval_method="bm25",
-                       save_name=None, output=None)
+    flags = make_flags(metrics=["collate_pos"], eval_data="q.csv")
     check_collated(flags)
     with pytest.raises(InputError, match="collate_pos finds positives by their answers"):
-        check_records(make_questions({}), [{}], corpus, flags)
+        check_records(make_questions({}), [{}], corpus, flags, "{text}")
     flags.metrics = ["collate_neg", "collate_pos"]
     with pytest.raises(InputError, match="leave collate_neg out.* q.pos.bm25.json as --eval_data"):
         check_collated(flags)
@@ -198,9 +195,8 @@ def test_scores_of_dpr_records_are_of_what_is_trained_on(corpus, tmp_path):
     assert [key["text"] for key in list_candidates(easy)[0]] == ["right", "easy"]
     questions = make_questions(record)
     check_candidates(questions, None, "{text}", need_indices=False, scored=True)
-    row, = collated(tmp_path, "collate_score", questions, make_results([1, 0]), None,
-                    are_candidates=True)
-    example, = read_examples(tmp_path / "out.json")
+    row, = collate(tmp_path, "collate_score", questions, rank_candidates([1, 0]), None)
+    example, = read_examples(tmp_path / "q.scored.x.json")
     assert example.scores == row["teacher_scores"] == [-1, 0]
     assert example.pos + example.neg == keys
 
@@ -213,15 +209,14 @@ def test_negatives_from_a_range_below_a_score_or_a_margin(limits, left, corpus, 
     """Part D of faults.md: the hits score 0, -1 .. -5, and document 3, the positive, scores -3."""
     questions = make_questions({"id": "a", "pos_index": [3]})
     hits = make_results([0, 1, 2, 3, 4, 5])
-    row, = collated(tmp_path, "collate_neg", questions, hits, corpus, **limits)
+    row, = collate(tmp_path, "collate_neg", questions, hits, corpus, **limits)
     assert row["neg_index"] == left
     logged = []
-    write_collated("collate_neg", tmp_path / "x", questions, hits, corpus, [{}],
-                   make_flags(**limits), False, logged.append)
-    assert bool(logged) == (not left)
+    collate(tmp_path, "collate_neg", questions, hits, corpus, log=logged.append, **limits)
+    assert any("have no hard negative" in line for line in logged) == (not left)
     # a positive that is no hit: nothing is known to be below it
     if "neg_margin" in limits:
-        row, = collated(tmp_path, "collate_neg", make_questions({"pos_index": [7]}), hits, corpus,
+        row, = collate(tmp_path, "collate_neg", make_questions({"pos_index": [7]}), hits, corpus,
                         **limits)
         assert row["neg_index"] == []
 
@@ -236,13 +231,12 @@ def test_limits_of_negatives_beside_mined_positives(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"neg_ranks": [0, 3]}, "two ranks from 1 on"), ({"neg_ranks": [5, 3]}, "the lower one first"),
-    ({"neg_ranks": [30, 40]}, "raise --hits"), ({"neg_margin": -1.0}, "--neg_margin must be 0"),
+    ({"neg_ranks": [0, 3]}, "two ranks >= 1"), ({"neg_ranks": [5, 3]}, "the lower one first"),
+    ({"neg_ranks": [30, 40]}, "raise --hits"), ({"neg_margin": -1.0}, "--neg_margin must be >= 0"),
     ({"neg_max_score": float("nan")}, "must be a finite number"),
     ({"neg_margin": 1.0, "metrics": ["collate_key"]}, "is for mined negatives")])
 def test_limits_that_cannot_be_used(changes, message):
-    flags = make_flags(**{"metrics": ["collate_neg"], "hits": 20, "eval_data": "q.json",
-                          "output": None, "retrieval_method": "bm25"} | changes)
+    flags = make_flags(**{"metrics": ["collate_neg"], "hits": 20, "eval_data": "q.json"} | changes)
     with pytest.raises(InputError, match=message):
         check_collated(flags)
 
@@ -250,6 +244,6 @@ def test_limits_that_cannot_be_used(changes, message):
 def test_answers_as_patterns_are_filtered(corpus, tmp_path):
     questions = make_questions({"answers": [r"text [12]\b"]})
     for match, left in (("regex", [0, 3]), ("string", [0, 1, 2, 3])):
-        row, = collated(tmp_path, "collate_neg", questions, make_results([0, 1, 2, 3]), corpus,
+        row, = collate(tmp_path, "collate_neg", questions, make_results([0, 1, 2, 3]), corpus,
                         filter_answers=True, match=match)
         assert row["neg_index"] == left

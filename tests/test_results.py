@@ -9,8 +9,8 @@ from records.questions import make_question, read_questions
 from retrieval.results import (
     Results,
     RunLine,
-    from_dictionaries,
     fuse,
+    rank_scores,
     rank_unscored_last,
     read_run,
     write_contexts,
@@ -101,8 +101,8 @@ def test_gzipped_outputs_open(corpus, tmp_path):
 
 
 def test_fusion_by_hand():
-    a, b = from_dictionaries([{1: 9.0, 2: 5.0, 3: 1.0}],
-                             5), from_dictionaries([{3: 0.2, 4: 0.1}], 5)
+    a, b = rank_scores([{1: 9.0, 2: 5.0, 3: 1.0}],
+                             5), rank_scores([{3: 0.2, 4: 0.1}], 5)
     doc_indices, scores = fuse([a, b], "rrf", [1, 1], 5).row(0)
     assert doc_indices == [3, 1, 2, 4] and scores[0] == pytest.approx(1 / 63 + 1 / 61)
     doc_indices, scores = fuse([a, b], "weighted", [1, 2], 5).row(0)

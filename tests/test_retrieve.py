@@ -552,8 +552,8 @@ def test_bad_input_is_one_line(flags, message, bert, world_files, tmp_path):
     (["--queries", "QUERIES", "--trec", "x"], "--eval_data and --queries both name questions"),
     (["--trec", "x", "--results", "r"], "--results are for"),
     (["--metrics", "collate_key", "--measures", "x"], "--measures writes measures"),
-    (["--trec", "x", "--nprobe", "0"], "--nprobe must be 1"),
-    (["--metrics", "mrr", "--cutoffs", "0"], "--cutoffs must be 1"),
+    (["--trec", "x", "--nprobe", "0"], "--nprobe must be >= 1"),
+    (["--metrics", "mrr", "--cutoffs", "0"], "--cutoffs must be >= 1"),
     (["--trec", "x", "--key_template", "{text"], "--key_template '{text' cannot be used"),
     (["--trec", "x", "--stopwords", "xx"], "--stopwords xx"),
     (["--metrics", "nq"], "nq cannot be measured"),
@@ -585,7 +585,8 @@ def test_ranking_without_a_corpus_writes_no_passages(bert, world_files, tmp_path
 
 def test_what_the_outputs_need_is_checked_before_the_search(corpus):
     good = make_questions({"pos_index": [7], "pos": ["a"], "answers": ["b"]})
-    check_records(good, [{7: 1}], corpus, make_flags(metrics=["map", "nq", "collate_neg"]))
+    flags = make_flags(metrics=["map", "nq", "collate_neg"])
+    check_records(good, [{7: 1}], corpus, flags, "{text}")
     columns = "no column 'name' for --key_template '{name}'"
     for record, labels, metrics, message in (
             ({}, {1: 1}, ["nq"], "nq cannot be measured"),
@@ -594,19 +595,19 @@ def test_what_the_outputs_need_is_checked_before_the_search(corpus):
             ({"pos_index": ["d1"]}, {}, ["collate_neg"], "'d1' is the index"),
             ({"positive_ctxs": [{"text": "x"}]}, {}, ["collate_neg"], columns)):
         with pytest.raises(InputError, match=message):
-            flags = make_flags(metrics=metrics, key_template="{name}")
-            check_records(make_questions(record), [labels], corpus, flags)
+            flags = make_flags(metrics=metrics)
+            check_records(make_questions(record), [labels], corpus, flags, "{name}")
     check_records(make_questions({"pos_index": ["d1"]}), [{}], corpus,
-                  make_flags(metrics=["collate_key"]))
+                  make_flags(metrics=["collate_key"]), "{text}")
     for record, message in (({"pos_index": 3}, "'pos_index' must be a list"),
                             ({"pos": {"a": 1}}, "'pos' must be a list"),
                             ({"task": ["qa"]}, "'task' must be a text")):
         with pytest.raises(InputError, match=f"f:0: {message}"):
             make_questions(record)
     twice = make_questions({"id": "1"}, {"id": 1})
-    check_records(twice, [{}, {}], corpus, make_flags())
+    check_records(twice, [{}, {}], corpus, make_flags(), "{text}")
     for changed in ({"trec": "x"}, {"results": ["x"]}, {"qrels": ["x"]}):
         with pytest.raises(InputError, match="f:1: the id '1' is another question's"):
-            check_records(twice, [{}, {}], corpus, make_flags(**changed))
+            check_records(twice, [{}, {}], corpus, make_flags(**changed), "{text}")
     with pytest.raises(InputError, match="cannot hold the question id 'a b'"):
-        check_records(make_questions({"id": "a b"}), [{}], corpus, make_flags(trec="x"))
+        check_records(make_questions({"id": "a b"}), [{}], corpus, make_flags(trec="x"), "{text}")
