@@ -108,7 +108,7 @@ def test_a_run_needs_passages_where_texts_are_looked_at(tmp_path, capsys):
     run_retrieve(*common, "--eval_data", tmp_path / "qrels.txt", "--metrics", "map", code=1)
     assert capsys.readouterr().err.count("need the passages: give --corpus") == 2
     run_retrieve(*common, tmp_path / "run.trec", "--metrics", "map", "--qrels", "qrels=x", code=1)
-    assert "takes one of --results" in capsys.readouterr().err
+    assert "takes one file of --results" in capsys.readouterr().err
 
 
 def test_measures_per_query_in_lines(tmp_path):
