@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-from types import SimpleNamespace
 
 import bm25s
 import faiss
@@ -37,7 +36,7 @@ from records.questions import read_questions
 from retrieval.exact_search import search_vectors
 from retrieval.faiss_index import open_indices, search_indices
 from retrieval.results import Results, write_run
-from retrieval.search import search_bm25
+from retrieval.search import SearchSettings, search_bm25
 from retrieval.vectors import encode_corpus
 from training.checkpoints import load_tokenizer
 from utils import InputError, Parser, World, run_script
@@ -172,23 +171,22 @@ def compare_dense(args, folder, rows):
 def compare_bm25(args, folder, rows):
     """bm25s called directly, and through retrieve.py; indexing is timed once each."""
     corpus = Corpus(f"{folder}/passages.tsv", "{title} {text}")
-    flags = SimpleNamespace(k1=0.9, b=0.4, stopwords="en", stemmer=None, hits=K,
-                            index=f"{folder}/bm25-index", overwrite_index=False)
+    settings = SearchSettings("bm25", K, index=f"{folder}/bm25-index")
     start = time.perf_counter()
-    index = bm25s.BM25(k1=flags.k1, b=flags.b)
+    index = bm25s.BM25(k1=settings.bm25.k1, b=settings.bm25.b)
     texts = [corpus.text(doc_index) for doc_index in range(len(corpus))]
     tokens = bm25s.tokenize(texts, stopwords="en", show_progress=False)
     index.index(tokens, show_progress=False)
     theirs = time.perf_counter() - start
     questions = read_questions(f"{folder}/queries.jsonl")
     start = time.perf_counter()
-    search_bm25(flags, corpus, questions[:1], ALONE)
+    search_bm25(settings, corpus, questions[:1], ALONE)
     ours = time.perf_counter() - start
     print(f"BM25 index of {len(corpus):,} passages: bm25s {theirs:.1f} s, ours {ours:.1f} s")
 
     def search_ours():
         questions = read_questions(f"{folder}/queries.jsonl")
-        results = search_bm25(flags, corpus, questions, ALONE)
+        results = search_bm25(settings, corpus, questions, ALONE)
         write_run(f"{folder}/run.trec", questions, results, corpus, "bm25")
 
     def search_directly():
