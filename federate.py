@@ -1,5 +1,5 @@
-r"""Trains a retriever or a reader that many parties share, each on records that stay with it:
-train_dense.py's and train_epoch.py's steps, federated by Flower (https://flower.ai).
+r"""Trains a retriever or a reader that many parties share, while each keeps its records: the steps of
+train_dense.py and train_epoch.py, federated by Flower (https://flower.ai).
 
     python federate.py OUT --mode retriever --simulate 4 --data train.json --split iid --rounds 10 \
         -- --query_encoder BAAI/bge-base-en --eval_data dev.json --corpus corpus.jsonl
@@ -7,12 +7,13 @@ train_dense.py's and train_epoch.py's steps, federated by Flower (https://flower
         --client 'name=b data=b.json' --strategy FedProx proximal_mu=0.1 \
         -- --t5_name t5-base --eval_file dev.json --num_contexts 20
 
-Behind `--` stand the flags of train_dense.py (retriever) or train_epoch.py (generator), which all
-parties share. Over several hosts the same flags are given to `flwr run`: docs/federated.md.
+All parties share the flags behind `--`, those of train_dense.py (retriever) or train_epoch.py
+(generator). Over several hosts the same flags are given to `flwr run`: docs/federated.md.
 
 Written: OUT (the best global model, as the training script writes it), OUT.jsonl (a row per round),
 OUT.state (for --resume), and in a simulation OUT.clients (the clients' records).
 """
+import argparse
 import logging
 import os
 import shlex
@@ -20,8 +21,10 @@ import sys
 import time
 import traceback
 from contextlib import ExitStack, suppress
+from dataclasses import fields
+from functools import partial
 
-# before Flower is imported: nothing is reported to its makers
+# must be set before Flower is imported: no telemetry is sent to its makers
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 try:
@@ -35,15 +38,24 @@ except ImportError as error:
 
 import transformers
 
-from federated import client as client_side
+import train_dense
+import train_epoch
 from federated.alternation import alternate
-from federated.client import read_client
-from federated.server import Server, restore_state, run_rounds
+from federated.client import (
+    answer_retrieve,
+    answer_score,
+    answer_train,
+    open_run,
+    read_client,
+    run_local_step,
+)
+from federated.server import Server, restore_server_state, run_rounds
 from federated.simulation import LocalGrid
 from federated.split import split_file
 from federated.strategies import AVERAGES, list_strategies, make_strategy
-from federated.task import check_mode
+from federated.task import Settings, Task
 from federated.transport import CLIENT_FAILED, OpenError
+from federated.worker import run_worker
 from training.output_folder import claim_folder
 from training.resume import hash_inputs
 from utils import (
@@ -54,27 +66,286 @@ from utils import (
     check_positive,
     first_line,
     run_script,
-    split_shell_words,
+    split_words,
     start_processes,
 )
 
-BAD_FLAGS = 2  # the exit code of argparse
-UNTOLD = "cannot train on its records; its own output says why"  # what they hold stays there
+SCRIPTS = {"retriever": train_dense, "generator": train_epoch}  # {mode: training script}
+BAD_FLAGS = 2  # argparse's exit code
+# all that the server learns of a failure that may quote records
+HIDDEN_REASON = "cannot train on its records; its own output says why"
+
+
+# ---------------------------------------------------------------- server
+
+def federate(args, grid=None):
+    """Run the rounds of a federation over Flower's Grid or, without one, in a simulation.
+
+    Raises InputError.
+    """
+    settings, tasks = make_settings(args), make_tasks(args)
+    outs = {mode: settings.model for mode in tasks}
+    if settings.mode == "alternate":
+        outs = {mode: f"{settings.model}.{mode}" for mode in tasks}
+    shared = next(iter(tasks.values())).make_args(settings.model)
+    world = start_processes(shared.gpus)
+    if world.size > 1:
+        raise InputError("start federate.py without torchrun; processes=N in a client's settings "
+                         "runs its local step under torchrun")
+    start = time.time()
+    with ExitStack() as claims:
+        for out in outs.values():
+            claims.enter_context(claim_folder(out, args.resume, args.overwrite, world))
+        is_simulated = grid is None
+        if is_simulated:
+            grid = simulate(args, settings, tasks, shared.seed)
+        if args.overwrite:
+            for out in outs.values():  # a later --resume must not continue the replaced run
+                with suppress(FileNotFoundError):
+                    os.remove(f"{out}.state")
+
+        def open_mode(mode, **values):
+            party_args = tasks[mode].make_args(outs[mode], **values)
+            return open_server(args, settings, tasks[mode], party_args, world, grid, is_simulated)
+
+        if settings.mode == "alternate":
+            servers = alternate(settings, tasks, open_mode)
+        else:
+            servers = [open_mode(settings.mode)]
+            run_rounds(servers[0], settings.rounds)
+    for server in servers:
+        world.log(f"done in {time.time() - start:.0f} s; best: {server.run.progress.best_at}; in "
+                  f"{server.run.out}")
+
+
+def open_server(args, settings, task, party_args, world, grid, is_simulated):
+    """Return the Server of one model, new or as OUT.state stores it. Raises InputError."""
+    strategy, noise_multiplier = make_strategy(settings)
+    run = task.open(party_args, world, ["dev"] if task.measures_on(party_args) else [])
+    inputs = hash_inputs(task.list_inputs() | list_client_files(args), world)
+    server = Server(settings, task, run, strategy, grid, is_simulated, noise_multiplier,
+                    flags=vars(args), inputs=inputs)
+    restore_server_state(server)
+    describe_federation(server)
+    return server
+
+
+def list_client_files(args):
+    """Return {path: True} of the records of simulated clients: they are hashed whole."""
+    files = {args.data: True} if args.data else {}
+    for text in args.client:
+        client = dict(word.split("=", 1) for word in split_words("--client", text))
+        if client.get("data"):
+            files[client["data"]] = True
+    return files
+
+
+def describe_federation(server):
+    """Log the lines that a federation starts with."""
+    settings, weights = server.settings, server.weights
+    count = sum(weight.numel() for weight in weights.values())
+    size = 4 if settings.transport == "float32" else 2
+    turns = f"{settings.turns} turns of " if settings.mode == "alternate" else ""
+    local = f"{settings.local_epochs} epochs"
+    if settings.local_updates:
+        local = f"{settings.local_updates} updates"
+    strategy = " ".join(settings.strategy)
+    if settings.privacy:
+        strategy += f" in {' '.join(settings.privacy)}"
+    server.log(f"{settings.num_clients} clients, {turns}{settings.rounds} rounds of {local}; "
+               f"{count:,} weights travel as {settings.transport}, {count * size / 1e6:.1f} MB each "
+               f"way; {strategy}")
+    if settings.privacy and settings.strategy[0] not in AVERAGES:
+        server.log(f"note: no epsilon is reported: the noise is calibrated for an average, "
+                   f"and {settings.strategy[0]} does not average")
+    if not server.run.dev:
+        server.log("note: nothing is measured and the latest model is kept; give a held-out file "
+                   "behind --: --eval_data, --eval_qrels or --eval_file")
+
+
+server_app = ServerApp()  # pyproject.toml names it
+
+
+@server_app.main()
+def serve(grid, context):
+    """Run the server of a deployed federation, when Flower calls it.
+
+    Raises RuntimeError if the run fails. Flower would take an exit for a killed process: it would
+    wait for it for a minute, and show none of its lines.
+    """
+    def start(_):
+        args = read_run_config(context)
+        check_command_line(args)
+        if args.simulate or args.client:
+            raise InputError("a deployed run has Flower's clients; leave out --simulate and "
+                             "--client")
+        silence_libraries(args)
+        federate(args, grid)
+
+    try:
+        code = call_main(start, None)
+    except SystemExit as end:
+        if end.code != BAD_FLAGS:
+            raise  # Flower's own exit, which stops the run
+        code = end.code
+    if code:
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the error is already printed
+        raise RuntimeError(f"exit code {code}; the line with 'error:' says why")
+
+
+# ---------------------------------------------------------------- client
+
+def make_client_app():
+    """Return the ClientApp that does a client's work, in a simulation or in a worker."""
+    app = ClientApp()
+    app.train()(partial(answer_message, answer_train))
+    app.query("retrieve")(partial(answer_message, answer_retrieve))
+    app.query("score")(partial(answer_message, answer_score))
+    return app
+
+
+def answer_message(action, message, context):
+    """Return the answer to a message: the content that the action makes or, if it fails, an error.
+
+    A failure's reason may quote records. So it is printed here, and the server gets it only if it
+    is about weights alone.
+    """
+    name = str(context.node_config.get("name", "client"))
+    try:
+        args = read_run_config(context)
+        check_command_line(args)
+        silence_libraries(args)
+        settings, tasks = make_settings(args), make_tasks(args)
+        client = read_client(context.node_config)
+
+        def act(message, _):
+            return Message(action(message, settings, tasks, client), reply_to=message)
+
+        clip = choose_clipping(settings) if action is answer_train else None
+        return clip(message, context, act) if clip else act(message, context)
+    except OpenError as error:
+        reason = str(error)
+    except InputError as error:
+        print(f"error at {name}: {error}", file=sys.stderr, flush=True)
+        reason = HIDDEN_REASON
+    except Exception as error:  # of any kind: the round of the other clients goes on
+        traceback.print_exc()
+        print(f"error at {name}: {first_line(error)}", file=sys.stderr, flush=True)
+        reason = HIDDEN_REASON
+    return Message(Error(CLIENT_FAILED, f"{name}: {reason}"), reply_to=message)
+
+
+def choose_clipping(settings):
+    """Return Flower's function that clips at the client, or None if the server clips."""
+    wrapper = settings.privacy[0] if settings.privacy else ""
+    if "ClientSideFixed" in wrapper:
+        return fixedclipping_mod
+    return adaptiveclipping_mod if "ClientSideAdaptive" in wrapper else None
+
+
+# ---------------------------------------------------------------- what is trained
+
+def make_tasks(args):
+    """Return {mode: Task} of the models to train. Raises InputError if flags behind -- are missing.
+    """
+    modes = ["retriever", "generator"] if args.mode == "alternate" else [args.mode]
+    if len(args.script_flags) != len(modes):
+        wanted = " ".join(f"-- FLAGS OF {SCRIPTS[mode].__name__}.py" for mode in modes)
+        raise InputError(f"--mode {args.mode} needs the training script's flags behind its own: "
+                         f"{wanted}")
+    return {mode: make_task(mode, words) for mode, words in zip(modes, args.script_flags)}
+
+
+def make_task(mode, words):
+    """Return the Task of a mode and the flags behind --."""
+    return Task(mode, SCRIPTS[mode], words, partial(make_party_args, mode, words))
+
+
+def make_party_args(mode, words, out, own_words=(), data="", corpus="", index="", dev=""):
+    """Return the training script's flags of one party, as its parser would return them.
+
+    The user's words, shared ones first, are parsed; then the party's own values are set: the path
+    of its model, and what is not "" of its records (data), corpus, index and dev set. Raises
+    InputError for words that are not the script's flags.
+    """
+    words = [*words, *own_words]
+    try:
+        if mode == "retriever":
+            args = train_dense.parse_args(train_dense.__doc__, words, needs_output=False)
+        else:
+            args = train_epoch.parse_args(words)
+    except SystemExit as error:  # argparse has printed the reason, or the help
+        if not error.code:
+            raise
+        raise InputError(f"not flags of {SCRIPTS[mode].__name__}.py: {' '.join(words)}") from None
+    if args.plan:
+        raise InputError("--plan is not offered in a federation; leave it out")
+    if mode == "retriever":
+        own = {"train_data": [data] if data else None, "corpus": [corpus] if corpus else None}
+    else:
+        own = {"train_file": data, "corpus": corpus, "index": index, "eval_file": dev}
+    own = {name: value for name, value in own.items() if value}
+    # a federation has a state of its own, so that a party neither resumes nor replaces a run
+    return argparse.Namespace(**vars(args) | own | {"output_dir": out, "resume": False,
+                                                    "overwrite": False})
+
+
+# ---------------------------------------------------------------- simulation
+
+def simulate(args, settings, tasks, seed):
+    """Open the clients of --simulate or --client. Return their LocalGrid. Raises InputError."""
+    clients = list_clients(args, seed)
+    for number, client in enumerate(clients, 1):
+        client.setdefault("name", f"client{number}")
+        client.setdefault("folder", os.path.join(f"{settings.model}.clients", client["name"]))
+    names = [client["name"] for client in clients]
+    if len(set(names)) < len(names):
+        raise InputError(f"two clients are named {max(names, key=names.count)}; give each a name "
+                         "of its own")
+    folders = [os.path.realpath(client["folder"]) for client in clients]
+    if len(set(folders)) < len(folders):
+        raise InputError(f"two clients have the folder {max(folders, key=folders.count)}; give "
+                         "each one of its own")
+    for client in map(read_client, clients):
+        if client.processes == 1 and settings.mode != "alternate":
+            open_run(tasks[settings.mode], settings, client)  # refuses bad records before round 1
+    return LocalGrid(make_client_app(), clients, {"flags": shlex.join(args.arguments)})
+
+
+def list_clients(args, seed):
+    """Return the simulated clients' settings, [{key: value}]; --data is split into files.
+
+    Raises InputError.
+    """
+    if args.simulate:
+        paths = split_file(args.data, args.split, args.simulate, f"{args.model}.clients",
+                           args.topic_field, args.alpha, seed)
+        return [{"data": path} for path in paths]
+    clients = []
+    for text in args.client:
+        words = split_words("--client", text)
+        if not all("=" in word for word in words):
+            raise InputError(f"--client {text}: must be KEY=VALUE ..., such as data=FILE name=a")
+        clients.append(dict(word.split("=", 1) for word in words))
+    return clients
 
 
 # ---------------------------------------------------------------- flags
 
-def parse_args(arguments=None):
-    """federate.py's flags as a Namespace, with `script_flags`, the lists of the flags behind each
-    `--`, and `arguments`, all of them as they were given.
+def parse_command_line(arguments=None):
+    """Return federate.py's flags as a Namespace.
+
+    `arguments` in it are all words of the command line, `script_flags` a list of words for each --.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     own, *script_flags = split_list(arguments, "--")
     parser = Parser(
         prog="federate.py", description=__doc__, allow_abbrev=False,
         usage="%(prog)s OUT [flags] -- FLAGS OF train_dense.py OR train_epoch.py")
+    parser.set_defaults(arguments=arguments, script_flags=script_flags)
     add = parser.add_argument
-    add("model", metavar="OUT", help="folder to write the best global model to")
+    add("model", metavar="OUT", type=lambda path: path.rstrip("/"),
+        help="folder to write the best global model to")
     add("--mode", choices=["retriever", "generator", "alternate"], required=True,
         help="what to train: a retriever, the reader (generator), or both in turns (alternate), "
         "with contexts found and scored by the global models. alternate writes OUT.retriever and "
@@ -115,7 +386,7 @@ def parse_args(arguments=None):
         help="a simulated client with its own file; repeat for each client. Further options: "
         "corpus, index, folder, flags, and processes (run its local step under torchrun)")
     add("--num_clients", type=int,
-        help="clients that must be online for a round; default: all simulated ones, else 2")
+        help="clients that must be online for a round; default: all simulated clients, else 2")
     add("--min_clients", type=int,
         help="results that a round needs; default: half of the clients, at least one")
     add("--attempts", type=int, default=2, help="how many times to try a round")
@@ -127,13 +398,11 @@ def parse_args(arguments=None):
     add("--overwrite", action="store_true",
         help="replace the OUT of an earlier run, and start from scratch")
     add("--verbose", action="store_true", help="also show Flower's own messages")
-    args = parser.parse_args(own)
-    args.script_flags, args.arguments = script_flags, arguments
-    return args
+    return parser.parse_args(own)
 
 
 def split_list(items, separator):
-    """The parts of a list between the separators."""
+    """Return the parts of a list between the separators."""
     parts = [[]]
     for item in items:
         if item == separator:
@@ -143,14 +412,15 @@ def split_list(items, separator):
     return parts
 
 
-def check_args(args):
-    """Rejects wrong flags before anything is read; sets the numbers of clients.
+def read_run_config(context):
+    """Return the flags of a run that Flower started, from its one setting `flags`."""
+    return parse_command_line(split_words("flags", str(context.run_config.get("flags", ""))))
 
-    Raises InputError.
-    """
-    args.model = args.model.rstrip("/")
+
+def check_command_line(args):
+    """Raise InputError for flags that cannot work, before anything is read."""
     if not args.model:
-        raise InputError("the model's folder is '' or '/'; name one")
+        raise InputError("OUT must be a folder other than '' and '/'")
     check_at_least(args, {"turns": 1, "rounds": 1, "local_epochs": 1, "local_updates": 0,
                           "simulate": 1, "num_clients": 1, "min_clients": 1, "attempts": 1,
                           "patience": 0})
@@ -162,255 +432,50 @@ def check_args(args):
         raise InputError("--simulate needs --data, the records to split, or a --client for each")
     if args.data and not args.simulate:
         raise InputError("--data needs --simulate K, the number of clients that share it")
+    num_clients, min_clients = count_clients(args)
     simulated = args.simulate or len(args.client)
-    args.num_clients = args.num_clients or simulated or 2
-    if simulated and args.num_clients > simulated:
-        raise InputError(f"--num_clients {args.num_clients}: there are {simulated} clients; "
-                         "simulate more, or ask for fewer")
-    args.min_clients = args.min_clients or max(args.num_clients // 2, 1)
-    if args.min_clients > args.num_clients:
-        raise InputError(f"--min_clients {args.min_clients} is more than the {args.num_clients} "
-                         "clients that there are; lower it")
+    if simulated and num_clients > simulated:
+        raise InputError(f"--num_clients {num_clients}: only {simulated} clients are simulated; "
+                         "simulate more, or lower it")
+    if min_clients > num_clients:
+        raise InputError(f"--min_clients must be <= the {num_clients} clients, got {min_clients}")
 
 
-# ---------------------------------------------------------------- client
-
-client_app = ClientApp()
-
-
-@client_app.train()
-def train(message, context):
-    """Flower's entry to a client: the answer to a message of training."""
-    return answer(message, context, client_side.train)
+def count_clients(args):
+    """Return --num_clients and --min_clients, or their defaults."""
+    num_clients = args.num_clients or args.simulate or len(args.client) or 2
+    return num_clients, args.min_clients or max(num_clients // 2, 1)
 
 
-@client_app.query("retrieve")
-def retrieve(message, context):
-    """The answer to alternation's message to find contexts."""
-    return answer(message, context, client_side.retrieve)
-
-
-@client_app.query("score")
-def score(message, context):
-    """The answer to alternation's message to score contexts."""
-    return answer(message, context, client_side.score)
-
-
-def answer(message, context, action):
-    """The message that answers: what the action returns or, where it fails, an error.
-
-    The reason of a failure may quote records, and is printed here; the server is told it only if it
-    speaks of weights alone.
-    """
-    name = str(context.node_config.get("name", "client"))
-    try:
-        args = read_run_config(context)
-        check_args(args)
-        silence_libraries(args)
-        settings = read_client(context.node_config)
-        tasks = check_mode(args.mode, args.script_flags)
-
-        def act(message, _):
-            return Message(action(message, args, tasks, settings), reply_to=message)
-
-        clip = choose_clipping(args) if action is client_side.train else None
-        return clip(message, context, act) if clip else act(message, context)
-    except OpenError as error:
-        reason = str(error)
-    except InputError as error:
-        print(f"error at {name}: {error}", file=sys.stderr, flush=True)
-        reason = UNTOLD
-    except Exception as error:  # whatever it is, it must not end the others' round
-        traceback.print_exc()
-        print(f"error at {name}: {first_line(error)}", file=sys.stderr, flush=True)
-        reason = UNTOLD
-    return Message(Error(CLIENT_FAILED, f"{name}: {reason}"), reply_to=message)
-
-
-def choose_clipping(args):
-    """Flower's function that clips a client's weights there, or None if the server does it."""
-    wrapper = args.privacy[0] if args.privacy else ""
-    if "ClientSideFixed" in wrapper:
-        return fixedclipping_mod
-    return adaptiveclipping_mod if "ClientSideAdaptive" in wrapper else None
-
-
-def read_run_config(context):
-    """federate.py's flags, from the run's one setting `flags`."""
-    return parse_args(split_shell_words("flags", str(context.run_config.get("flags", ""))))
-
-
-# ---------------------------------------------------------------- server
-
-server_app = ServerApp()
-
-
-@server_app.main()
-def serve(grid, context):
-    """Flower's entry to the server of a deployed run. Raises RuntimeError if the run fails.
-
-    Flower calls a run failed whose server raises. One that exits is taken for killed: Flower waits
-    for it for a minute, and none of its lines are shown.
-    """
-    def start(_):
-        args = read_run_config(context)
-        check_args(args)
-        if args.simulate or args.client:
-            raise InputError("a deployed run has Flower's clients; leave out --simulate and "
-                             "--client")
-        silence_libraries(args)
-        federate(args, grid)
-
-    try:
-        code = call_main(start, None)
-    except SystemExit as end:
-        if end.code != BAD_FLAGS:
-            raise  # Flower's own, which stops the run
-        code = end.code
-    if code:
-        logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the error is told, in one line
-        raise RuntimeError(f"exit code {code}; the line with 'error:' says why")
-
-
-def federate(args, grid=None):
-    """Runs a federation's rounds over a grid, or over one of simulated clients.
-
-    Raises InputError.
-    """
-    tasks = check_mode(args.mode, args.script_flags)
-    outs = {mode: args.model for mode in tasks}
-    if args.mode == "alternate":
-        outs = {mode: f"{args.model}.{mode}" for mode in tasks}
-    flags = next(iter(tasks.values())).parse(args.model, [])
-    world = start_processes(flags.gpus)
-    if world.size > 1:
-        raise InputError("start federate.py without torchrun; processes=N in a client's settings "
-                         "runs its local step under torchrun")
-    start = time.time()
-    with ExitStack() as claims:
-        for out in outs.values():
-            claims.enter_context(claim_folder(out, args.resume, args.overwrite, world))
-        simulated = grid is None
-        if simulated:
-            grid = simulate(args, tasks, flags.seed)
-        if args.overwrite:
-            for out in outs.values():  # --resume must not go on with the run that is replaced
-                with suppress(FileNotFoundError):
-                    os.remove(f"{out}.state")
-
-        def open_model(mode, arguments):
-            return open_server(args, tasks[mode], outs[mode], arguments, world, grid, simulated)
-
-        if args.mode == "alternate":
-            servers = alternate(args, tasks, open_model)
-        else:
-            servers = [open_model(args.mode, [])]
-            run_rounds(servers[0], args.rounds, args.rounds)
-    for server in servers:
-        world.log(f"done in {time.time() - start:.0f} s; best: {server.run.progress.best_at}; in "
-                  f"{server.run.out}")
-
-
-def open_server(args, task, out, arguments, world, grid, simulated):
-    """Return the Server of one model, from the start or from OUT.state. Raises InputError."""
-    strategy, noise_multiplier = make_strategy(args)
-    sets = ["dev"] if task.measures_on(task.parse(out, arguments)) else []
-    run = task.open(out, arguments, world, sets)
-    server = Server(args, task, run, strategy, grid, simulated, noise_multiplier,
-                    inputs=hash_inputs(list_inputs(args, task, out), world))
-    restore_state(server)
-    describe(server)
-    return server
-
-
-def list_inputs(args, task, out):
-    """Return {path: whether all of it is hashed} of the server's files and of the records of
-    simulated clients.
-    """
-    files = task.list_inputs(out)
-    if args.data:
-        files[args.data] = True
-    for text in args.client or []:
-        client = dict(word.split("=", 1) for word in split_shell_words("--client", text))
-        files |= dict.fromkeys(filter(None, [client.get("data")]), True)
-    return files
-
-
-def describe(server):
-    """Logs the lines that a federation starts with."""
-    args, weights = server.args, server.weights
-    count = sum(weight.numel() for weight in weights.values())
-    size = 4 if args.transport == "float32" else 2
-    privacy = " ".join(args.privacy or [])
-    turns = f"{args.turns} turns of " if args.mode == "alternate" else ""
-    local = f"{args.local_updates} updates" if args.local_updates else f"{args.local_epochs} epochs"
-    server.log(f"{args.num_clients} clients, {turns}{args.rounds} rounds of {local}; {count:,} "
-               f"weights travel as {args.transport}, {count * size / 1e6:.1f} MB each way; "
-               f"{' in '.join([' '.join(args.strategy), *filter(None, [privacy])])}")
-    if args.privacy and args.strategy[0] not in AVERAGES:
-        server.log(f"note: no epsilon is reported: the noise is calibrated for an average, "
-                   f"and {args.strategy[0]} does not average")
-    if not server.run.dev:
-        server.log("note: nothing is measured, the latest model is kept; --eval_data, --eval_qrels "
-                   "or --eval_file behind -- name a held-out file")
-
-
-# ---------------------------------------------------------------- simulation
-
-def simulate(args, tasks, seed):
-    """The LocalGrid of the clients of --simulate or --client, which are opened. Raises InputError.
-    """
-    settings = client_settings(args, seed)
-    for number, client in enumerate(settings, 1):
-        client.setdefault("name", f"client{number}")
-    names = [client["name"] for client in settings]
-    if len(set(names)) < len(names):
-        raise InputError(f"two clients are named {max(names, key=names.count)}; give each a name "
-                         "of its own")
-    for client in settings:
-        client.setdefault("folder", os.path.join(f"{args.model}.clients", client["name"]))
-    folders = [os.path.realpath(client["folder"]) for client in settings]
-    if len(set(folders)) < len(folders):
-        raise InputError(f"two clients have the folder {max(folders, key=folders.count)}; give "
-                         "each one of its own")
-    for client in settings:
-        client = read_client(client)
-        if client.processes == 1 and args.mode != "alternate":
-            # what is wrong with it shows now
-            client_side.open_run(tasks[args.mode], args, client)
-    return LocalGrid(client_app, settings, {"flags": shlex.join(args.arguments)})
-
-
-def client_settings(args, seed):
-    """[{key: value}] of the simulated clients; writes their parts of --data. Raises InputError."""
-    if args.simulate:
-        paths = split_file(args.data, args.split, args.simulate, f"{args.model}.clients",
-                           args.topic_field, args.alpha, seed)
-        return [{"data": path} for path in paths]
-    settings = []
-    for text in args.client:
-        words = split_shell_words("--client", text)
-        if not all("=" in word for word in words):
-            raise InputError(f"--client {text}: must be KEY=VALUE ..., such as data=FILE name=a")
-        settings.append(dict(word.split("=", 1) for word in words))
-    return settings
+def make_settings(args):
+    """Return the Settings of federate.py's flags."""
+    num_clients, min_clients = count_clients(args)
+    flags = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
+    return Settings(**flags | {"num_clients": num_clients, "min_clients": min_clients})
 
 
 def silence_libraries(args):
-    """Keeps the progress bars and messages of libraries off the screen."""
+    """Hide the libraries' progress bars and, without --verbose, Flower's messages."""
     transformers.utils.logging.disable_progress_bar()
     if not args.verbose:
         logging.getLogger("flwr").setLevel(logging.ERROR)
 
 
 def main(args):
-    check_args(args)
+    check_command_line(args)
     if not (args.simulate or args.client):
         raise InputError("give --simulate K --data FILE, or a --client for each; over several "
-                         "hosts the run is started by `flwr run`, see docs/federated.md")
+                         "hosts `flwr run` starts the run, see docs/federated.md")
     silence_libraries(args)
     federate(args)
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    # a client's own processes: its worker (federated/deployed.py), and torchrun's for a local step
+    # (federated/client.py)
+    if sys.argv[1:2] == ["--worker"]:
+        run_worker(make_client_app(), path=sys.argv[2], supernode=int(sys.argv[3]))
+    elif sys.argv[1:2] == ["--local_step"]:
+        run_script(partial(run_local_step, make_task), sys.argv[2])
+    else:
+        run_script(main, parse_command_line())

@@ -1,8 +1,8 @@
-"""A client under Flower: hands each message to a worker that stays from round to round.
+"""A client under Flower: it passes each message on to a worker that stays from round to round.
 
-Flower starts a program for every message. To import torch, open the model and read the records anew
-would take that program longer than many a round, so that it imports none of this: a worker does the
-work (federated/worker.py), and the first message of a run starts it.
+Flower starts a program for every message. Importing torch, opening the model and reading the
+records would take that program longer than many a round takes. So this module imports none of it:
+the worker does (federated/worker.py), and the first message of a run starts it.
 """
 import json
 import os
@@ -17,32 +17,18 @@ from multiprocessing.connection import Connection
 
 from flwr.clientapp import ClientApp
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PATIENCE = 300  # seconds that a worker may take to start
+from federated import ROOT
 
-client_app = ClientApp()
+WORKER_PATIENCE = 300  # seconds that a worker may take to start
+
+client_app = ClientApp()  # pyproject.toml names it
 
 
 @client_app.train()
-def train(message, context):
-    """The answer to a message of training."""
-    return ask_worker(message, context)
-
-
 @client_app.query("retrieve")
-def retrieve(message, context):
-    """The answer to alternation's message to find contexts."""
-    return ask_worker(message, context)
-
-
 @client_app.query("score")
-def score(message, context):
-    """The answer to alternation's message to score contexts."""
-    return ask_worker(message, context)
-
-
 def ask_worker(message, context):
-    """The worker's answer to a message. Raises EOFError if it ends meanwhile."""
+    """Return the worker's answer to a message. Raises EOFError if the worker ends meanwhile."""
     supernode = find_supernode()
     path = socket_path(context, supernode)
     connection = connect(path)
@@ -55,46 +41,48 @@ def ask_worker(message, context):
 
 
 def socket_path(context, supernode):
-    """Where the worker of this client, run and supernode listens: in a folder that is its user's
-    alone.
+    """Return the path of the socket of the worker for this client, run and supernode.
+
+    Its folder belongs to this user alone. Raises PermissionError if others can enter it.
     """
     folder = os.path.join(tempfile.gettempdir(), f"federate-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     about = os.stat(folder)
     if about.st_uid != os.getuid() or about.st_mode & 0o077:
-        raise PermissionError(f"{folder}: is not this user's alone; remove it")
+        raise PermissionError(f"{folder}: other users can enter it; remove it")
     run = json.dumps([ROOT, context.run_id, context.run_config, supernode]).encode()
     return os.path.join(folder, f"{context.node_id}-{blake2b(run, digest_size=8).hexdigest()}")
 
 
 def connect(path):
-    """A connection to the worker that listens there, or None."""
+    """Return a connection to the worker that listens there, or None."""
     link = socket.socket(socket.AF_UNIX)
     try:
         link.connect(path)
-    except (FileNotFoundError, ConnectionRefusedError):  # there is none, or it was killed
+    except (FileNotFoundError, ConnectionRefusedError):  # no worker, or it was killed
         link.close()
         return None
     return Connection(link.detach())
 
 
 def start_worker(path, supernode):
-    """A connection to a new worker. Raises RuntimeError if it does not start."""
-    # -P: the modules of this run, not those of the folder that the supernode was started in
-    command = [sys.executable, "-P", "-m", "federated.worker", path, str(supernode)]
+    """Start a worker. Return a connection to it. Raises RuntimeError if it does not start."""
+    # -P: import this run's modules, not those in the folder that the supernode was started in
+    command = [sys.executable, "-P", os.path.join(ROOT, "federate.py"), "--worker", path,
+               str(supernode)]
     worker = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ROOT},
                               stdin=subprocess.DEVNULL, start_new_session=True)
-    end = time.time() + PATIENCE
+    end = time.time() + WORKER_PATIENCE
     while time.time() < end and worker.poll() is None:
         connection = connect(path)
         if connection is not None:
             return connection
         time.sleep(0.1)
-    raise RuntimeError("the client's worker did not start; its output says why")
+    raise RuntimeError("the client's worker did not start; read its output for the reason")
 
 
 def end_earlier_workers(path):
-    """Ends this client's workers of earlier runs, which would only hold memory."""
+    """End this client's workers of earlier runs, which hold memory and serve nothing."""
     folder, name = os.path.split(path)
     for other in os.listdir(folder):
         if other.split("-")[0] != name.split("-")[0]:
@@ -110,7 +98,9 @@ def end_earlier_workers(path):
 
 
 def find_supernode():
-    """The process of the flower-supernode that started this one, or 0 where that cannot be told."""
+    """Return the id of the flower-supernode that started this process, or 0 if /proc is not
+    readable.
+    """
     process = os.getppid()
     while process > 1:
         try:

@@ -1,8 +1,8 @@
-"""The rounds of a federation: who is asked, whose answers count, what the strategy makes of them,
-and how good it is.
+"""The rounds of a federation, seen from the server: which clients it asks, which answers it accepts,
+what the strategy makes of them, and how good the result is.
 
-Flower's strategies have a loop of their own; this one also tries a round again, leaves out answers
-that would poison the average, goes on after a kill, and keeps the best model.
+Flower's strategies have a loop of their own. This one also repeats a failed round, leaves out
+answers that would spoil the average, resumes after a kill, and keeps the best model.
 """
 import math
 import os
@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from federated.strategies import count_replies, epsilon, recall, remembered
-from federated.task import Task, total_rounds, trained_parameters
+from federated.strategies import count_replies, epsilon, restore_strategy, strategy_state
+from federated.task import Settings, Task, trained_parameters
 from federated.transport import (
     CLIENT_FAILED,
     CLIENT_NAME,
     check_same,
+    copy_weights,
     count_bytes,
     digest_frozen,
     from_wire,
     is_finite,
-    load_weights,
     pack,
     to_wire,
     unpack,
@@ -43,31 +43,32 @@ from training.resume import (
 )
 from utils import InputError, first_line, format_seconds, refusing, shorten
 
-# flags that may differ between a run and its resumption: they do not change the weights
-FREE_FLAGS = {"resume", "overwrite", "timeout", "patience", "attempts", "min_clients",
-              "num_clients", "verbose", "arguments", "script_flags"}
-# {part of a state: its type}
-FORM = {"weights": dict, "strategy": list, "progress": dict, "args": dict, "flags": dict,
-        "inputs": dict}
+# flags that may change when a run is resumed: the weights do not depend on them
+FREE_FEDERATION_FLAGS = {"resume", "overwrite", "timeout", "patience", "attempts", "min_clients",
+                         "num_clients", "verbose", "arguments", "script_flags"}
+# {part of OUT.state: its type}
+SERVER_STATE = {"weights": dict, "strategy": list, "progress": dict, "args": dict, "flags": dict,
+                "inputs": dict}
 
 
 @dataclass
 class Server:
-    """What the rounds of one model share."""
-    args: object               # federate.py's flags
+    """Hold what the rounds of one model share."""
+    settings: Settings
     task: Task
     run: Run                   # the global model, and what it is measured on
     strategy: object
     grid: object
-    simulated: bool            # the same command has the same outcome
+    simulated: bool            # then the same command gives the same result
     noise_multiplier: float    # of --privacy
+    flags: dict                # federate.py's, which a resumed run must have again
     inputs: dict = field(default_factory=dict)  # {path: size and hash}, see resume.hash_inputs
-    names: dict = field(default_factory=dict)  # {node: the name that it gave itself}
-    has_started: bool = False  # all clients were there once
+    names: dict = field(default_factory=dict)   # {node: the name that the client sent}
+    has_started: bool = False  # --num_clients were online once
 
     @property
     def weights(self):
-        """{name: tensor} of the global model's trained weights."""
+        """Return {name: tensor} of the global model's trained weights."""
         return {name: parameter.detach() for name, parameter
                 in trained_parameters(self.run).items()}
 
@@ -81,24 +82,39 @@ class Server:
     def name_sender(self, reply):
         return self.name(reply.metadata.src_node_id)
 
-    def learn_name(self, node, name):
-        """Remembers the name that a client gives itself, unless another has it."""
+    def remember_name(self, node, name):
+        """Keep the name that a client sends, unless another client has it."""
         others = [given for other, given in self.names.items() if other != node]
         if isinstance(name, str) and re.fullmatch(CLIENT_NAME, name) and name not in others:
             self.names[node] = name
 
 
-# ---------------------------------------------------------------- one round
+# ---------------------------------------------------------------- rounds
 
-def run_round(server, number, rounds):
-    """Trains the global model by one round; returns its row for the log.
+def run_rounds(server, last):
+    """Train up to round `last`, from where the server stands."""
+    progress, first = server.run.progress, server.run.progress.total_updates + 1
+    if not progress.rows:
+        report_round(server, {"round": 0})
+    while progress.total_updates < last:
+        start = time.time()
+        report_round(server, run_round(server, progress.total_updates + 1))
+        save_server_state(server)
+        if progress.total_updates == first < last:
+            seconds, left = time.time() - start, last - first
+            server.log(f"cost: {left} rounds at {format_seconds(seconds)}, evaluation included, "
+                       f"{format_seconds(seconds * left)}")
 
-    A round that too few clients answer is tried again. Raises InputError if it is that once too
-    often, or the strategy can make nothing of the answers.
+
+def run_round(server, number):
+    """Train the global model for one round. Return its row for the log.
+
+    A round with too few answers is repeated. Raises InputError if it fails --attempts times, or if
+    the strategy makes no model of the answers.
     """
     start = time.time()
     messages, replies, left_out = ask_clients(
-        server, f"round {number}", lambda: make_messages(server, number, rounds), check_answer)
+        server, f"round {number}", lambda: make_messages(server, number), check_answer)
     bytes_down = sum(count_bytes(message.content["arrays"]) for message in messages)
     clients = {server.name_sender(reply): dict(reply.content["metrics"]) for reply in replies}
     aggregate(server, number, replies)
@@ -110,16 +126,51 @@ def run_round(server, number, rounds):
             "round_seconds": time.time() - start}
 
 
-def ask_clients(server, what, make_messages, check):
-    """(messages, the replies that `check` accepts, a line for each client that is left out), with
-    the replies in the order of the clients' names.
+def make_messages(server, number):
+    """Return the strategy's messages to the clients of a round, with the weights to send."""
+    config = ConfigRecord({"mode": server.task.mode, "round": number,
+                           "rounds": server.settings.total_rounds,
+                           "frozen": digest_frozen(server.run)})
+    weights = pack(server.weights)
+    messages = list(server.strategy.configure_train(number, weights, config, server.grid))
+    arrays, layout = to_wire(server.weights, server.settings.transport)
+    for message in messages:
+        own_config = ConfigRecord(dict(message.content["config"]) | {"layout": layout})
+        message.content = RecordDict({"arrays": arrays, "config": own_config})
+    return messages
 
-    Asks again if too few are good; raises InputError if it has done so --attempts times.
+
+def aggregate(server, number, replies):
+    """Load the model that the strategy makes of the clients' weights. Raises InputError."""
+    name = server.settings.strategy[0]
+    count_replies(server.strategy, len(replies))
+    with refusing(f"round {number}: {name} fails on {len(replies)} answers",
+                  "correct its parameters, or use another --strategy"):
+        arrays, _ = server.strategy.aggregate_train(number, replies)
+    if not arrays:
+        raise InputError(f"round {number}: {name} made no model of {len(replies)} answers; correct "
+                         "its parameters, or ask more clients")
+    tensors = unpack(arrays)
+    for weight, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise InputError(f"round {number}: {name} made {weight} not finite; correct its "
+                             f"parameters; --resume continues after round {number - 1}")
+    copy_weights(tensors, trained_parameters(server.run))
+
+
+# ---------------------------------------------------------------- asking the clients
+
+def ask_clients(server, what, make_messages, check):
+    """Return (messages, the replies that `check` accepts, a line for each client that is left out).
+
+    Replies are in the order of the clients' names. Asks again if too few are accepted; raises
+    InputError after --attempts.
     """
-    args = server.args
-    for attempt in range(1, args.attempts + 1):
+    settings = server.settings
+    for attempt in range(1, settings.attempts + 1):
         wait_for_clients(server)
-        # None draws one of the system's: nobody may guess whom it asks and which noise it adds
+        # None takes a seed from the system: in a deployed run nobody may guess the noise, or which
+        # clients are asked
         seed = None
         if server.simulated:
             seed = zlib.crc32(f"{server.run.args.seed}/{what}/{attempt}".encode())
@@ -127,61 +178,49 @@ def ask_clients(server, what, make_messages, check):
         np.random.seed(seed)
         messages = make_messages()
         for message in messages:
-            # a client that was away is not to work through the rounds that it missed
-            message.metadata.ttl = args.timeout
-        replies = server.grid.send_and_receive(messages, timeout=args.timeout)
+            # a client that was away must not work through the rounds that it missed
+            message.metadata.ttl = settings.timeout
+        replies = server.grid.send_and_receive(messages, timeout=settings.timeout)
         good, left_out = sort_replies(server, messages, list(replies), check)
         for line in left_out:
             server.log(f"{what}: left out {line}")
-        if len(good) >= args.min_clients:
+        if len(good) >= settings.min_clients:
             return messages, good, left_out
         server.log(f"{what}: {len(good)} of {len(messages)} clients answered, --min_clients "
-                   f"{args.min_clients}; attempt {attempt} of {args.attempts}")
+                   f"{settings.min_clients}; attempt {attempt} of {settings.attempts}")
     why = f": {left_out[0]}" if left_out else ""
-    raise InputError(f"{what} had {len(good)} of the {args.min_clients} clients that it needs, in "
-                     f"{args.attempts} attempts{why}; mend the clients, or lower --min_clients; "
-                     "--resume goes on after the last round that was whole")
+    raise InputError(f"{what} had {len(good)} of the {settings.min_clients} clients that it needs, "
+                     f"in {settings.attempts} attempts{why}; repair the clients, or lower "
+                     "--min_clients; --resume continues after the last complete round")
 
 
 def wait_for_clients(server):
-    """Returns when --num_clients are online, after the first time when --min_clients are.
+    """Wait until --num_clients are online; once they were, until --min_clients are.
 
     Raises InputError after --patience.
     """
-    args = server.args
-    wanted = args.min_clients if server.has_started else args.num_clients
-    deadline, is_told = time.time() + args.patience, False
+    settings = server.settings
+    wanted = settings.min_clients if server.has_started else settings.num_clients
+    deadline, is_logged = time.time() + settings.patience, False
     while (online := len(list(server.grid.get_node_ids()))) < wanted:
         if time.time() > deadline:
-            raise InputError(f"{wanted} clients are asked for and {online} are there after "
-                             f"{args.patience:g} s; start more of them, or lower --num_clients and "
-                             "--min_clients")
-        if not is_told:
-            server.log(f"waiting for {wanted} clients, {online} are there")
-            is_told = True
+            raise InputError(f"{online} of {wanted} clients are online after "
+                             f"{settings.patience:g} s; start more of them, or lower --num_clients "
+                             "and --min_clients")
+        if not is_logged:
+            server.log(f"waiting for {wanted} clients, {online} online")
+            is_logged = True
         time.sleep(1)
     server.has_started = True
 
 
-def make_messages(server, number, rounds):
-    """The strategy's messages to the clients of a round, with the weights as they travel."""
-    config = ConfigRecord({"mode": server.task.mode, "round": number, "rounds": rounds,
-                           "frozen": digest_frozen(server.run)})
-    weights = pack(server.weights)
-    messages = list(server.strategy.configure_train(number, weights, config, server.grid))
-    arrays, layout = to_wire(server.weights, server.args.transport)
-    for message in messages:
-        own_config = ConfigRecord(dict(message.content["config"]) | {"layout": layout})
-        message.content = RecordDict({"arrays": arrays, "config": own_config})
-    return messages
-
-
 def sort_replies(server, messages, replies, check):
-    """(the replies that `check` accepts, by the client's name; a line for each that is left out).
+    """Return (the replies that `check` accepts, by the client's name; a line for each client that
+    is left out).
     """
     good, left_out = [], []
     waiting = {message.metadata.dst_node_id for message in messages}
-    # Flower's own errors come from its server: whom they are about stands in what they answer
+    # the sender of Flower's own errors is its server; the message that they answer names the client
     asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages
              if message.metadata.message_id}
     for reply in replies:
@@ -191,35 +230,35 @@ def sort_replies(server, messages, replies, check):
             left_out.append(describe_error(server, node, reply.error))
             continue
         try:
-            server.learn_name(node, reply.content["config"]["name"])
+            server.remember_name(node, reply.content["config"]["name"])
             check(server, reply)
             good.append(reply)
         except InputError as error:
             left_out.append(f"{server.name(node)}: {error}")
-        except (KeyError, TypeError) as error:  # an answer of another program
+        except (KeyError, TypeError) as error:  # the answer of another program
             left_out.append(f"{server.name(node)}: its answer lacks parts ({first_line(error)})")
     for node in sorted(waiting):
-        left_out.append(f"{server.name(node)}: no answer in {server.args.timeout:g} s")
-    # in this order for equal sums; replies come in any
+        left_out.append(f"{server.name(node)}: no answer in {server.settings.timeout:g} s")
+    # replies arrive in any order, and sums depend on it
     good.sort(key=lambda reply: (server.name_sender(reply), reply.metadata.src_node_id))
     return good, left_out
 
 
 def describe_error(server, node, error):
-    """Who did not answer, and why, in one line."""
+    """Return one line: which client did not answer, and why."""
     reason = (error.reason or "no reason given").strip().splitlines()[-1]
-    if error.code != CLIENT_FAILED:  # Flower's own, of a node that is gone, say
+    if error.code != CLIENT_FAILED:  # Flower's own error, for example of a lost node
         return f"{server.name(node)}: {reason}"
     name, _, reason = reason.partition(": ")
-    server.learn_name(node, name)
+    server.remember_name(node, name)
     return f"{server.name(node)}: {reason}"
 
 
 def check_answer(server, reply):
-    """Puts a client's weights into its reply as the strategies want them, and the bytes that they
-    came in into its metrics.
+    """Check a client's answer; put its weights into the form of the strategies and the number of
+    bytes they came in into its metrics.
 
-    Raises InputError for weights of another model, or any number that is not finite.
+    Raises InputError for weights of another model, and for any number that is not finite.
     """
     name = server.name_sender(reply)
     metrics = reply.content["metrics"]
@@ -232,10 +271,10 @@ def check_answer(server, reply):
     for weight, tensor in tensors.items():
         if not is_finite(tensor):
             raise InputError(f"{weight} is not finite there; look at its records, or lower --lr")
-    if server.args.privacy and all(torch.equal(tensors[weight], own[weight].cpu())
-                                   for weight in own):
+    if server.settings.privacy and all(torch.equal(tensors[weight], own[weight].cpu())
+                                       for weight in own):
         raise InputError("it sent the global weights back, which cannot be clipped")
-    if server.args.transport == "bf16":
+    if server.settings.transport == "bf16":
         tensors = {weight: own[weight].cpu() + tensors[weight] for weight in own}
     if not all(math.isfinite(value) for value in metrics.values()):
         raise InputError(f"its metrics are not finite: {shorten(dict(metrics))}")
@@ -244,31 +283,13 @@ def check_answer(server, reply):
     reply.content["arrays"] = pack({weight: tensors[weight] for weight in own})
 
 
-def aggregate(server, number, replies):
-    """Loads what the strategy makes of the clients' weights. Raises InputError."""
-    name = server.args.strategy[0]
-    count_replies(server.strategy, len(replies))
-    with refusing(f"round {number}: {name} can make nothing of {len(replies)} answers",
-                  "mend its parameters, or take another --strategy"):
-        arrays, _ = server.strategy.aggregate_train(number, replies)
-    if not arrays:
-        raise InputError(f"round {number}: {name} made no model of {len(replies)} answers; mend "
-                         "its parameters, or ask more clients")
-    tensors = unpack(arrays)
-    for weight, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise InputError(f"round {number}: {name} made {weight} not finite; mend its "
-                             f"parameters; --resume goes on after round {number - 1}")
-    load_weights(trained_parameters(server.run), tensors)
-
-
 # ---------------------------------------------------------------- measuring and reporting
 
-def report(server, row, rounds):
-    """Measures the global model, keeps it if it is the best so far, logs a line and a row."""
+def report_round(server, row):
+    """Measure the global model, keep it if it is the best so far, and log a line and a row."""
     run, task, progress = server.run, server.task, server.run.progress
     progress.epoch = progress.total_updates = row["round"]
-    measures, is_best = {}, True  # the latest is kept where nothing is measured
+    measures, is_best = {}, True  # without a dev set the latest model is kept
     if run.dev:
         measures = task.script.evaluate(run)
         is_best = task.script.keep_measures(run, measures)
@@ -276,19 +297,19 @@ def report(server, row, rounds):
         words = f"{task.describe_measures(measures)} in " if measures else ""
         progress.best_at = f"{words}round {row['round']}"
     row |= measures | {"mode": task.mode, "best": is_best}
-    if server.args.privacy:
+    if server.settings.privacy:
         bound = epsilon(server.noise_multiplier, row["round"])
         row["epsilon"] = bound if math.isfinite(bound) else None  # JSON has no infinity
-    server.log(describe_row(server, row, rounds, measures))
+    server.log(describe_round(server, row, measures))
     run.log.row(row, row["round"])
     progress.rows += 1
     if is_best:
         task.script.save_best(run)
 
 
-def describe_row(server, row, rounds, measures):
-    """The line of a round."""
-    parts = [f"round {row['round']:3d}/{rounds}"]
+def describe_round(server, row, measures):
+    """Return the log line of a round."""
+    parts = [f"round {row['round']:3d}/{server.settings.total_rounds}"]
     if "loss" in row:
         losses = [f"{name} {client['train_loss']:.3f}" for name, client in row["clients"].items()]
         more = ", ..." if len(losses) > 6 else ""
@@ -308,55 +329,40 @@ def describe_row(server, row, rounds, measures):
 
 # ---------------------------------------------------------------- resuming
 
-def run_rounds(server, last, rounds):
-    """Trains up to round `last` of the schedule's `rounds`, from wherever the server stands."""
-    progress, first = server.run.progress, server.run.progress.total_updates + 1
-    if not progress.rows:
-        report(server, {"round": 0}, rounds)
-    while progress.total_updates < last:
-        start = time.time()
-        report(server, run_round(server, progress.total_updates + 1, rounds), rounds)
-        save_state(server)
-        if progress.total_updates == first < last:
-            seconds, left = time.time() - start, last - first
-            server.log(f"cost: {left} rounds at {format_seconds(seconds)}, evaluation included, "
-                       f"{format_seconds(seconds * left)}")
-
-
-def save_state(server):
-    """Write OUT.state: what the next round depends on, and the best so far."""
+def save_server_state(server):
+    """Write OUT.state: what the next round depends on, and the best measures so far."""
     write_state(f"{server.run.out}.state", {
         "weights": {name: weight.cpu() for name, weight in server.weights.items()},
-        "strategy": remembered(server.strategy), "progress": asdict(server.run.progress),
-        "args": vars(server.args), "flags": server.run.flags, "inputs": server.inputs})
+        "strategy": strategy_state(server.strategy), "progress": asdict(server.run.progress),
+        "args": server.flags, "flags": server.run.flags, "inputs": server.inputs})
 
 
-def restore_state(server):
-    """Set what save_state wrote, if --resume is given and there is a state.
+def restore_server_state(server):
+    """Set what save_server_state wrote, if --resume is given and OUT.state exists.
 
-    Raises InputError for a state of other flags, of another model, or one that is not whole.
+    Raises InputError for a state of other flags or of another model, and for a damaged one.
     """
     run, path = server.run, f"{server.run.out}.state"
-    if not server.args.resume or not os.path.exists(path):
+    if not server.settings.resume or not os.path.exists(path):
         return
     state = load_torch_file(path)
     allow_no_inputs(state)
-    check_form(state, FORM, path)
+    check_form(state, SERVER_STATE, path)
     check_form(state["progress"], {name: type(value) for name, value in asdict(Progress()).items()},
                path)
-    refuse_other_flags(path, vars(server.args), state["args"], FREE_FLAGS)
+    refuse_other_flags(path, server.flags, state["args"], FREE_FEDERATION_FLAGS)
     refuse_other_flags(path, run.flags, state["flags"], server.task.script.FREE_FLAGS)
     refuse_other_inputs(path, server.inputs, state["inputs"])
     check_weights(state["weights"], path)
     check_same(state["weights"], server.weights, path, "the model of these flags")
     done = state["progress"]["total_updates"]
-    if not 0 <= done <= total_rounds(server.args) or not all(map(is_finite,
-                                                                 state["weights"].values())):
-        raise InputError(f"{path}: is after round {done}, or its weights are not finite; "
+    if (not 0 <= done <= server.settings.total_rounds
+            or not all(map(is_finite, state["weights"].values()))):
+        raise InputError(f"{path}: it ends after round {done}, or its weights are not finite; "
                          f"{START_ANEW}")
-    with refusing(f"{path}: what the strategy remembers is not whole", START_ANEW):
-        recall(server.strategy, state["strategy"])
-    load_weights(trained_parameters(run), state["weights"])
+    with refusing(f"{path}: the strategy's state is damaged", START_ANEW):
+        restore_strategy(server.strategy, state["strategy"])
+    copy_weights(state["weights"], trained_parameters(run))
     run.progress = Progress(**state["progress"])
     run.log = RunLog(f"{run.out}.jsonl", run.world.is_main, run.progress.rows)
     server.log(f"resuming after round {run.progress.total_updates}")

@@ -1,5 +1,6 @@
-"""A federation on one machine: Flower's Grid in this process, which hands messages to the ClientApp
-one client after another. No server, no Ray; nothing but the transport differs from a deployed run.
+"""A federation on one machine: a Grid of Flower that calls the ClientApp in this process, one
+client after another. It needs neither a server nor Ray; only the transport differs from a deployed
+run.
 """
 
 from flwr.app import Context, RecordDict
@@ -8,10 +9,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 
 class LocalGrid(Grid):
-    """Delivers messages to a ClientApp in this process; node I has the I-th settings."""
+    """Deliver messages to a ClientApp in this process; node i has the i-th settings."""
 
     def __init__(self, client_app, settings, run_config):
-        # messages carry these numbers; Flower sets them in its own processes (pinned version)
+        # Messages need these numbers, which Flower sets in its own processes. They are not public:
+        # requirements-federated.txt pins the version.
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.client_app = client_app
         self.contexts = {number: Context(run_id=1, node_id=number, node_config=client_settings,
@@ -25,7 +27,7 @@ class LocalGrid(Grid):
         return [self.client_app(message, self.contexts[message.metadata.dst_node_id])
                 for message in messages]
 
-    # what a Grid must have, and the server does not use
+    # abstract in Grid, and not used by federated/server.py
     run = property(lambda self: None)
 
     def set_run(self, run):

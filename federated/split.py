@@ -1,21 +1,20 @@
-"""One file of records dealt out to the clients of a simulation, into files of their own."""
+"""Dealing one file of records out to the clients of a simulation, each into a file of its own."""
 import json
 import os
 from collections import defaultdict
 
 import numpy as np
 
-from records.files import new_file
-from records.reading import read_json
+from records.files import new_file, read_json
 from utils import InputError, shorten
 
 
 def split_file(path, kind, num_clients, folder, topic_field, alpha, seed):
-    """Writes FOLDER/client1.jsonl, ...: the records of a file in their order; returns the paths.
+    """Write FOLDER/client1.jsonl, ... Return their paths; records keep the order of the file.
 
-    kind: iid (at random), topic (all records of a topic lie with one client) or dirichlet (each
+    kind: iid (at random), topic (all records of a topic go to one client) or dirichlet (each
     topic's shares are drawn from Dirichlet(alpha): Hsu et al., arXiv 1909.06335, section 3).
-    Raises InputError for a record without a topic, and if a client would get nothing.
+    Raises InputError for a record without a topic, and if a client would get no record.
     """
     records = read_json(path)
     rng = np.random.default_rng(seed)
@@ -23,16 +22,17 @@ def split_file(path, kind, num_clients, folder, topic_field, alpha, seed):
         owners = rng.permutation(len(records)) % num_clients
     else:
         topics = group_topics(records, topic_field)
-        deal = deal_topics if kind == "topic" else deal_shares
-        owners = deal(topics, num_clients, len(records), rng, alpha)
+        if kind == "topic":
+            owners = deal_topics(topics, num_clients, len(records))
+        else:
+            owners = deal_shares(topics, num_clients, len(records), rng, alpha)
     counts = np.bincount(owners, minlength=num_clients)
     if not counts.all():
         raise InputError(f"{path}: client {counts.argmin() + 1} of {num_clients} gets no record by "
-                         f"--split {kind}; take fewer clients, or another split or seed")
+                         f"--split {kind}; use fewer clients, another split or another seed")
     paths = [os.path.join(folder, f"client{client + 1}.jsonl") for client in range(num_clients)]
     if os.path.realpath(path) in map(os.path.realpath, paths):
-        raise InputError(f"{path}: is where a client's part goes, and would be replaced; choose "
-                         "another OUT")
+        raise InputError(f"{path}: a client's part would replace this file; choose another OUT")
     for client, client_path in enumerate(paths):
         with new_file(client_path) as file:
             file.writelines(json.dumps(record) + "\n" for (record, _), owner
@@ -41,20 +41,23 @@ def split_file(path, kind, num_clients, folder, topic_field, alpha, seed):
 
 
 def group_topics(records, field):
-    """{topic: positions of its records}, the largest first. Raises InputError."""
+    """Return {topic: positions of its records}, the largest topic first.
+
+    Raises InputError for a record without a topic.
+    """
     topics = defaultdict(list)
     for position, (record, location) in enumerate(records):
         topic = record.get(field) if isinstance(record, dict) else None
         if not isinstance(topic, (str, int)):
-            raise InputError(f"{location}: its {field!r}, by which the records are split, is "
-                             f"{shorten(topic)}; name the field with --topic_field, or take "
+            raise InputError(f"{location}: --split needs a topic in the field {field!r}, got "
+                             f"{shorten(topic)}; name the field with --topic_field, or use "
                              "--split iid")
         topics[topic].append(position)
     return dict(sorted(topics.items(), key=lambda item: (-len(item[1]), str(item[0]))))
 
 
-def deal_topics(topics, num_clients, num_records, rng, alpha):
-    """The client of each record: whole topics, each to the client that has the fewest records."""
+def deal_topics(topics, num_clients, num_records):
+    """Return the client of each record: each topic goes to the client with the fewest records."""
     owners = np.zeros(num_records, dtype=int)
     sizes = [0] * num_clients
     for positions in topics.values():
@@ -65,7 +68,7 @@ def deal_topics(topics, num_clients, num_records, rng, alpha):
 
 
 def deal_shares(topics, num_clients, num_records, rng, alpha):
-    """The client of each record: of each topic, shares that are drawn from Dirichlet(alpha)."""
+    """Return the client of each record: each topic is divided by shares from Dirichlet(alpha)."""
     owners = np.zeros(num_records, dtype=int)
     for positions in topics.values():
         shares = rng.dirichlet([alpha] * num_clients)

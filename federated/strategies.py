@@ -1,4 +1,4 @@
-"""Flower's strategies by their names: what a server makes of its clients' weights."""
+"""Flower's strategies by name: how a server combines its clients' weights."""
 import inspect
 import math
 
@@ -7,21 +7,22 @@ from flwr.serverapp import strategy as flower
 
 from utils import InputError, refusing
 
-# what the strategies remember from round to round, apart from the weights
+# attributes that a strategy keeps from round to round, apart from the weights
 REMEMBERED = ("m_t", "v_t", "momentum_vector", "clipping_norm")
-# parameters that federate.py sets by flags of its own, or that are no numbers
+# parameters that are not numbers, or that federate.py sets by flags of its own
 FIXED = {"self", "strategy", "fraction_evaluate", "min_evaluate_nodes", "min_available_nodes",
          "min_train_nodes", "evaluate_metrics_aggr_fn", "train_metrics_aggr_fn", "arrayrecord_key",
          "configrecord_key", "train_loss_key", "num_sampled_clients", "accountant", "on_aggregate"}
-# strategies that load the clients' average itself: a wrapper's noise is made for that one. Others
-# multiply what a client changes, or remember it without noise.
+# Strategies whose result is the clients' average, for which a privacy wrapper's noise is calibrated.
+# Others multiply what a client changes, or keep it without noise.
 AVERAGES = {"FedAvg", "FedProx"}
 PRIVACY_DELTA = 1e-5
 
 
 def list_strategies(privacy):
-    """The names of Flower's strategies for arrays of weights: the differential privacy wrappers, or
-    all others.
+    """Return the names of Flower's strategies for arrays of weights.
+
+    privacy: True for the differential privacy wrappers, False for all others.
     """
     names = []
     for name in flower.__all__:
@@ -33,51 +34,51 @@ def list_strategies(privacy):
     return names
 
 
-def make_strategy(args):
-    """(the strategy of --strategy, inside that of --privacy if there is one; the latter's noise
-    multiplier, 0 where none bounds what the model tells).
+def make_strategy(settings):
+    """Return (the strategy, noise multiplier) of --strategy and --privacy.
 
-    Raises InputError for an unknown name or parameter, and for what the strategy itself refuses.
+    The multiplier is 0 without --privacy, and where no epsilon can be computed from it. Raises
+    InputError for an unknown name or parameter, and for values that the strategy refuses.
     """
-    name, parameters = read_parameters("--strategy", args.strategy, list_strategies(False))
+    name, parameters = read_parameters("--strategy", settings.strategy, list_strategies(False))
     if not 0 < parameters.get("fraction_train", 1) <= 1:
-        raise InputError(f"--strategy {name} fraction_train={parameters['fraction_train']:g}: is "
-                         "no part of the clients; give one above 0, at most 1")
-    if args.privacy:
-        # the noise is made for an average in which all clients weigh the same
+        raise InputError(f"--strategy {name}: fraction_train must be > 0 and <= 1, got "
+                         f"{parameters['fraction_train']:g}")
+    if settings.privacy:
+        # the noise is calibrated for an average in which all clients have the same weight
         parameters["weighted_by_key"] = "uniform"
-    defaults = {"min_train_nodes": args.min_clients, "min_available_nodes": args.min_clients,
-                "fraction_evaluate": 0.0}
-    with refusing(f"--strategy {name}", "mend its parameters"):
+    defaults = {"min_train_nodes": settings.min_clients,
+                "min_available_nodes": settings.min_clients, "fraction_evaluate": 0.0}
+    with refusing(f"--strategy {name}", "correct its parameters"):
         strategy = getattr(flower, name)(**defaults | parameters)
-    return wrap_strategy(args, strategy) if args.privacy else (strategy, 0.0)
+    return wrap_strategy(strategy, settings) if settings.privacy else (strategy, 0.0)
 
 
-def wrap_strategy(args, strategy):
-    """(the strategy inside the differential privacy wrapper of --privacy, its noise multiplier or,
-    around a strategy that is no average, 0).
+def wrap_strategy(strategy, settings):
+    """Return (the strategy inside the wrapper of --privacy, noise multiplier); see make_strategy.
 
     Raises InputError.
     """
-    if args.transport == "bf16":
+    if settings.transport == "bf16":
         raise InputError("--privacy clips to a norm that rounding to bfloat16 would change; leave "
                          "out --transport bf16")
-    name, parameters = read_parameters("--privacy", args.privacy, list_strategies(True))
-    with refusing(f"--privacy {name}", "mend its parameters"):
-        wrapper = getattr(flower, name)(strategy, num_sampled_clients=args.num_clients,
+    name, parameters = read_parameters("--privacy", settings.privacy, list_strategies(True))
+    with refusing(f"--privacy {name}", "correct its parameters"):
+        wrapper = getattr(flower, name)(strategy, num_sampled_clients=settings.num_clients,
                                         **parameters)
-    return wrapper, parameters["noise_multiplier"] if args.strategy[0] in AVERAGES else 0.0
+    is_average = settings.strategy[0] in AVERAGES
+    return wrapper, parameters["noise_multiplier"] if is_average else 0.0
 
 
 def read_parameters(flag, words, names):
-    """(name, {parameter: value}) of NAME PARAMETER=VALUE ...
+    """Return (name, {parameter: value}) of NAME PARAMETER=VALUE ...
 
-    Raises InputError for a name or parameter that there is not, for a value of another type, and
-    for one that is needed and not given.
+    Raises InputError for an unknown name or parameter, a value of another type, and a required
+    parameter that is not given.
     """
     name, *settings = words
     if name not in names:
-        raise InputError(f"{flag} {name}: unknown, choose of {', '.join(names)}")
+        raise InputError(f"{flag} {name}: unknown, choose from {', '.join(names)}")
     known = {key: parameter for key, parameter
              in inspect.signature(getattr(flower, name)).parameters.items() if key not in FIXED}
     values = {}
@@ -92,28 +93,28 @@ def read_parameters(flag, words, names):
     return name, values
 
 
-def read_value(place, text, kind):
-    """The value of a parameter that is annotated with this type. Raises InputError."""
+def read_value(location, text, kind):
+    """Return a parameter's value; kind: its annotated type. Raises InputError."""
     if kind is str:
         return text
-    with refusing(f"{place}={text}: is no number", f"give one, {place}=0.1"):
+    with refusing(f"{location}={text}: not a number", f"give one, for example {location}=0.1"):
         value = int(text) if kind is int else float(text)
     if not math.isfinite(value):
-        raise InputError(f"{place}={text}: is not finite; give a number")
+        raise InputError(f"{location}={text}: is not finite; give a number")
     return value
 
 
-# ---------------------------------------------------------------- what a strategy remembers
+# ---------------------------------------------------------------- a strategy's state
 
-def layers_of(strategy):
-    """The strategy, and the one that it wraps."""
+def unwrap_strategy(strategy):
+    """Return [the strategy, and the strategy that it wraps, if any]."""
     return [strategy, *([strategy.strategy] if hasattr(strategy, "strategy") else [])]
 
 
-def remembered(strategy):
-    """[{attribute: numbers or tensors}] of each layer: what the next round depends on."""
+def strategy_state(strategy):
+    """Return what the next round depends on: {attribute: number or tensors} of each strategy."""
     states = []
-    for layer in layers_of(strategy):
+    for layer in unwrap_strategy(strategy):
         state = {}
         for name in REMEMBERED:
             if getattr(layer, name, None) is not None:
@@ -122,11 +123,11 @@ def remembered(strategy):
     return states
 
 
-def recall(strategy, states):
-    """Sets what `remembered` returned. Raises ValueError for anything else."""
-    layers = layers_of(strategy)
+def restore_strategy(strategy, states):
+    """Set what strategy_state returned. Raises ValueError for anything else."""
+    layers = unwrap_strategy(strategy)
     if len(states) != len(layers):
-        raise ValueError(f"it is of {len(states)} strategies, not of {len(layers)}")
+        raise ValueError(f"it has the states of {len(states)} strategies, not of {len(layers)}")
     for layer, state in zip(layers, states):
         for name, value in state.items():
             is_number = isinstance(value, float) and math.isfinite(value)
@@ -136,7 +137,7 @@ def recall(strategy, states):
 
 
 def map_arrays(value, function):
-    """The function of each array in a dict or a list; a number stays as it is."""
+    """Apply a function to each array in a dict or a list; return a number as it is."""
     if isinstance(value, dict):
         return {name: function(array) for name, array in value.items()}
     if isinstance(value, list):
@@ -147,17 +148,17 @@ def map_arrays(value, function):
 # ---------------------------------------------------------------- privacy
 
 def count_replies(strategy, count):
-    """Tells a privacy wrapper how many clients its average is of: the noise depends on it."""
+    """Set how many clients a privacy wrapper averages over: its noise depends on the number."""
     if hasattr(strategy, "num_sampled_clients"):
         strategy.num_sampled_clients = count
 
 
 def epsilon(noise_multiplier, rounds, delta=PRIVACY_DELTA):
-    """The epsilon, at this delta, of so many Gaussian releases to which every client contributes.
+    """Return the epsilon of so many Gaussian releases, if every client contributes to each.
 
-    By Renyi differential privacy (Mironov, arXiv 1702.07476): the releases' is
-    alpha * rounds / (2 * noise_multiplier^2) at any order alpha (corollary 3), and the best order
-    of its conversion (proposition 3) gives this. Infinite without noise.
+    By Renyi differential privacy (Mironov, arXiv 1702.07476): the releases cost alpha * rounds /
+    (2 * noise_multiplier^2) at any order alpha (corollary 3); this is the conversion to (epsilon,
+    delta) at the best order (proposition 3). Infinite without noise.
     """
     if not noise_multiplier:
         return math.inf

@@ -1,75 +1,80 @@
-"""What a federation trains: the retriever by train_dense.py's functions, the reader by
+"""What a federation trains, and how: a retriever by train_dense.py's functions, a reader by
 train_epoch.py's.
 
-Both scripts have the same functions: set_up, plan_run, train_update, count_warmup, evaluate,
-keep_measures, save_best. Everything that differs between the two stands in this file.
+federate.py hands both scripts over, as modules. They have functions of the same names: check_args,
+set_up, plan_run, train_update, count_warmup, evaluate, keep_measures, save_best. Everything in
+which the two differ is in this file or in federate.py's make_party_args.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
-import train_dense
-import train_epoch
 from training.loop import set_seed
-from utils import InputError, World
+from utils import World
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hold what federate.py's flags of the same names are set to; help texts are there."""
+    model: str            # OUT, without a slash at its end
+    mode: str             # retriever, generator, or alternate for both in turns
+    rounds: int           # in alternation, of each model in each turn
+    turns: int
+    local_epochs: int
+    local_updates: int    # updates of a client in a round; 0: as many as local_epochs needs
+    local_optimizer: str  # adamw or sgd
+    transport: str        # float32 or bf16
+    retrieve_flags: str
+    score_flags: str
+    strategy: list        # [NAME, PARAMETER=VALUE, ...]
+    privacy: list         # the same, or None
+    num_clients: int      # clients that must be online for a round
+    min_clients: int      # results that a round needs
+    attempts: int
+    timeout: float        # seconds
+    patience: float       # seconds
+    resume: bool
+
+    @property
+    def total_rounds(self):
+        """The rounds of each model; its learning rate rises and falls over all of them."""
+        return self.rounds * (self.turns if self.mode == "alternate" else 1)
 
 
 @dataclass
 class Task:
-    """One model that is trained, and how."""
-    mode: str                  # retriever or generator
-    arguments: list            # the training script's flags, which all clients and the server share
+    """Hold one model that is trained, and the script that trains it."""
+    mode: str            # retriever or generator
+    script: ModuleType   # train_dense or train_epoch
+    words: list          # the script's flags behind federate.py's `--`, which all parties share
+    make_args: Callable  # make_args(out, ...) returns a party's flags, see make_party_args
 
-    @property
-    def script(self):
-        """The module of the training script."""
-        return train_dense if self.mode == "retriever" else train_epoch
-
-    def parse(self, out, own_arguments, data=None):
-        """The script's flags as a Namespace, with a party's own flags behind the shared ones.
-
-        Raises InputError for a flag that the script does not have.
-        """
-        arguments = [*self.arguments, *own_arguments, "--output_dir", out]
-        if data:
-            arguments += ["--train_data" if self.mode == "retriever" else "--train_file", data]
-        try:
-            if self.mode == "retriever":
-                args = train_dense.parse_args(train_dense.__doc__, arguments)
-            else:
-                args = train_epoch.parse_args(arguments)
-        except SystemExit as error:  # argparse has printed why, or the help
-            if not error.code:
-                raise
-            raise InputError(f"{self.script.__name__}.py does not take these flags: "
-                             f"{' '.join(arguments)}") from None
-        if args.plan:
-            raise InputError("--plan is not offered in a federation; leave it out")
-        args.resume = args.overwrite = False  # a federation has its own state
-        return args
-
-    def open(self, out, own_arguments, world, sets, data=None):
-        """The script's Run of these flags; sets: what it reads, of "train" and "dev".
+    def open(self, args, world, sets):
+        """Return the script's Run of these flags; sets: what it reads, of "train" and "dev".
 
         Raises InputError.
         """
-        args = self.parse(out, own_arguments, data)
         self.script.check_args(args, sets)
-        set_seed(args.seed)  # weights that no checkpoint has are drawn alike by all parties
+        set_seed(args.seed)  # all parties draw the same values for weights that start at random
         return self.script.set_up(args, world, sets)
 
-    def list_inputs(self, out):
-        """Return {path: whether all of it is hashed} of the files that the server measures on."""
-        args = self.parse(out, [])
+    def list_inputs(self):
+        """Return {path: whether all of it is hashed} of the files that the shared flags name.
+
+        The reader's dev set with contexts, which alternation makes in each turn, is not among them.
+        """
+        args = self.make_args("out")
         self.script.check_args(args, ["dev"] if self.measures_on(args) else [])
         return self.script.list_inputs(args)
 
     def measures_on(self, args):
-        """True if the flags name something to measure the model on."""
+        """Return True if the flags name something to measure the model on."""
         if self.mode == "retriever":
             return bool(args.eval_data or args.eval_qrels)
         return args.data_val is not None or args.eval_file is not None
 
     def describe_measures(self, measures):
-        """The measures of script.evaluate in a line's words."""
+        """Return the measures of script.evaluate as a part of a line."""
         if self.mode == "generator":
             return f"dev EM {measures['dev_em']:.2f} ({measures['correct']}/{measures['count']})"
         return " ".join(f"{name} {value:.4f}" for name, value in measures.items()
@@ -78,36 +83,19 @@ class Task:
 
 @dataclass
 class PartyWorld(World):
-    """The World of one party among several in a process: its name stands before its lines."""
+    """A World whose log lines start with the name of a party: one process may hold several."""
     party: str = ""
 
     def log(self, text):
         super().log(f"{self.party}: {text}")
 
 
-def trained_parameters(run):
-    """{name: parameter} of the weights that are trained: what travels."""
-    return {name: parameter for name, parameter in run.unwrapped.named_parameters()
-            if parameter.requires_grad}
-
-
-def total_rounds(args):
-    """The rounds of each model, over which its learning rate goes up and down."""
-    return args.rounds * (args.turns if args.mode == "alternate" else 1)
-
-
 def name_party(world, party):
-    """The World with a party's name before its lines."""
+    """Return the PartyWorld of a World."""
     return PartyWorld(world.rank, world.local_rank, world.size, world.device, party)
 
 
-def check_mode(mode, chunks):
-    """{mode: Task} of federate.py's --mode and the flags behind each `--`. Raises InputError."""
-    modes = ["retriever", "generator"] if mode == "alternate" else [mode]
-    if len(chunks) != len(modes):
-        scripts = {"retriever": "train_dense.py", "generator": "train_epoch.py"}
-        wanted = " ".join(f"-- FLAGS OF {scripts[name]}" for name in modes)
-        raise InputError(f"--mode {mode} wants the training script's flags behind its own: "
-                         f"{wanted}")
-    return {name: Task(name, chunk) for name, chunk in zip(modes, chunks)}
-
+def trained_parameters(run):
+    """Return {name: parameter} of the weights that are trained; only these travel."""
+    return {name: parameter for name, parameter in run.unwrapped.named_parameters()
+            if parameter.requires_grad}

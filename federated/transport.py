@@ -1,8 +1,7 @@
-"""What travels between server and clients: the trained weights, as one of Flower's arrays in
-float32 or bfloat16.
+"""The weights on their way between server and clients: one array of Flower's, float32 or bfloat16.
 
-In bfloat16 a client sends the difference between what it received and what it trained: a weight
-itself would lose most of a small update to rounding.
+In bfloat16 a client sends by how much it changed each weight. The weight itself would lose most of
+a small update to rounding.
 """
 import hashlib
 import json
@@ -15,36 +14,36 @@ from flwr.app import Array, ArrayRecord
 
 from utils import InputError, first_line
 
-CLIENT_FAILED = 100  # the code of an error that a client tells, "NAME: REASON"
-CLIENT_NAME = r"\w[\w.-]{0,59}"  # it names a folder, too
+CLIENT_FAILED = 100  # the code of a client's own error, whose reason is "NAME: REASON"
+CLIENT_NAME = r"\w[\w.-]{0,59}"  # a folder has this name, too
 
 
 class OpenError(InputError):
-    """An InputError whose message names weights only, so that a client may tell it the server."""
+    """An InputError that quotes no record, so that a client may send it to the server."""
 
 
 WEIGHTS = "weights"  # the name of the array in which all weights travel
-BF16 = "bfloat16"    # its dtype and stype: Flower passes on the bytes of any
-DIGESTS = WeakKeyDictionary()  # {model: the hash of its frozen weights}
+BF16 = "bfloat16"    # the array's dtype and stype; Flower passes any bytes on
+DIGESTS = WeakKeyDictionary()  # {model: hash of its frozen weights}
 
 
 def pack(tensors):
-    """The ArrayRecord of {name: tensor}, a float32 array each: what strategies compute with."""
+    """Return {name: tensor} as an ArrayRecord of float32 arrays, the form of Flower's strategies."""
     return ArrayRecord({name: Array(tensor.detach().cpu().float().contiguous().numpy())
                         for name, tensor in tensors.items()})
 
 
 def unpack(record):
-    """{name: float32 tensor} of such an ArrayRecord."""
+    """Return an ArrayRecord of float32 arrays as {name: float32 tensor}."""
     return {name: torch.from_numpy(array.numpy().astype(np.float32, copy=False))
             for name, array in record.items()}
 
 
 def to_wire(tensors, dtype="float32"):
-    """(ArrayRecord, layout) of {name: tensor}, in float32 or bf16: what travels.
+    """Return {name: tensor} as (ArrayRecord, layout) for a message; dtype: float32 or bf16.
 
-    All weights are one array, since Flower sends each array with several requests. The layout is
-    JSON, [[name, shape]] in the array's order.
+    All weights form one array, because Flower sends several requests for each. The layout is JSON,
+    [[name, shape]] in the array's order.
     """
     flat = torch.cat([tensor.detach().cpu().float().reshape(-1) for tensor in tensors.values()])
     layout = json.dumps([[name, list(tensor.shape)] for name, tensor in tensors.items()])
@@ -57,9 +56,9 @@ def to_wire(tensors, dtype="float32"):
 
 
 def from_wire(record, layout):
-    """{name: float32 tensor} of what to_wire returned, views of one tensor.
+    """Return what to_wire made as {name: float32 tensor}; the tensors are views of one.
 
-    Raises OpenError for anything else.
+    Raises OpenError if it has another form.
     """
     try:
         array = record[WEIGHTS]
@@ -72,19 +71,19 @@ def from_wire(record, layout):
         parts = flat.split([shape.numel() for shape in shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise OpenError(f"the weights came in a form that cannot be read "
+        raise OpenError(f"the weights arrived in a form that cannot be read "
                         f"({first_line(error)})") from None
 
 
 def count_bytes(record):
-    """The bytes of an ArrayRecord's arrays."""
+    """Return the number of bytes in an ArrayRecord's arrays."""
     return sum(len(array.data) for array in record.values())
 
 
 def is_finite(tensor):
-    """True if all its numbers are finite.
+    """Return True if all numbers of a tensor are finite.
 
-    One pass over them: torch.isfinite(tensor).all() takes eight times as long, 0.6 s for t5-base.
+    This takes one pass; torch.isfinite(tensor).all() takes eight times as long, 0.6 s for t5-base.
     """
     if not tensor.numel():
         return True
@@ -93,9 +92,7 @@ def is_finite(tensor):
 
 
 def check_same(received, own, sender, receiver):
-    """Raises OpenError that names the first weight which is missing, unknown or of another shape
-    than the receiver's own; both are {name: tensor}.
-    """
+    """Raise OpenError if two {name: tensor} differ in a name or a shape, naming the first one."""
     given = {name: tuple(tensor.shape) for name, tensor in received.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
     if given == wanted:
@@ -107,18 +104,18 @@ def check_same(received, own, sender, receiver):
                             "the same model with the same flags")
 
 
-def load_weights(run_parameters, tensors):
-    """Copies {name: tensor} into {name: parameter}."""
+def copy_weights(tensors, parameters):
+    """Copy {name: tensor} into {name: parameter}."""
     with torch.no_grad():
-        for name, parameter in run_parameters.items():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 
 
 def digest_frozen(run):
-    """A hash of the weights that are not trained, which all parties must have alike; "" if all are
-    trained.
+    """Return a hash of the weights that are not trained, "" if all are trained.
 
-    No round changes these weights: a model's are hashed once, which takes 1 s for t5-base.
+    All parties must have the same frozen weights. No round changes them, so that a model's are
+    hashed once, which takes 1 s for t5-base.
     """
     if run.unwrapped not in DIGESTS:
         DIGESTS[run.unwrapped] = hash_frozen(run)
@@ -126,7 +123,7 @@ def digest_frozen(run):
 
 
 def hash_frozen(run):
-    """What digest_frozen returns, computed."""
+    """Compute the hash of digest_frozen."""
     frozen = {name: parameter for name, parameter in run.unwrapped.named_parameters()
               if not parameter.requires_grad}
     if not frozen:

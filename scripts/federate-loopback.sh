@@ -161,7 +161,7 @@ stop_all() {
     local processes process i
     processes=$(list_descendants $$)
     for process in $processes; do  # a client's worker, which is no descendant, names its supernode
-        processes+=" $(pgrep -f "federated\.worker .* $process\$" || true)"
+        processes+=" $(pgrep -f "federate\.py --worker .* $process\$" || true)"
     done
     kill $processes 2> /dev/null || true
     for ((i = 0; i < 100; i++)); do

@@ -21,7 +21,7 @@ from federated.server import Server, aggregate, ask_clients, check_answer, make_
 from federated.simulation import LocalGrid
 from federated.split import split_file
 from federated.strategies import epsilon, list_strategies, make_strategy
-from federated.task import check_mode, trained_parameters
+from federated.task import trained_parameters
 from federated.transport import digest_frozen, from_wire, to_wire
 from training.loop import Progress
 from training.resume import write_state
