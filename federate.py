@@ -1,5 +1,5 @@
-r"""Trains a retriever or a reader that many parties share, while each keeps its records: the steps of
-train_dense.py and train_epoch.py, federated by Flower (https://flower.ai).
+r"""Trains a retriever or a reader that many parties share, while each keeps its records: the steps
+of train_dense.py and train_epoch.py, federated by Flower (https://flower.ai).
 
     python federate.py OUT --mode retriever --simulate 4 --data train.json --split iid --rounds 10 \
         -- --query_encoder BAAI/bge-base-en --eval_data dev.json --corpus corpus.jsonl
@@ -66,7 +66,7 @@ from utils import (
     check_positive,
     first_line,
     run_script,
-    split_words,
+    split_shell_words,
     start_processes,
 )
 
@@ -134,7 +134,7 @@ def list_client_files(args):
     """Return {path: True} of the records of simulated clients: they are hashed whole."""
     files = {args.data: True} if args.data else {}
     for text in args.client:
-        client = dict(word.split("=", 1) for word in split_words("--client", text))
+        client = dict(word.split("=", 1) for word in split_shell_words("--client", text))
         if client.get("data"):
             files[client["data"]] = True
     return files
@@ -153,8 +153,8 @@ def describe_federation(server):
     if settings.privacy:
         strategy += f" in {' '.join(settings.privacy)}"
     server.log(f"{settings.num_clients} clients, {turns}{settings.rounds} rounds of {local}; "
-               f"{count:,} weights travel as {settings.transport}, {count * size / 1e6:.1f} MB each "
-               f"way; {strategy}")
+               f"{count:,} weights travel as {settings.transport}, {count * size / 1e6:.1f} MB "
+               f"each way; {strategy}")
     if settings.privacy and settings.strategy[0] not in AVERAGES:
         server.log(f"note: no epsilon is reported: the noise is calibrated for an average, "
                    f"and {settings.strategy[0]} does not average")
@@ -277,7 +277,8 @@ def make_party_args(mode, words, out, own_words=(), data="", corpus="", index=""
     except SystemExit as error:  # argparse has printed the reason, or the help
         if not error.code:
             raise
-        raise InputError(f"not flags of {SCRIPTS[mode].__name__}.py: {' '.join(words)}") from None
+        raise InputError(f"{SCRIPTS[mode].__name__}.py does not take these flags: "
+                         f"{' '.join(words)}") from None
     if args.plan:
         raise InputError("--plan is not offered in a federation; leave it out")
     if mode == "retriever":
@@ -323,7 +324,7 @@ def list_clients(args, seed):
         return [{"data": path} for path in paths]
     clients = []
     for text in args.client:
-        words = split_words("--client", text)
+        words = split_shell_words("--client", text)
         if not all("=" in word for word in words):
             raise InputError(f"--client {text}: must be KEY=VALUE ..., such as data=FILE name=a")
         clients.append(dict(word.split("=", 1) for word in words))
@@ -414,7 +415,7 @@ def split_list(items, separator):
 
 def read_run_config(context):
     """Return the flags of a run that Flower started, from its one setting `flags`."""
-    return parse_command_line(split_words("flags", str(context.run_config.get("flags", ""))))
+    return parse_command_line(split_shell_words("flags", str(context.run_config.get("flags", ""))))
 
 
 def check_command_line(args):

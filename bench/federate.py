@@ -54,8 +54,13 @@ from transformers import (
 
 import federate
 from federated import client as client_side
-from federated.server import aggregate, check_answer, make_messages, save_state, sort_replies
-from federated.task import check_mode
+from federated.server import (
+    aggregate,
+    check_answer,
+    make_messages,
+    save_server_state,
+    sort_replies,
+)
 from federated.transport import count_bytes
 from utils import InputError, Parser, run_script, start_processes
 
@@ -169,22 +174,22 @@ def measure_stages(args, name, transport, folder):
     flags, script_flags, records = command_line(args, name, transport, folder, out)
     clients = [word for client in NAMES
                for word in ("--client", shlex.join([f"name={client}", f"data={records}"]))]
-    options = federate.parse_args([*flags, *clients, "--", *script_flags])
-    federate.check_args(options)
+    options = federate.parse_command_line([*flags, *clients, "--", *script_flags])
+    federate.check_command_line(options)
     federate.silence_libraries(options)
-    tasks = check_mode(options.mode, options.script_flags)
-    world = start_processes("")
+    settings, tasks = federate.make_settings(options), federate.make_tasks(options)
+    task, world = tasks[options.mode], start_processes("")
     client_side.train_updates = skip_training
-    grid = federate.simulate(options, tasks, 0)
-    server = federate.open_server(options, tasks[options.mode], out, [], world, grid, True)
+    grid = federate.simulate(options, settings, tasks, 0)
+    server = federate.open_server(options, settings, task, task.make_args(out), world, grid, True)
 
     clocks = []
     for number in range(1, args.rounds + 2):
         clock = Clock()
-        bytes_down, bytes_up = run_round(server, number, args.rounds + 1, clock)
+        bytes_down, bytes_up = run_round(server, number, clock)
         clocks.append(clock)
     client_side.RUNS.clear()
-    client_side.MODELS.clear()
+    client_side.SHARED_MODELS.clear()
     row = {stage: statistics.median(clock[stage] for clock in clocks[1:]) for stage in STAGES}
     return {"model": name, "transport": transport, "weights": count_weights(server),
             "mb_down": bytes_down / 1e6, "mb_up": bytes_up / 1e6} | row
@@ -195,10 +200,10 @@ def count_weights(server):
     return sum(weight.numel() for weight in server.weights.values())
 
 
-def run_round(server, number, rounds, clock):
+def run_round(server, number, clock):
     """federated.server.run_round, stage by stage; returns one client's bytes, down and up."""
     with clock.time("pack"):
-        messages = make_messages(server, number, rounds)
+        messages = make_messages(server, number)
     with clock.time("Flower"):
         arrived = [pass_on(message) for message in messages]
     replies = []
@@ -220,7 +225,7 @@ def run_round(server, number, rounds, clock):
     with clock.time("save"):
         server.run.progress.total_updates = number
         server.task.script.save_best(server.run)
-        save_state(server)
+        save_server_state(server)
     return count_bytes(messages[0].content["arrays"]), bytes_up
 
 
@@ -310,7 +315,7 @@ def processor_seconds(process):
 
 def find_workers():
     """The processes of the clients' workers, which outlive those that started them."""
-    found = subprocess.run(["pgrep", "-f", r"-m federated\.worker "], capture_output=True,
+    found = subprocess.run(["pgrep", "-f", r"federate\.py --worker "], capture_output=True,
                            text=True)
     return map(int, found.stdout.split())
 

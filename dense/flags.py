@@ -22,8 +22,11 @@ from utils import (
 )
 
 
-def parse_args(description, arguments=None):
-    """The flags as a Namespace, of the command line or of a list of arguments."""
+def parse_args(description, arguments=None, needs_output=True):
+    """Return the flags as a Namespace, of the command line or of a list of arguments.
+
+    needs_output: refuse a command line without --output_dir; federate.py sets it by itself.
+    """
     parser = Parser(description=description)
     add_data_flags(parser)
     add_evaluation_flags(parser)
@@ -31,7 +34,7 @@ def parse_args(description, arguments=None):
     add_model_flags(parser)
     add_loss_flags(parser)
     add_optimisation_flags(parser)
-    add_run_flags(parser)
+    add_run_flags(parser, needs_output)
     return parser.parse_args(arguments)
 
 
@@ -197,9 +200,9 @@ def add_optimisation_flags(parser):
         "what DDP does")
 
 
-def add_run_flags(parser):
+def add_run_flags(parser, needs_output):
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", required=True,
+    add("--output_dir", required=needs_output,
         help="folder to write the best retriever to; OUT.jsonl and OUT.state are written next to "
         "it")
     add("--save_steps", type=int, default=2000,

@@ -17,8 +17,8 @@ from federated import ROOT
 from federated.server import ask_clients, run_rounds
 from federated.task import name_party, trained_parameters
 from federated.transport import check_same, copy_weights, to_wire
-from records.questions import read_records
-from utils import InputError, split_words, start_processes
+from records.reader_records import read_records
+from utils import InputError, split_shell_words, start_processes
 
 # files in the folder of a client, or of the server
 CONTEXTS_FILE, SCORED_FILE = "contexts.jsonl", "scored.jsonl"
@@ -106,7 +106,7 @@ def corpus_of(args):
 
 def retrieve_contexts(settings, retriever, records, corpus, folder, index=""):
     """Write FOLDER/contexts.jsonl: the records with the contexts that a retriever finds."""
-    flags = split_words("--retrieve_flags", settings.retrieve_flags)
+    flags = split_shell_words("--retrieve_flags", settings.retrieve_flags)
     run_script_alone("retrieve.py", "--query_encoder", retriever, "--corpus", *corpus, "--index",
                      index or os.path.join(folder, "index"), "--overwrite_index",
                      "--eval_data", records, "--output", os.path.join(folder, CONTEXTS_FILE),
@@ -115,7 +115,7 @@ def retrieve_contexts(settings, retriever, records, corpus, folder, index=""):
 
 def score_with_reader(settings, reader, folder):
     """Write FOLDER/scored.jsonl: the contexts with a reader's scores."""
-    flags = split_words("--score_flags", settings.score_flags)
+    flags = split_shell_words("--score_flags", settings.score_flags)
     run_script_alone("test.py", reader, os.path.join(folder, CONTEXTS_FILE), "--scores",
                      os.path.join(folder, SCORED_FILE), *flags)
 

@@ -42,7 +42,7 @@ from utils import (
     InputError,
     progress_bar,
     shorten,
-    split_words,
+    split_shell_words,
     start_processes,
     sum_over_processes,
 )
@@ -74,7 +74,7 @@ class Client:
                 raise InputError(f"{self.name}: in --mode alternate its flags would be for both "
                                  "training scripts; leave them out")
             return {"corpus": self.corpus if task.mode == "retriever" else ""}
-        return {"own_words": split_words(f"{self.name}: flags", self.flags),
+        return {"own_words": split_shell_words(f"{self.name}: flags", self.flags),
                 "corpus": self.corpus, "index": self.index}
 
     def records(self, task, settings):

@@ -1,5 +1,5 @@
-"""The rounds of a federation, seen from the server: which clients it asks, which answers it accepts,
-what the strategy makes of them, and how good the result is.
+"""The rounds of a federation, seen from the server: which clients it asks, which answers it
+accepts, what the strategy makes of them, and how good the result is.
 
 Flower's strategies have a loop of their own. This one also repeats a failed round, leaves out
 answers that would spoil the average, resumes after a kill, and keeps the best model.

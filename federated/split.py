@@ -5,7 +5,8 @@ from collections import defaultdict
 
 import numpy as np
 
-from records.files import new_file, read_json
+from records.files import new_file
+from records.reading import read_json
 from utils import InputError, shorten
 
 

@@ -28,13 +28,13 @@ DIGESTS = WeakKeyDictionary()  # {model: hash of its frozen weights}
 
 
 def pack(tensors):
-    """Return {name: tensor} as an ArrayRecord of float32 arrays, the form of Flower's strategies."""
+    """Return {name: tensor} in the form of Flower's strategies: an array each, float32."""
     return ArrayRecord({name: Array(tensor.detach().cpu().float().contiguous().numpy())
                         for name, tensor in tensors.items()})
 
 
 def unpack(record):
-    """Return an ArrayRecord of float32 arrays as {name: float32 tensor}."""
+    """Return such an ArrayRecord as {name: float32 tensor}."""
     return {name: torch.from_numpy(array.numpy().astype(np.float32, copy=False))
             for name, array in record.items()}
 
@@ -71,7 +71,7 @@ def from_wire(record, layout):
         parts = flat.split([shape.numel() for shape in shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise OpenError(f"the weights arrived in a form that cannot be read "
+        raise OpenError(f"the weights came in a form that cannot be read "
                         f"({first_line(error)})") from None
 
 

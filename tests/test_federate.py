@@ -214,13 +214,13 @@ def opened(bert, tmp_path, monkeypatch):
     """A function that returns the Run of a client with these settings, in this process."""
     import federate as script
     monkeypatch.setattr(client_side, "RUNS", {})
-    monkeypatch.setattr(client_side, "MODELS", {})
-    args = script.parse_args([str(tmp_path / "out"), "--mode", "retriever", "--", *RETRIEVER,
-                              "--query_encoder", bert])
-    task = check_mode("retriever", args.script_flags)["retriever"]
+    monkeypatch.setattr(client_side, "SHARED_MODELS", {})
+    args = script.parse_command_line([str(tmp_path / "out"), "--mode", "retriever", "--",
+                                      *RETRIEVER, "--query_encoder", bert])
+    task, settings = script.make_tasks(args)["retriever"], script.make_settings(args)
 
-    def open_client(**settings):
-        return client_side.open_run(task, args, client_side.read_client(settings))
+    def open_client(**values):
+        return client_side.open_run(task, settings, client_side.read_client(values))
     return open_client
 
 
@@ -237,12 +237,13 @@ def test_a_refused_update_leaves_no_gradient_behind(bert, files, tmp_path, monke
     """Clients share a model: the gradient that one cannot use must not be added to another's."""
     import federate as script
     monkeypatch.setattr(client_side, "RUNS", {})
-    monkeypatch.setattr(client_side, "MODELS", {})
+    monkeypatch.setattr(client_side, "SHARED_MODELS", {})
     arguments = ["out", "--mode", "retriever", "--", *RETRIEVER, "--query_encoder", bert]
     settings = [{"name": name, "data": f"{files}/a.json"} for name in ("a", "b")]
-    grid = LocalGrid(script.client_app, settings, {"flags": " ".join(arguments)})
-    run = client_side.open_run(check_mode("retriever", [arguments[4:]])["retriever"],
-                               script.parse_args(arguments), client_side.read_client(settings[0]))
+    grid = LocalGrid(script.make_client_app(), settings, {"flags": " ".join(arguments)})
+    args = script.parse_command_line(arguments)
+    run = client_side.open_run(script.make_tasks(args)["retriever"], script.make_settings(args),
+                               client_side.read_client(settings[0]))
     start = {name: weight.detach().clone() for name, weight in trained_parameters(run).items()}
 
     def ask_both(factor):
@@ -303,7 +304,7 @@ def test_what_a_record_holds_is_not_told_to_the_server(bert, files, tmp_path):
     secret = tmp_path / "secret.json"
     secret.write_text('{"query": "Mrs Smith of ward 7", "pos": [5]}\n')
     flags = ["out", "--mode", "retriever", "--", *RETRIEVER, "--query_encoder", bert]
-    grid = LocalGrid(script.client_app, [{"name": "clinic", "data": str(secret)}],
+    grid = LocalGrid(script.make_client_app(), [{"name": "clinic", "data": str(secret)}],
                      {"flags": " ".join(flags)})
     arrays, layout = to_wire({"w": torch.zeros(1)})
     config = ConfigRecord({"mode": "retriever", "round": 1, "rounds": 1, "frozen": "",
@@ -354,22 +355,24 @@ def without_loss(message):
 def make_server(actions, *own):
     """A Server whose clients do what these functions say."""
     import federate as script
-    args = script.parse_args(["out", "--mode", "retriever", "--simulate", str(len(actions)),
-                              "--data", "x", *own, "--"])
-    script.check_args(args)
+    args = script.parse_command_line(["out", "--mode", "retriever", "--simulate",
+                                      str(len(actions)), "--data", "x", "--rounds", "3", *own,
+                                      "--"])
+    script.check_command_line(args)
+    settings = script.make_settings(args)
     app = ClientApp()
 
     @app.train()
     def train(message, context):
         return actions[message.metadata.dst_node_id - 1](message)
     grid = LocalGrid(app, [{} for _ in actions], {})
-    strategy, noise = make_strategy(args)
-    return Server(args, StubTask(), StubRun(), strategy, grid, True, noise)
+    strategy, noise = make_strategy(settings)
+    return Server(settings, StubTask(), StubRun(), strategy, grid, True, noise, vars(args))
 
 
 def one_round(server, number=1):
     _, replies, left_out = ask_clients(server, f"round {number}",
-                                       lambda: make_messages(server, number, 3), check_answer)
+                                       lambda: make_messages(server, number), check_answer)
     aggregate(server, number, replies)
     return server.run.unwrapped.weight.detach(), left_out
 
@@ -446,7 +449,7 @@ def test_two_clients_of_one_name_both_count():
         reply.content["config"]["name"] = "clinic"
         return reply
     server = make_server([unnamed, unnamed])
-    _, replies, _ = ask_clients(server, "round 1", lambda: make_messages(server, 1, 3),
+    _, replies, _ = ask_clients(server, "round 1", lambda: make_messages(server, 1),
                                 check_answer)
     names = sorted(server.name_sender(reply) for reply in replies)
     assert names[0] == "clinic" and names[1] in ("node 1", "node 2")
@@ -455,9 +458,9 @@ def test_two_clients_of_one_name_both_count():
 def test_clients_that_never_come(capsys):
     server = make_server([reply_with(ONES)] * 2, "--patience", "0.1")
     server.grid.contexts.pop(2)
-    with pytest.raises(InputError, match="2 clients are asked for and 1 are there after 0.1 s"):
+    with pytest.raises(InputError, match="1 of 2 clients are online after 0.1 s"):
         one_round(server)
-    assert "waiting for 2 clients, 1 are there" in capsys.readouterr().out
+    assert "waiting for 2 clients, 1 online" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- strategies
@@ -571,7 +574,8 @@ def test_splits(files, tmp_path):
             assert sorted(map(len, parts)) == [4, 4, 5]
     with pytest.raises(InputError, match="client 4 of 4 gets no record by --split topic"):
         split_file(str(files / "both.json"), "topic", 4, str(tmp_path / "x"), "topic", 1.0, 4)
-    with pytest.raises(InputError, match="both.json:1: its 'subject'.* is None; name the field"):
+    with pytest.raises(InputError, match="both.json:1: .* 'subject', got None; name the "
+                                         "field"):
         split_file(str(files / "both.json"), "topic", 2, str(tmp_path / "x"), "subject", 1.0, 4)
 
 
@@ -615,7 +619,7 @@ def test_a_state_that_cannot_be_of_a_run_is_refused(bert, files, tmp_path):
                   {"weights": good["weights"] | {name: good["weights"][name] / 0}}):
         torch.save(good | wrong, tmp_path / "out.state")
         _, stderr = federate(tmp_path / "out", *own, "--resume", flags=flags, code=1)
-        assert "out.state: is after round " in stderr and stderr.count("\n") == 1
+        assert "out.state: it ends after round " in stderr and stderr.count("\n") == 1
     assert any(path.endswith("a.json") for path in good["inputs"])  # A32
     torch.save(good | {"inputs": dict.fromkeys(good["inputs"], "3:0")}, tmp_path / "out.state")
     _, stderr = federate(tmp_path / "out", *own, "--resume", flags=flags, code=1)
@@ -646,9 +650,9 @@ def test_an_overwritten_run_is_not_resumed(bert, files, tmp_path):
 # ---------------------------------------------------------------- bad flags and files
 
 @pytest.mark.parametrize("own,message", [
-    (["--strategy", "FedSum"], "--strategy FedSum: unknown, choose of Bulyan, "),
+    (["--strategy", "FedSum"], "--strategy FedSum: unknown, choose from Bulyan, "),
     (["--strategy", "FedAdam", "eta_x=1"], "FedAdam has no parameter eta_x; it has "),
-    (["--strategy", "FedAdam", "eta=fast"], "--strategy FedAdam eta=fast: is no number"),
+    (["--strategy", "FedAdam", "eta=fast"], "--strategy FedAdam eta=fast: not a number"),
     (["--strategy", "FedAdam", "eta=nan"], "is not finite"),
     (["--strategy", "QFedAvg"], "needs client_learning_rate"),
     (["--privacy", "DifferentialPrivacyServerSideFixedClipping", "noise_multiplier=1"],
@@ -657,8 +661,8 @@ def test_an_overwritten_run_is_not_resumed(bert, files, tmp_path):
       "clipping_norm=-1"], "The clipping norm should be a positive value"),
     (["--privacy", "DifferentialPrivacyServerSideFixedClipping", "noise_multiplier=1",
       "clipping_norm=1", "--transport", "bf16"], "leave out --transport bf16"),
-    (["--num_clients", "3"], "--num_clients 3: there are 2 clients"),
-    (["--min_clients", "3"], "--min_clients 3 is more than the 2 clients"),
+    (["--num_clients", "3"], "--num_clients 3: only 2 clients are simulated"),
+    (["--min_clients", "3"], "--min_clients must be <= the 2 clients, got 3"),
     (["--rounds", "0"], "--rounds must be >= 1, got 0"),
     (["--client", "just words"], "must be KEY=VALUE"),
     (["--client", "data=x.json colour=red"], "a client has no setting 'colour'; it has name, data"),
@@ -666,7 +670,7 @@ def test_an_overwritten_run_is_not_resumed(bert, files, tmp_path):
     (["--client", "name=c"], "c: has no data"),
     (["--client", "name=c data=missing.json"], "missing.json: no such file"),
     (["--client", "name=c data=empty.json"], "empty.json: the file is empty"),
-    (["--client", "name=c data=a.json processes=none"], "processes must be 1 or more"),
+    (["--client", "name=c data=a.json processes=none"], "processes must be >= 1, got none"),
     (["--simulate", "2"], "leave out one of the two"),
 ])
 def test_bad_settings_are_one_line(bert, files, tmp_path, own, message):
@@ -681,25 +685,26 @@ def test_bad_settings_are_one_line(bert, files, tmp_path, own, message):
     (["--client", "name=a data='a.json"],
      "--client: .* cannot be split into words .*close each quote"),
     (["--client", "name=a data={a} flags=\\'"], "a: flags: .* cannot be split into words"),
-    (["--client", "name=.. data={a}"], "a client is named '..'"),
+    (["--client", "name=.. data={a}"], "a client's name must have .*, got '..'"),
     (["--client", "data={a} folder=x", "--client", "data={a} folder=./x"], "two clients have the "),
-    (["--simulate", "2", "--data", "out.clients/client1.jsonl"], "client1.jsonl: is where a "),
+    (["--simulate", "2", "--data", "out.clients/client1.jsonl"], "client1.jsonl: a "
+     "client's part would replace this"),
     (["--simulate", "2", "--data", "{a}", "--strategy", "FedAvg", "fraction_train=2"],
-     "fraction_train=2: is no part of the clients"),
+     "fraction_train must be > 0 and <= 1, got 2"),
     (["--simulate", "2", "--data", "{a}", "--strategy", "FedAvg", "min_train_nodes=9"],
      "has no parameter min_train_nodes"),
 ])
 def test_bad_settings(bert, files, tmp_path, monkeypatch, own, message):
     import federate as script
     monkeypatch.setattr(client_side, "RUNS", {})
-    monkeypatch.setattr(client_side, "MODELS", {})
+    monkeypatch.setattr(client_side, "SHARED_MODELS", {})
     monkeypatch.chdir(tmp_path)
     os.mkdir("out.clients")
     (tmp_path / "out.clients" / "client1.jsonl").write_bytes((files / "a.json").read_bytes())
     own = [word.replace("{a}", f"{files}/a.json") for word in own]
     with pytest.raises(InputError, match=message):
-        script.main(script.parse_args(["out", "--mode", "retriever", *own, "--", *RETRIEVER,
-                                       "--query_encoder", bert]))
+        script.main(script.parse_command_line(["out", "--mode", "retriever", *own, "--",
+                                               *RETRIEVER, "--query_encoder", bert]))
     assert (tmp_path / "out.clients" / "client1.jsonl").read_bytes()
 
 
@@ -719,7 +724,7 @@ def test_what_is_missing_is_said(files, tmp_path):
     assert "give --simulate K --data FILE, or a --client for each" in stderr
     _, stderr = run("federate.py", tmp_path / "out", "--mode", "retriever", "--simulate", "2",
                     "--data", files / "a.json", code=1)
-    assert "--mode retriever wants the training script's flags behind its own: -- FLAGS" in stderr
+    assert "--mode retriever needs the training script's flags behind its own: -- FLAGS" in stderr
     _, stderr = federate(tmp_path / "out", "--simulate", "2", "--data", files / "a.json",
                          flags=["--no_such_flag"], code=1)
     assert "train_dense.py does not take these flags" in stderr
@@ -746,13 +751,18 @@ def test_clients_search_their_own_corpora(tiny, files, tmp_path):
 
 # ---------------------------------------------------------------- alternation
 
-def test_alternation(bert, tiny, files, tmp_path):
+def test_alternation(bert, tiny, files, tmp_path, launcher, monkeypatch, capsys):
+    """In this process: retrieve.py and test.py are then started without their time to import."""
+    import federate as script
+    monkeypatch.setattr(client_side, "RUNS", {})
+    monkeypatch.setattr(client_side, "SHARED_MODELS", {})
+    monkeypatch.setattr(alternation.sys, "executable", launcher)
     own = ["--mode", "alternate", "--turns", "2", "--rounds", "1", "--retrieve_flags", "--hits 2",
            *clients(files, "reader-b"), "--", *RETRIEVER, "--query_encoder", bert,
            "--corpus", files / "corpus.json", "--loss", "fid-kd", "--", *READER, "--t5_name", tiny,
            "--eval_file", files / "reader-a.json"]
-    stdout, _ = run("federate.py", tmp_path / "out", *own)
-    assert [line for line in stdout.splitlines() if line.startswith("turn")] == [
+    script.main(script.parse_command_line([str(tmp_path / "out"), *map(str, own)]))
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("turn")] == [
         "turn 1/2: finding contexts", "turn 1/2: scoring contexts", "turn 2/2: finding contexts",
         "turn 2/2: scoring contexts"]
     run("test.py", tmp_path / "out.generator", files / "reader-a.json")
@@ -775,13 +785,14 @@ def test_alternation(bert, tiny, files, tmp_path):
 ])
 def test_alternation_goes_on_where_it_was_stopped(monkeypatch, done, expected):
     """Contexts are not found again in a turn whose retriever has changed since."""
+    import federate as script
     steps = []
 
-    def train(server, last, rounds):
+    def train(server, last):
         steps.append(server.task.mode)
         server.run.progress.total_updates = last
 
-    def open_server(mode, arguments):
+    def open_server(mode, dev=""):
         server = make_server([reply_with(ONES)])
         server.task = argparse.Namespace(mode=mode)
         server.run.progress.total_updates = done[mode == "generator"]
@@ -791,7 +802,7 @@ def test_alternation_goes_on_where_it_was_stopped(monkeypatch, done, expected):
     monkeypatch.setattr(alternation, "ask", lambda server, turn, query: steps.append(query))
     monkeypatch.setattr(alternation, "find_own_contexts", lambda *_: steps.append("find"))
     monkeypatch.setattr(alternation, "read_records", lambda *_: [])
-    args = argparse.Namespace(model="out", mode="alternate", rounds=2, turns=2)
-    tasks = check_mode("alternate", [[], ["--t5_name", "t5", "--eval_file", "dev.json"]])
-    alternation.alternate(args, tasks, open_server)
+    args = script.parse_command_line(["out", "--mode", "alternate", "--rounds", "2", "--turns", "2",
+                                      "--", "--", "--t5_name", "t5", "--eval_file", "dev.json"])
+    alternation.alternate(script.make_settings(args), script.make_tasks(args), open_server)
     assert steps == expected

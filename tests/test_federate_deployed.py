@@ -166,7 +166,7 @@ def test_a_client_without_a_registered_key_is_turned_away_and_nothing_outlives_t
         assert reasons[name] in (tmp_path / f"{name}.log").read_text()
 
     # the server still waits for a second client
-    wait_until(lambda: "waiting for 2 clients, 1 are there" in (tmp_path / "output").read_text(),
+    wait_until(lambda: "waiting for 2 clients, 1 online" in (tmp_path / "output").read_text(),
                100, "the server")
     process.terminate()
     assert process.wait(60) == 143

@@ -33,8 +33,8 @@ from dense.model import BiEncoder, CrossEncoder
 from dense.texts import read_trained_flags
 from dense.training_data import DataSettings, TaskSettings, read_training
 from federated.server import Server
-from federated.server import restore_state as restore_federation
-from federated.server import save_state as save_federation
+from federated.server import restore_server_state as restore_federation
+from federated.server import save_server_state as save_federation
 from federated.split import group_topics
 from federated.strategies import make_strategy
 from golden_retrievers import dpr_file, mindpr_file
@@ -718,13 +718,13 @@ def make_federation(path, resume):
     """What federated/server.py knows of a federation that trains a model of two numbers."""
     script = SimpleNamespace(FREE_FLAGS={"resume"})
     args = Namespace(resume=resume, strategy=["FedAdam"], min_clients=1, num_clients=2,
-                     transport="float32", mode="retriever", rounds=10,
+                     transport="float32", mode="retriever", rounds=10, total_rounds=10,
                      privacy=["DifferentialPrivacyServerSideAdaptiveClipping",
                               "noise_multiplier=0"])
     run = make_run(f"{path}/run", resume)
     strategy, noise_multiplier = make_strategy(args)
     return Server(args, SimpleNamespace(mode="retriever", script=script), run, strategy, None, True,
-                  noise_multiplier)
+                  noise_multiplier, vars(args))
 
 
 def make_federation_state(folder):
