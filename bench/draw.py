@@ -3,7 +3,7 @@ r"""Draws exact match against the number of contexts, from the tables that test.
     mkdir -p out; make demo | tee out/demo.txt
     python bench/draw.py docs/demo.svg "ranked by word overlap=out/demo.txt"
 
-A line of the picture is LABEL=FILE; of each file the last table counts. Needs matplotlib.
+A line of the picture is LABEL=FILE; the last table in the file counts. Needs matplotlib.
 """
 import os
 import re
@@ -14,7 +14,7 @@ sys.path.insert(0, ROOT)
 from records.files import new_file
 from utils import InputError, Parser, run_script
 
-# contexts, EM, F1, correct/count, questions per second: a row as test.py prints it
+# a row of test.py: contexts, EM, F1, correct/count, questions per second
 ROW = re.compile(r"\s*(\d+)\s+(\d+\.\d+)\s+\d+\.\d+\s+\d+/(\d+)\s+\d")
 COLORS = ("#1f5fa8", "#c4501b", "#4b7d2a", "#7a4a9e")
 
@@ -28,7 +28,7 @@ def parse_args():
 
 
 def read_table(path):
-    """([contexts], [EM], number of questions) of the last table in a file. Raises InputError."""
+    """Return ([contexts], [EM], number of questions) of a file's last table. Raises InputError."""
     contexts, ems, count = [], [], None
     try:
         with open(path, encoding="utf-8") as file:
@@ -50,16 +50,16 @@ def read_table(path):
 
 
 def draw(tables, path):
-    """Writes the picture of {label: (contexts, EMs, questions)}, legible on dark pages too."""
+    """Write the picture of {label: (contexts, EMs, questions)}, legible on dark pages too."""
     import matplotlib
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "demo"  # the same file for the same tables
+    matplotlib.rcParams["svg.hashsalt"] = "demo"  # equal tables give an equal file
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained", facecolor="white")
     for (label, (contexts, ems, _)), color in zip(tables.items(), COLORS):
         axis.plot(contexts, ems, marker="o", color=color, label=label)
-    # the first line carries its figures, below and right of the points
+    # write the first line's figures below and to the right of its points
     contexts, ems, count = next(iter(tables.values()))
     for x, y in zip(contexts, ems):
         axis.annotate(f"{y:.1f}", (x, y), (5, -11), textcoords="offset points",

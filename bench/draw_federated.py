@@ -1,11 +1,11 @@
-r"""Draws make demo-federated: recall@5 and exact match on the dev questions by round, of the
-federation, of each client alone and of one training on all records.
+r"""Draws the results of make demo-federated: recall@5 and exact match on the dev questions by
+round, for the federation, for each client alone and for one training on all records.
 
     make demo-federated
     python bench/draw_federated.py docs/federated.svg out/federated/1
 
-The folder is that of a seed, and its files the logs of federate.py and the training scripts. A
-training outside of the federation is drawn at the round that has seen the same share of examples.
+The folder is one seed's, with the logs of federate.py and the training scripts. A training outside
+the federation is drawn at the round with the same share of examples.
 Needs matplotlib.
 """
 import os
@@ -17,7 +17,7 @@ from records.files import check_paths, new_file
 from records.reading import read_json
 from utils import InputError, Parser, run_script
 
-# {model: (the measure in its logs, what makes per cent of it, the panel's title)}
+# {model: (the measure in its logs, the factor that gives per cent, the panel's title)}
 PANELS = {"retriever": ("recall@5", 100, "retriever: recall@5, %"),
           "reader": ("dev_em", 1, "reader: exact match, %")}
 FEDERATED, CENTRAL, ALONE = "#1f5fa8", "#4b7d2a", "#c4501b"
@@ -26,14 +26,14 @@ FEDERATED, CENTRAL, ALONE = "#1f5fa8", "#4b7d2a", "#c4501b"
 def parse_args():
     parser = Parser(description=__doc__)
     parser.add_argument("picture", help="file to write, .svg")
-    parser.add_argument("folder", help="what make demo-federated made of a seed: out/federated/1")
+    parser.add_argument("folder", help="a seed's folder of make demo-federated: out/federated/1")
     return parser.parse_args()
 
 
 # ---------------------------------------------------------------- reading
 
 def read_curve(path, counter, measure, scale):
-    """([round or update], [per cent]) of the rows of a log that have the measure.
+    """Return ([round or update], [per cent]) of the rows of a log that have the measure.
 
     Raises InputError.
     """
@@ -47,7 +47,7 @@ def read_curve(path, counter, measure, scale):
             steps.append(int(row[counter]))
             values.append(scale * float(row[measure]))
         except (KeyError, TypeError, ValueError):
-            raise InputError(f"{location}: has no {counter}, or a {measure} that is no number; "
+            raise InputError(f"{location}: has no {counter}, or a {measure} that is not a number; "
                              "run make demo-federated") from None
     if not steps:
         raise InputError(f"{path}: no row has {measure}; run make demo-federated")
@@ -55,21 +55,21 @@ def read_curve(path, counter, measure, scale):
 
 
 def read_curves(folder, model):
-    """{name: ([round], [per cent])} of the federation, "central" and the clients."""
+    """Return {name: ([round], [per cent])} of the federation, "central" and the clients."""
     measure, scale, _ = PANELS[model]
     path = os.path.join(folder, model)
     rounds, values = read_curve(f"{path}.jsonl", "round", measure, scale)
     curves = {"federated": (rounds, values)}
     for name in ("central", *list_clients(path)):
         updates, measured = read_curve(f"{path}-{name}.jsonl", "update", measure, scale)
-        # all begin with the same weights
+        # all start from the same weights
         shares = [rounds[-1] * update / updates[-1] for update in updates]
         curves[name] = ([rounds[0], *shares], [values[0], *measured])
     return curves
 
 
 def list_clients(path):
-    """client1, client2, ...: those that have a log beside the federation's."""
+    """Return the clients, client1, client2, ..., that have a log next to the federation's."""
     names = []
     while os.path.isfile(f"{path}-client{len(names) + 1}.jsonl"):
         names.append(f"client{len(names) + 1}")
@@ -79,10 +79,10 @@ def list_clients(path):
 # ---------------------------------------------------------------- drawing
 
 def draw(curves_of_models, path):
-    """Writes the picture of {model: {name: ([round], [per cent])}}, legible on dark pages too."""
+    """Write the picture of {model: {name: ([round], [per cent])}}, legible on dark pages too."""
     import matplotlib
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "federated"  # the same file for the same logs
+    matplotlib.rcParams["svg.hashsalt"] = "federated"  # equal logs give an equal file
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(7.6, 3.2), layout="constrained",
@@ -104,7 +104,7 @@ def draw(curves_of_models, path):
 
 
 def style(name):
-    """(color, marker, width of the line, label) of a curve; one label stands for all clients."""
+    """Return (color, marker, line width, label) of a curve; all clients share one label."""
     if name == "federated":
         return FEDERATED, "o", 2, "federated"
     if name == "central":

@@ -3,8 +3,8 @@ r"""Draws the table of make demo-loop: recall@5 and exact match of every way to 
     SEEDS="1 2 3" make demo-loop
     python bench/draw_loop.py docs/loop.svg out/loop/table.json
 
-A dot is the mean of the seeds, the line through it runs from the lowest to the highest. The file is
-what scripts/table.py --json writes. Needs matplotlib.
+A dot is the mean of the seeds, and the line through it runs from the lowest to the highest.
+scripts/table.py --json writes the file. Needs matplotlib.
 """
 import os
 import sys
@@ -22,12 +22,12 @@ COLOR, FAINT = "#1f5fa8", "#9a9a9a"
 def parse_args():
     parser = Parser(description=__doc__)
     parser.add_argument("picture", help="file to write, .svg")
-    parser.add_argument("table", help="file that scripts/table.py --json wrote")
+    parser.add_argument("table", help="file of scripts/table.py --json")
     return parser.parse_args()
 
 
 def read_rows(path):
-    """[(name, {column: {mean, lowest, highest} or None})] of a table. Raises InputError."""
+    """Return [(name, {column: {mean, lowest, highest} or None})] of a table. Raises InputError."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; make demo-loop writes it")
     try:
@@ -47,10 +47,10 @@ def read_rows(path):
 
 
 def draw(rows, path):
-    """Writes the picture, a panel per column, legible on dark pages too."""
+    """Write the picture, a panel per column, legible on dark pages too."""
     import matplotlib
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "loop"  # the same file for the same table
+    matplotlib.rcParams["svg.hashsalt"] = "loop"  # equal tables give an equal file
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(7.6, 0.5 + 0.36 * len(rows)),

@@ -1,8 +1,8 @@
-r"""Draws the loop as a diagram: which script makes what, and who reads it.
+r"""Draws the loop as a diagram: what each script makes, and which script reads it.
 
     python bench/draw_map.py docs/map.svg
 
-The picture is plain SVG that takes the page's light or dark colours.
+The picture is plain SVG in the page's light or dark colours.
 """
 import html
 import os
@@ -39,7 +39,7 @@ STYLE = """
 
 
 class Box(NamedTuple):
-    """A script with what it does, or (not `is_work`) files that lie between scripts."""
+    """Hold a script with what it does or, unless `is_work`, the files between scripts."""
     x: int
     y: int
     width: int
@@ -66,7 +66,7 @@ BOXES = [
     Box(610, 345, 220, "lm_score.py", ("likelihood of the answer", "(LSR, LLM-Embedder)")),
     Box(440, 165, 120, "ask.py", ("answers one", "question"))]
 
-# the points that a line goes through, the last one with the tip; a label and its place
+# the points of a line, which ends in a tip; a label and its position
 ARROWS = [
     ([(170, 71), (220, 71)], "", None),
     ([(390, 71), (440, 71)], "", None),
@@ -93,7 +93,7 @@ def parse_args():
 
 
 def draw_box(box):
-    """The SVG of a box."""
+    """Return the SVG of a box."""
     kind = ' class="work"' if box.is_work else ""
     title = ' class="script"' if box.is_work else ""
     centre = box.x + box.width // 2
@@ -108,7 +108,7 @@ def draw_box(box):
 
 
 def draw_arrow(points, label, place):
-    """The SVG of a line with its tip and label."""
+    """Return the SVG of a line with its tip and label."""
     (x, y), (end_x, end_y) = points[-2:]
     length = ((end_x - x) ** 2 + (end_y - y) ** 2) ** 0.5
     dx, dy = (end_x - x) / length, (end_y - y) / length

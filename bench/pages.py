@@ -1,9 +1,9 @@
-"""How large the page of a full test set is, and how long a browser takes to open and search it.
+"""Measures the page of a full test set: its size, and how long a browser opens and searches it.
 
     python bench/pages.py                         # NaturalQuestions' test set: 3,610 x 100
     python bench/pages.py --budget 1000000000     # the same with every passage in the page
 
-The texts are drawn at random, 100 words a passage. Needs chromium.
+The texts are random, with 100 words a passage. Needs chromium.
 """
 import argparse
 import os
@@ -31,7 +31,7 @@ def parse_args():
 
 
 def draw_questions(args, words, rng):
-    """Yields the Inspected of random questions; one passage in eight holds the answer."""
+    """Yield the Inspected of random questions; one passage in eight holds the answer."""
     def draw_text(count):
         return " ".join(rng.choices(words, k=count))
     for i in range(args.questions):
@@ -48,7 +48,7 @@ def draw_questions(args, words, rng):
 
 
 def time_browser(path):
-    """Prints the seconds that Chromium takes to open the page and to search it."""
+    """Print the seconds that Chromium takes to open the page and to search it."""
     browser = Browser()
     try:
         start = time.perf_counter()

@@ -1,11 +1,11 @@
-"""What training takes at published sizes: the scripts' own updates on random weights and texts.
+"""Measures training at published sizes: the scripts' own updates on random weights and texts.
 
     python bench/plan.py --gpus 0                      # every row, on one GPU
     python bench/plan.py --gpus 0 --rows "FiD base" "DPR" --bf16
 
-A row has the batch that one of the recipe's 8 GPUs has, so that its time times the recipe's
-updates is the recipe's, but for what the GPUs send each other. Passages have as many tokens as
-NaturalQuestions' have on average: 170 for readers (100 to 240), 150 for retrievers.
+A row has the batch of one of the recipe's 8 GPUs. So its time, times the number of updates, is the
+time of the recipe, except for the traffic between GPUs. Passages have as many tokens as those of
+NaturalQuestions on average: 170 for readers (100 to 240), 150 for retrievers.
 """
 import json
 import os
@@ -38,13 +38,13 @@ MODELS = {
                             num_attention_heads=32, num_key_value_heads=4)}
 READER = "--num_contexts 100 --max_length 250 --use_checkpoint --lr 1e-4 --num_workers 3"
 CAUSAL = "--num_contexts 3 --max_length 250 --lr 1e-4 --batch_size 8 --lora 16 --num_workers 3"
-# what NaturalQuestions and minFiD's, FiD's and DPR's recipes have
+# sizes of NaturalQuestions and of minFiD's, FiD's and DPR's recipes
 READER_UPDATES, LARGE_UPDATES = 15 * -(-79168 // 64), 15000
 DPR_UPDATES, PASSAGES = 40 * -(-58880 // 128), 21015324
 
 
 class Row(NamedTuple):
-    """A recipe: its script's flags, and how many updates it has (0: it has no published number)."""
+    """Hold a recipe: its script's flags and its updates (0: no number is published)."""
     script: object
     model: str
     flags: str
@@ -65,9 +65,9 @@ ROWS = {
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which recipes")
-    add("--bf16", action="store_true", help="bfloat16 autocast in place of float32")
-    add("--passages", type=int, default=8192, help="passages that are encoded, 0: none")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="recipes to measure")
+    add("--bf16", action="store_true", help="bfloat16 autocast instead of float32")
+    add("--passages", type=int, default=8192, help="passages to encode; 0: none")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU")
     return parser.parse_args()
 
@@ -75,7 +75,7 @@ def parse_args():
 # ---------------------------------------------------------------- models and texts
 
 def make_model(name, folder):
-    """A model folder without weights, which the scripts draw at random; returns its tokenizer."""
+    """Write a model folder without weights (scripts draw them at random); return its tokenizer."""
     config = MODELS[name]
     tokenizer = AutoTokenizer.from_pretrained(
         ROOT / "toy" / ("bert-tiny" if name == "bert-base" else "t5-tiny"))
@@ -88,7 +88,7 @@ def make_model(name, folder):
 
 
 def find_words(tokenizer):
-    """Words that are a token each."""
+    """Return words of one token each."""
     words = sorted({token.strip("▁") for token in tokenizer.get_vocab()
                     if token.strip("▁").isalpha()})
     return [word for word in words
@@ -96,7 +96,7 @@ def find_words(tokenizer):
 
 
 def make_reader_records(path, words, count):
-    """Records with 100 contexts of 80 to 220 words: with the question 96 to 236 tokens."""
+    """Return records with 100 contexts of 80 to 220 words: 96 to 236 tokens with the question."""
     rng = random.Random(0)
 
     def text(length):
@@ -108,7 +108,7 @@ def make_reader_records(path, words, count):
 
 
 def make_pairs(path, words, count):
-    """Queries of 12 words with a positive and a negative of 145 words."""
+    """Return queries of 12 words with a positive and a negative of 145 words."""
     rng = random.Random(0)
     with open(path, "w") as file:
         for _ in range(count):
@@ -119,7 +119,7 @@ def make_pairs(path, words, count):
 # ---------------------------------------------------------------- measuring
 
 def measure(name, args, world):
-    """Prints one row."""
+    """Print one row."""
     row = ROWS[name]
     with tempfile.TemporaryDirectory() as folder:
         words = find_words(make_model(row.model, folder))
@@ -152,12 +152,12 @@ def measure(name, args, world):
 
 @torch.no_grad()
 def measure_encoding(run, words, args):
-    """Prints how many passages a second the retriever encodes, tokenising included."""
+    """Print how many passages a second the retriever encodes, including tokenising."""
     rng = random.Random(1)
     texts = [" ".join(rng.choices(words, k=145)) for _ in range(args.passages)]
     run.unwrapped.eval()
     with torch.autocast(run.world.device.type, torch.bfloat16, enabled=args.bf16):
-        for part in (texts[:256], texts):  # a little first, to warm up
+        for part in (texts[:256], texts):  # a few passages, as warm-up
             start = time.time()
             encode_texts(run.unwrapped, run.collator, "key", part, [""] * len(part)).sum().item()
             seconds = time.time() - start

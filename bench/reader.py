@@ -1,4 +1,4 @@
-"""Speed and memory of our reader against the plain padded one, alternating in one process.
+"""Measures speed and memory of our reader against the plain padded one, in turns in one process.
 
     python bench/reader.py            # t5-small's shape, 20 and 100 contexts, float32 and bfloat16
     python bench/reader.py --contexts 10 20 50 100 --json bench.json --picture docs/reader.svg
@@ -43,18 +43,18 @@ from utils import InputError, Parser, progress_bar, run_script, start_processes
 SHAPES = {"small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
           "base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
           "large": {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16}}
-VOCABULARY, D_KV = 32128, 64      # of every shape
+VOCABULARY, D_KV = 32128, 64      # the same for every shape
 READERS = ("padded eager", "padded SDPA", "ours")
-# our reader with one of its tricks replaced by the plain form: [(module, name, what replaces it)]
+# our reader with one trick replaced by the plain form: [(module, name, replacement)]
 ABLATIONS = {"torch's dropout": [(layers, "dropout", F.dropout),
                                  (packed_attention, "dropout", F.dropout)],
              "plain cross-attention": [(layers, "cross_attention", layers.plain_cross_attention)]}
-BASELINE = "padded SDPA"          # what our ratios are against
-MAX_LENGTH, TARGET, GENERATED = 250, 6, 8  # tokens of a passage at most, of a target, of an answer
+BASELINE = "padded SDPA"          # the reader that our ratios compare with
+MAX_LENGTH, TARGET, GENERATED = 250, 6, 8  # tokens: most of a passage, of a target, of an answer
 
 
 class Cell(NamedTuple):
-    """What a row of the table is measured for."""
+    """Hold the settings that a row of the table is measured for."""
     shape: str
     contexts: int
     mode: str
@@ -71,28 +71,28 @@ def parse_args():
     add("--precisions", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"],
         help="bfloat16 is autocast")
     add("--modes", nargs="+", choices=["train", "eval"], default=["train", "eval"],
-        help="what is timed")
+        help="what to time")
     add("--readers", nargs="+", choices=[*READERS, *ABLATIONS], default=list(READERS),
-        help=f"who runs; ratios are against {BASELINE}, those of the last two ours against theirs")
+        help=f"readers to run; ratios are against {BASELINE}, for the last two ours against theirs")
     add("--use_checkpoint", action="store_true",
         help="recompute activations in the backward pass (all readers)")
-    add("--passage_tokens", type=int, help="tokens of every passage; not given: 100 to 240")
+    add("--passage_tokens", type=int, help="tokens of every passage; default: 100 to 240")
     add("--dropout", type=float, default=0.1, help="dropout rate in training")
-    add("--rounds", type=int, default=3, help="batches per cell; the median is shown")
+    add("--rounds", type=int, default=3, help="batches per cell, to show the median of")
     add("--no_memory", action="store_true",
-        help="leave out the peak memory (a process per cell and reader on a CPU)")
+        help="leave out the peak memory (on a CPU, a process per cell and reader)")
     add("--json", metavar="FILE", help="write the rows as JSON")
     add("--picture", metavar="FILE",
         help="draw questions per second and memory against contexts (needs matplotlib)")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES; empty runs on the CPU")
-    add("--peak_of", help=argparse.SUPPRESS)  # the process that measures one cell's memory
+    add("--peak_of", help=argparse.SUPPRESS)  # given to the process that measures one cell's memory
     return parser.parse_args()
 
 
 # ---------------------------------------------------------------- batches
 
 def make_batch(args, num_contexts, seed, device):
-    """(input_ids (B, N, L), attention_mask (B, N, L) bool, labels (B, T)) of random tokens."""
+    """Return (input_ids (B, N, L), attention_mask (B, N, L) bool, labels (B, T)), random tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(100, 241, (args.batch_size, num_contexts), generator=generator)
     if args.passage_tokens:
@@ -107,7 +107,7 @@ def make_batch(args, num_contexts, seed, device):
 # ---------------------------------------------------------------- readers
 
 class Padded:
-    """The plain reader: transformers' T5 over passages padded to max_length, as in FiD."""
+    """Run the plain reader: transformers' T5 over passages padded to max_length, as in FiD."""
     replacements = ()
 
     def __init__(self, t5, use_checkpoint, attention):
@@ -118,7 +118,7 @@ class Padded:
             self.t5.encoder.gradient_checkpointing_enable()
 
     def encode(self, ids, mask):
-        """What T5's decoder takes: the states of all passages of a question, one after another."""
+        """Return the decoder's input: the states of all passages of a question, concatenated."""
         B, N, L = ids.shape
         ids, mask = ids.view(B * N, L), mask.view(B * N, L)    # (B, N, L) -> (B * N, L)
         states = self.t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -134,7 +134,7 @@ class Padded:
 
 
 class Ours:
-    """FiDT5 with the methods of Padded; see ABLATIONS for the replacements."""
+    """Run FiDT5 by the methods of Padded; ABLATIONS has the replacements."""
 
     def __init__(self, t5, use_checkpoint, replacements=()):
         self.replacements = replacements
@@ -150,7 +150,7 @@ class Ours:
 
 
 def make_reader(name, shape, args, device):
-    """A reader of this name and shape; all have the same random weights."""
+    """Return a reader of this name and shape; all have the same random weights."""
     torch.manual_seed(0)
     config = T5Config(vocab_size=VOCABULARY, d_kv=D_KV, decoder_start_token_id=0,
                       dropout_rate=args.dropout, **SHAPES[shape])
@@ -162,7 +162,7 @@ def make_reader(name, shape, args, device):
 
 
 def check_losses(readers, batch):
-    """The line that says how far the readers' losses and gradients are apart, without dropout.
+    """Return a line with the differences of the readers' losses and gradients, without dropout.
 
     Raises InputError if they disagree.
     """
@@ -178,13 +178,13 @@ def check_losses(readers, batch):
     gradient_difference = max(float((g - first).norm() / first.norm()) for g in gradients)
     if loss_difference > 1e-4 or gradient_difference > 1e-3:
         raise InputError(f"the readers disagree, losses {dict(zip(readers, losses))}, gradients by "
-                         f"{gradient_difference}; their times mean nothing")
+                         f"{gradient_difference}; their times cannot be compared")
     return (f"losses agree to {loss_difference:.0e}, "
             f"the first value projection's gradients to {gradient_difference:.0e}")
 
 
 def value_gradient(t5):
-    """The gradient of the encoder's first value projection."""
+    """Return the gradient of the encoder's first value projection."""
     for name, parameter in t5.named_parameters():
         if name.endswith("SelfAttention.v.weight"):
             return parameter.grad
@@ -193,7 +193,7 @@ def value_gradient(t5):
 # ---------------------------------------------------------------- time
 
 def run_once(reader, batch, mode, precision):
-    """Runs one training step or one evaluation; returns the seconds it takes."""
+    """Run one training step or one evaluation; return its seconds."""
     ids, mask, labels = batch
     reader.t5.train(mode == "train").zero_grad(set_to_none=True)
     with ExitStack() as stack:
@@ -213,13 +213,13 @@ def run_once(reader, batch, mode, precision):
 
 
 def wait_for(device):
-    """Returns when a GPU has done all its work; a CPU's calls return when theirs is done."""
+    """Wait until a GPU has done all its work; calls on a CPU have waited already."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def useful_flops(shape, mask, mode):
-    """Floating-point operations that the real tokens need.
+    """Return the floating-point operations that the real tokens need.
 
     A multiplication counts 2 (its addition too), a backward pass twice its forward pass.
     """
@@ -228,14 +228,14 @@ def useful_flops(shape, mask, mode):
     inner = D_KV * heads
     lengths = mask.sum(2).double().cpu()                # (B, N)
     tokens = float(lengths.sum())
-    pairs = float(lengths.square().sum())               # a token attends to those of its passage
-    steps = TARGET if mode == "train" else GENERATED    # of the decoder, per question
+    pairs = float(lengths.square().sum())               # a token attends to its passage
+    steps = TARGET if mode == "train" else GENERATED    # the decoder's, per question
 
-    # per token: q, k, v, o and the two of the feed-forward part; the decoder has two attentions
+    # weights per token: q, k, v, o and two in the feed-forward part; the decoder has two attentions
     encoder_linear = 2 * (4 * D * inner + 2 * D * ff)
     decoder_linear = 2 * (8 * D * inner + 2 * D * ff)
     encoder = layers * (encoder_linear * tokens + 4 * inner * pairs)
-    # folded: each head's query meets the encoder's states themselves (D wide), no keys and values
+    # folded: each head's query meets the encoder's states (D wide), without keys and values
     cross_attention = layers * 4 * heads * D * steps * tokens
     decoder_layers = layers * decoder_linear * steps * len(mask)
     vocabulary = 2 * D * VOCABULARY * steps * len(mask)
@@ -244,7 +244,7 @@ def useful_flops(shape, mask, mode):
 
 
 def matmul_peak(device, dtype):
-    """Floating-point operations per second of the best of some large matrix products."""
+    """Return the floating-point operations per second of the best of some matrix products."""
     size = 2048 if device.type == "cpu" else 8192
     best = 0.0
     for m, k, n in ((size, size, size), (2 * size, size // 4, size), (2 * size, size, size // 4)):
@@ -259,7 +259,7 @@ def matmul_peak(device, dtype):
 
 
 def pipeline_seconds(num_contexts):
-    """Seconds to format, tokenise and pad one question whose passages have about 170 tokens."""
+    """Return the seconds to format, tokenise and pad a question with passages of 170 tokens."""
     tokenizer = load_tokenizer(os.path.join(ROOT, "toy", "t5-tiny"), "")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, len(tokenizer), (num_contexts, 140), generator=generator)
@@ -277,7 +277,7 @@ def pipeline_seconds(num_contexts):
 
 
 def dropout_costs(device):
-    """Nanoseconds that one unit's dropout takes, forward: (torch's, layers/dropout.py's)."""
+    """Return the nanoseconds of one unit's dropout, forward: (torch's, layers/dropout.py's)."""
     x = torch.randn(4096, 2048, device=device)
     times = {F.dropout: [], dropout: []}
     for _ in range(5):
@@ -291,7 +291,7 @@ def dropout_costs(device):
 # ---------------------------------------------------------------- memory
 
 def peak_memory(args, name, cell, device):
-    """Bytes above the weights at the peak of one step.
+    """Return the bytes above the weights at the peak of one step.
 
     On a CPU it is the resident set, measured in a process of its own.
     """
@@ -310,28 +310,28 @@ def peak_memory(args, name, cell, device):
     if args.passage_tokens:
         flags += ["--passage_tokens", args.passage_tokens]
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what this process has freed is needed there
+    ctypes.CDLL(None).malloc_trim(0)  # that process needs the memory that this one has freed
     process = subprocess.run([sys.executable, __file__, *map(str, flags)],
                              capture_output=True, text=True)
     if process.returncode:
-        raise InputError(f"measuring the memory of {name} failed (killed for want of memory?): "
+        raise InputError(f"measuring the memory of {name} failed (killed because memory ran out?): "
                          f"{process.stderr.strip()[-200:]}")
     return int(process.stdout.split()[-1])
 
 
 def print_peak(args, device):
-    """What the process of peak_memory does: prints the bytes."""
+    """Print the bytes that peak_memory reads, in its process."""
     reader = make_reader(args.peak_of, args.shapes[0], args, device)
     batch = make_batch(args, args.contexts[0], 0, device)
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forgets the peak so far
+        file.write("5")  # resets the peak
     before = resident("VmRSS")
     run_once(reader, batch, args.modes[0], args.precisions[0])
     print(resident("VmHWM") - before)
 
 
 def resident(field):
-    """Bytes of this process's memory now (VmRSS) or at its peak (VmHWM)."""
+    """Return the bytes of this process's memory now (VmRSS) or at its peak (VmHWM)."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(field))
     return 1024 * int(line.split()[1])
@@ -340,7 +340,7 @@ def resident(field):
 # ---------------------------------------------------------------- table
 
 def measure(args, device):
-    """([row] of all cells and readers, {precision: peak of matrix products})."""
+    """Return ([row] of all cells and readers, {precision: peak of matrix products})."""
     peaks = {}
     for precision in args.precisions:
         peaks[precision] = matmul_peak(device, getattr(torch, precision))
@@ -361,8 +361,8 @@ def measure(args, device):
 
 
 def measure_cell(args, readers, cell, peak, device):
-    """Yields one cell's row of every reader; the readers take turns on each batch."""
-    for reader in readers.values():  # warm up on little
+    """Yield one cell's row of every reader; the readers take turns on each batch."""
+    for reader in readers.values():  # warm up on a small batch
         run_once(reader, make_batch(args, 4, 0, device), cell.mode, cell.precision)
     batches = [make_batch(args, cell.contexts, seed, device) for seed in range(args.rounds)]
     times = {name: [] for name in readers}
@@ -412,7 +412,7 @@ def print_row(row):
 # ---------------------------------------------------------------- picture
 
 def draw(rows, path):
-    """Draws questions per second and peak memory against contexts: training, first shape."""
+    """Draw questions per second and peak memory against contexts: training, first shape."""
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
@@ -427,7 +427,7 @@ def draw(rows, path):
 
 
 def draw_lines(axis, rows, key, scale, title):
-    """Draws row[key] * scale against contexts, a line per reader and precision."""
+    """Draw row[key] * scale against contexts, a line per reader and precision."""
     lines = {(row["reader"], row["precision"]) for row in rows}
     for reader, precision in sorted(lines, reverse=True):
         points = [row for row in rows if row["reader"] == reader
@@ -451,7 +451,7 @@ def main(args):
         print_peak(args, device)
         return
     if min(args.contexts) < 1 or args.rounds < 1 or args.batch_size < 1:
-        raise InputError("--contexts, --rounds and --batch_size must be 1 or more")
+        raise InputError("--contexts, --rounds and --batch_size must be >= 1")
     device_name = f"{platform.machine()} cpu"
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name()

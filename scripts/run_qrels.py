@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Makes qrels of a run: what a search found becomes the negatives that train_dense.py trains on.
+"""Makes qrels from a run: the documents that a search found become negatives of train_dense.py.
 
     python retrieve.py --corpus corpus.jsonl --queries queries.jsonl --qrels qrels=train.tsv \\
         --query_encoder MODEL --hits 15 --trec mined.trec
     python scripts/run_qrels.py mined.trec --output mined.tsv
     python train_dense.py --positives qrels=train.tsv,min_score=1 --negatives qrels=mined.tsv ...
 
-Every document of the run gets the label 0. Positives among them do no harm: a document that is both
-counts as a positive in training; in --eval_qrels give the positives' file behind this one.
+Every document of the run gets the label 0. Positives among them do no harm: in training a document
+that is both counts as a positive; in --eval_qrels give the positives' file after this one.
 """
 import os
 import sys

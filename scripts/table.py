@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Prints one table of measures, in per cent, from the files that retrieve.py --measures and test.py
---measures write.
+"""Prints a table of measures in per cent, from files of retrieve.py --measures and test.py
+--measures.
 
     python scripts/table.py --columns recall@1 recall@5 em \\
         "BM25=out/bm25.json,out/bm25.em.json" "mined negatives=out/mined.json,out/mined.em.json"
     python scripts/table.py --columns em --seeds 1 2 3 "FiD-KD=out/seed{seed}/em.json"
 
-A row merges its files, JSON objects of fractions; a measure that none of them has is a dash. A
-reader's args.json, which has dev_em and dev_f1 in per cent, is such a file too. With --seeds,
-{seed} in a path stands for each of them: the table has the mean and, behind ±, half the distance
-from the lowest to the highest.
+A row merges its files, which are JSON objects of fractions; a missing measure is a dash. A reader's
+args.json with dev_em and dev_f1 (in per cent) will do as well. With --seeds, {seed} in a path is
+replaced by each of them. The table then has the mean and, after ±, half the distance from the
+lowest value to the highest.
 """
 import os
 import sys
@@ -30,12 +30,12 @@ def parse_args():
         help="measures to show: recall@5, em")
     add("--seeds", nargs="+", default=[], metavar="SEED", help="what {seed} in a path stands for")
     add("--best", metavar="NAME",
-        help="print no table, but the name of the row with the highest NAME, the first of equals")
+        help="instead of the table, print the name of the (first) row with the highest NAME")
     add("--json", metavar="FILE",
         help="write the same numbers as JSON, with the lowest and the highest of the seeds")
     args = parser.parse_args()
 
-    # a row behind the last column or seed is a row
+    # words after the last column or seed are rows
     for name in ("columns", "seeds"):
         words = getattr(args, name)
         args.rows += [word for word in words if "=" in word]
@@ -46,7 +46,7 @@ def parse_args():
 # ---------------------------------------------------------------- reading
 
 def split_row(row, seeds):
-    """(name, [paths of one seed, in the order of the files] per seed) of NAME=FILE,FILE.
+    """Return (name, [paths of one seed, in the order of the files] per seed) of NAME=FILE,FILE.
 
     A row without {seed} has one list of paths. Raises InputError.
     """
@@ -62,9 +62,9 @@ def split_row(row, seeds):
 
 
 def read_measures(paths, columns):
-    """{column: fraction} of the columns that the files have.
+    """Return {column: fraction} of the columns in the files.
 
-    Raises InputError for a missing file, a value that is no number, or two values of a column.
+    Raises InputError for a missing file, a value that is not a number, or two values of a column.
     """
     measures = {}
     for path in paths:
@@ -78,8 +78,8 @@ def read_measures(paths, columns):
             try:
                 value = to_number(content[column])
             except ValueError:
-                raise InputError(f"{path}: {column} is {shorten(content[column])}, which is no "
-                                 "number") from None
+                raise InputError(f"{path}: {column} is {shorten(content[column])}, which is not "
+                                 "a number") from None
             if measures.setdefault(column, value) != value:
                 raise InputError(f"{path}: {column} is {value}, and {measures[column]} in another "
                                  "file of the row; leave one of them out")
@@ -87,7 +87,7 @@ def read_measures(paths, columns):
 
 
 def read_row(row, columns, seeds):
-    """(name, {column: [per cent per seed]}) of a row. Raises InputError."""
+    """Return (name, {column: [per cent per seed]}) of a row. Raises InputError."""
     name, paths_of_seeds = split_row(row, seeds)
     per_seed = [read_measures(paths, columns) for paths in paths_of_seeds]
     values = {}
@@ -103,7 +103,7 @@ def read_row(row, columns, seeds):
 # ---------------------------------------------------------------- writing
 
 def format_cell(values):
-    """'83.21', '83.21 ±1.30' of several seeds, or '-' of none."""
+    """Return '83.21', '83.21 ±1.30' for several seeds, or '-' for no value."""
     if not values:
         return "-"
     mean = sum(values) / len(values)
@@ -113,7 +113,7 @@ def format_cell(values):
 
 
 def print_table(rows, columns):
-    """Prints [(name, {column: [per cent per seed]})], columns aligned on the right."""
+    """Print [(name, {column: [per cent per seed]})], with columns aligned on the right."""
     lines = [["", *columns]]
     for name, values in rows:
         lines.append([name, *(format_cell(values[column]) for column in columns)])
@@ -124,7 +124,7 @@ def print_table(rows, columns):
 
 
 def choose_best(rows, column):
-    """The name of the first row with the highest mean in the column. Raises InputError."""
+    """Return the name of the first row with the highest mean in a column. Raises InputError."""
     means = {name: sum(values[column]) / len(values[column]) for name, values in rows
              if values.get(column)}
     if not means:
@@ -134,7 +134,7 @@ def choose_best(rows, column):
 
 
 def summarize(values):
-    """{mean, lowest, highest} of a cell in per cent, or None of an empty one."""
+    """Return {mean, lowest, highest} of a cell in per cent, or None for an empty one."""
     if not values:
         return None
     numbers = {"mean": sum(values) / len(values), "lowest": min(values), "highest": max(values)}

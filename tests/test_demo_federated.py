@@ -100,8 +100,8 @@ def test_demo_refuses_in_one_line(demo):
 @pytest.mark.parametrize("rows, message", [
     (None, "retriever.jsonl: no such file; make demo-federated writes it"),
     ([{"round": 0}], "no row has recall@5; run make demo-federated"),
-    ([{"recall@5": 0.5}], "has no round, or a recall@5 that is no number"),
-    ([{"round": 0, "recall@5": "x"}], "has no round, or a recall@5 that is no number"),
+    ([{"recall@5": 0.5}], "has no round, or a recall@5 that is not a number"),
+    ([{"round": 0, "recall@5": "x"}], "has no round, or a recall@5 that is not a number"),
 ])
 def test_draw_refuses_in_one_line(rows, message, tmp_path):
     if rows is not None:

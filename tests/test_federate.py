@@ -796,7 +796,7 @@ def test_alternation_goes_on_where_it_was_stopped(monkeypatch, done, expected):
         server = make_server([reply_with(ONES)])
         server.task = argparse.Namespace(mode=mode)
         server.run.progress.total_updates = done[mode == "generator"]
-        server.run.args.num_contexts = 2
+        server.run.num_contexts = 2
         return server
     monkeypatch.setattr(alternation, "run_rounds", train)
     monkeypatch.setattr(alternation, "ask", lambda server, turn, query: steps.append(query))

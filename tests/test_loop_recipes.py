@@ -145,7 +145,7 @@ def test_the_best_row(measures):
 @pytest.mark.parametrize("words, message", [
     (["em", "a=em1.json", "--best", "f1"], "--best 'f1': no row has this measure"),
     (["em", "a=no.json"], "no.json: no such file; the stage that writes it has not run"),
-    (["method", "a=bm25.json"], "bm25.json: method is 'bm25', which is no number"),
+    (["method", "a=bm25.json"], "bm25.json: method is 'bm25', which is not a number"),
     (["em", "a=em1.json,em2.json"], "em2.json: em is 0.92, and 0.9 in another file of the row"),
     (["em", "a=em{seed}.json"], "{seed} stands for nothing; give --seeds"),
     (["em", "a=em{seed}.json", "--seeds", "1", "4"], "em4.json: no such file"),

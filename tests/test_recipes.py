@@ -374,7 +374,7 @@ def test_compare_has_an_exit_code_of_its_own(measures):
     (["em.json", "f1", "1", "1"], "em.json: has no measure 'f1'"),
     (["em.json", "em", "no.json", "1"], "no.json: no such file"),
     (["no.json", "em", "1", "1"], "no.json: no such file"),
-    (["em.json", "em", "1", "x"], "the tolerance 'x' is no number"),
+    (["em.json", "em", "1", "x"], "the tolerance 'x' is not a number"),
 ])
 def test_compare_refuses_in_one_line(measures, words, message):
     _, errors = run("scripts/compare.py", "--result", "name", *words, cwd=measures, code=1)

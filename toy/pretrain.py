@@ -5,15 +5,15 @@
 
 The log is toy/t5-tiny/pretrain.jsonl.
 
-Two tasks on freshly generated worlds: span corruption (T5 section 3.1.4: 15 % of the tokens in
-spans of 3 on average) and reading ONE passage, which one time in two is a look-alike that does not
-hold the answer (target "no answer"). Passages are cut to a sentence or two at first. Names that the
-demo's dev and test questions ask about (world.is_held_out) never occur here, and no input has
-several passages: fusing them is what the demo's fine-tuning learns.
+There are two tasks, on newly generated worlds. One is span corruption (T5 section 3.1.4: 15 % of
+the tokens, in spans of 3 on average). The other is reading ONE passage; half of the passages are
+look-alikes without the answer (target "no answer"). At first passages are cut to a sentence or two.
+The names in the demo's dev and test questions (world.is_held_out) never occur here. No input has
+several passages: the demo's fine-tuning has to learn to fuse them.
 
 What did not work: a first run from T5's own random start, at rate 1.5e-3 on passages of one to
-three paragraphs with fewer look-alikes, still did not tell names apart after 9,000 updates. Both
-the data and the start (`start_matching`) were changed then. The start alone was compared once, on
+three paragraphs with fewer look-alikes, did not distinguish names even after 9,000 updates. Then
+both the data and the start (`start_matching`) were changed. The start alone was compared once, on
 the present data over 1,000 updates: training loss 0.60 with it, 0.85 without.
 """
 import json
@@ -35,13 +35,13 @@ from utils import Parser, progress_bar
 
 NUM_SENTINELS = 20
 NO_ANSWER = "no answer"
-WORD_START = "\u2581"  # how a piece that begins a word is written
+WORD_START = "\u2581"  # the first character of a piece that begins a word
 
 
 # ---------------------------------------------------------------- tokenizer
 
 def make_tokenizer(rng):
-    """A T5 tokenizer of unigram pieces: the worlds' words and, for other text, ASCII characters."""
+    """Return a T5 tokenizer of unigram pieces: the worlds' words, and ASCII characters."""
     texts = ["question: title: context: " + NO_ANSWER] * 500
     for _ in range(6):
         texts += sample_texts(rng)
@@ -62,7 +62,7 @@ def make_tokenizer(rng):
 
 
 def sample_texts(rng):
-    """All passages of a new world, a question about each fact, and some about two people."""
+    """Return the passages of a new world, and questions about its facts and pairs of people."""
     entities, people = world.make_entities(rng, 300, 80, held_out=False)
     texts = []
     for entity in entities:
@@ -81,7 +81,7 @@ def sample_texts(rng):
 # ---------------------------------------------------------------- training pairs
 
 def corrupt_spans(rng, ids, sentinels, eos, rate=0.15, mean_span=3):
-    """(input ids, target ids) with spans replaced by sentinels (T5 section 3.1.4).
+    """Return (input ids, target ids) with spans replaced by sentinels (T5 section 3.1.4).
 
     Each span's length is uniform in 1 .. 2 * mean_span - 1.
     """
@@ -103,7 +103,7 @@ def corrupt_spans(rng, ids, sentinels, eos, rate=0.15, mean_span=3):
 
 
 class Pretexts:
-    """Draws training pairs of texts from one generated world."""
+    """Draw training pairs of texts from one generated world."""
 
     def __init__(self, rng, num_people=300, num_towns=80):
         self.rng = rng
@@ -114,7 +114,7 @@ class Pretexts:
             self.facts += [(entity, relation) for relation in entity["facts"]]
             self.passages += world.write_passages(rng, entity, people)
 
-        # the passages by the entity's name, by each part of that name, and by the relations stated
+        # passages by the entity's name, by each part of the name, and by the relations they state
         self.about = defaultdict(list)
         self.namesakes = defaultdict(list)
         self.stating = defaultdict(list)
@@ -126,14 +126,14 @@ class Pretexts:
                 self.stating[relation].append(passage)
 
     def passage_stating(self, name, relation):
-        """The passage that states this fact."""
+        """Return the passage that states this fact."""
         return next(passage for passage in self.about[name] if relation in passage["relations"])
 
     def lookalike(self, name, relation):
-        """A passage that does not state the fact.
+        """Return a passage that does not state the fact.
 
-        It is a namesake's that states the relation (two times in five), anyone's that states it
-        (two in five) or the entity's other one; a passage that does state the fact is drawn again.
+        It states the relation of an entity with a similar name (probability 0.4) or of any entity
+        (0.4), or it is the entity's other passage (0.2).
         """
         while True:
             kind = self.rng.random()
@@ -150,9 +150,9 @@ class Pretexts:
                 return passage
 
     def show(self, passage, relation, crop):
-        """The encoder's text of a passage.
+        """Return the encoder's text of a passage.
 
-        Cropped, it keeps one or two sentences, among them the one that states the relation.
+        crop: keep one or two sentences, including one that states the relation.
         """
         sentences = passage["sentences"]
         if crop:
@@ -165,10 +165,11 @@ class Pretexts:
         return f"title: {passage['title']} context: {text}"
 
     def read(self, crop=False, shared=0.0):
-        """(input, target): a question and one passage, which one time in two does not answer it.
+        """Return (input, target): a question and one passage, which has the answer in half of the
+        cases.
 
-        A share of `shared` of the questions asks what two people have in common; one passage can
-        then only narrow the answer to a guess, and fusing two is left to the fine-tuning.
+        shared: the share of questions about what two people have in common. One passage only
+        narrows their answer to a guess; fine-tuning has to learn to fuse two.
         """
         if shared and self.rng.random() < shared:
             return self.read_half(crop)
@@ -182,7 +183,7 @@ class Pretexts:
         return f"question: {question} {self.show(passage, relation, crop)}", target
 
     def read_half(self, crop):
-        """(input, target) of a two-passage question and one person's passage, or neither's."""
+        """Return (input, target) of a two-passage question and only one passage."""
         question, _, pair = world.write_shared_question(self.rng, self.entities)
         person = self.rng.choice(pair)
         passage = self.passage_stating(person["name"], "hobby")
@@ -196,12 +197,12 @@ class Pretexts:
         return f"question: {question} {self.show(passage, 'hobby', crop)}", target
 
     def plain(self):
-        """The encoder's text of any passage."""
+        """Return the encoder's text of any passage."""
         return self.show(self.rng.choice(self.passages), None, False)
 
 
 def make_batch(texts, rng, tokenizer, batch_size, span, crop, shared):
-    """(input_ids (B, L), attention_mask (B, L) bool, labels (B, T)); the batch has one task."""
+    """Return (input_ids (B, L), attention_mask (B, L) bool, labels (B, T)) of one task."""
     if rng.random() < span:
         names = [f"<extra_id_{i}>" for i in range(NUM_SENTINELS)]
         sentinels = tokenizer.convert_tokens_to_ids(names)
@@ -220,7 +221,7 @@ def make_batch(texts, rng, tokenizer, batch_size, span, crop, shared):
 
 
 def pad_rows(rows, padding):
-    """(B, longest) of B lists of ids."""
+    """Return B lists of ids as a tensor (B, longest)."""
     tensors = [torch.tensor(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
 
@@ -229,25 +230,25 @@ def pad_rows(rows, padding):
 
 @torch.no_grad()
 def start_matching(model, heads=2):
-    """Starts half of the encoder's heads as seekers of equal tokens.
+    """Initialise half of the encoder's heads so that a token attends to equal tokens.
 
-    Their key projection is the scaled query projection, and a token does not attend to itself. To
-    match the question's name with the passage's, a token must attend to its equals; here it does
-    from the first update, and training shapes it. The module's docstring says what was compared.
+    Their key projection is the scaled query projection, and a token does not attend to itself.
+    Matching the question's name with the passage's needs such attention; here it exists from the
+    first update on. The module's docstring has a comparison.
     """
     d_kv = model.config.d_kv
     rows = slice(0, heads * d_kv)
     for block in model.encoder.block:
         attention = block.layer[0].SelfAttention
         attention.k.weight[rows] = attention.q.weight[rows] * d_kv ** 0.5
-    # the first layer's position bias serves all layers; its bucket 0 is the token itself
+    # all layers use the first layer's position bias; its bucket 0 is the token itself
     first_attention = model.encoder.block[0].layer[0].SelfAttention
     first_attention.relative_attention_bias.weight[0, :heads] = -8.0
 
 
 def open_model(init, rng):
-    """(model, tokenizer) of the folder `init`, or new ones if it is None."""
-    # eager attention is faster than SDPA at these sizes: no mask is expanded
+    """Return (model, tokenizer) from the folder `init`, or new ones if it is None."""
+    # at these sizes eager attention is faster than SDPA, which expands the mask
     if init:
         model = T5ForConditionalGeneration.from_pretrained(init, attn_implementation="eager")
         return model, T5Tokenizer.from_pretrained(init)
@@ -263,9 +264,9 @@ def open_model(init, rng):
 
 @torch.no_grad()
 def reading_accuracy(model, tokenizer, seed, count=400):
-    """[EM % where the passage answers, % of NO_ANSWER where it does not].
+    """Return [EM % where the passage has the answer, % of NO_ANSWER where it does not].
 
-    Measured on whole passages of one world that was not trained on.
+    Measured on whole passages of one world without training data.
     """
     texts = Pretexts(random.Random(seed))
     pairs = [texts.read() for _ in range(count)]
@@ -294,10 +295,10 @@ def parse_args():
     add("--out", default="toy/t5-tiny", help="model folder to write")
     add("--steps", type=int, default=9000, help="updates")
     add("--batch_size", type=int, default=64, help="examples per update")
-    add("--lr", type=float, default=1e-3, help="highest learning rate")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--span", type=float, default=0.05, help="share of span-corruption batches")
     add("--shared", type=float, default=0.0, help="share of two-passage questions")
-    add("--init", help="go on from this folder's weights, with a warm-up and whole passages")
+    add("--init", help="continue from this folder's weights, with a warm-up and whole passages")
     add("--bf16", action="store_true", help="bfloat16 autocast")
     add("--log_every", type=int, default=250, help="updates per log row")
     add("--seed", type=int, default=7, help="seed of worlds and weights")
@@ -305,7 +306,7 @@ def parse_args():
 
 
 def learning_rate_factor(step, steps):
-    """The share of the highest rate: a rise over 300 steps and a linear fall in the last 30 %."""
+    """Return the share of the peak rate: a rise over 300 steps, a linear fall in the last 30 %."""
     num_decay_steps = steps - int(steps * 0.7)
     rise = (step + 1) / 300
     fall = max(steps - step, 1) / num_decay_steps
@@ -313,7 +314,7 @@ def learning_rate_factor(step, steps):
 
 
 def crop_rate(step, args):
-    """The share of passages that are cropped: it falls from 1 to 0.15, or is 0.15 with --init."""
+    """Return the share of cropped passages: it falls from 1 to 0.15, or is 0.15 with --init."""
     if args.init:
         return 0.15
     return max(0.15, 1 - 2.5 * step / args.steps)
@@ -337,7 +338,7 @@ def main(args):
     losses = []  # since the last row of the log
     bar = progress_bar(range(1, args.steps + 1), desc="pre-training")
     for step in bar:
-        # a new world every 25 updates: names and facts cannot be memorised
+        # a new world every 25 updates, so that names and facts cannot be memorised
         if step % 25 == 1:
             texts = Pretexts(rng)
         ids, mask, labels = make_batch(texts, rng, tokenizer, args.batch_size, args.span,
@@ -352,7 +353,7 @@ def main(args):
         optimizer.zero_grad()
         losses.append(loss.item())
 
-        # measured on the same unseen world each time; the weights so far are saved
+        # measure on the same unseen world each time, and save the weights
         if step % args.log_every == 0 or step == args.steps:
             row = {"step": step,
                    "minutes": round((time.time() - start) / 60, 2),

@@ -1,15 +1,15 @@
-"""The embedded world in the forms of the published data sets and models, under their names: what
-scripts/get_data.sh fetches, for the recipes' --toy.
+"""Writes the embedded world in the forms and under the names of the published data sets and
+models: with --toy, recipes use it for what scripts/get_data.sh fetches.
 
     python toy/published.py fid-nq dpr-nq --out data
     python toy/published.py nq-reader-base --out data --reader runs/reader
     python toy/published.py dpr-nq-model nq-retriever --out data --retriever runs/retriever
 
-Data sets are made of the world of toy/world.py; --questions says how many questions of train, dev
-and test. A reader or a retriever is written from a folder of ours: FiD's readers with wrapped
-names, a bias in cross-attention (of zeros, so that the answers stay) and no tokenizer, FiD's
-retrievers with a projection (which changes nothing) and a norm, DPR's as one file of two encoders,
-beside which bert-base-uncased lies, with random weights.
+Data sets are made from the world of toy/world.py; --questions sets the sizes of train, dev and
+test. Readers and retrievers are converted from one of our folders. FiD's readers have wrapped
+names, a bias in cross-attention (zeros, so that the answers stay the same) and no tokenizer. FiD's
+retrievers have a projection (which changes nothing) and a norm. DPR's are one file of two encoders,
+next to a bert-base-uncased with random weights.
 """
 import argparse
 import gzip
@@ -42,20 +42,20 @@ def write_json(path, content):
 
 
 def write_rows(path, rows):
-    """Writes JSON lines."""
+    """Write JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     world.write_lines(path, [json.dumps(row) for row in rows])
 
 
 def plain(context):
-    """A passage as the data sets have it."""
+    """Return a passage in the data sets' form."""
     return {name: context[name] for name in ("id", "title", "text")}
 
 
 # ---------------------------------------------------------------- FiD's and DPR's data
 
 def write_passages(out, passages):
-    """psgs_w100.tsv.gz."""
+    """Write psgs_w100.tsv.gz."""
     with gzip.open(out / "psgs_w100.tsv.gz", "wt") as file:
         file.write("id\ttext\ttitle\n")
         for passage in passages:
@@ -63,8 +63,8 @@ def write_passages(out, passages):
 
 
 def write_fid(out, name, passages, splits):
-    """What FiD's get-data.sh fetches for NQ or TQA: original questions, FiD's splits of them, and
-    the ids of the passages of each.
+    """Write what FiD's get-data.sh fetches for NQ or TQA: original questions, FiD's splits, and the
+    ids of each question's passages.
     """
     write_passages(out, passages)
     original = splits["train"] + splits["dev"]
@@ -93,7 +93,7 @@ def write_fid(out, name, passages, splits):
 
 
 def write_dpr(out, splits):
-    """biencoder-nq-train.json.gz and its dev: questions with positives and negatives."""
+    """Write biencoder-nq-train.json.gz and its dev: questions with positives and negatives."""
     for split in ("train", "dev"):
         records = []
         for record in splits[split]:
@@ -108,14 +108,14 @@ def write_dpr(out, splits):
 
 
 def write_questions(out, splits):
-    """nq-dev.qa.csv and nq-test.qa.csv: question, tab, a Python list of answers."""
+    """Write nq-dev.qa.csv and nq-test.qa.csv: question, tab, a Python list of answers."""
     for split in ("dev", "test"):
         lines = [f"{record['question']}\t{record['answers']!r}" for record in splits[split]]
         world.write_lines(out / f"nq-{split}.qa.csv", lines)
 
 
 def write_results(out, splits):
-    """nq-train.json.gz and so on: what DPR's retriever found, with the scores as texts."""
+    """Write nq-train.json.gz and the like: results of DPR's retriever, with scores as texts."""
     for split in SPLITS:
         records = []
         for record in splits[split]:
@@ -130,7 +130,7 @@ def write_results(out, splits):
 # ---------------------------------------------------------------- MS MARCO, LLM-Embedder
 
 def write_beir(out, passages, splits):
-    """msmarco/: corpus.jsonl, queries.jsonl, qrels/train.tsv and dev.tsv, as BEIR has them."""
+    """Write msmarco/ in BEIR's form: corpus.jsonl, queries.jsonl, qrels/train.tsv and dev.tsv."""
     write_rows(out / "corpus.jsonl", [{"_id": passage["id"], "title": passage["title"],
                                        "text": passage["text"]} for passage in passages])
     records = [record for split in ("train", "dev") for record in splits[split]]
@@ -145,7 +145,7 @@ def write_beir(out, passages, splits):
 
 
 def labelled(record, passages, task, scored):
-    """A record in LLM-Embedder's form; its teacher scores tell the positives from the negatives."""
+    """Return a record in LLM-Embedder's form; teacher scores separate positives from negatives."""
     texts = [f"{passage['title']} {passage['text']}" for passage in passages]
     right = [int(identifier) - 1 for identifier in record["gold"]]
     wrong = [int(context["id"]) - 1 for context in record["ctxs"] if not context["has_answer"]]
@@ -158,14 +158,14 @@ def labelled(record, passages, task, scored):
 
 
 def write_llm_embedder(out, passages, splits):
-    """The training and test files of LLM-Embedder's tasks; those of qa/msmarco have no scores, and
-    each task has its share of the questions.
+    """Write the training and test files of LLM-Embedder's tasks. Each task has a share of the
+    questions; the files of qa/msmarco have no scores.
     """
     files = {"qa/msmarco/train": "qa", "qa/nq/train": "qa", "chat/msc/train": "chat",
              "lrlm/arxiv/train": "lrlm", "lrlm/books3/train": "lrlm",
              "lrlm/codeparrot/train": "lrlm", "icl/icl/train": "icl",
              "convsearch/qrecc/train.concat": "convsearch", "tool/toolbench/train": "tool"}
-    most = {"qa/nq/train": 0.6, "tool/toolbench/train": 0.2}  # those that are measured
+    most = {"qa/nq/train": 0.6, "tool/toolbench/train": 0.2}  # files that recipes measure on
     rest = (1 - sum(most.values())) / (len(files) - len(most))
     start = 0.0
     for name, task in files.items():
@@ -174,7 +174,7 @@ def write_llm_embedder(out, passages, splits):
         is_scored = name != "qa/msmarco/train" and task not in ("convsearch", "tool")
         rows = [labelled(record, passages, task, is_scored)
                 for record in splits["train"][int(start * count):int(end * count)]]
-        if task == "chat":  # the pool comes without a given positive
+        if task == "chat":  # the pool names no positive
             rows = [{"query": row["query"], "answers": row["answers"], "task": task,
                      "history": row["pos"] + row["neg"], "teacher_scores": row["teacher_scores"]}
                     for row in rows]
@@ -193,14 +193,14 @@ def write_llm_embedder(out, passages, splits):
 # ---------------------------------------------------------------- models
 
 def wrap_key(key):
-    """The name that a weight of T5 has in FiD's released readers."""
+    """Return the name of a T5 weight in FiD's released readers."""
     if key.startswith("encoder.block."):
         return re.sub(r"^encoder\.(block\.\d+)\.", r"encoder.encoder.\1.module.", key)
     return re.sub(r"^encoder\.", "encoder.encoder.", key)
 
 
 def write_reader(out, source):
-    """A released FiD reader: config.json and pytorch_model.bin, without a tokenizer."""
+    """Write a released FiD reader: config.json and pytorch_model.bin, without a tokenizer."""
     reader = T5ForConditionalGeneration.from_pretrained(source)
     weights = {wrap_key(key): value for key, value in reader.state_dict().items()
                if not key.endswith("embed_tokens.weight")}
@@ -215,7 +215,7 @@ def write_reader(out, source):
 
 
 def write_fid_retriever(out, source):
-    """A released FiD retriever: one BERT, its projection and norm, the mean over real tokens."""
+    """Write a released FiD retriever: a BERT with projection, norm and a mean over real tokens."""
     bert = AutoModel.from_pretrained(source)
     size = bert.config.hidden_size
     weights = {f"model.{key}": value for key, value in bert.state_dict().items()}
@@ -232,7 +232,7 @@ def write_fid_retriever(out, source):
 
 
 def write_dpr_model(out, source):
-    """DPR's released file, and bert-base-uncased beside it, which it was trained from."""
+    """Write DPR's released file, and next to it the bert-base-uncased that it was trained from."""
     weights = {}
     for role, prefix in (("query", "question_model."), ("key", "ctx_model.")):
         encoder = AutoModel.from_pretrained(f"{source}/{role}")
@@ -243,10 +243,10 @@ def write_dpr_model(out, source):
 
 
 def write_bert(out, of_means=False):
-    """A BERT with random weights in place of the pre-trained one: two encoders start alike.
+    """Write a BERT with random weights, from which two encoders start equal.
 
-    With of_means a token begins as the mean of its text, as attention is even at first: [CLS],
-    which DPR's files are bound to, learns within a minute what it would need an hour for.
+    of_means: each token starts as the mean of its text, because attention is uniform at first.
+    [CLS], whose vector DPR's files use, then learns in a minute instead of an hour.
     """
     torch.manual_seed(0)
     source = ROOT / "toy" / "bert-tiny"
@@ -255,7 +255,7 @@ def write_bert(out, of_means=False):
         for layer in bert.encoder.layer:
             torch.nn.init.eye_(layer.attention.self.value.weight.data)
             torch.nn.init.eye_(layer.attention.output.dense.weight.data)
-            layer.attention.output.dense.weight.data *= 4  # more than the token itself
+            layer.attention.output.dense.weight.data *= 4  # outweighs the token itself
     bert.save_pretrained(out)
     AutoTokenizer.from_pretrained(source).save_pretrained(out)
 
@@ -267,11 +267,11 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", metavar="NAME", help="as in scripts/get_data.sh",
                         choices=[*DATA_SETS, *READERS, *FID_RETRIEVERS, *DPR_MODELS])
-    # no default: a folder of the real data has files of these names
+    # no default, because files of these names in a folder of real data would be replaced
     parser.add_argument("--out", required=True, help="folder to write to; its files are replaced")
     parser.add_argument("--questions", type=int, nargs=3, default=[600, 60, 200], metavar="N",
                         help="of train, dev and test (default: %(default)s)")
-    parser.add_argument("--reader", metavar="DIR", help="the reader that readers are made of")
+    parser.add_argument("--reader", metavar="DIR", help="folder of the reader to convert")
     parser.add_argument("--retriever", metavar="DIR", help="the retriever that retrievers are made "
                         "of: of one encoder for FiD's, of two for DPR's")
     args = parser.parse_args()

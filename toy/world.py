@@ -1,18 +1,18 @@
-"""The embedded world: a small generated encyclopedia, its questions and their ranked contexts.
+"""Generates the embedded world: a small encyclopedia, questions, and their ranked contexts.
 
     python toy/world.py --out toy/data             # two seconds
     python toy/world.py --out toy/hard --hard      # the world of make demo-loop
 
-writes corpus.tsv and, for each of train, dev and test, the reader's records (SPLIT.json) and the
-retriever's queries, qrels and mined negatives. With --hard SPLIT.json has questions and answers
-alone; gold.SPLIT.json has their gold passages as contexts, labelled.json as the positives of the
-training questions. Contexts and negatives are for retrieve.py to find.
+Written: corpus.tsv and, for each of train, dev and test, the reader's records (SPLIT.json) and the
+retriever's queries, qrels and mined negatives. With --hard, SPLIT.json has only questions and
+answers, and retrieve.py has to find contexts and negatives. gold.SPLIT.json then has the gold
+passages as contexts, labelled.json those of the training questions as positives.
 
 People and towns have names of two parts drawn from shared lists, so that every entity has
 look-alikes. A quarter of all names (`is_held_out`) occurs only in dev and test questions and their
-passages: no answer can be memorised. Questions ask in other words than the passages state, and the
-questions' words occur in passages that state something else, so that word overlap alone misleads.
-"Which hobby do A and B share?" needs one passage about each. Everything follows from the seed.
+passages: no answer can be memorised. Questions use other words than the passages that answer them,
+and their words occur in passages about something else, so that word overlap alone misleads. "Which
+hobby do A and B share?" needs one passage about each. The seed determines everything.
 """
 import argparse
 import json
@@ -73,7 +73,7 @@ timber amber barrels copper linen mustard pewter sails slate
 
 
 class Relation(NamedTuple):
-    """How a fact is stated and asked.
+    """Hold the sentences that state a fact and the questions that ask for it.
 
     {n} is the entity, {v} the value, {w} the second value of a hobby.
     """
@@ -133,7 +133,7 @@ TOWN = {
 SHARED_QUESTIONS = ("Which hobby do {n} and {m} share?", "What pastime is common to {n} and {m}?",
                     "Which hobby did both {n} and {m} have?")
 SHARED_TOPIC = "shared hobby"
-# every passage carries one: words of the questions, about another person {o}
+# asides with words of the questions, about another person {o}; every passage has one
 ASIDES = ("a letter to {o} names the town, the river and the profession",
           "{o} asked where the pet was born",
           "the living and the residence of {o} are told elsewhere",
@@ -145,12 +145,12 @@ ASIDES = ("a letter to {o} names the town, the river and the profession",
 # ---------------------------------------------------------------- entities
 
 def is_held_out(name):
-    """True for the quarter of all names that only dev and test questions may ask about."""
+    """Return True for the quarter of all names that only dev and test questions may contain."""
     return zlib.crc32(name.encode()) % 4 == 0
 
 
 def draw_names(rng, first_parts, last_parts, count, held_out):
-    """`count` distinct two-part names, all of them held out or none."""
+    """Return `count` distinct two-part names, either all held out or none."""
     names = []
     for first in first_parts:
         for last in last_parts:
@@ -161,7 +161,7 @@ def draw_names(rng, first_parts, last_parts, count, held_out):
 
 
 def make_entities(rng, num_people, num_towns, held_out):
-    """(entities, people's names); an entity is {name, kind, facts: {relation: value}}.
+    """Return (entities, people's names); an entity is {name, kind, facts: {relation: value}}.
 
     A hobby's value is a pair; `kind` is PERSON or TOWN.
     """
@@ -188,11 +188,11 @@ def make_entities(rng, num_people, num_towns, held_out):
 # ---------------------------------------------------------------- passages
 
 def write_passages(rng, entity, people, asides=1, names_in_full=True):
-    """Two passages {title, text, relations, sentences}; each states half of the entity's facts.
+    """Return two passages {title, text, relations, sentences}, each with half of the facts.
 
-    A passage names the entity in full once, by its last name afterwards (by its last name only
-    without `names_in_full`), and carries misleading asides.
-    `sentences` are (relation, text), an aside's relation being None.
+    A passage has the entity's full name once and its last name afterwards (its last name only
+    without `names_in_full`), and misleading asides. `sentences` are (relation, text), with the
+    relation None for an aside.
     """
     relations = rng.sample(list(entity["facts"]), len(entity["facts"]))
     half = len(relations) // 2
@@ -216,7 +216,7 @@ def write_passages(rng, entity, people, asides=1, names_in_full=True):
 
 
 def state_fact(statement, name, value):
-    """The statement about the entity of this name; a hobby's value is a pair."""
+    """Return the statement of a fact about the entity of this name; a hobby's value is a pair."""
     if isinstance(value, list):
         first, second = value
         return statement.format(n=name, v=first, w=second)
@@ -224,7 +224,7 @@ def state_fact(statement, name, value):
 
 
 def punctuate(sentence):
-    """Capital, full stop, and 'an' before a vowel."""
+    """Add a capital, a full stop, and 'an' before a vowel."""
     sentence = sentence[0].upper() + sentence[1:] + "."
     return re.sub(r"\b(a) (?=[aeiou])", r"\1n ", sentence, flags=re.I)
 
@@ -232,7 +232,7 @@ def punctuate(sentence):
 # ---------------------------------------------------------------- questions
 
 def write_question(rng, entity, relation):
-    """(question, gold answers) about one fact."""
+    """Return (question, gold answers) about one fact."""
     question = rng.choice(entity["kind"][relation].questions).format(n=entity["name"])
     value = entity["facts"][relation]
     answers = list(value) if isinstance(value, list) else [value]
@@ -240,7 +240,7 @@ def write_question(rng, entity, relation):
 
 
 def write_shared_question(rng, entities):
-    """(question, gold answers, the two people) about two people with exactly one common hobby."""
+    """Return (question, gold answers, the two people) about two people with one common hobby."""
     people = [entity for entity in entities if entity["kind"] is PERSON]
     while True:
         first, second = rng.sample(people, 2)
@@ -251,7 +251,7 @@ def write_shared_question(rng, entities):
 
 
 class OverlapRanker:
-    """Ranks passages by the words shared with a question, blurred.
+    """Rank passages by the words that they share with a question, with noise.
 
     A score is the summed inverse document frequency of those words, times random noise.
     """
@@ -259,18 +259,18 @@ class OverlapRanker:
     def __init__(self, passages, blur):
         self.passages = passages
         self.blur = blur
-        self.postings = defaultdict(list)  # {word: [(a passage's index, the word's weight in it)]}
+        self.postings = defaultdict(list)  # {word: [(index of a passage, the word's weight in it)]}
         for index, passage in enumerate(passages):
             for word, count in self.words(passage["title"] + " " + passage["text"]).items():
                 self.postings[word].append((index, count / (count + 1)))
 
     @staticmethod
     def words(text):
-        """{word: how often it occurs}, in lower case."""
+        """Return {word in lower case: how often it occurs}."""
         return Counter(re.findall(r"\w+", text.lower()))
 
     def rank(self, rng, question, top_k):
-        """The first top_k contexts {id, title, text, score}."""
+        """Return the first top_k contexts {id, title, text, score}."""
         scores = Counter()
         for word in self.words(question):
             for index, weight in self.postings[word]:
@@ -288,11 +288,11 @@ class OverlapRanker:
 
 
 def make_records(rng, split, entities, ranker, count, top_k=20, shared=0.15):
-    """`count` question records of one split; a share of `shared` of them needs two passages.
+    """Return `count` question records of one split; a share of `shared` of them needs two passages.
 
-    A record's topic is the relation that it asks for, by which federate.py --split topic deals it.
+    A record's topic is the relation in question; federate.py --split topic deals records by it.
     """
-    questions = []  # (topic, question, answers, [(name, relation) that a gold passage states])
+    questions = []  # (topic, question, answers, [(name, relation) in a gold passage])
     facts = [(entity, relation) for entity in entities for relation in entity["facts"]]
     for entity, relation in rng.sample(facts, round(count * (1 - shared))):
         question, answers = write_question(rng, entity, relation)
@@ -303,7 +303,7 @@ def make_records(rng, split, entities, ranker, count, top_k=20, shared=0.15):
         questions.append((SHARED_TOPIC, question, answers, needed))
     rng.shuffle(questions)
 
-    stated_in = {}  # {(name, relation): id of the one passage that states it}
+    stated_in = {}  # {(name, relation): id of the one passage that states the fact}
     for passage in ranker.passages:
         for relation in passage["relations"]:
             stated_in[passage["title"], relation] = passage["id"]
@@ -321,10 +321,10 @@ def make_records(rng, split, entities, ranker, count, top_k=20, shared=0.15):
 # ---------------------------------------------------------------- the demo's world
 
 def make_demo(seed=1, questions=(2000, 300, 600)):
-    """The demo's corpus and splits: (passages, {train, dev, test}); so many `questions` of each.
+    """Return the demo's corpus and splits: (passages, {train, dev, test}).
 
-    Contexts of training questions come from the passages about their entities alone, those of dev
-    and test questions from all passages.
+    questions: their number in each split. The contexts of training questions come only from the
+    passages about training entities, those of dev and test questions from all passages.
     """
     rng = random.Random(seed)
     seen, seen_people = make_entities(rng, 300, 80, held_out=False)
@@ -351,11 +351,11 @@ def make_demo(seed=1, questions=(2000, 300, 600)):
 # ---------------------------------------------------------------- the loop's world
 
 def make_hard(seed=1, questions=(1200, 300, 600)):
-    """The same of the world of make demo-loop, without contexts.
+    """Return the corpus and splits of make demo-loop, without contexts.
 
-    It is harder to search by words: there are more people and so more look-alikes, a passage names
-    its entity in full in its title only, and carries three asides, which name others in full and
-    in the questions' words.
+    This world is harder to search by words. It has more people and so more look-alikes. A passage
+    has its entity's full name only in the title, and three asides with the full names of others and
+    with the questions' words.
     """
     rng = random.Random(seed)
     seen, seen_people = make_entities(rng, 600, 100, held_out=False)
@@ -379,7 +379,7 @@ def make_hard(seed=1, questions=(1200, 300, 600)):
 # ---------------------------------------------------------------- files
 
 def write_text(path, text):
-    """Writes a file whole or not at all. Raises InputError if it cannot be written."""
+    """Write a file, never a part of it. Raises InputError if it cannot be written."""
     with new_file(path) as file:
         file.write(text)
 
@@ -389,10 +389,10 @@ def write_lines(path, lines):
 
 
 def write_qrels(out, split, records):
-    """Writes the questions as BEIR has them: queries.SPLIT.jsonl, qrels.SPLIT.tsv and, of questions
+    """Write the questions in BEIR's form: queries.SPLIT.jsonl, qrels.SPLIT.tsv and, for questions
     with contexts, mined.SPLIT.tsv.
 
-    The mined documents (score 0) are the contexts, ranked by word overlap, that do not answer.
+    The mined documents (score 0) are contexts without the answer, ranked by word overlap.
     """
     header = "query-id\tcorpus-id\tscore"
     queries, gold, mined = [], [header], [header]
@@ -408,8 +408,8 @@ def write_qrels(out, split, records):
 
 
 def write_questions(out, split, records, passages):
-    """Writes questions and answers alone (SPLIT.json), with their gold passages as contexts
-    (gold.SPLIT.json) and, for training, as the positives of LLM-Embedder's records (labelled.json).
+    """Write questions and answers alone (SPLIT.json), with the gold passages as contexts
+    (gold.SPLIT.json) and, for training, with these as LLM-Embedder's positives (labelled.json).
     """
     plain, with_gold, labelled = [], [], []
     for record in records:
@@ -428,7 +428,7 @@ def write_questions(out, split, records, passages):
 
 
 def recall_at(records, k):
-    """The share of the questions that have a gold passage among their first k contexts."""
+    """Return the share of questions with a gold passage among their first k contexts."""
     answered = [any(context["has_answer"] for context in record["ctxs"][:k]) for record in records]
     return sum(answered) / len(records)
 
