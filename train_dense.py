@@ -551,7 +551,7 @@ def set_up(args, world, sets=BOTH_SETS):
     inputs = hash_inputs(list_inputs(args), world)
     if not args.ranker:
         world.log(describe_texts(args.query_encoder, model, texts))
-    flags = settle_flags(args, out, texts, model)
+    flags = settle_retriever_flags(args, out, texts, model)
     state = load_state(out, flags, world, FREE_FLAGS, inputs) if args.resume else None
 
     # optimizer and schedule; --early_exit_steps ends the run before its schedule ends
@@ -614,7 +614,7 @@ def check_own_prompts(data, texts):
                              "the records, and give --query_prompt")
 
 
-def settle_flags(args, out, texts, model):
+def settle_retriever_flags(args, out, texts, model):
     """Return {name: value} of the flags with derived values filled in, for args.json and OUT.state.
     """
     chunk_size = args.chunk_size or (32 if args.gradient_checkpointing else 0)

@@ -310,7 +310,7 @@ def set_up(args, world, sets=BOTH_SETS):
     """
     paths, num_contexts = find_paths(args, sets), count_contexts(args)
     answer_limit = args.eval_answer_maxlength or ANSWER_MAXLENGTH
-    flags = settle_flags(args, paths)
+    flags = settle_reader_flags(args, paths)
 
     # data; the state comes first, so that --resume with other flags fails before retrieval
     inputs = hash_inputs(list_inputs(args), world)
@@ -430,7 +430,7 @@ def count_contexts(args):
     return count_retrieved(args) + 1 if args.retriever else NUM_CONTEXTS
 
 
-def settle_flags(args, paths):
+def settle_reader_flags(args, paths):
     """Return {name: value} of the flags with derived values filled in, for args.json and OUT.state.
     """
     flags = {name: value for name, value in vars(args).items() if name not in PATH_FLAGS.values()}
