@@ -40,9 +40,9 @@ PAIR_DOCUMENT_NAMES = ("corpus_id", "docid", "docno", "document_id", "passage_id
                        "did", "doc", "document", "corpus")
 
 # other fields of records that are used here
-OTHER_NAMES = ("target", "task", "passage", "gold_docs", "chat_history", "key", "key_index",
-               "history", "history_index", "pos_index", "neg_index", "teacher_scores",
-               "pos_scores", "neg_scores", "prompt", "context", "dataset")
+OTHER_FIELD_NAMES = ("target", "task", "passage", "gold_docs", "chat_history", "key", "key_index",
+                     "history", "history_index", "pos_index", "neg_index", "teacher_scores",
+                     "pos_scores", "neg_scores", "prompt", "context", "dataset")
 
 
 @lru_cache(maxsize=4096)

@@ -10,7 +10,7 @@ from records.names import (
     ANSWER_NAMES,
     CONTEXT_NAMES,
     HARD_NEGATIVE_NAMES,
-    OTHER_NAMES,
+    OTHER_FIELD_NAMES,
     OTHER_NEGATIVE_NAMES,
     POSITIVE_NAMES,
     QUESTION_ID_NAMES,
@@ -102,7 +102,8 @@ def require_ids(questions, needed_by, log):
         return
     first = without[0]
     unknown = list_unknown(first.record, QUESTION_NAMES, ANSWER_NAMES, TITLE_NAMES, POSITIVE_NAMES,
-                           HARD_NEGATIVE_NAMES, OTHER_NEGATIVE_NAMES, CONTEXT_NAMES, OTHER_NAMES)
+                           HARD_NEGATIVE_NAMES, OTHER_NEGATIVE_NAMES, CONTEXT_NAMES,
+                           OTHER_FIELD_NAMES)
     unknown = [name for name in unknown
                if may_hold_ids([question.record.get(name) for question in questions])]
     if unknown or len(without) < len(questions):

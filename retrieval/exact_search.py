@@ -61,7 +61,7 @@ def search_blocks(query_vectors, blocks, k, metric="ip"):
     for first, vectors in blocks:
         vectors = vectors.to(device).float()
         for i, part in enumerate(slices):
-            values, columns = top_k(score_vectors(part, vectors, metric), k)
+            values, columns = top_k(score_block(part, vectors, metric), k)
             # the best so far come first: they have lower document indices, so they win ties
             values = torch.cat([best_scores[i], values], dim=1)
             indices = torch.cat([best_indices[i], columns + first], dim=1)
@@ -70,7 +70,7 @@ def search_blocks(query_vectors, blocks, k, metric="ip"):
     return torch.cat(best_indices), torch.cat(best_scores)
 
 
-def score_vectors(query_vectors, vectors, metric):
+def score_block(query_vectors, vectors, metric):
     """Return the scores (Q, n) of float32 vectors (n, D) for query_vectors (Q, D)."""
     # without autocast, because a model in bfloat16 is searched in float32, too
     with torch.autocast(query_vectors.device.type, enabled=False):

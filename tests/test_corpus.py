@@ -1,4 +1,4 @@
-"""Corpora of every form: ids and indices, kept tables of lines, other columns, bad lines."""
+"""Corpora in every format: ids and indices, kept tables of lines, other columns, bad lines."""
 import gzip
 import importlib
 import json
@@ -41,14 +41,12 @@ def test_corpora(tmp_path, corpus_file):
 
 
 def test_long_ids_are_no_prefixes(corpus_file):
-    """An id that is cut to the width of the corpus's ids is not found."""
+    """An id must not be found by its first letters, cut to the width of the corpus's ids."""
     assert Corpus(corpus_file, "{text}").indices(["abc", "d", "bb"]) == [-1, 3, -1]
 
 
 def test_large_corpora_are_read_once(tmp_path, monkeypatch):
-    """The table of lines and the unpacked file are used again, and only for the file that they were
-    made from.
-    """
+    """The table of lines and FILE.lines are reused, but only for the file they were made from."""
     monkeypatch.setattr(corpus_module, "KEEP_TABLE", 10)
     path, scans, scan = tmp_path / "c.jsonl.gz", [], Corpus.scan
     monkeypatch.setattr(Corpus, "scan", lambda self, *args: scans.append(1) or scan(self, *args))
@@ -141,8 +139,8 @@ def test_a_mark_of_the_encoding_is_no_letter(tmp_path):
     '"id"\t"title"\t"text"\n7\tT\t"one, ""two""\nthree"\n8\tU\tfour\n',
     'id\ttext\ttitle\n8\tfour\tU\n7\t"one, ""two""\nthree"\tT\n'])
 def test_tables_whose_rows_are_no_lines(content, tmp_path):
-    """Commas, cells of several lines and old Macs' line ends, gzipped too; read again from the
-    FILE.lines of the first time.
+    """Read commas, cells of several lines and old Macs' line ends, gzipped or not; then read the
+    FILE.lines that the first time has written.
     """
     forms = {"unix": content, "windows": content.replace("\n", "\r\n"),
              "mac": content.replace("\n", "\r")}

@@ -1,4 +1,4 @@
-"""Exact search: ties in any number, blocks and slices of any size, the merge of parts."""
+"""Exact search: any number of ties, any size of blocks and slices, merging of parts."""
 import numpy as np
 import pytest
 import torch
@@ -32,9 +32,7 @@ def test_merge_breaks_ties_by_index():
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 def test_exact_search_equals_faiss(metric, monkeypatch):
-    """Blocks and slices of queries of any size give faiss's documents; copies of a vector come by
-    index.
-    """
+    """Any size of blocks and query slices gives faiss's documents; ties are ordered by index."""
     import faiss
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((1000, 16), np.float32)

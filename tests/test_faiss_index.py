@@ -1,4 +1,4 @@
-"""faiss's indices: made, opened again, as good as exact search, bad settings refused."""
+"""faiss's indices: built, opened again, compared with exact search; bad settings are refused."""
 import numpy as np
 import pytest
 import torch
@@ -14,7 +14,7 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 @pytest.mark.parametrize("factory,settings", [
     ("IVF2,Flat", {"nprobe": 2}), ("HNSW8", {"efSearch": 300}), ("OPQ4,IVF2,PQ4x4", {"nprobe": 2})])
 def test_faiss_indices(factory, settings, metric, tmp_path):
-    """Made, opened again, and as good as exact search where nothing is compressed."""
+    """An index is built, opened again, and equals exact search if nothing is compressed."""
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((300, 8), np.float32).astype(np.float16)
     query_vectors = torch.from_numpy(rng.standard_normal((20, 8), np.float32))
@@ -47,7 +47,7 @@ def test_a_process_without_a_part_has_no_documents():
 
 
 def test_an_index_without_settings_is_searched_widely_enough(tmp_path):
-    """A34: faiss's own default of one list finds a fraction, and fewer than k documents."""
+    """faiss's default of one list would miss most documents, and find fewer than k."""
     rng = np.random.default_rng(1)
     centres = rng.standard_normal((40, 16), np.float32)
     vectors = centres[rng.integers(40, size=4000)] + 0.5 * rng.standard_normal((4000, 16))
@@ -67,6 +67,6 @@ def test_an_index_without_settings_is_searched_widely_enough(tmp_path):
     parts = open_indices(tmp_path, vectors, "IVF64,Flat", "ip", None, 0, ALONE)
     assert describe_search(parts[0][1], 10, {"nprobe": 3}).startswith("3 of 64 lists")
     doc_indices, _ = search_indices(parts, query_vectors, 1500, "ip", none)
-    assert (doc_indices >= 0).all()  # as many lists as hold them
+    assert (doc_indices >= 0).all()  # enough lists are searched to hold k documents
     doc_indices, _ = search_indices(parts, query_vectors, 1500, "ip", {"nprobe": 1})
     assert (doc_indices < 0).any()

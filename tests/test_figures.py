@@ -72,7 +72,7 @@ def write_saved_run(folder):
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_saved_run_is_measured_as_by_trec_eval(level, tmp_path, capsys):
-    """Without a corpus: ties, missing queries, grades and levels (A26), query by query."""
+    """Measure a run without a corpus: ties, missing queries, grades and levels, query by query."""
     run, qrels = write_saved_run(tmp_path)
     run_retrieve("--retrieval_method", "run", "--results", tmp_path / "run.trec", "--qrels",
                  f"qrels={tmp_path}/qrels.txt", "--metrics", *TREC_NAMES, "mrr", "--cutoffs", 1, 5,
@@ -124,7 +124,7 @@ def test_measures_per_query_in_lines(tmp_path):
 # ---------------------------------------------------------------- digits
 
 def test_a_run_that_is_read_again_has_the_same_ranking(corpus, tmp_path):
-    """A24: scores that differ in the seventh decimal are no ties, in runs and in ctxs."""
+    """Scores that differ in the seventh decimal are not ties, in runs and in ctxs."""
     scores = {6: 0.1234567, 1: 0.1234566, 4: 0.12345655, 3: 1e-9, 2: 1e-10}
     questions, results = make_questions({"id": "q"}), rank_scores([scores], 8)
     assert results.row(0)[0] == [6, 1, 4, 3, 2]
@@ -138,7 +138,7 @@ def test_a_run_that_is_read_again_has_the_same_ranking(corpus, tmp_path):
 
 
 def test_fused_scores_are_ranked_as_they_are_written(corpus, tmp_path):
-    """A24: rrf's sums are ranked as float32, which runs and trec_eval have."""
+    """rrf's sums are ranked as float32, as in runs and in trec_eval."""
     rng = random.Random(0)
     parts = [rank_scores([{d: rng.random() for d in rng.sample(range(8), 7)}], 8)
              for _ in range(3)]
@@ -153,7 +153,7 @@ def test_fused_scores_are_ranked_as_they_are_written(corpus, tmp_path):
 # ---------------------------------------------------------------- one order of ties
 
 class FixedScores(torch.nn.Module):
-    """A retriever whose vectors are the numbers that its texts spell."""
+    """Encode a text as the vector of the numbers that it spells."""
     metric = "ip"
 
     def encode(self, texts, role):
@@ -176,7 +176,7 @@ class PlainCollator:
 
 @pytest.mark.parametrize("method", ["annotated", "retrieval"])
 def test_both_scripts_rank_ties_as_trec_eval(method, tmp_path):
-    """A23: documents with equal scores by falling id, also those beyond the cutoff."""
+    """Documents with equal scores are ranked by falling id, also beyond the cutoff."""
     rows = [{"_id": f"{i:02d}", "text": "0.5" if 3 <= i < 18 else str(i / 100)} for i in range(24)]
     corpus = Corpus(write_rows(tmp_path / "c.jsonl", rows), "{text}")
     qrels = {"q": {"17": 1, "04": 2, "16": 1, "23": 1, "03": 0}}
@@ -203,7 +203,7 @@ def test_both_scripts_rank_ties_as_trec_eval(method, tmp_path):
 # ---------------------------------------------------------------- absent queries and documents
 
 def test_absent_queries_and_documents_are_said_in_both_scripts(corpus, tmp_path, capsys):
-    """A25: one rule: what leaves a mean, or the training, is counted and named."""
+    """Records that are left out of a mean, or of the training, are counted and named."""
     qrels = {"q1": {"d1": 1, "gone": 1}, "q2": {"lost": 1, "d2": 1}, "q9": {"d3": 1}}
     write_rows(tmp_path / "qrels", [f"{query} 0 {document} 1" for query in qrels
                                     for document in qrels[query]])
@@ -245,7 +245,7 @@ def test_absent_queries_and_documents_are_said_in_both_scripts(corpus, tmp_path,
 # ---------------------------------------------------------------- regular expressions
 
 def test_answers_as_regular_expressions(tmp_path, capsys):
-    """A28: --match regex reaches nq, has_answer, mined positives and the page."""
+    """--match regex applies to nq, has_answer, mined positives and the page."""
     rows = ["id\ttext\ttitle", "1\tBuilt in 1904 by a firm.\tCrane", "2\tIt is the largest.\tLakes",
             "3\tHe ran 26.2  miles.\tRun"]
     path = write_rows(tmp_path / "c.tsv", rows)
@@ -272,7 +272,7 @@ def test_answers_as_regular_expressions(tmp_path, capsys):
 
 
 def test_predictions_are_matched_by_patterns():
-    """A28: test.py --match regex scores as DrQA does, and marks contexts by the same patterns."""
+    """test.py --match regex scores as DrQA does, and marks contexts by the same patterns."""
     def score(text, **more):
         patterns = [r"(18|19)\d\d", "("]
         prediction = score_prediction(0, text, patterns, [1.0, 2.0], False, None, **more)
@@ -291,7 +291,7 @@ def test_predictions_are_matched_by_patterns():
 
 @pytest.mark.parametrize("method", ["bm25", "random", "run", "fuse"])
 def test_a_querys_own_document_is_left_out(method, corpus, tmp_path, capsys):
-    """A18: --hits documents are left, in the run and in the measures."""
+    """--hits documents remain, in the run and in the measures."""
     write_rows(tmp_path / "q.jsonl", [{"_id": f"d{i}", "text": f"text {i} t{i}"} for i in (1, 2)]
                + [{"_id": "other", "text": "text 3"}])
     write_rows(tmp_path / "qrels", ["d1 0 d3 1", "d2 0 d2 1", "other 0 d3 1"])
@@ -316,7 +316,7 @@ def test_a_querys_own_document_is_left_out(method, corpus, tmp_path, capsys):
 
 
 def test_a_document_that_is_left_out_is_not_missed(capsys):
-    """A18, A34: the note that an approximate search finds too little counts what there is."""
+    """The note that an approximate search finds too little counts the documents that there are."""
     settings = SearchSettings("dense", 8, dense=DenseSettings("x", faiss_index_factory="IVF2,Flat"))
     questions = make_questions({}, {})
     results = make_results([0, 1, 2, 3, 4, 5, 6, -1], [0, 1, 2, 3, 4, 5, 6, -1])
@@ -337,7 +337,7 @@ def test_own_documents_of_a_saved_run_need_no_corpus(tmp_path, capsys):
 
 
 def test_own_documents_in_training_and_by_position(corpus, tmp_path):
-    """A18 in train_dense.py; ids that are positions are no ids of the question's own."""
+    """--exclude_self in train_dense.py; a position is not an id of the question's own."""
     qrels = {"d1": {"d1": 1, "d3": 1}, "q": {"d2": 1}}
     dev = annotated_set(qrels, corpus, {"d1": "a", "q": "b"}, None, exclude_self=True)
     assert dev.own == [1, -1]

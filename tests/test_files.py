@@ -11,7 +11,7 @@ from conftest import ROOT, command, run
 from records.files import check_paths, new_file, remove_leftovers
 from utils import InputError
 
-# starts to write a file, says so, and waits to be killed
+# starts to write a file, prints a line, and waits to be killed
 WRITER = f"""import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from records.files import new_file

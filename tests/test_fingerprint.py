@@ -1,6 +1,4 @@
-"""The fingerprint of an index: the content of the model's and the corpus's files, whatever their
-folder.
-"""
+"""The fingerprint of an index depends on the content of files, not on their folder."""
 import json
 import shutil
 
@@ -26,7 +24,7 @@ def test_the_tokenizer_is_part_of_the_fingerprint(bert, tmp_path):
     copy = str(tmp_path / "bert")
     corpus = Corpus(write_corpus(tmp_path / "corpus.jsonl"), "{text}")
     before = fingerprint(corpus, copy, {}, ALONE)
-    assert before == fingerprint(corpus, bert, {}, ALONE)  # a copy elsewhere is the same
+    assert before == fingerprint(corpus, bert, {}, ALONE)  # a copy elsewhere is equal
     vocabularies = [tmp_path / "bert" / name for name in ("vocab.txt", "tokenizer.json")]
     vocabulary = next(path for path in vocabularies if path.exists())
     vocabulary.write_text(vocabulary.read_text().replace("cradle", "carpet"))
@@ -67,7 +65,7 @@ def test_files_that_are_no_index_are_not_touched(tmp_path):
     (tmp_path / "vectors.npy").write_text("mine")
     with pytest.raises(InputError, match="to an index, such as vectors.npy, and is left as it is"):
         check_fingerprint(tmp_path, expected)
-    (tmp_path / ".lock").write_text("")  # an index of ours, whose making was killed
+    (tmp_path / ".lock").write_text("")  # the folder of an index whose making was killed
     assert not check_fingerprint(tmp_path, expected)
     (tmp_path / "index.json").write_text('{"name": "of a web page"}')
     with pytest.raises(InputError, match="holds files that do not belong to an index"):

@@ -1,4 +1,4 @@
-"""records/journal.py: what is done of a long work."""
+"""records/journal.py: the finished parts of long work."""
 import json
 
 import torch
@@ -10,7 +10,7 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
 def test_parts_survive_and_a_line_that_is_cut_off_is_done_again(tmp_path, capsys):
-    output = str(tmp_path / "out[1].json")  # no pattern
+    output = str(tmp_path / "out[1].json")  # [1] must not be read as a pattern
     journal = Journal(output, {"model": "a"}, ALONE)
     assert journal.done == {} and list_journals(output) == []
     journal.add(0, [1.5])

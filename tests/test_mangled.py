@@ -1,5 +1,5 @@
-"""Mangled files: every reading function reads them whole, or refuses them in one line that names
-the file. tests/nightly/test_mangled_inputs.py tries many more of them.
+"""Mangled files: every reading function reads all of them, or refuses them in one line that names
+the file. tests/nightly/test_mangled_inputs.py tries many more files.
 """
 import csv
 import gzip
@@ -59,8 +59,8 @@ from training.loop import Progress, make_optimizer
 from training.resume import load_state, restore_state, save_state
 from utils import InputError, World
 
-FILES = 200   # that each reader of text gets
-FOLDERS = 10  # that each opener of models gets, which takes longer
+FILES = 200   # mangled files for each reader of text
+FOLDERS = 10  # mangled folders for each opener of models, which takes longer
 ENDINGS = (".json", ".jsonl", ".tsv", ".csv", ".txt", ".gz", "")
 LONGEST = 400   # characters of a message
 PATIENCE = 20   # seconds that a file may take
@@ -69,7 +69,7 @@ TEMPLATE = "{title} {text}"
 
 # ---------------------------------------------------------------- mangling
 
-# JSON values that are not what a field expects, as they are spelled in a file
+# JSON values, as spelled in a file, that no field expects
 ODD = ["null", "true", "false", "0", "-1", "7", "2.5", "1e300", "1e400", "-1e400", "NaN",
        "Infinity", "9" * 5000, "1" + "0" * 400, "1000000000", '""', '" "', '"x"',
        '"' + "long " * 1000 + '"', r'"\ud800"', r'"a\udc00b"', r'"\u0000"', r'"a\nb"', "[]", "{}",
@@ -79,7 +79,7 @@ HOLE = "a hole for an odd value"
 
 
 def list_places(node):
-    """[(list or dictionary, index or key)] of everything below a JSON value."""
+    """Return [(list or dictionary, index or key)] of everything below a JSON value."""
     keys = list(node) if isinstance(node, dict) else range(len(node))
     places = []
     for key in keys:
@@ -90,7 +90,7 @@ def list_places(node):
 
 
 def mangle_value(rng, node, odd_values):
-    """Puts an odd value somewhere into a value, or drops, doubles, renames or wraps something."""
+    """Put an odd value somewhere into a value, or drop, double, rename or wrap something."""
     parent, key = rng.choice(list_places(node))
     change = rng.choice(["odd", "odd", "odd", "drop", "wrap", "swap", "rename"])
     if change == "odd":
@@ -107,11 +107,11 @@ def mangle_value(rng, node, odd_values):
 
 
 def mangle_json(content, rng):
-    """The bytes of a JSON file, of lines, a list or an object, with something odd in it."""
+    """Return the bytes of JSON lines, a JSON list or an object, with something odd in it."""
     text = content.decode()
     is_lines = text.startswith("{") and text.count("\n") > 1 and text.split("\n")[1][:1] == "{"
     value = [json.loads(line) for line in text.splitlines()] if is_lines else json.loads(text)
-    if value:  # else there is nothing to change
+    if value:  # an empty value has nothing to change
         mangle_value(rng, value, [HOLE])
     if is_lines:
         text = "".join(json.dumps(row) + "\n" for row in value)
@@ -121,7 +121,7 @@ def mangle_json(content, rng):
 
 
 def mangle_lines(content, rng):
-    """Bytes with a line dropped, doubled, moved, emptied, joined with the next or cut."""
+    """Return bytes with a line dropped, doubled, moved, emptied, joined with the next or cut."""
     lines = content.split(b"\n")
     i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
     change = rng.choice(["drop", "double", "move", "empty", "join", "cut"])
@@ -141,7 +141,7 @@ def mangle_lines(content, rng):
 
 
 def mangle_bytes(content, rng):
-    """Bytes cut off, changed, left out or put in: also carriage returns, NUL, a mark, Latin-1."""
+    """Return bytes with some cut off, changed, left out or inserted, also NUL, a BOM or Latin-1."""
     start = rng.randrange(len(content) + 1)
     end = min(len(content), start + rng.choice([0, 1, 1, 2, 50]))
     put_in = rng.choice([b"", b"\r", b"\0", b"\n", b"\t", b'"', b"[", b"{", b"\\", b"9" * 5000,
@@ -157,7 +157,7 @@ def mangle_bytes(content, rng):
 
 
 def mangle(content, rng, is_json=False):
-    """The content of a file, mangled once or twice, or next to nothing."""
+    """Return the content of a file, mangled once or twice, or almost empty."""
     if rng.random() < 0.01:
         return rng.choice([b"", b"\n", b"\n\n \n", b"\0" * 100, b"\xef\xbb\xbf", b"\xff\xfe"])
     ways = [mangle_lines, mangle_bytes] + [mangle_json] * (3 if is_json else 0)
@@ -169,7 +169,7 @@ def mangle(content, rng, is_json=False):
 
 @contextmanager
 def time_limit(seconds):
-    """Raises TimeoutError inside the block after so many seconds."""
+    """Raise TimeoutError inside the block after this many seconds."""
     def stop(*_):
         raise TimeoutError(f"takes more than {seconds} s")
     before = signal.signal(signal.SIGALRM, stop)
@@ -182,9 +182,10 @@ def time_limit(seconds):
 
 
 def complain(read, path, name, least, outcomes=None):
-    """What is wrong with how a function reads a file, or None; `least` records must come back.
+    """Return (kind, message) of a fault in how a function reads a file, or None.
 
-    outcomes: a Counter of what is right, "read" or "refused".
+    At least `least` records must be read. outcomes: a Counter of right results, "read" or
+    "refused".
     """
     outcomes = Counter() if outcomes is None else outcomes
     try:
@@ -200,7 +201,7 @@ def complain(read, path, name, least, outcomes=None):
             return "a message without the file's name", message
         outcomes["refused"] += 1
         return None
-    except BaseException as error:  # a panic of the tokenizers' library is no Exception
+    except BaseException as error:  # a panic in the tokenizers' library is not an Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         return type(error).__name__, str(error)[:300]
@@ -211,7 +212,7 @@ def complain(read, path, name, least, outcomes=None):
 
 
 def expect_no_complaints(complaints):
-    """Fails with the kinds of complaints, and the first of each kind."""
+    """Fail with the kinds of complaints, and the first complaint of each kind."""
     counts = Counter((reader, kind) for reader, kind, _, _ in complaints)
     firsts = {(reader, kind): f"{text}  [{content[:300]!r}]" for reader, kind, text, content
               in reversed(complaints)}
@@ -260,19 +261,19 @@ FLAGS = (DataSettings(key_template=TEMPLATE, train_group_size=2, inbatch_same_da
 
 
 class Log(list):
-    """A log function that keeps the lines."""
+    """Keep logged lines; call it as a log function."""
 
     def __call__(self, line):
         self.append(line)
 
     @property
     def told(self):
-        """The number of records that the lines say are left out."""
+        """Return the number of records that are left out by the logged lines."""
         return sum(int(word) for line in self for word in line.split()[:2] if word.isdigit())
 
 
 def count_writable(rows):
-    """The number of what was read, which the scripts must be able to write again."""
+    """Return the number of rows that were read; the scripts must be able to write them again."""
     json.dumps(rows, ensure_ascii=False).encode()
     return len(rows)
 
@@ -329,7 +330,7 @@ def count_lines(content):
 
 
 def count_rows(content):
-    """The rows of a table under its header; a quote that takes in other rows loses them."""
+    """Count the rows of a table under its header; rows inside an unclosed quote count as lost."""
     text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
     rows = [row for row in reader if any(map(str.strip, row))]
@@ -338,7 +339,7 @@ def count_rows(content):
 
 
 def count_items(content):
-    """The records of a JSON list or of JSON lines; a file that is neither has none to lose."""
+    """Count the records of a JSON list; any other file counts as 0."""
     try:
         return len(json.loads(content.removeprefix(b"\xef\xbb\xbf")))
     except (ValueError, RecursionError, TypeError):
@@ -346,7 +347,7 @@ def count_items(content):
 
 
 def count_pairs(content):
-    """The different pairs of query and document of qrels in TREC's form."""
+    """Count the different pairs of query and document in TREC's qrels."""
     rows = [line.split() for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
     return len({(cells[0], cells[-2]) for cells in rows if len(cells) > 2})
 
@@ -448,14 +449,14 @@ READERS = {
 
 
 def spell(rows):
-    """The bytes of a file of rows, texts or JSON values, one per line."""
+    """Return the bytes of a file with one row, a text or a JSON value, per line."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     return "".join(line + "\n" for line in lines).encode()
 
 
 @pytest.fixture
 def work_folder(tmp_path, monkeypatch):
-    """The working directory, with whole files beside which the mangled ones are read."""
+    """Change to a directory with the intact files that are read along with mangled ones."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus.jsonl").write_bytes(spell(DOCUMENTS))
     (tmp_path / "good.qrels").write_bytes(spell(TREC))
@@ -465,8 +466,9 @@ def work_folder(tmp_path, monkeypatch):
 
 
 def read_mangled(reader, files, rng, outcomes):
-    """[(reader, kind, message, content)] of what is wrong with how a reader reads so many mangled
-    files; the others are counted among the outcomes.
+    """Return [(reader, kind, message, content)] of the faults in how a reader reads mangled files.
+
+    Right results are counted in outcomes.
     """
     path, rows, read, count = READERS[reader]
     whole, name = spell(rows), path.split("/")[0]
@@ -475,7 +477,7 @@ def read_mangled(reader, files, rng, outcomes):
     for _ in range(files):
         content = mangle(whole, rng, is_json=not isinstance(rows[0], str))
         given, least, pack = path, count and count(content), None
-        if "/" not in path and rng.random() < 0.05:  # the ending promises another form
+        if "/" not in path and rng.random() < 0.05:  # the ending belongs to another format
             given, least = path.split(".")[0] + rng.choice(ENDINGS), None
         elif path.endswith(".gz") and rng.random() < 0.5:
             pack, least = rng, None
@@ -494,13 +496,14 @@ def test_readers_read_mangled_files_whole_or_refuse_them_in_one_line(work_folder
 
 
 def path_of(path, content, mangle_packed=None):
-    """Writes the content, gzipped for a name that says so, and mangled then by a random generator
-    if one is given; returns the path.
+    """Write a file and return its path.
+
+    It is gzipped if the name ends in .gz, and then mangled if a random generator is given.
     """
     if path.endswith(".gz"):
         content = gzip.compress(content, mtime=0)
         content = mangle_bytes(content, mangle_packed) if mangle_packed else content
-    for old in (path, f"{path}.lines"):  # a file that is written over would go to the disk at once
+    for old in (path, f"{path}.lines"):  # overwriting a file would flush it to the disk at once
         if os.path.exists(old):
             os.remove(old)
     with open(path, "wb") as file:
@@ -510,13 +513,13 @@ def path_of(path, content, mangle_packed=None):
 
 # ---------------------------------------------------------------- folders of models and indices
 
-# Python values that are not what a part of a checkpoint or state expects
+# Python values that no part of a checkpoint or state expects
 ODD_VALUES = [None, True, -1, 3, 10 ** 30, float("nan"), "x", [], {}, [None], {"a": 1},
               torch.zeros(0), torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)]
 
 
 def mangle_saved(path, rng):
-    """Mangles a file of torch.save: a value of its contents, or its bytes."""
+    """Mangle a file of torch.save: a value in it, or its bytes."""
     if rng.random() < 0.2:
         mangle_file(path, rng)
         return
@@ -524,7 +527,7 @@ def mangle_saved(path, rng):
         saved = torch.load(path, weights_only=True)
     holder = [saved]
     places = list_places(holder)
-    # all kinds of places alike, however many weights there are
+    # each kind of place has the same chance, however many weights there are
     parts = {}
     for parent, key in places:
         parts.setdefault(key if isinstance(key, str) and "." not in key else "", []).append(
@@ -538,13 +541,13 @@ def mangle_saved(path, rng):
 
 
 def mangle_file(path, rng):
-    """Mangles a file in its place."""
+    """Mangle a file and write it back."""
     with open(path, "rb") as file:
         content = file.read()
     is_json = path.endswith(".json") and content.lstrip()[:1] in (b"{", b"[")
     if is_json:
         content = rng.choice([mangle_json, mangle_json, mangle_bytes])(content, rng)
-    else:  # headers stand at the beginning; a wrong number in an array cannot be seen
+    else:  # mangle the header: a wrong number in an array cannot be noticed
         beginning = 128 if path.endswith(".npy") else rng.choice([40, 400, len(content)])
         content = mangle_bytes(content[:beginning], rng) + content[beginning:]
     with open(path, "wb") as file:
@@ -558,7 +561,7 @@ def make_reader(folder):
 
 
 def make_old_reader(folder):
-    """A reader whose weights are in a .bin file."""
+    """Make the folder of a reader whose weights are in a .bin file."""
     make_reader(folder)
     model = FiDT5.from_pretrained(folder)
     torch.save(model.t5.state_dict(), folder / "pytorch_model.bin")
@@ -566,7 +569,7 @@ def make_old_reader(folder):
 
 
 def make_retriever(folder):
-    """A sentence-transformers folder with a head, and what train_dense.py says of it."""
+    """Make a sentence-transformers folder with a head, and train_dense.py's args.json."""
     bert = conftest.make_bert(folder, num_hidden_layers=1)
     tokenizer = load_tokenizer(bert, "")
     model = BiEncoder.open(bert)
@@ -612,7 +615,7 @@ def open_causal_reader(path):
 
 
 def score_one(path):
-    """Scores a key as lm_score.py does."""
+    """Score a key as lm_score.py does."""
     args = lm_score_args(path)
     jobs = [lm_score.Job({}, "who", ["the a"], ["a town"], lm_score.TEMPLATES["qa"], "mangled")]
     config = read_config(path, "language")
@@ -665,7 +668,7 @@ def make_faiss(folder):
 
 
 def make_table(folder):
-    """A corpus with its kept table of lines."""
+    """Make a corpus with its kept table of lines."""
     path = folder / "corpus.jsonl"
     path.write_bytes(spell(DOCUMENTS))
     scanned = Corpus([str(path)], TEMPLATE).parts[0]
@@ -675,13 +678,13 @@ def make_table(folder):
 
 
 def read_kept_table(path):
-    """Reads a corpus whose table may be mangled, but not its documents."""
+    """Read a corpus whose table may be mangled, but not its documents."""
     if Path(path).read_bytes() == spell(DOCUMENTS):
         assert read_whole_corpus(path) == len(DOCUMENTS)
 
 
 def make_run(out, resume):
-    """What training/resume.py knows of a run, of a model of two numbers."""
+    """Make a run, as training/resume.py needs it, with a model of two numbers."""
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
     optimizer, scheduler = make_optimizer(model, 1e-3, 0.01, 1e-8, 2, 9)
@@ -715,7 +718,7 @@ def resume_run(path):
 
 
 def make_federation(path, resume):
-    """What federated/server.py knows of a federation that trains a model of two numbers."""
+    """Make a federation, as federated/server.py needs it, with a model of two numbers."""
     script = SimpleNamespace(FREE_FLAGS={"resume"})
     args = Namespace(resume=resume, strategy=["FedAdam"], min_clients=1, num_clients=2,
                      transport="float32", mode="retriever", rounds=10, total_rounds=10,
@@ -759,14 +762,15 @@ OPENERS = {
 
 
 def list_files(folder):
-    """The paths of all files below a folder."""
+    """Return the paths of all files below a folder."""
     return sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder)
                   for name in names)
 
 
 def open_mangled(opener, files, rng, outcomes):
-    """[(opener, kind, message, file)] of what is wrong with how an opener opens a folder of which
-    one file is mangled, so many times; the others are counted among the outcomes.
+    """Return [(opener, kind, message, file)] of the faults in how an opener opens mangled folders.
+
+    In each folder one file is mangled. Right results are counted in outcomes.
     """
     make, read, opened = OPENERS[opener]
     make_folder = Path(f"whole {opener}")
@@ -804,7 +808,7 @@ def test_openers_open_mangled_folders_or_refuse_them_in_one_line(work_folder):
 # ---------------------------------------------------------------- files of another kind, flags
 
 def refuse(message, function, *args):
-    """The function must refuse the arguments with this message, in one line."""
+    """Check that the function refuses the arguments with this message, in one line."""
     with pytest.raises(InputError) as error:
         function(*args)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -842,7 +846,7 @@ def test_a_dropout_that_is_no_rate_is_refused(work_folder, tiny, name):
 
 
 def test_a_folders_own_code_is_not_offered_to_be_run(work_folder, monkeypatch):
-    """transformers would ask on the terminal, and run what a pipe says yes to."""
+    """transformers would ask on the terminal, and run the code if a pipe answers yes."""
     monkeypatch.setattr("builtins.input", lambda _: "y")
     folder = Path(conftest.make_bert(work_folder / "model"))
     (folder / "own.py").write_text("open('executed', 'w')\n"

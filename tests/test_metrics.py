@@ -1,4 +1,4 @@
-"""The measures against hand-worked cases of the originals' definitions, and against trec_eval."""
+"""The measures against hand-worked cases of their original definitions, and against trec_eval."""
 import random
 
 import pytest
@@ -21,11 +21,11 @@ from metrics import (
     ("The  Beatles!", "beatles"),
     ("A.B.C.", "abc"),              # punctuation goes before articles: no lone "a" is left
     ("an apple a day", "apple day"),
-    ("Theatre", "theatre"),         # an article is a whole word
+    ("Theatre", "theatre"),         # only whole words are articles
     ("14 December, 1972\tUTC", "14 december 1972 utc"),
     ("it’s", "it’s"),               # only ASCII punctuation is removed
     ("the", ""),
-    ("a\u0301 the\u0300 an", "a\u0301 the\u0300"),  # A29: a mark belongs to its word (FiD, DPR)
+    ("a\u0301 the\u0300 an", "a\u0301 the\u0300"),  # a mark belongs to its word (FiD, DPR)
 ])
 def test_normalize_answer(text, normal):
     assert normalize_answer(text) == normal

@@ -1,5 +1,5 @@
-"""Names and forms of the files that people bring: ids, texts, positives, negatives and scores under
-any of their names, in every reader. The letters and numbers name rows of the list of faults.
+"""Field names and formats of users' files: ids, texts, positives, negatives and scores under any of
+their names, in every reader.
 """
 import json
 
@@ -41,7 +41,6 @@ def test_a_name_matches_in_any_spelling():
 @pytest.mark.parametrize("name", ["pid", "docno", "psg_id", "document_id", "corpus-id", "doc-id",
                                   "uid", "PassageID", "_id"])
 def test_ids_of_documents_have_many_names(name, tmp_path):
-    """A15."""
     rows = [{name: "a", "text": "x"}, {name: "b", "text": "y"}]
     corpus = Corpus(write_rows(tmp_path / "c.jsonl", rows), "{text}")
     table = Corpus(write_rows(tmp_path / "c.tsv", [f"{name}\ttext", "a\tx", "b\ty"]), "{text}")
@@ -52,14 +51,13 @@ def test_ids_of_documents_have_many_names(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["query-id", "query_id", "qid", "Query_ID", "question_id", "uid"])
 def test_ids_of_questions_have_many_names(name, tmp_path):
-    """A15."""
     path = write_rows(tmp_path / "q.jsonl", [{name: 7, "text": "who"}])
     table = write_rows(tmp_path / "q.tsv", [f"{name}\tquery", "7\twho"])
     assert read_queries([path]) == read_queries([table]) == {"7": "who"}
 
 
 def test_an_unknown_id_column_is_refused_where_ids_matter(tmp_path):
-    """A15: qrels and runs need ids; elsewhere positions are used, and a line reports it."""
+    """Qrels and runs need ids; elsewhere positions are used, and a line reports it."""
     path = write_rows(tmp_path / "c.tsv", ["number\ttext", "7\tx"])
     corpus, logged = Corpus(path, "{text}"), []
     with pytest.raises(InputError, match="c.tsv: --qrels needs documents' ids, and no column "
@@ -85,7 +83,7 @@ def test_an_unknown_id_column_is_refused_where_ids_matter(tmp_path):
 
 
 def test_right_figures_with_ids_by_other_names(tmp_path):
-    """A15: MRR was 0 for a corpus with `pid`."""
+    """MRR was once 0 for a corpus with `pid`."""
     texts = ["The harbour office opens at seven.", "The baker sells rye bread.", "Copper bridges."]
     corpus = write_rows(tmp_path / "c.tsv", ["pid\ttext", *(f"{i + 5}\t{text}" for i, text
                                                             in enumerate(texts))])
@@ -115,7 +113,7 @@ def test_titles_and_texts_by_other_spellings(tmp_path):
 # ---------------------------------------------------------------- B4, B5: ids that are unusual
 
 def test_a_blank_in_an_id_is_refused_before_the_search(tmp_path):
-    """B4: it was refused after hours of search."""
+    """Refuse it at the start; it was once refused after hours of search."""
     for identifier in ("a b", "a\u3000b", "a\u00a0b", "b\t"):
         rows = [{"id": "é", "text": "x"}, {"id": identifier, "text": "y"}]
         corpus = Corpus(write_rows(tmp_path / "c.jsonl", rows), "{text}")
@@ -126,7 +124,7 @@ def test_a_blank_in_an_id_is_refused_before_the_search(tmp_path):
 
 
 def test_one_long_id_costs_its_own_length(tmp_path):
-    """B5: fixed-width arrays took the longest id's length for each document."""
+    """In fixed-width arrays each document would take the longest id's length."""
     rows = [{"id": "x" * 6000 if i == 70 else f"d{i}", "text": "x"} for i in range(3000)]
     path = write_rows(tmp_path / "c.jsonl", rows)
     corpus = Corpus(path, "{text}")
@@ -146,7 +144,7 @@ def corpus(tmp_path):
 
 
 def test_a_document_that_comes_twice_counts_once_by_its_best_score(corpus, tmp_path):
-    """A20: the last and worst line counted."""
+    """The last and lowest line was once the one that counted."""
     questions = make_questions({"id": "q1"}, {"id": "q2"})
     logged = []
     run_path = write_rows(tmp_path / "run", ["q1 Q0 d1 1 9.0 p", "q2 Q0 d4 1 1.0 p",
@@ -162,7 +160,7 @@ def test_a_document_that_comes_twice_counts_once_by_its_best_score(corpus, tmp_p
 
 
 def test_a_judgment_may_come_twice_but_not_with_two_labels(tmp_path):
-    """A20: trec_eval refuses the latter, too."""
+    """trec_eval also refuses different labels."""
     path = write_rows(tmp_path / "q", ["q1 0 d1 1", "q1 0 d1 1", "q2 0 d1 0"])
     assert read_qrels(path) == {"q1": {"d1": 1.0}, "q2": {"d1": 0.0}}
     path = write_rows(tmp_path / "q", ["q1 0 d1 1", "q1 0 d1 0"])
@@ -180,7 +178,7 @@ def test_a_judgment_may_come_twice_but_not_with_two_labels(tmp_path):
     [{"q1": {"d1": 1}, "2": {"3": 0}}], ["{", '"q1": {"d1": 1}, "2": {"3": 0}}'],
     ["q1,0,d1,1", "2,0,3,0"], ["q1 0 d1 1", "2 0 3 0"], ["q1 d1 1", "2 3 0"]])
 def test_qrels_of_every_form(rows, tmp_path):
-    """D: HF's rows, csv, columns in any order."""
+    """Read Hugging Face's rows, csv, and columns in any order."""
     path = write_rows(tmp_path / "qrels", rows)
     assert read_qrels(path) == {"q1": {"d1": 1.0}, "2": {"3": 0.0}}
     assert set(merge_qrels([f"qrels={path},query_subset={path}"])) == {"q1", "2"}
@@ -195,7 +193,6 @@ def test_unknown_columns_of_qrels_are_listed(rows, message, tmp_path):
 
 
 def test_ms_marcos_run_has_ranks(corpus, tmp_path):
-    """D."""
     questions = make_questions({"id": "q1"}, {"id": "q2"})
     path = write_rows(tmp_path / "run", ["q1\td3\t2", "q1\td2\t1", "q2\td4\t1"])
     results = read_run(path, questions, corpus)
@@ -209,7 +206,7 @@ def test_ms_marcos_run_has_ranks(corpus, tmp_path):
 # ---------------------------------------------------------------- D: tables without a header
 
 def test_collections_without_a_header(tmp_path):
-    """D: MS MARCO's collection.tsv and queries.tsv; their first line is a document."""
+    """The first line of MS MARCO's collection.tsv and queries.tsv is not a header."""
     rows = ['0\tThe "first\tT', "7\tA second one\tU"]
     logged = []
     for columns in (2, 3):
@@ -226,7 +223,6 @@ def test_collections_without_a_header(tmp_path):
 
 
 def test_queries_in_brackets_are_no_lists_of_answers(tmp_path):
-    """C."""
     path = write_rows(tmp_path / "q.tsv", ["1\twho", "2\t[solved] who sells bread [2021]",
                                            "3\t['a']", "x4\t[abc]"])
     assert read_queries([path]) == {"1": "who", "2": "[solved] who sells bread [2021]",
@@ -243,7 +239,7 @@ def test_queries_in_brackets_are_no_lists_of_answers(tmp_path):
     {"positive_passages": [{"text": "older", "docid": "d3"}]},
     {"pos": ["text  3"]}, {"positive": "T3 text 3"}])
 def test_mining_knows_a_positive_by_any_name(positive, corpus):
-    """A16: by `id`, `docid`, `doc_id` it became a hard negative; so did its text without title."""
+    """Under `id`, `docid` or `doc_id` a positive once became a hard negative."""
     question, = make_questions(positive)
     hits = [(index, corpus.text(index)) for index in (1, 3, 5)]
     kept = keep_negatives(question, hits, corpus, {}, TEMPLATE, False)
@@ -251,7 +247,6 @@ def test_mining_knows_a_positive_by_any_name(positive, corpus):
 
 
 def test_a_query_is_not_its_own_hard_negative(corpus):
-    """A17."""
     for text in ("text 3", "t3  text 3", "Text 3"):
         question = make_question({"question": text, "pos": ["x"]}, "f:1", 0)
         hits = [(index, corpus.text(index)) for index in (3, 4)]
@@ -283,7 +278,7 @@ TEVATRON = {"query_id": "0", "query": "q", "positive_passages": [{"docid": "1", 
     ({"query": "q", "positive": "p"}, ["p"], []),
     (TEVATRON, TEVATRON["positive_passages"], TEVATRON["negative_passages"])])
 def test_training_records_of_other_formats(record, pos, neg, tmp_path):
-    """D: sentence-transformers' triplets, Tevatron's records."""
+    """Read sentence-transformers' triplets and Tevatron's records."""
     path = write_rows(tmp_path / "r.jsonl", [record])
     example, = read_examples(path)
     assert (example.query, example.pos, example.neg) == ("q", pos, neg)
@@ -292,7 +287,7 @@ def test_training_records_of_other_formats(record, pos, neg, tmp_path):
 
 
 def test_records_may_name_documents(corpus, tmp_path):
-    """D: newer Tevatron."""
+    """Read the records of newer Tevatron."""
     record = {"query_text": "q", "positive_document_ids": ["d3"], "negative_document_ids": ["d5"]}
     path = write_rows(tmp_path / "r.jsonl", [record])
     example, = read_examples(path, Source(corpus=corpus))
@@ -302,7 +297,7 @@ def test_records_may_name_documents(corpus, tmp_path):
 
 
 def test_tables_of_triples(corpus, tmp_path):
-    """D: MS MARCO's triples, of texts and of ids."""
+    """Read MS MARCO's triples, of texts and of ids."""
     texts = write_rows(tmp_path / "t.tsv", ['who is "it\tp\tn', "what\tp\tm"])
     examples = read_examples(texts)
     assert [(e.query, e.pos, e.neg) for e in examples] == [('who is "it', ["p"], ["n"]),
@@ -327,7 +322,7 @@ def test_tables_of_triples(corpus, tmp_path):
 
 
 def test_flag_embeddings_scores_and_prompt_are_used(tmp_path):
-    """A19: they were dropped without a word; what is still not used is named."""
+    """These fields were once ignored silently; fields that are still unused are reported."""
     record = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "pos_scores": [0.9],
               "neg_scores": [0.4, 0.1], "prompt": "Find: ", "type": "normal"}
     logged = []
@@ -342,7 +337,7 @@ def test_flag_embeddings_scores_and_prompt_are_used(tmp_path):
     assert examples[0].scores is None
     assert logged[1].endswith("'type' (1), 'margin' (1), 'neg_scores' (1), 'negative_ctxs' (1), "
                               "'hard_negatives' (1)")
-    # those that are used in place of hard ones are not named
+    # negative_ctxs are not reported if they replace missing hard negatives
     plain = {"query": "q", "positive_ctxs": [{"text": "p"}], "negative_ctxs": [{"text": "m"}]}
     example, = read_examples(write_rows(tmp_path / "r.jsonl", [plain]), log=logged.append)
     assert example.neg == [{"text": "m"}] and len(logged) == 2
@@ -365,8 +360,9 @@ def test_columns_of_groups_of_different_sizes():
 
 
 def test_records_without_negatives_train_on_others_passages(bert, tmp_path):
-    """B2: 8 of 16 were dropped. The loss is that of a plain softmax over all keys, in one process
-    and in two with GradCache, where one process's queries have no negatives at all.
+    """Compare the loss with a plain softmax over all keys, in one process and in two (GradCache).
+
+    In the latter case one process's queries have no negatives at all.
     """
     people = ["tom", "ann", "river", "baker", "bridge", "house", "town", "market"]
     records = []
@@ -421,7 +417,7 @@ def test_a_lone_query_has_nothing_to_contrast_with(bert, tmp_path):
 # ---------------------------------------------------------------- C: what a file is
 
 def test_json_of_several_lines_is_read(tmp_path):
-    """C: it was called cut off."""
+    """Name the wrong line of a file that is not cut off."""
     record = {"question": "who", "answers": ["a"], "ctxs": [{"id": "1", "text": "x"}]}
     path = tmp_path / "r.jsonl"
     path.write_text("\n\n".join(json.dumps(record, indent=2) for _ in range(3)))
@@ -436,7 +432,6 @@ def test_json_of_several_lines_is_read(tmp_path):
 
 
 def test_pyserinis_run_is_read(tmp_path):
-    """C."""
     run_of = {"7": {"question": "who", "answers": "['a', 'b']", "contexts": [
         {"docid": "d1", "score": 9.1, "text": "x"}]}}
     for indent in (None, 4):
@@ -459,14 +454,12 @@ def test_pyserinis_run_is_read(tmp_path):
     (b"\x1f\x8b\x08\x00", "is gzipped.*its name must end in .gz"),
     (b"PK\x03\x04", "is a zip file or a spreadsheet")])
 def test_messages_name_the_trouble(content, message, tmp_path):
-    """C."""
     (tmp_path / "r.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_records(tmp_path / "r.jsonl")
 
 
 def test_every_reader_names_a_parquet_file(tmp_path):
-    """C."""
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1abc")
     for read in (read_records, read_questions, read_qrels, read_examples,

@@ -1,4 +1,4 @@
-"""The pages of test.py --html and retrieve.py --html: what is in them, and in a real browser."""
+"""The pages of test.py --html and retrieve.py --html: their content, and a browser's view."""
 import json
 import re
 
@@ -22,12 +22,12 @@ FLAGS = ["--num_contexts", 3, "--max_length", 100]
 HOSTILE = ("</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title"
            " = 'taken'\"> <!-- <script> & &lt; \x00\x1b[31m\t\x1e\u202e desrever \u2028 𝒳𝒴 '"
            " \\u003c")
-SHOWN = re.sub(r"[\s\x00-\x1f]+", " ", HOSTILE)  # blanks and controls are one blank
+SHOWN = re.sub(r"[\s\x00-\x1f]+", " ", HOSTILE)  # blanks and controls become one blank
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A page of test.py, one of retrieve.py, and what they are made of."""
+    """Return a page of test.py, one of retrieve.py, and the files that they are made from."""
     folder = tmp_path_factory.mktemp("pages")
     records = make_records(60)
     gold = {"title": "G", "text": f"It is «Zürich» {HOSTILE} of Zürich", "id": "g", "score": 1e9}
@@ -50,7 +50,7 @@ def files(tmp_path_factory):
 
 
 def take_apart(path):
-    """({what the page says of all}, [fields of each question], [numbers of its passages])."""
+    """Return ({about}, [fields of each question], [numbers of its passages]) of a page."""
     text = path.read_text()
     about, texts, numbers = (re.search(rf'id="{name}">(.*?)</script>', text, re.DOTALL)[1]
                              for name in ("about", "texts", "numbers"))
@@ -80,7 +80,7 @@ def test_what_is_marked_and_what_is_cut():
 def test_the_page_of_a_reader_holds_what_was_predicted_and_read(files):
     about, texts, numbers = take_apart(files / "reader.html")
     records, predictions = read_rows(files / "records.jsonl"), read_rows(files / "p.3.jsonl")
-    assert "contexts" not in predictions[0]  # --pred is as without --html
+    assert "contexts" not in predictions[0]  # --html does not change --pred
     assert len(about["rows"]) == len(texts) == len(numbers) == len(records) == 62
     for row, fields, passages, record, prediction in zip(about["rows"], texts, numbers, records,
                                                          predictions):
@@ -93,7 +93,7 @@ def test_the_page_of_a_reader_holds_what_was_predicted_and_read(files):
     assert [row[2] for row in about["rows"][:61]] == [(ranks or [0])[0] for ranks in holding[:61]]
     assert about["rows"][61][:6] == [None, None, None, None, 0, 0]
 
-    # the places are those of the answers
+    # the spans are those of the answers
     assert texts[0][6][slice(*numbers[0][0][5][:2])] in records[0]["answers"] or not holding[0]
     text = texts[60][6].replace(LESS_THAN, "<")
     places = numbers[60][0][5]
@@ -112,7 +112,7 @@ def test_the_page_of_a_retriever_tells_the_first_relevant_and_the_first_answer(f
         assert row[3] == (None if i >= 20 else ids.index(relevant) + 1 if relevant in ids else 0)
         assert texts[i][4::3] == ids
     page = (files / "retriever.html").read_text()
-    assert "<th>nq</th>" in page and "<th>success</th>" in page  # what can be measured
+    assert "<th>nq</th>" in page and "<th>success</th>" in page  # the measures that can be computed
 
 
 def test_a_page_carries_no_text_that_is_code_and_loads_nothing(files):

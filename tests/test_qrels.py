@@ -1,4 +1,4 @@
-"""Qrels of every form, and Trove's filters of them."""
+"""Qrels in every format, and Trove's filters."""
 import pytest
 
 from records.qrels import merge_qrels, read_qrels, select_qrels

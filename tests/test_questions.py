@@ -1,4 +1,4 @@
-"""Records of all file forms, and the originals' order of contexts."""
+"""Questions and records in all file formats, and the original FiD's order of contexts."""
 import gzip
 import json
 
@@ -170,7 +170,7 @@ def test_answers_of_every_form():
     ({"text": ["Brask", "Brask"], "answer_start": [3, 9]}, ["Brask", "Brask"], None),
 ])
 def test_value_of_trivia_qa_is_an_answer(answer, answers, target):
-    """A21, E15: what is trained on is right; answers without text are dropped."""
+    """Targets are correct answers, and answers without text are dropped."""
     record = {"question": "where", "answer": answer}
     assert make_question(record, "f:1", 0).answers == answers
     checked = check_record(record, "f:1", 0)
@@ -186,7 +186,7 @@ def test_value_of_trivia_qa_is_an_answer(answer, answers, target):
     ("[sic] Paris", ["[sic] Paris"]),
 ])
 def test_lists_that_pandas_and_numpy_have_written(text, answers):
-    """datasets 6778, pandas 61474: a list is exported as its text, numpy's has no commas."""
+    """Lists are exported as text, numpy's without commas (datasets issue 6778, pandas 61474)."""
     for record in ({"answer": text}, make_record({"answers": text}, "f:1")
                    if not text.startswith("[sic") else {"answer": text}):
         assert make_question({"question": "q", **record}, "f:1", 0).answers == answers
@@ -200,7 +200,7 @@ def test_the_text_of_an_object_is_no_answer():
 
 
 def test_blank_answers_are_none():
-    """E15: a blank answer is no answer, and a blank target no target."""
+    """Blank answers and targets are dropped."""
     record = check_record({"question": "q", "answers": ["", "\t", "a"], "target": " "}, "f:1", 0)
     assert record["answers"] == ["a"] and "target" not in record
     assert check_record({"question": "q", "answers": ["\u200b"]}, "f:1", 0)["answers"] == []
@@ -279,7 +279,7 @@ def test_bad_tables_are_one_clear_line(tmp_path, name, text, message):
 
 
 def test_lines_are_cut_at_line_ends_only(tmp_path):
-    """U+2028 and U+0085 are letters of a text; a mark of the encoding at the start is none."""
+    """U+2028 and U+0085 are part of a text; a byte order mark at the start is not."""
     text = "\ufeff" + '{"question": "a\u2028b\u0085c"}\n{"question": "d"}\n'
     (tmp_path / "r.json").write_text(text)
     texts = [question.text for question in read_questions(tmp_path / "r.json")]
@@ -296,7 +296,7 @@ def test_lines_are_cut_at_line_ends_only(tmp_path):
 
 
 def test_the_text_of_a_query_stays_as_it_is(tmp_path):
-    """Quotes, brackets and further tabs belong to the text; the content tells the form."""
+    """Quotes, brackets and further tabs belong to the text; the content decides the format."""
     lines = ['1\t"brown bear" population', '2\t"unbalanced', "3\t[abc] meaning", "4\ta\tb",
              "   "]
     expected = {"1": '"brown bear" population', "2": '"unbalanced', "3": "[abc] meaning",
@@ -355,7 +355,7 @@ def test_wrong_ground_truth_and_history_are_refused_with_file_and_line(tmp_path,
 
 
 def test_records_without_answers_are_counted():
-    """A27: what leaves the mean is said."""
+    """Records that are left out of the mean are reported."""
     logged = []
     for answers in ([["a"], ["b"]], [["a"], []], [[], []]):
         note_unscored([{"answers": answer} for answer in answers], "f.json", logged.append)

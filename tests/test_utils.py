@@ -92,7 +92,7 @@ HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
 
 @pytest.fixture
 def environment(monkeypatch):
-    """A function that sets the environment's names of processes, and no others."""
+    """Return a function that sets the environment variables of processes, and unsets all others."""
     def replace(**names):
         for name in NAMES:
             monkeypatch.delenv(name, raising=False)
@@ -116,7 +116,6 @@ def environment(monkeypatch):
      "MASTER_ADDR=nowhere.invalid, MASTER_PORT=29555: this machine cannot find that address"),
 ])
 def test_an_environment_that_is_not_torchruns_is_one_line(names, message, environment):
-    """B9."""
     environment(**names)
     with pytest.raises(InputError, match=message) as error:
         start_processes("")
@@ -124,7 +123,7 @@ def test_an_environment_that_is_not_torchruns_is_one_line(names, message, enviro
 
 
 def test_ranks_of_other_launchers(environment, capsys):
-    """B9: use the launcher's local rank, and report processes that run alone."""
+    """Use the launcher's local rank, and report processes that run alone."""
     environment(WORLD_SIZE="4", RANK="3", SLURM_LOCALID="1", **HERE)
     assert read_ranks() == (3, 1, 4)
     environment(WORLD_SIZE="4", RANK="3", OMPI_COMM_WORLD_LOCAL_RANK="2", **HERE)
@@ -139,7 +138,7 @@ def test_ranks_of_other_launchers(environment, capsys):
 
 
 def test_the_rank_of_torch_distributed_launch_is_taken(environment, capsys):
-    """B9: torch.distributed.launch passes --local-rank=N."""
+    """torch.distributed.launch passes --local-rank=N."""
     environment()
     parser = Parser(allow_abbrev=False)
     parser.add_argument("--lora", type=int)
@@ -154,7 +153,6 @@ def test_the_rank_of_torch_distributed_launch_is_taken(environment, capsys):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_missing_processes_are_reported_in_one_line(rank, environment, capfd, monkeypatch):
-    """B9."""
     monkeypatch.setattr(utils, "JOIN_PATIENCE", timedelta(seconds=1))
     monkeypatch.setattr(utils, "JOIN_NOTE", 0.1)
     with socket.socket() as free:
@@ -168,7 +166,6 @@ def test_missing_processes_are_reported_in_one_line(rank, environment, capfd, mo
 
 
 def test_a_port_in_use_is_one_line(environment):
-    """B9."""
     with socket.socket() as used:
         used.bind(("0.0.0.0", 0))
         used.listen()

@@ -1,4 +1,4 @@
-"""The encoding of a corpus: what is said of documents that are longer than the model reads."""
+"""Encoding a corpus: the note on documents that are longer than the model reads."""
 import torch
 
 from records.corpus import Corpus
@@ -11,7 +11,7 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
 class LengthEncoder:
-    """Gives a text's length as its vector."""
+    """Encode a text as the vector of its length."""
 
     def eval(self):
         return self

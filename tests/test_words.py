@@ -1,4 +1,4 @@
-"""The words of BM25 in other languages than English, and that English has bm25s's own."""
+"""BM25's words in other languages; in English they equal bm25s's own."""
 import json
 import unicodedata
 
@@ -44,7 +44,7 @@ LANGUAGES = {
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_questions_find_their_documents(language, tmp_path, capsys):
-    """A33: each question's document comes first."""
+    """Each question's document must rank first."""
     texts, queries = LANGUAGES[language]
     for name, rows in (("c", texts), ("q", queries)):
         write_rows(tmp_path / f"{name}.jsonl", [{"_id": str(i), "text": text}
@@ -56,12 +56,12 @@ def test_questions_find_their_documents(language, tmp_path, capsys):
                  "--key_template", "{text}")
     assert json.load(open(tmp_path / "m.json"))["mrr@3"] == 1
     logged = capsys.readouterr().out
-    rule = "bm25s" if "German" in language else "unicode"  # NFC is all that German needs
+    rule = "bm25s" if "German" in language else "unicode"  # German only needs NFC
     assert f"(--bm25_words {rule}, chosen as " in logged and "find no document" not in logged
 
 
 def test_latin_texts_have_the_words_of_bm25s():
-    """A33: what English and its neighbours are measured with has not changed, by either rule."""
+    """Both rules must give bm25s's words for English and similar languages."""
     texts = ["Don't x_y 3 42 naïve CAFÉ Straße œuvre", "ΟΔΟΣ Москва ещё 1,234.5 v2.0 U.S.A.",
              "", "a b", "e-mail: me@here.org — “quoted” ﬁn ½ x² №5"]
     expected = bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
@@ -95,7 +95,7 @@ def test_the_rule_goes_by_the_corpus():
 
 
 def test_queries_that_find_nothing_are_counted(tmp_path, capsys):
-    """A33: with the words of bm25s Chinese questions find nothing, and it is said."""
+    """With bm25s's words Chinese questions find nothing, and a line reports it."""
     write_rows(tmp_path / "c.jsonl", [{"_id": "0", "text": "码头旁边有一家面包店。"}])
     write_rows(tmp_path / "q.jsonl", [{"_id": "a", "text": "面包店"}, {"_id": "b", "text": "码头"}])
     common = ["--retrieval_method", "bm25", "--corpus", tmp_path / "c.jsonl", "--queries",
