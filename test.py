@@ -1,36 +1,33 @@
-r"""Evaluates a reader checkpoint: exact match, F1, predictions, scores of the contexts.
+r"""Evaluate a reader checkpoint: exact match, F1, predictions, scores of the contexts.
 
     python test.py OUT test.json
     python test.py OUT test.json --num_contexts 1 5 10 --pred predictions.tsv
     torchrun --standalone --nproc_per_node=8 test.py nq_reader_base test.json --num_contexts 100 \
         --gpus 0,1,2,3,4,5,6,7
 
-OUT is a folder written by train_epoch.py, any T5 folder or hub name, a released FiD reader,
-minFiD's file, or the folder or hub name of a causal language model (reader/causal.py). The number
-of contexts and the lengths default to those that the checkpoint was trained with.
+OUT is a folder written by train_epoch.py, a T5 or causal language model (folder or hub name), a
+released FiD reader, or minFiD's file. The number of contexts and the lengths default to those of
+the checkpoint's training.
 """
 import os
 import time
 
 from data import note_long_passages
 from pages.page import check_page
-from reader.open import (
-    add_prompt_flags,
-    open_with_tokenizer,
-)
+from reader.open import add_prompt_flags, open_with_tokenizer
 from reader.predict import (
     add_answer_flags,
     check_answers,
+    choose_beams,
+    choose_lengths,
     count_best_with_answer,
     is_json_lines,
     note_too_long,
     note_unspelled,
     predict,
-    settle_beams,
-    settle_lengths,
     summarize,
-    write_page,
     write_predictions,
+    write_predictions_page,
     write_scores,
 )
 from records.files import check_paths, is_stream, write_json
@@ -39,8 +36,106 @@ from records.reader_records import note_contexts, read_records
 from retrieval.measures import note_patterns
 from utils import InputError, Parser, check_at_least, run_script, start_processes
 
+# ---------------------------------------------------------------- the evaluation
+
+def evaluate(args, model, tokenizer, records, context_counts, lengths, world):
+    """Answer all records with each number of contexts. Log a table row and write --pred for each.
+
+    Return (Predictions and Summary of the last number of contexts, the table as rows of texts).
+    """
+    table = [["contexts", "EM", "F1", "correct"]]
+    world.log(f"{'contexts':>8} {'EM':>6} {'F1':>6} {'correct':>13} {'questions/s':>12}")
+    for num_contexts in context_counts:
+        start = time.time()
+        predictions = predict(model, records, tokenizer, world, num_contexts=num_contexts,
+                              max_length=lengths.max_length, batch_size=args.batch_size,
+                              num_workers=args.num_workers,
+                              num_beams=choose_beams(args.num_beams, args.n_best),
+                              answer_maxlength=lengths.answer_maxlength, bf16=args.bf16,
+                              with_scores=choose_score_kind(args), n_best=args.n_best,
+                              is_regex=args.match == "regex")
+        summary = summarize(predictions)
+        speed = len(records) / (time.time() - start)
+        if summary.count:
+            em, f1 = f"{summary.em:.2f}", f"{summary.f1:.2f}"
+            bar = "█" * round(summary.em / 2.5)
+            world.log(f"{num_contexts:8d} {em:>6} {f1:>6} {summary.correct:6d}/{summary.count:<6d} "
+                      f"{speed:12.1f}  {bar}")
+            table.append([str(num_contexts), em, f1, f"{summary.correct}/{summary.count}"])
+        else:  # no record has answers to compare with: show the first predictions instead
+            world.log(f"{num_contexts:8d} {'-':>6} {'-':>6} {'-':>13} {speed:12.1f}")
+            for prediction in predictions[:3]:
+                question = " ".join(records[prediction.index]["question"].split())
+                world.log(f"         {question[:60]} -> {prediction.text!r}")
+        if summary.cut:
+            world.log(f"         {summary.cut} answers were cut at {lengths.answer_maxlength} "
+                      "tokens (--answer_maxlength)")
+        if args.pred and world.is_main:
+            path = prediction_path(args.pred, num_contexts, context_counts)
+            write_predictions(path, predictions, records, args.scores is not None,
+                              args.match == "regex")
+            print(f"         predictions in {path}")
+    return predictions, summary, table
+
+
+def choose_score_kind(args):
+    """Return which scores of the contexts to compute, "logits" or "attention", or False for none.
+    """
+    if args.scores is not None:
+        return args.score_kind or "logits"
+    return args.html is not None and (args.score_kind or "attention")
+
+
+def prediction_path(path, num_contexts, context_counts):
+    """Return where the predictions with num_contexts go: the path of --pred, with the number before
+    its ending if there are several context_counts.
+    """
+    if len(context_counts) == 1 or is_stream(path):
+        return path
+    ending = ".gz" if path.endswith(".gz") else ""
+    stem, suffix = os.path.splitext(path.removesuffix(".gz"))
+    return f"{stem}.{num_contexts}{suffix}{ending}"
+
+
+# ---------------------------------------------------------------- setting up
+
+def check_outputs(args, context_counts):
+    """Raise InputError for an output that cannot be written, or that would stay empty."""
+    predictions = []
+    if args.pred:
+        predictions = [prediction_path(args.pred, num_contexts, context_counts)
+                       for num_contexts in context_counts]
+    check_paths([*predictions, args.scores, args.measures, args.html], [args.data, args.model])
+    check_page(args.html)
+    if (args.pred or "").removesuffix(".gz").endswith((".json", ".csv")):
+        raise InputError(f"--pred {args.pred}: predictions are JSON lines (.jsonl) or separated by "
+                         "tabs (.tsv)")
+    if (args.scores or "").removesuffix(".gz").endswith(TABLE_ENDINGS):
+        raise InputError(f"--scores {args.scores}: the records are JSON; let the name end in .json "
+                         "or .jsonl")
+    if args.scores == "" and not is_json_lines(args.pred):
+        raise InputError("--scores: name a FILE for the records, or let the name of --pred end in "
+                         ".jsonl: the scores then go into the predictions")
+    if args.n_best and not is_json_lines(args.pred):
+        raise InputError(f"--n_best {args.n_best}: give --pred a FILE.jsonl, which the answers and "
+                         "their probabilities go into")
+
+
+def note_unanswerable(path, records, model, collator, answer_maxlength, log):
+    """Log how many questions of the file no prediction can answer, because of the tokenizer or of
+    --answer_maxlength.
+    """
+    room = model.count_answer_tokens(answer_maxlength)
+    check = check_answers([record["answers"] for record in records], collator, room)
+    what = f"questions of {path}"
+    note_unspelled(check, what, log)
+    note_too_long(check, what, answer_maxlength, room, "answer_maxlength", log)
+
+
+# ---------------------------------------------------------------- flags
 
 def parse_args():
+    """Return the flags of the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("data").add_argument
     add("model", help="checkpoint folder, minFiD file or hub name")
@@ -84,144 +179,68 @@ def parse_args():
     return parser.parse_args()
 
 
-def choose_lengths(args, log):
-    """Set the numbers of contexts and the input length: as given, else as trained. Log where
-    they differ.
-
-    Raises InputError if a value is out of range.
-    """
-    settle_lengths(args, log)
-    if isinstance(args.num_contexts, int):
-        args.num_contexts = [args.num_contexts]
-    if min(args.num_contexts) < 0:
-        raise InputError("--num_contexts must be 0 or more")
-    check_at_least(args, {"max_length": 1, "batch_size": 1, "num_workers": 0,
-                          "answer_maxlength": 2})
-
-
-def check_outputs(args):
-    """Raise InputError for an output that cannot be written, or that would stay empty."""
-    predictions = []
-    if args.pred:
-        predictions = [prediction_path(args, num_contexts) for num_contexts in args.num_contexts]
-    check_paths([*predictions, args.scores, args.measures, args.html], [args.data, args.model])
-    check_page(args.html)
-    if (args.pred or "").removesuffix(".gz").endswith((".json", ".csv")):
-        raise InputError(f"--pred {args.pred}: predictions are JSON lines (.jsonl) or separated by "
-                         "tabs (.tsv)")
-    if (args.scores or "").removesuffix(".gz").endswith(TABLE_ENDINGS):
-        raise InputError(f"--scores {args.scores}: the records are JSON; let the name end in .json "
-                         "or .jsonl")
-    if args.scores == "" and not is_json_lines(args.pred):
-        raise InputError("--scores: name a FILE for the records, or let the name of --pred end in "
-                         ".jsonl: the scores then go into the predictions")
-    if args.n_best and not is_json_lines(args.pred):
-        raise InputError(f"--n_best {args.n_best}: give --pred a FILE.jsonl, which the answers and "
-                         "their probabilities go into")
-
-
-def prediction_path(args, num_contexts):
-    """Return where the predictions with that many contexts go: --pred, numbered if there are
-    several.
-    """
-    if len(args.num_contexts) == 1 or is_stream(args.pred):
-        return args.pred
-    ending = ".gz" if args.pred.endswith(".gz") else ""
-    stem, suffix = os.path.splitext(args.pred.removesuffix(".gz"))
-    return f"{stem}.{num_contexts}{suffix}{ending}"
-
-
-def choose_score_kind(args):
-    """Which scores of the contexts are computed: the --score_kind, or its default; False for none.
-    """
-    if args.scores is not None:
-        return args.score_kind or "logits"
-    return args.html is not None and (args.score_kind or "attention")
-
-
-def note_answers(args, records, model, collator, log):
-    """Log how many questions cannot be answered right, by the tokenizer or the limit of tokens."""
-    room = model.count_answer_tokens(args.answer_maxlength)
-    check = check_answers([record["answers"] for record in records], collator, room)
-    what = f"questions of {args.data}"
-    note_unspelled(check, what, log)
-    note_too_long(check, what, args.answer_maxlength, room, "answer_maxlength", log)
-
-
 def main(args):
     world = start_processes(args.gpus)
-    settle_beams(args)
-    choose_lengths(args, world.log)
-    check_outputs(args)
+    check_at_least(args, {"max_length": 1, "batch_size": 1, "num_workers": 0,
+                          "answer_maxlength": 2})
+    if args.num_contexts and min(args.num_contexts) < 0:
+        raise InputError(f"--num_contexts must be >= 0, got {min(args.num_contexts)}")
+    choose_beams(args.num_beams, args.n_best)  # raises InputError
+    lengths = choose_lengths(args.model, world.log, args.num_contexts, args.max_length,
+                             args.answer_maxlength)
+    context_counts = args.num_contexts or [lengths.num_contexts]
+    most_contexts = max(context_counts)
+    check_outputs(args, context_counts)
+
+    # the records
     records = read_records(args.data)
     is_regex = args.match == "regex"
     if is_regex:
         note_patterns([record["answers"] for record in records],
                       [f"record {index}" for index in range(len(records))], world.log)
-    model, tokenizer = open_with_tokenizer(args.model, world.log, args.tokenizer, args.t5_name,
-                                           prompt_flags=vars(args), trained=True)
-    model.to(world.device)
-    model.set_lengths(args.max_length, args.answer_maxlength)
-    model.check_records(records, max(args.num_contexts), args.data)
-
     unscored = sum(not record["answers"] for record in records)
     if args.measures and unscored == len(records):
         raise InputError(f"--measures: no record of {args.data} has answers to be measured by")
+
+    # the reader
+    model, tokenizer = open_with_tokenizer(args.model, world.log, args.tokenizer, args.t5_name,
+                                           prompt_flags=vars(args), trained=True)
+    model.to(world.device)
+    model.set_lengths(lengths.max_length, lengths.answer_maxlength)
+    model.check_records(records, most_contexts, args.data)
     note = f", {unscored} of them without answers: predicted, not scored" if unscored else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.log(f"{len(records)} questions{note}; {parameters:,} parameters on {world.size} x "
-              f"{world.device.type}, length {args.max_length}")
-    note_contexts(records, args.data, max(args.num_contexts), world.log)
-    collator = model.make_collator(tokenizer, max(args.num_contexts), args.max_length)
+              f"{world.device.type}, length {lengths.max_length}")
+    note_contexts(records, args.data, most_contexts, world.log)
+    collator = model.make_collator(tokenizer, most_contexts, lengths.max_length)
     note_long_passages(records, collator, world.log)
     if not is_regex:
-        note_answers(args, records, model, collator, world.log)
-    kind = choose_score_kind(args)
-    table = [["contexts", "EM", "F1", "correct"]]  # of the page
-    world.log(f"{'contexts':>8} {'EM':>6} {'F1':>6} {'correct':>13} {'questions/s':>12}")
-    for num_contexts in args.num_contexts:
-        start = time.time()
-        predictions = predict(model, records, tokenizer, world, num_contexts=num_contexts,
-                              max_length=args.max_length, batch_size=args.batch_size,
-                              num_workers=args.num_workers, num_beams=args.num_beams,
-                              answer_maxlength=args.answer_maxlength, bf16=args.bf16,
-                              with_scores=kind, n_best=args.n_best, is_regex=is_regex)
-        em, f1, correct, count, cut = summarize(predictions)
-        speed = len(records) / (time.time() - start)
-        if count:
-            bar = "█" * round(em / 2.5)
-            world.log(f"{num_contexts:8d} {em:6.2f} {f1:6.2f} {correct:6d}/{count:<6d} "
-                      f"{speed:12.1f}  {bar}")
-            table.append([str(num_contexts), f"{em:.2f}", f"{f1:.2f}", f"{correct}/{count}"])
-        else:  # nothing to score them by: a look at them
-            world.log(f"{num_contexts:8d} {'-':>6} {'-':>6} {'-':>13} {speed:12.1f}")
-            for prediction in predictions[:3]:
-                question = " ".join(records[prediction.index]["question"].split())
-                world.log(f"         {question[:60]} -> {prediction.text!r}")
-        if cut:
-            world.log(f"         {cut} answers were cut at {args.answer_maxlength} tokens "
-                      "(--answer_maxlength)")
-        if args.pred and world.is_main:
-            path = prediction_path(args, num_contexts)
-            write_predictions(path, predictions, records, args.scores is not None, is_regex)
-            print(f"         predictions in {path}")
+        note_unanswerable(args.data, records, model, collator, lengths.answer_maxlength, world.log)
+
+    predictions, summary, table = evaluate(args, model, tokenizer, records, context_counts, lengths,
+                                           world)
+    num_contexts = context_counts[-1]
     if args.scores is not None:
         best, answerable = count_best_with_answer(predictions, records, is_regex)
         if answerable:
             world.log(f"the context with the highest score holds an answer for {best} of "
                       f"{answerable} questions that have such a context, "
                       f"{100 * best / answerable:.1f} %")
-    if args.html and world.is_main:  # before the scores take the retriever's place
+    if not world.is_main:
+        return
+    if args.html:  # before write_scores, which replaces the retriever's scores
         remark = f"{len(records):,} questions{note}; at most {num_contexts} passages of each read"
-        write_page(args.html, f"{args.model} on {args.data}", remark, table, predictions, records,
-                   num_contexts, is_share=kind == "attention", is_regex=is_regex)
+        write_predictions_page(args.html, f"{args.model} on {args.data}", remark, table,
+                               predictions, records, num_contexts,
+                               is_share=choose_score_kind(args) == "attention", is_regex=is_regex)
         print(f"page: {args.html}")
-    if args.scores and world.is_main:
+    if args.scores:
         write_scores(args.scores, predictions, records)
         print(f"the reader's scores of {num_contexts} contexts in {args.scores}")
-    if args.measures and world.is_main:
-        write_json(args.measures, {"questions": count, "num_contexts": num_contexts,
-                                   "em": em / 100, "f1": f1 / 100})
+    if args.measures:
+        write_json(args.measures, {"questions": summary.count, "num_contexts": num_contexts,
+                                   "em": summary.em / 100, "f1": summary.f1 / 100})
         print(f"measures of {num_contexts} contexts in {args.measures}")
 
 

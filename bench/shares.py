@@ -11,7 +11,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from metrics import has_answer
 from model import FiDT5
-from reader.predict import predict, settle_lengths
+from reader.predict import choose_lengths, predict
 from records.reader_records import read_records
 from training.checkpoints import load_tokenizer
 from utils import Parser, run_script, start_processes
@@ -45,13 +45,11 @@ def main(args):
     records = read_records(args.data)[:args.questions]
     model = FiDT5.from_pretrained(args.model)
     tokenizer = load_tokenizer(args.model, "t5-base")
-    args.num_contexts = args.max_length = args.answer_maxlength = None
-    settle_lengths(args, print)
-    model.set_lengths(args.max_length, args.answer_maxlength)
+    lengths = choose_lengths(args.model, print)
+    model.set_lengths(lengths.max_length, lengths.answer_maxlength)
     for kind in ("attention", "logits"):
         predictions = predict(model, records, tokenizer, world, batch_size=16, with_scores=kind,
-                              num_contexts=args.num_contexts, max_length=args.max_length,
-                              answer_maxlength=args.answer_maxlength)
+                              **lengths._asdict())
         num_holding, num_right = count_holding(records, predictions)
         print(f"{kind:17} {num_holding} of {num_right}")
     by_rank = [prediction._replace(context_scores=[0] * len(prediction.context_scores))

@@ -15,13 +15,13 @@ from records.files import new_file
 from records.reader_records import retrieval_score
 from records.reading import to_number
 from training.checkpoints import read_training_args
-from utils import InputError, check_at_least, gather_lists, progress_bar, shorten
+from utils import InputError, gather_lists, progress_bar, shorten
 
 # what ends a line or a cell of a table, for one program or another, with the blanks around it
 BREAKS = re.compile(r"\s*[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 ANSWER_MAXLENGTH = 50  # most tokens of an answer, where no flag and no checkpoint sets it
-# minFiD's defaults, for checkpoints that do not say
-UNKNOWN = {"num_contexts": 5, "max_length": 200}
+# minFiD's defaults, for checkpoints that do not store the lengths of their training
+DEFAULT_LENGTHS = {"num_contexts": 5, "max_length": 200}
 CHECKED = 10_000  # answers that check_answers looks at: a second or two
 
 
@@ -38,14 +38,20 @@ def add_answer_flags(add):
         "greedy answer's probability; default: none")
 
 
-def settle_beams(args):
-    """Set args.num_beams where it is not given. Raise InputError for fewer beams than answers."""
-    check_at_least(args, {"num_beams": 1, "n_best": 1})
-    if args.num_beams is None:
-        args.num_beams = args.n_best or 1
-    if args.n_best and args.n_best > args.num_beams:
-        raise InputError(f"--n_best {args.n_best} needs as many beams, --num_beams is "
-                         f"{args.num_beams}; raise it, or leave it out")
+def choose_beams(num_beams, n_best):
+    """Return the number of beams: as given, else one for each of the n_best answers, else 1.
+
+    Raise InputError for a number below 1, and for fewer beams than answers.
+    """
+    for name, value in (("num_beams", num_beams), ("n_best", n_best)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be >= 1, got {value}")
+    if num_beams is None:
+        return n_best or 1
+    if n_best and n_best > num_beams:
+        raise InputError(f"--n_best {n_best} needs as many beams, --num_beams is {num_beams}; "
+                         "raise it, or leave it out")
+    return num_beams
 
 
 def add_tokenizer_flags(add):
@@ -58,26 +64,35 @@ def add_tokenizer_flags(add):
         "the checkpoint was trained from, if it names one, else t5-base if the sizes fit")
 
 
-def settle_lengths(args, log):
-    """Set args.num_contexts (a number, or a list of them), args.max_length and
-    args.answer_maxlength: as given, else as in the training of args.model, else the defaults.
+class Lengths(NamedTuple):
+    """Hold how much a reader reads and generates for a question."""
+    num_contexts: object   # the number of passages, or the list of numbers that was given
+    max_length: int        # most tokens of the question with one passage
+    answer_maxlength: int  # most tokens of an answer
 
-    Log where a given and a trained value differ, and where the checkpoint stores none. Raise
-    InputError for a broken args.json.
+
+def choose_lengths(path, log, num_contexts=None, max_length=None, answer_maxlength=None):
+    """Return the Lengths: as given, else as in the checkpoint's training, else minFiD's defaults.
+
+    num_contexts may be a list. Log where a given and a trained value differ, and which values the
+    checkpoint does not store. Raise InputError for a broken args.json.
     """
-    trained_args = read_training_args(args.model)
-    if args.answer_maxlength is None:
-        args.answer_maxlength = trained_args.get("eval_answer_maxlength") or ANSWER_MAXLENGTH
-    for name, default in UNKNOWN.items():
-        given, trained = getattr(args, name), trained_args.get(name)
-        if given is None:
-            setattr(args, name, trained or default)
-            if trained is None:
-                log(f"note: {args.model} does not store its {name}; using {default} "
-                    f"(--{name} changes it)")
+    trained_args = read_training_args(path)
+    chosen = {}
+    for name, given in (("num_contexts", num_contexts), ("max_length", max_length)):
+        trained = trained_args.get(name)
+        if given is None and trained is None:
+            given = DEFAULT_LENGTHS[name]
+            log(f"note: {path} does not store its {name}; using {given} (--{name} changes it)")
+        elif given is None:
+            given = trained
         elif trained is not None and given not in (trained, [trained]):
             log(f"warning: --{name} {str(given).strip('[]')}, but the checkpoint was trained with "
                 f"{trained}")
+        chosen[name] = given
+    answer_maxlength = (answer_maxlength or trained_args.get("eval_answer_maxlength")
+                        or ANSWER_MAXLENGTH)
+    return Lengths(**chosen, answer_maxlength=answer_maxlength)
 
 
 class Prediction(NamedTuple):
@@ -327,20 +342,21 @@ def write_scores(path, predictions, records):
 
 # ---------------------------------------------------------------- the page
 
-def write_page(path, title, remark, table, predictions, records, num_contexts, is_share,
+def write_predictions_page(path, title, remark, table, predictions, records, num_contexts, is_share,
                is_regex=False):
     """Write the page of test.py --html; is_share: the scores of the contexts are logarithms of
     shares; is_regex: the answers are regular expressions.
     """
     samples = [record["ctxs"][:num_contexts] for record in records[:DEPTH_SAMPLE]]
     depth = choose_depth(samples, len(records))
-    questions = (inspect(prediction, records[prediction.index], num_contexts, is_share, is_regex)
+    questions = (inspect_prediction(prediction, records[prediction.index], num_contexts, is_share,
+                                    is_regex)
                  for prediction in predictions)
     write_inspection(path, title, remark, table, questions, len(records), depth=depth,
                      has_predictions=True, reader_is_share=is_share, is_regex=is_regex)
 
 
-def inspect(prediction, record, num_contexts, is_share, is_regex):
+def inspect_prediction(prediction, record, num_contexts, is_share, is_regex):
     """Return the Inspected of a prediction, with the contexts that were read."""
     contexts = record["ctxs"][:num_contexts]
     scores = torch.tensor(prediction.context_scores[:len(contexts)])

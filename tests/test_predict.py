@@ -1,7 +1,6 @@
 """reader/predict.py: the files of predictions."""
 import gzip
 import json
-from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -11,10 +10,10 @@ from data import Collator
 from reader.predict import (
     Prediction,
     check_answers,
+    choose_beams,
     count_best_with_answer,
     note_too_long,
     note_unspelled,
-    settle_beams,
     write_predictions,
     write_scores,
 )
@@ -53,24 +52,21 @@ def test_names_may_end_in_gz(tmp_path):
     write_predictions(path, [Prediction(0, "Paris", 1.0, 1.0, None)], RECORDS, False)
     with gzip.open(path, "rt") as file:
         assert json.loads(file.read())["prediction"] == "Paris"
-    args = SimpleNamespace(pred=path, num_contexts=[1, 5])
-    assert prediction_path(args, 5) == str(tmp_path / "p.5.jsonl.gz")
+    assert prediction_path(path, 5, [1, 5]) == str(tmp_path / "p.5.jsonl.gz")
 
 
-@pytest.mark.parametrize("flags, message", [
-    ({"n_best": 3, "num_beams": 2}, "--n_best 3 needs as many beams, --num_beams is 2"),
-    ({"n_best": 0, "num_beams": None}, "--n_best must be >= 1, got 0"),
+@pytest.mark.parametrize("num_beams, n_best, message", [
+    (2, 3, "--n_best 3 needs as many beams, --num_beams is 2"),
+    (None, 0, "--n_best must be >= 1, got 0"),
 ])
-def test_fewer_beams_than_answers_are_refused(flags, message):
+def test_fewer_beams_than_answers_are_refused(num_beams, n_best, message):
     with pytest.raises(InputError, match=message):
-        settle_beams(SimpleNamespace(**flags))
+        choose_beams(num_beams, n_best)
 
 
 def test_beams_are_as_many_as_answers():
     for given, beams in ((None, 1), (1, 1), (4, 4)):
-        args = SimpleNamespace(n_best=given, num_beams=None)
-        settle_beams(args)
-        assert args.num_beams == beams
+        assert choose_beams(None, given) == beams
 
 
 def test_how_often_the_highest_score_is_of_a_passage_with_an_answer():

@@ -309,7 +309,7 @@ def test_bad_input_is_one_line_and_exit_code_1(tiny, records_file, tmp_path):
     assert not (tmp_path / "m").exists() or not os.listdir(tmp_path / "m")
     assert "no such folder or file" in refuse("test.py", tmp_path / "nowhere", records_file)
     error = refuse("test.py", tiny, records_file, "--num_contexts", -1)
-    assert "--num_contexts must be 0 or more" in error
+    assert "--num_contexts must be >= 0, got -1" in error
     config = json.load(open(f"{tiny}/config.json"))
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 384}))
