@@ -1,5 +1,5 @@
-"""The reader's data: records to input texts and targets, batches of token ids, and who reads what
-in an epoch.
+"""The reader's data: input texts and targets of records, batches of token ids, and the plan of an
+epoch: which process reads which records.
 """
 import random
 from itertools import chain, islice
@@ -10,41 +10,37 @@ from records.fields import history_turns
 from training.loop import make_loader
 from utils import InputError, shorten
 
-COUNTED = 1000  # passages whose lengths are counted when a run starts: a fraction of a second
+LENGTH_SAMPLE = 1000  # passages that note_long_passages tokenises, in a fraction of a second
 
 # ---------------------------------------------------------------- texts
 
-def format_passage(question, context):
-    """The encoder's input for one passage (FiD section 3); a passage without a title gets no title
-    part.
-    """
-    title = context.get("title")
-    title_part = f"title: {title} " if title is not None else ""
-    return f"question: {question} {title_part}context: {context['text']}"
-
-
 def input_texts(record, num_contexts):
-    """One text per context; the question alone where there is none (FiD, src/data.py)."""
-    texts = [format_passage(record["question"], context)
-             for context in record["ctxs"][:num_contexts]]
-    return texts or [f"question: {record['question']}"]
+    """Return the encoder's input text for each context (FiD section 3), or the question alone if
+    there is no context (FiD, src/data.py).
+    """
+    question = f"question: {record['question']}"
+    texts = []
+    for context in record["ctxs"][:num_contexts]:
+        title = "" if context.get("title") is None else f"title: {context['title']} "
+        texts.append(f"{question} {title}context: {context['text']}")
+    return texts or [question]
 
 
 def encode_inputs(tokenizer, records, num_contexts, max_length):
-    """Return per record the token ids of each of its inputs, at most max_length: "question: ...
-    title: ... context: ...", with "history: TURN TURN ..." before it where the record has a
-    chat_history.
+    """Return the token ids of each record's input texts, [record][text][token], without </s>.
 
-    What does not fit is cut: first the oldest turns, then the passage's end. There is no </s>.
+    A record's chat_history comes first, as "history: TURN TURN ...". A text has at most max_length
+    tokens: the oldest turns are dropped first, then the end of the passage is truncated.
     """
-    histories = [history_turns(record) for record in records]
+    histories = [history_turns(record) if record.get("chat_history") else []
+                 for record in records]
     texts = []
     for record, turns in zip(records, histories):
         blank = " " if turns else ""  # between history and question; most tokenizers add it anyway
         texts.append([blank + text for text in input_texts(record, num_contexts)])
     rows = tokenizer(list(chain.from_iterable(texts)), add_special_tokens=False,
                      verbose=False)["input_ids"]
-    rows = (ids[:max_length] for ids in rows)  # whatever side the tokenizer would cut
+    rows = (ids[:max_length] for ids in rows)  # the tokenizer may truncate on the left
     inputs = [list(islice(rows, len(record_texts))) for record_texts in texts]
     for index, turns in enumerate(histories):
         if turns:
@@ -55,8 +51,8 @@ def encode_inputs(tokenizer, records, num_contexts, max_length):
 
 
 def history_pieces(tokenizer, turns):
-    """The token ids of "history:", and of the pieces that are dropped whole, the oldest first: the
-    turns or, of a single one, its tokens.
+    """Return (ids of "history:", [ids of each piece], oldest first). A piece, which is dropped as a
+    whole, is a turn; a single turn is divided into its tokens.
     """
     head, *pieces = tokenizer(["history:", *(" " + turn for turn in turns)],
                               add_special_tokens=False, verbose=False)["input_ids"]
@@ -66,7 +62,8 @@ def history_pieces(tokenizer, turns):
 
 
 def keep_newest(head, pieces, room):
-    """The head and as many of the last pieces as fit into `room` tokens; nothing without a piece.
+    """Return the head with as many of the last pieces as fit into `room` tokens, or [] if no piece
+    fits.
     """
     first, length = len(pieces), len(head)
     while first > 0 and length + len(pieces[first - 1]) <= room:
@@ -77,25 +74,14 @@ def keep_newest(head, pieces, room):
     return head + list(chain.from_iterable(pieces[first:]))
 
 
-def choose_target(record, seed=None):
-    """The training target: `target` if given, else an answer drawn by `seed`, or the first answer
-    without a seed.
-    """
-    if record.get("target") is not None:
-        return record["target"]
-    if seed is None:
-        return record["answers"][0]
-    return random.Random(seed).choice(record["answers"])
-
-
 def list_targets(record):
     """Return the texts that a record may be trained on: its `target`, else its answers."""
     return [record["target"]] if record.get("target") is not None else record["answers"]
 
 
 def check_targets(records, tokenizer, max_length, path):
-    """Raise InputError for a training record without an answer or, with max_length > 0, with a
-    longer one in tokens.
+    """Raise InputError for a training record without a target or, if max_length > 0, with a target
+    of more tokens.
     """
     for record in records:
         targets = list_targets(record)
@@ -112,14 +98,14 @@ def check_targets(records, tokenizer, max_length, path):
 
 
 def note_long_passages(records, collator, log):
-    """Logs how many passages, of the first COUNTED, have more tokens than the reader reads."""
+    """Log how many of the first LENGTH_SAMPLE passages have more tokens than the reader reads."""
     max_length = collator.max_length
     texts = chain.from_iterable(collator.texts(record) for record in records)
-    rows = collator.tokenizer(list(islice(texts, COUNTED)), add_special_tokens=False,
+    rows = collator.tokenizer(list(islice(texts, LENGTH_SAMPLE)), add_special_tokens=False,
                               truncation=True, max_length=max_length + 1)["input_ids"]
     num_long = sum(len(ids) > max_length for ids in rows)
     if num_long:
-        first = "the first " if len(rows) == COUNTED else ""
+        first = "the first " if len(rows) == LENGTH_SAMPLE else ""
         log(f"note: {num_long} of {first}{len(rows)} passages exceed {max_length} tokens, question "
             "and title included; their ends are not read (--max_length; scripts/make_corpus.py "
             "cuts documents into passages)")
@@ -128,13 +114,12 @@ def note_long_passages(records, collator, log):
 # ---------------------------------------------------------------- batches
 
 class Collator:
-    """Turns (index, record, target) samples into a batch of tensors.
+    """Turn (index, record, target) samples into a batch of tensors.
 
-    Inputs are cut at `max_length` tokens, see encode_inputs; they carry no </s>, as in FiD (under
-    transformers 3.0.2) and minFiD, and are padded to the longest of the batch only. Targets carry
-    exactly one </s>. Returns {indices, inputs, labels (B, T) with -100 as padding, or None}; the
-    inputs, which the reader takes by their names, are input_ids (B, N, L) and attention_mask (B, N,
-    L) bool.
+    Inputs have at most `max_length` tokens (see encode_inputs) and no </s>, as in FiD (under
+    transformers 3.0.2) and minFiD. They are padded to the longest input of the batch. Targets end
+    with exactly one </s>. A batch is {indices, inputs, labels (B, T), or None without targets},
+    where inputs is {input_ids (B, N, L), attention_mask (B, N, L) bool}.
     """
 
     def __init__(self, tokenizer, num_contexts, max_length):
@@ -148,28 +133,23 @@ class Collator:
         input_ids, attention_mask = pad_passages(questions, self.tokenizer.pad_token_id)
         return {"indices": [index for index, _, _ in samples],
                 "inputs": {"input_ids": input_ids, "attention_mask": attention_mask},
-                "labels": self.labels([target for _, _, target in samples])}
+                "labels": pad_labels([target for _, _, target in samples], self.target_ids)}
 
     def texts(self, record):
-        """The texts that are read of a record."""
+        """Return the texts that are read of a record."""
         return input_texts(record, self.num_contexts)
 
-    def labels(self, targets):
-        """(B, T) ids ending in </s>, -100 after it; a target of None is all -100 (no loss); None if
-        all of them are.
-        """
-        return pad_labels(targets, self.target_ids)
-
     def target_ids(self, target):
-        """The target's token ids with exactly one </s>, at the end."""
+        """Return the target's token ids, with exactly one </s> at the end."""
         eos = self.tokenizer.eos_token_id
         ids = self.tokenizer(target, add_special_tokens=False)["input_ids"]
         return [token for token in ids if token != eos] + [eos]
 
 
 def pad_passages(questions, pad_token, side="right"):
-    """(ids, mask), both (B, N, L), of lists of the token ids of each question's passages; the
-    padding lies on that side of them.
+    """Return (input_ids, attention_mask), both (B, N, L), of [question][passage][token] ids.
+
+    side: where the real tokens are followed ("right") or preceded ("left") by padding.
     """
     B, N = len(questions), max(len(passages) for passages in questions)
     L = max(1, max(len(ids) for passages in questions for ids in passages))
@@ -177,14 +157,16 @@ def pad_passages(questions, pad_token, side="right"):
     attention_mask = torch.zeros((B, N, L), dtype=torch.bool)
     for b, passages in enumerate(questions):
         for n, ids in enumerate(passages):
-            place = slice(len(ids)) if side == "right" else slice(L - len(ids), L)
-            input_ids[b, n, place] = torch.tensor(ids, dtype=torch.long)
-            attention_mask[b, n, place] = True
+            columns = slice(len(ids)) if side == "right" else slice(L - len(ids), L)
+            input_ids[b, n, columns] = torch.tensor(ids, dtype=torch.long)
+            attention_mask[b, n, columns] = True
     return input_ids, attention_mask
 
 
 def pad_labels(targets, target_ids):
-    """(B, T) of the targets' ids, see Collator.labels."""
+    """Return labels (B, T) of the ids target_ids(target), with -100 as padding and for a target of
+    None, which adds no loss; None if all targets are None.
+    """
     if all(target is None for target in targets):
         return None
     rows = [[-100] if target is None else target_ids(target) for target in targets]
@@ -193,8 +175,8 @@ def pad_labels(targets, target_ids):
 
 
 class TrainSet(torch.utils.data.Dataset):
-    """Records with their targets; an answer is drawn anew each epoch, the same one for any number
-    of processes.
+    """Return records with their targets. Each epoch draws a record's answer again, the same one for
+    any number of processes.
     """
 
     def __init__(self, records, seed, shuffle, path=""):
@@ -207,23 +189,26 @@ class TrainSet(torch.utils.data.Dataset):
         return f"records {', '.join(ids)} of {self.path}"
 
     def __getitem__(self, entry):
-        """(index, record, target) of an entry of plan_epoch; an entry that is not real has no
-        target.
+        """Return (index, record, target) of an entry (index, is_real) of plan_epoch; the target of
+        a dummy entry is None.
         """
         index, is_real = entry
         record = self.records[index]
         if not is_real:
             return index, record, None
-        seed = f"{self.seed}/{self.epoch}/{index}" if self.shuffle else None
-        return index, record, choose_target(record, seed)
+        targets = list_targets(record)
+        if not self.shuffle:
+            return index, record, targets[0]
+        return index, record, random.Random(f"{self.seed}/{self.epoch}/{index}").choice(targets)
 
 
 def plan_epoch(num_records, epoch, seed, shuffle, batch_size, accumulation, rank=0, world_size=1):
-    """This process's part of an epoch: [update][micro-batch][(index, is_real)].
+    """Return this process's part of an epoch: [update][micro-batch][(index, is_real)].
 
-    All processes shuffle alike; an update takes batch_size * accumulation * world_size records in
-    that order, the last one of an epoch what remains. A process left without a record there joins
-    with one that is not real, so that the gradient exchange has all processes.
+    All processes shuffle with the same seed. An update takes the next batch_size * accumulation *
+    world_size records, the last update of an epoch those that remain. If a process has no record
+    left in it, it gets one dummy entry (is_real=False), because DDP's all-reduce needs every
+    process.
     """
     order = torch.arange(num_records)
     if shuffle:
@@ -238,8 +223,8 @@ def plan_epoch(num_records, epoch, seed, shuffle, batch_size, accumulation, rank
 
 
 def eval_loader(records, batch_size, collator, num_workers, rank=0, world_size=1):
-    """Batches of consecutive records, strided over the processes: each record once, in the same
-    batch for any number of them.
+    """Return a loader of batches of consecutive records, strided over the processes. Each record
+    comes once, in the same batch for any number of processes.
     """
     samples = [(index, record, None) for index, record in enumerate(records)]
     batches = [range(first, min(first + batch_size, len(records)))

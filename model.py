@@ -1,11 +1,12 @@
 """Fusion-in-Decoder (Izacard & Grave 2021, arXiv 2007.01282) around a Hugging Face T5.
 
-The encoder reads every passage by itself, the decoder attends to all of them at once:
+The encoder reads each passage separately; the decoder attends to all passages at once:
 
     input_ids (B, N, L) -> EncoderWrapper -> memory (B, M, D) -> decoder -> logits (B, T, V)
 
-B questions, N passages each, L tokens at most; M is the number of real tokens of the longest
-question. plain_fid says it in a few lines; FiDT5 computes the same without padding.
+There are B questions with N passages each, of at most L tokens. M is the largest number of real
+tokens (no padding) that any question has in all its passages. plain_fid is the paper in a few
+lines; FiDT5 computes the same result without padding.
 """
 import json
 import os
@@ -24,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from data import Collator
-from layers.packed_attention import group_texts, split_by_length
+from layers.packed_attention import CHUNK_TOKENS, group_texts, split_by_length
 from layers.t5 import decode, encode
 from reader.base import Reader
 from records.reading import read_settings
@@ -57,23 +58,22 @@ from training.t5_folder import (
 )
 from utils import InputError, first_line, refusing, shorten
 
-CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # encoded at a time, counted with padding
-BY_BLOCK = {"cpu": False, "cuda": True}  # do all chunks pass one block before the next?
-# a finite mask: a question without a token attends to all of its padding
-LOWEST = torch.finfo(torch.float32).min
-# v1.1, Flan and ByT5 are one of them
+BY_BLOCK = {"cpu": False, "cuda": True}  # see CheckpointWrapper
+# by model_type of config.json, which is "t5" for T5 v1.1, Flan-T5 and ByT5 too
 CLASSES = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration,
            "umt5": UMT5ForConditionalGeneration}
 NEEDED = "the reader needs T5, T5 v1.1, Flan-T5, mT5, umT5 or ByT5"
 
 
 def plain_fid(t5, input_ids, attention_mask, labels):
-    """(loss, logits) of Fusion-in-Decoder on a plain T5, all padded; FiDT5 is tested against it."""
+    """Return (loss, logits) of Fusion-in-Decoder on a plain T5, with padding; FiDT5 is tested
+    against it.
+    """
     B, N, L = input_ids.shape
     ids = input_ids.view(B * N, L)                                  # (B, N, L) -> (B * N, L)
     mask = attention_mask.view(B * N, L)
-    states = t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # each by itself
-    memory = states.view(B, N * L, -1)                              # (B * N, L, D) -> (B, N * L, D)
+    states = t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B * N, L, D)
+    memory = states.view(B, N * L, -1)                              # -> (B, N * L, D)
     memory_mask = mask.view(B, N * L)
     output = t5(encoder_outputs=(memory,), attention_mask=memory_mask, labels=labels)
     return output.loss, output.logits
@@ -82,23 +82,22 @@ def plain_fid(t5, input_ids, attention_mask, labels):
 # ---------------------------------------------------------------- encoder
 
 class Memory(NamedTuple):
-    """What the decoder attends to: the real tokens of each question's passages, side by side, in
+    """Hold what the decoder attends to: the real tokens of each question's passages in a row, in
     passage order.
     """
     states: torch.Tensor   # (B, M, D)
-    mask: torch.Tensor     # (B, M) bool
-    # (B, M) offset of each token in the originals' padded concatenation, n * stride + l
+    mask: torch.Tensor     # (B, M) bool, False at padding
+    # (B, M) position of token l of passage n in FiD's padded concatenation: n * stride + l
     offsets: torch.Tensor
 
 
 class CheckpointWrapper(nn.Module):
-    """The encoder's blocks on chunks of passages; with use_checkpoint a chunk's result alone is
-    kept.
+    """Run the encoder on chunks of passages; use_checkpoint turns activation checkpointing on.
 
-    The backward pass then computes the chunk again under the random state of the first pass, so
-    that dropout drops the same units (arXiv 1604.06174). GPU kernels need larger chunks, and the
-    activations of all blocks on such a chunk would not fit. There all chunks pass one block before
-    the next, and the inputs of each block are kept.
+    Checkpointing keeps only the result of a chunk. The backward pass computes the chunk again with
+    the same random state, so that dropout drops the same units (arXiv 1604.06174). On a GPU
+    (BY_BLOCK) chunks are larger, and the activations of all blocks on one chunk would not fit into
+    memory. There all chunks pass one block before the next, and the inputs of each block are kept.
     """
 
     def __init__(self, module):
@@ -107,7 +106,7 @@ class CheckpointWrapper(nn.Module):
         self.use_checkpoint = False
 
     def forward(self, chunks):
-        """Return the states [(S, D)] of chunks [(ids, groups)], see layers.encode."""
+        """Return the states [(S, D)] of chunks [(ids, groups)], see encode in layers/t5.py."""
         use_checkpoint = self.use_checkpoint and self.training
         if BY_BLOCK[self.module.embed_tokens.weight.device.type]:
             return encode(self.module, chunks, use_checkpoint)
@@ -118,28 +117,30 @@ class CheckpointWrapper(nn.Module):
 
 
 class EncoderWrapper(nn.Module):
-    """Encodes (B, N, L) passages independently and concatenates their real tokens for the decoder
-    (FiD section 3).
+    """Encode (B, N, L) passages separately and concatenate their real tokens for the decoder (FiD
+    section 3).
 
-    Passages are sorted by length and encoded in chunks of at most CHUNK_TOKENS tokens, side by
-    side and without padding. The result equals that of the padded batch, whose padding is masked.
-    Two questions with passages of [3, 1] and [2, 0] tokens (B = 2, N = 2, L = 3):
+    Passages are sorted by length and packed without padding into chunks of at most CHUNK_TOKENS
+    tokens. The result equals that of the padded batch with its padding masked. An example with two
+    questions, whose passages have [3, 1] and [2, 0] tokens (B = 2, N = 2, L = 3):
 
         input_ids           packed, longest passage first       memory (M = 4)
         a1 a2 a3 | b1 - -
         c1 c2 -  | -  - -   a1 a2 a3  c1 c2  b1                 a1 a2 a3 b1
-                            rows of the memory laid flat:       c1 c2 -  -
+                            rows of the flattened memory:       c1 c2 -  -
                             0  1  2   4  5   3
     """
-    main_input_name = "input_ids"  # Hugging Face's generate() asks for it
+    main_input_name = "input_ids"  # read by transformers' generate()
 
     def __init__(self, encoder):
         super().__init__()
         self.encoder = CheckpointWrapper(encoder)
 
     def forward(self, input_ids, attention_mask, stride=None):
-        """The Memory of the passages; `stride` is the padded length that the offsets count with, L
-        at least.
+        """Return the Memory of the passages.
+
+        attention_mask (B, N, L) has the real tokens first. The offsets count every passage as
+        `stride` tokens, or as L if that is more.
         """
         B, N, L = input_ids.shape
         device, mask = input_ids.device, attention_mask.bool().contiguous()
@@ -152,27 +153,30 @@ class EncoderWrapper(nn.Module):
         positions = torch.arange(B * N * L, device=device).view(B * N, L)
         packed = positions[order][mask.view(B * N, L)[order]]   # (S) positions of the real tokens
 
-        # where each token goes: its question's row of the memory, after the real tokens before it
+        # where each token goes: into its question's row, after the real tokens before it
         question_lengths = mask.sum((1, 2))                                         # (B)
         M = max(1, int(question_lengths.max()))
         columns = mask.view(B, N * L).cumsum(1) - 1                                 # (B, N * L)
-        rows = M * torch.arange(B, device=device)[:, None] + columns   # of the memory laid flat
+        # (B, N * L) indices into the flattened memory
+        rows = M * torch.arange(B, device=device)[:, None] + columns
         memory_rows = rows.flatten()[packed]                                        # (S)
 
-        # encode, and put every token into its place; index_put keeps no second copy of the states
+        # encode, and copy each token's state to its row; index_put keeps no second copy of them
         ids = input_ids.flatten()[packed]                                           # (S)
         states = self.encode_chunks(ids, lengths[lengths > 0].tolist())             # (S, D)
         memory = states.new_zeros(B * M, states.shape[1]).index_put((memory_rows,), states)
         memory_mask = torch.arange(M, device=device) < question_lengths[:, None]    # (B, M)
 
-        # the offset that the token has where every passage is padded to the stride
+        # the offset of each token if every passage were padded to the stride
         passage, token = packed % (N * L) // L, packed % L                          # (S) both
         offsets = torch.zeros(B * M, dtype=torch.long, device=device)
         offsets[memory_rows] = passage * max(stride or 0, L) + token
         return Memory(memory.view(B, M, -1), memory_mask, offsets.view(B, M))
 
     def encode_chunks(self, ids, lengths):
-        """States (S, D) of packed token ids (S) of passages of falling lengths, a chunk at a time.
+        """Return the states (S, D) of packed token ids (S), computed chunk by chunk.
+
+        lengths: the numbers of tokens of the passages, in falling order.
         """
         chunks, start = [], 0
         for first, last in split_by_length(lengths, CHUNK_TOKENS[ids.device.type]):
@@ -180,25 +184,27 @@ class EncoderWrapper(nn.Module):
             end = start + sum(chunk_lengths)
             chunks.append((ids[start:end], group_texts(chunk_lengths, ids.device)))
             start = end
-        nothing = torch.zeros(0, self.encoder.module.config.d_model, device=ids.device)
-        return torch.cat([nothing, *self.encoder(chunks)])
+        # torch.cat needs a tensor even if no passage has a token
+        no_states = torch.zeros(0, self.encoder.module.config.d_model, device=ids.device)
+        return torch.cat([no_states, *self.encoder(chunks)])
 
 
 # ---------------------------------------------------------------- decoder
 
 class BiasedCrossAttention(T5Attention):
-    """Cross-attention with the relative position bias that transformers 3.0.2 applied there
-    (removed later as a bug).
+    """Compute cross-attention with the relative position bias of transformers 3.0.2, which later
+    versions removed as a bug.
 
-    The released FiD readers were trained with it. Target i sees the bias of bucket(max(i - offset,
-    0)), so only the first tokens of the first passage differ from a constant. Used in decoder block
-    0, whose bias all blocks share.
+    FiD's released readers were trained with it. Target i gets the bias of bucket(max(i - offset,
+    0)), which differs from a constant only at the first tokens of the first passage. Decoder block
+    0 has this attention, and all blocks share its bias.
     """
-    # (B, M) offsets of the memory during transformers' beam search, whose calls cannot pass them
+    # (B, M) offsets of the memory, set only while transformers' generate() calls the decoder, which
+    # cannot pass them on
     beam_offsets = None
 
     def forward(self, hidden_states, position_bias=None, past_key_values=None, **kwargs):
-        """Attend with the position bias, as called by transformers' decoder in beam search."""
+        """Attend with the position bias. Only transformers' generate() calls this."""
         if position_bias is None:
             batch_size, T = hidden_states.shape[:2]
             # block 0's self-attention has already added these targets to its cache
@@ -223,30 +229,36 @@ class BiasedCrossAttention(T5Attention):
 
 
 class FiDT5(Reader):
-    """A T5 whose encoder reads N passages per question; see the module's docstring for shapes."""
+    """Read N passages per question with a T5; the module's docstring explains the shapes."""
 
     def __init__(self, t5, stated_start=None, ignored=()):
         """Wrap a T5 of transformers.
 
-        stated_start: the id that targets begin with, if the T5's files name one.
-        ignored: the settings of these files that are not followed, in words.
+        stated_start: the decoder start id in the T5's files, or None. ignored: descriptions of the
+        settings in these files that are not followed.
         """
         super().__init__()
         self.t5 = t5
         self.t5.encoder = EncoderWrapper(t5.encoder)
         self.config = t5.config
         self.stated_start, self.ignored = stated_start, list(ignored)
-        self.id_notes = {}  # {"</s>", ...: what config.json says in place of the tokenizer's id}
+        self.id_notes = {}  # {"</s>": the id in config.json, if the tokenizer has another one}
+        self.use_checkpoint = False
+        # as in transformers, some kinds of T5 scale the states before the output layer
+        is_scaled = self.config.model_type == "t5" and self.config.scale_decoder_outputs
+        if self.config.model_type == "umt5":
+            is_scaled = self.config.tie_word_embeddings
+        self.output_scale = self.config.d_model ** -0.5 if is_scaled else 1.0
 
     @property
     def cross_bias(self):
-        """The cross-attention that holds the released readers' position bias, or None."""
+        """Return the cross-attention with the position bias of FiD's released readers, or None."""
         attention = self.t5.decoder.block[0].layer[1].EncDecAttention
         return attention if isinstance(attention, BiasedCrossAttention) else None
 
     @property
     def start_token(self):
-        """The id that every target begins with."""
+        """Return the id that every target begins with."""
         start = self.config.decoder_start_token_id
         return self.config.pad_token_id if start is None else start
 
@@ -257,21 +269,18 @@ class FiDT5(Reader):
         return ends if isinstance(ends, list) else [ends]
 
     def count_answer_tokens(self, max_length):
-        """Return how many tokens of an answer generate() can give: the start token is not one."""
+        """Return how many tokens of an answer fit into max_length, which counts the start token."""
         return max_length - 1
 
-    @property
-    def use_checkpoint(self):
-        return self.t5.encoder.encoder.use_checkpoint
-
     def set_checkpoint(self, use_checkpoint):
-        """Turns activation recomputation of the encoder and of the cross-attention on or off."""
-        self.t5.encoder.encoder.use_checkpoint = use_checkpoint
+        """Turn activation checkpointing of the encoder and of the cross-attention on or off."""
+        self.use_checkpoint = self.t5.encoder.encoder.use_checkpoint = use_checkpoint
 
     def check_tokenizer(self, tokenizer):
-        """Make the ids of the reader those of its tokenizer, see settle_ids.
+        """Take over the tokenizer's start, end and padding ids, see settle_ids.
 
-        Raise InputError if the tokenizer has ids that the model has no embedding for, or no end.
+        Raise InputError if the model has no embedding for some of the tokenizer's ids, or if the
+        tokenizer has no end token.
         """
         check_vocabulary(tokenizer, self.t5.shared, "name the model that the tokenizer belongs to "
                          "with --tokenizer")
@@ -287,8 +296,8 @@ class FiDT5(Reader):
             config.eos_token_id = ends
 
     def forget_generation(self):
-        """Return the settings of generation_config.json, {name: value}, and answer greedily without
-        them from now on, as a reader that is trained here does.
+        """Drop the settings of generation_config.json, and return them as {name: value}. Answers
+        are greedy afterwards.
         """
         generation = self.t5.generation_config
         settings = list_settings(generation)
@@ -309,8 +318,9 @@ class FiDT5(Reader):
     # ---------------------------------------------------------------- training
 
     def forward(self, input_ids, attention_mask, labels, reduction="mean"):
-        """(loss, logits (B, T, V)): cross-entropy over the labels (B, T) that are not -100, their
-        mean or their sum.
+        """Return (loss, logits (B, T, V)) of labels (B, T), where -100 is padding.
+
+        The loss is the cross-entropy of the labels, their mean or (reduction "sum") their sum.
         """
         memory = self.encode(input_ids, attention_mask)
         logits = self.decode(self.t5._shift_right(labels), memory)
@@ -322,49 +332,44 @@ class FiDT5(Reader):
 
     def encode(self, input_ids, attention_mask):
         """Return the Memory of (B, N, L) passages."""
-        return self.t5.encoder(input_ids, attention_mask,
-                               getattr(self.config, "passage_stride", None))
+        memory = self.t5.encoder(input_ids, attention_mask,
+                                 getattr(self.config, "passage_stride", None))
+        device_type = input_ids.device.type
+        if torch.is_autocast_enabled(device_type):  # once here, not in each decoder block
+            dtype = torch.get_autocast_dtype(device_type)
+            memory = memory._replace(states=memory.states.to(dtype))
+        return memory
 
     def decode(self, ids, memory, cache=None, raw_scores=None):
-        """Return logits (B, T, V), float32, after the target ids (B, T); see layers.decode for
-        `cache` and `raw_scores`.
+        """Return the float32 logits (B, T, V) of the tokens that follow the target ids (B, T).
+
+        cache, raw_scores: see decode in layers/t5.py.
         """
-        bias = torch.zeros(memory.mask.shape, device=ids.device).masked_fill(~memory.mask, LOWEST)
+        # finite, because -inf would give NaN for a question without a real token
+        lowest = torch.finfo(torch.float32).min
+        bias = torch.zeros(memory.mask.shape, device=ids.device).masked_fill(~memory.mask, lowest)
         bias = bias[:, None, None]  # (B, M) -> (B, 1, 1, M)
         if self.cross_bias is not None:
             past = cache[0][0].shape[2] if cache else 0
             # (B, H, T, M)
             bias = bias + self.cross_bias.position_bias(memory.offsets, ids.shape[1], past)
-        use_checkpoint = self.training and self.use_checkpoint
-        states = decode(self.t5.decoder, ids, in_product_dtype(memory.states), bias, cache,
-                        raw_scores, use_checkpoint)
-        if self.scales_states:
-            states = states * self.config.d_model ** -0.5
-        # rounding would make likely tokens equal
+        states = decode(self.t5.decoder, ids, memory.states, bias, cache, raw_scores,
+                        self.training and self.use_checkpoint)
+        # without autocast: bfloat16 would round the logits of likely tokens to equal values
         with torch.autocast(ids.device.type, enabled=False):
-            return self.t5.lm_head(states)
-
-    @property
-    def scales_states(self):
-        """Return True if the decoder's states are scaled before the output layer, as in
-        transformers.
-        """
-        config = self.config
-        if config.model_type == "umt5":
-            return config.tie_word_embeddings
-        return config.model_type == "t5" and config.scale_decoder_outputs
+            return self.t5.lm_head(states * self.output_scale)
 
     # ---------------------------------------------------------------- generation
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_length=50, num_beams=1, return_scores=False,
                  n_best=None):
-        """Return ids (B, <= max_length), greedy or by beam search: the start token first, padding
-        after </s>.
+        """Return ids (B, <= max_length) by greedy or beam search, with the start token first and
+        padding after </s>.
 
-        With `return_scores`, the kind of crossattention_scores (True: logits), also return the
-        scores (B, N) of the passages; the ids are the same. With `n_best` n the ids are (B, n, T),
-        the n best answers in beam search's order, and their log probabilities (B, n) come last.
+        return_scores: a kind of crossattention_scores (True: logits); also return the scores (B, N)
+        of the passages. n_best: return ids (B, n_best, T) of the best answers in the order of beam
+        search, and their log probabilities (B, n_best) last.
         """
         memory, others = self.encode(input_ids, attention_mask), []
         if return_scores:
@@ -373,13 +378,13 @@ class FiDT5(Reader):
         if num_beams == 1 and not self.is_steered:
             ids = self.greedy(memory, max_length)
         else:
-            ids = self.generate_as_set(memory, max_length, num_beams, n_best or 1)
+            ids = self.search_beams(memory, max_length, num_beams, n_best or 1)
         if n_best:
             ids = ids.view(len(input_ids), n_best, -1)                   # (B * n, T) -> (B, n, T)
             others.append(self.log_probabilities(ids, memory))
         return (ids, *others) if others else ids
 
-    def generate_as_set(self, memory, max_length, num_beams, count):
+    def search_beams(self, memory, max_length, num_beams, count):
         """Return the ids (B * count, T) of transformers' generate(), which follows the settings of
         generation_config.json. Raise InputError for settings that fail.
         """
@@ -387,7 +392,7 @@ class FiDT5(Reader):
         if cross_bias is not None:
             cross_bias.beam_offsets = memory.offsets
         try:
-            return self.t5.generate(encoder_outputs=BaseModelOutput(memory.states),
+            return self.t5.generate(encoder_outputs=BaseModelOutput(memory.states.float()),
                                     attention_mask=memory.mask, max_length=max_length,
                                     num_beams=num_beams, do_sample=False,
                                     num_return_sequences=count,
@@ -406,8 +411,8 @@ class FiDT5(Reader):
                 cross_bias.beam_offsets = None
 
     def log_probabilities(self, ids, memory):
-        """Return log p (B, n) of generated ids (B, n, T): the sum over their tokens after the start
-        token, the first </s> included.
+        """Return log p (B, n) of generated ids (B, n, T): the sum over the tokens from the second
+        one to the first </s>.
         """
         ends = torch.tensor(self.end_tokens, device=ids.device)
         columns = []
@@ -415,7 +420,7 @@ class FiDT5(Reader):
             log_p = self.decode(answers[:, :-1], memory).float().log_softmax(-1)  # (B, T - 1, V)
             targets = answers[:, 1:]
             is_end = torch.isin(targets, ends).long()
-            is_padding = is_end.cumsum(1) > is_end  # what follows an end
+            is_padding = is_end.cumsum(1) > is_end  # after the first end
             log_p = log_p.gather(2, targets[..., None])[..., 0]                      # (B, T - 1)
             columns.append(log_p.masked_fill(is_padding, 0).double().sum(1))
         return torch.stack(columns, 1)
@@ -426,21 +431,19 @@ class FiDT5(Reader):
         return any(name in GREEDY_SETTINGS for name in list_settings(self.t5.generation_config))
 
     def greedy(self, memory, max_length):
-        """Return the likeliest token at each step, (B, <= max_length); questions that have ended
-        leave the batch.
+        """Return the ids (B, <= max_length) of the likeliest token at each step. Questions whose
+        answers have ended leave the batch.
         """
         ends = torch.tensor(self.end_tokens, device=memory.mask.device)
         B, device = len(memory.mask), memory.mask.device
         ids = torch.full((B, max_length), self.config.pad_token_id, device=device)
         ids[:, 0] = self.start_token
         active, cache = torch.arange(B, device=device), []
-        memory = memory._replace(states=in_product_dtype(memory.states))  # once, not at each step
         for step in range(1, max_length):
             token = self.decode(ids[active, step - 1:step], memory, cache)[:, -1].argmax(-1)
             ids[active, step] = token
 
-            # questions that have ended leave; their number is the one value per step that the host
-            # waits for
+            # drop the questions that have ended; the host waits for their number alone
             alive = ~torch.isin(token, ends)
             remaining = int(alive.sum())
             if not remaining:
@@ -452,12 +455,11 @@ class FiDT5(Reader):
         return ids
 
     def crossattention_scores(self, memory, attention_mask, kind="logits"):
-        """(B, N) scores of the passages by the cross-attention of the FIRST decoded token.
+        """Return scores (B, N) of the passages by the cross-attention of the FIRST decoded token.
 
-            kind       of a passage
-            logits     the scores before the softmax, averaged over layers, heads and its tokens
-            attention  the log of the attention that its tokens get together, averaged over layers
-                       and heads
+            kind       score of a passage
+            logits     mean over layers, heads and its tokens of the scores before the softmax
+            attention  log of the attention to all its tokens, averaged over layers and heads
 
         A passage without tokens gets -inf. Sources: logits is "Distilling Knowledge from Reader to
         Retriever", arXiv 2012.04584, section 3.2, and FiD's get_crossattention_scores; attention
@@ -465,7 +467,7 @@ class FiDT5(Reader):
         """
         B, N, L = attention_mask.shape
         start = torch.full((B, 1), self.start_token, device=memory.mask.device)
-        layer_scores = []  # of (B, H, 1, M)
+        layer_scores = []  # [(B, H, 1, M)]
         self.decode(start, memory, raw_scores=layer_scores)
         scores = torch.stack(layer_scores)                                   # (layers, B, H, 1, M)
         if self.cross_bias is not None:
@@ -475,7 +477,7 @@ class FiDT5(Reader):
             scores = torch.softmax(scores.masked_fill(is_padding, float("-inf")), -1)
         token_scores = scores.mean((0, 2, 3)).masked_fill(~memory.mask, 0)               # (B, M)
         stride = max(getattr(self.config, "passage_stride", None) or 0, L)
-        passage = memory.offsets // stride  # (B, M) passage of each token
+        passage = memory.offsets // stride  # (B, M) index of each token's passage
         sums = token_scores.new_zeros(B, N).scatter_add(1, passage, token_scores)
         counts = attention_mask.sum(2)                                                   # (B, N)
         if kind == "attention":
@@ -488,12 +490,12 @@ class FiDT5(Reader):
 
     @classmethod
     def from_pretrained(cls, path_or_name, dropout=None, trained=False):
-        """Return a reader from any of: a T5 folder or hub name, our folder, a released FiD reader,
-        minFiD's file.
+        """Return the reader of a T5's folder or hub name, a folder written here, a released FiD
+        reader or minFiD's file.
 
-        `dropout` replaces the configuration's rate. A folder without weights gives random ones and
-        says so, or is refused if it must be `trained`. Raise InputError where nothing fits: unknown
-        name, unreadable file, other architecture, other shapes.
+        `dropout` replaces the configuration's rate. A folder without weights gives a reader with
+        random weights, and a note, unless it must be `trained`. Raise InputError for an unknown
+        name, an unreadable file, another architecture, or weights of other shapes.
         """
         folder, weights = find_model(path_or_name)
         config = read_config(folder)
@@ -511,7 +513,7 @@ class FiDT5(Reader):
         with refusing(f"{folder}: the ids of generation_config.json cannot be used",
                       "correct them"):
             config.decoder_start_token_id = generation.decoder_start_token_id = start
-            if generation.eos_token_id is not None:  # which transformers' generate goes by
+            if generation.eos_token_id is not None:  # used by transformers' generate()
                 config.eos_token_id = generation.eos_token_id
         check_special_tokens(config, folder)
         with refusing(f"{path_or_name}: no T5 can be built of its config.json and weights",
@@ -527,25 +529,23 @@ class FiDT5(Reader):
 
     @property
     def is_tied(self):
-        """True if the output layer is the embedding."""
+        """Return True if the output layer shares its weight with the embedding."""
         return self.t5.lm_head.weight is self.t5.shared.weight
 
     def plain_weights(self):
-        """Return {plain T5 name: weight}, each once."""
+        """Return {plain T5 name: weight}, without the copies of the embedding."""
         weights = {plain_key(key): value
                    for key, value in self.t5.state_dict(keep_vars=True).items()}
         copies = [key for key in EMBEDDINGS[1:] if weights[key] is weights[EMBEDDINGS[0]]]
         return {key: value.detach() for key, value in weights.items() if key not in copies}
 
     def save_pretrained(self, folder):
-        """Write config.json, generation_config.json and model.safetensors with plain T5 names, as
-        transformers does.
-        """
+        """Write config.json, generation_config.json and model.safetensors as transformers does."""
         os.makedirs(folder, exist_ok=True)
         write_weights(folder, self.plain_weights())
         config = self.config.to_dict() | {"architectures": [type(self.t5).__name__],
                                           "tie_word_embeddings": self.is_tied, "dtype": "float32"}
-        if self.config.model_type == "t5":  # T5's name for scaling what goes into the output layer
+        if self.config.model_type == "t5":  # read as "scale the states" by T5, see __init__
             config["tie_word_embeddings"] = self.config.scale_decoder_outputs
         if self.cross_bias is not None:
             config[CROSS_BIAS_MARK] = True
@@ -557,18 +557,10 @@ class FiDT5(Reader):
         self.t5.generation_config.save_pretrained(folder)
 
 
-def in_product_dtype(x):
-    """x in the type that matrix products have now: autocast's where it is on."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
-
-
 # ---------------------------------------------------------------- building a T5
 
 def check_special_tokens(config, folder):
-    """Raise InputError for a start, padding or end token that is not in the vocabulary."""
+    """Raise InputError for a start, padding or end id that is not in the vocabulary."""
     ends = config.eos_token_id
     named = [("decoder_start_token_id", config.decoder_start_token_id),
              ("pad_token_id", config.pad_token_id)]
@@ -581,8 +573,8 @@ def check_special_tokens(config, folder):
 
 
 def build_random_t5(config, folder):
-    """A T5 of a configuration at random initialisation; its output layer is its own if config.json
-    says so.
+    """Return a T5 with random weights; its output layer is untied if config.json has
+    tie_word_embeddings false.
     """
     t5 = CLASSES[config.model_type](config)
     settings = read_settings(os.path.join(folder, "config.json"))
@@ -594,12 +586,12 @@ def build_random_t5(config, folder):
 
 
 def build_t5(config, weights, source, settings=None):
-    """Return the float32 T5 of a configuration with these weights (any wrapping); `settings` are
-    config.json's.
+    """Return the float32 T5 of a configuration with these weights, under plain or wrapped names.
 
-    Raise InputError, which names `source`, where names or shapes differ.
+    settings: the content of config.json. Raise InputError, which names `source`, for weights with
+    other names or shapes.
     """
-    with torch.device("meta"):  # no time goes into random weights
+    with torch.device("meta"):  # the weights below replace all of these: no random numbers needed
         t5 = CLASSES[config.model_type](config)
     with_bias = has_cross_bias(weights, settings or {})
     weights = {plain_key(key): value.float() for key, value in weights.items()}

@@ -1,9 +1,9 @@
-"""Dropout whose random numbers cost a CPU little.
+"""Dropout with cheap random numbers on a CPU.
 
-torch draws random numbers for each unit one by one; numpy's SFC64 yields four units per draw. It
-takes 4.0 ns a unit in place of 6.6 on an AMD EPYC (bench/reader.py prints both). A training step of
-t5-small with 10 passages is 1.1 to 1.5 times as fast as with F.dropout, depending on the machine's
-load (bench/reader.py, readers ours and "torch's dropout").
+torch draws one random number per unit; numpy's SFC64 gives four per draw, which takes 4.0 instead
+of 6.6 ns per unit on an AMD EPYC (bench/reader.py prints both). A training step of t5-small with 10
+passages is 1.1 to 1.5 times as fast as with F.dropout, depending on the machine's load
+(bench/reader.py, readers ours and "torch's dropout").
 """
 import math
 
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 
 def dropout(x, p):
-    """F.dropout(x, p); on a CPU with random numbers of its own, and p rounded to a multiple of
-    2 ** -16.
+    """Return F.dropout(x, p); on a CPU with the random numbers of keep_mask, and p rounded to a
+    multiple of 2 ** -16.
     """
     if p == 0:
         return x
@@ -24,7 +24,7 @@ def dropout(x, p):
 
 
 class Dropout(torch.autograd.Function):
-    """x * keep / (1 - p); the bool mask is all that is kept for the backward pass."""
+    """Compute x * keep / (1 - p), and save only the bool mask for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, p):
@@ -40,10 +40,10 @@ class Dropout(torch.autograd.Function):
 
 
 def keep_mask(shape, p):
-    """A bool tensor, False with probability p; drawn by numpy under a seed that torch's generator
-    draws.
+    """Return a bool tensor that is False with probability p.
 
-    The seed comes from torch so that activation checkpointing and --resume replay the same masks.
+    numpy draws it with a seed from torch's generator, so that activation checkpointing and --resume
+    replay the same masks.
     """
     count = math.prod(shape)
     seed = int(torch.randint(2 ** 62, ()))

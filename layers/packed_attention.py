@@ -1,13 +1,12 @@
-"""Self-attention over texts that lie side by side without padding, shared by the reader's and the
-retriever's encoders.
+"""Self-attention over packed texts, for the encoders of the reader and of the retriever.
 
-All real tokens of a batch are the rows of one (S, D) matrix, so linear layers, norms and dropout
-waste nothing on padding. Only attention must know where texts begin: neighbours of similar length
-are padded to a small batch and attend there.
+Packed means that the real tokens of all texts are the rows of one (S, D) matrix, so linear layers,
+norms and dropout waste nothing on padding. Only attention depends on where texts begin: a few
+neighbouring texts of similar length are padded to a small batch, and attention is computed there.
 
     lengths [3, 2]      rows of the packed matrix   a1 a2 a3 b1 b2
     one group           (n = 2, L = 3)              a1 a2 a3
-                                                    b1 b2 --   the padded key scores -inf
+                                                    b1 b2 --   the padding's score is -inf
 """
 from typing import NamedTuple
 
@@ -16,30 +15,29 @@ import torch.nn.functional as F
 
 from layers.dropout import dropout
 
-# tokens that attend at a time: on a CPU what its cache holds
+# tokens, padding included, whose attention is computed at a time; a CPU's cache holds 1024
 GROUP_TOKENS = {"cpu": 1024, "cuda": 16384}
+CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # tokens, padding included, encoded at a time
 
 
 class Group(NamedTuple):
-    """Neighbouring texts of similar length whose attention is one padded batch of n texts of L
-    tokens.
+    """Describe n neighbouring texts of similar length, whose attention is computed as one batch
+    padded to L tokens. Without padding the three tensors are None.
     """
-    start: int                     # rows start .. end of the packed tokens are the group's
+    start: int                    # the group has rows start .. end of the packed matrix
     end: int
     n: int
     L: int
-    # (n * L) the group's row at each position, a neighbour's at padding; None: nothing is padded
-    padded_rows: torch.Tensor
-    # (end - start) positions of the n * L that hold real tokens; None: nothing is padded
-    real_positions: torch.Tensor
-    padding: torch.Tensor  # (n, 1, 1, L) float, -inf at padded keys; None: nothing is padded
+    padded_rows: torch.Tensor     # (n * L) the group's row at each position; any row at padding
+    real_positions: torch.Tensor  # (end - start) those of the n * L positions with a real token
+    padding: torch.Tensor         # (n, 1, 1, L) float, -inf at padded keys
 
 
 def split_by_length(lengths, most_tokens, most_texts=None):
-    """Yields (first, last) of runs of texts whose lengths come in falling order.
+    """Yield (first, last) of consecutive runs of texts, whose lengths are given in falling order.
 
-    A run has at most `most_tokens` tokens when padded to its longest text, or one text, and at most
-    `most_texts` texts.
+    A run, padded to its longest text, has at most `most_tokens` tokens, unless it is a single text,
+    and at most `most_texts` texts.
     """
     first = 0
     while first < len(lengths):
@@ -52,7 +50,7 @@ def split_by_length(lengths, most_tokens, most_texts=None):
 
 
 def group_texts(lengths, device):
-    """Groups of at most GROUP_TOKENS tokens of texts whose lengths come in falling order."""
+    """Return Groups of at most GROUP_TOKENS tokens; lengths of texts are in falling order."""
     groups, start = [], 0
     for first, last in split_by_length(lengths, GROUP_TOKENS[device.type]):
         group_lengths = lengths[first:last]
@@ -71,10 +69,10 @@ def group_texts(lengths, device):
 
 
 def packed_attention(q, k, v, groups, bias=None, p=0.0, scale=1.0):
-    """Self-attention of packed texts, (S, H * d), a group at a time.
+    """Return the self-attention (S, H * d) of packed texts, computed group by group.
 
-    q, k, v (S, H, d); bias (H, L, L) of relative positions or None; p the dropout of the
-    probabilities.
+    q, k, v: (S, H, d). bias: (H, L, L) of relative positions, or None. p: the probability of
+    dropping an attention weight.
     """
     outputs = []
     for group in groups:
@@ -90,7 +88,7 @@ def packed_attention(q, k, v, groups, bias=None, p=0.0, scale=1.0):
 
 
 def pad(packed, group):
-    """(S, H, d) to the group's padded batch (n, H, L, d)."""
+    """Return the padded batch (n, H, L, d) of a group of packed rows (S, H, d)."""
     rows = packed[group.start:group.end]
     if group.padded_rows is not None:
         rows = rows.index_select(0, group.padded_rows)
@@ -98,7 +96,7 @@ def pad(packed, group):
 
 
 def unpad(y, group):
-    """(n, H, L, d) to the group's real rows (end - start, H, d)."""
+    """Return the real rows (end - start, H, d) of a group's padded batch (n, H, L, d)."""
     rows = y.transpose(1, 2).flatten(0, 1)
     if group.real_positions is not None:
         rows = rows.index_select(0, group.real_positions)
@@ -106,8 +104,8 @@ def unpad(y, group):
 
 
 def attention(q, k, v, bias, p, scale):
-    """dropout(softmax(scale * q k' + bias)) v of a padded batch (n, H, L, d); bias broadcasts to
-    (n, H, L, L), or None.
+    """Return dropout(softmax(scale * q k' + bias)) v for a padded batch (n, H, L, d); bias is None
+    or broadcasts to (n, H, L, L).
 
     On a CPU torch's fused form takes half the time without gradients, but longer with them.
     """
@@ -117,7 +115,7 @@ def attention(q, k, v, bias, p, scale):
 
 
 def plain_attention(q, k, v, bias, p, scale):
-    """Attention in textbook form."""
+    """Compute attention in textbook form."""
     scores = (q @ k.transpose(-1, -2)).float() * scale
     if bias is not None:
         scores = scores + bias
@@ -125,7 +123,7 @@ def plain_attention(q, k, v, bias, p, scale):
 
 
 def fused_attention(q, k, v, bias, p, scale):
-    """The same by torch's scaled_dot_product_attention."""
+    """Compute attention by torch's scaled_dot_product_attention."""
     n, H, L, _ = q.shape
     mask = None if bias is None else bias.to(q.dtype).expand(n, H, L, k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)

@@ -1,10 +1,9 @@
-"""T5's layers (arXiv 1910.10683) in the shapes of Fusion-in-Decoder, computed with the modules of
-transformers' T5.
+"""T5's layers (arXiv 1910.10683) for Fusion-in-Decoder, with the weights of transformers' T5.
 
-Encoder: the real tokens of many passages lie side by side in one (S, D) matrix
-(packed_attention.py). Decoder: a short target attends to a memory of tens of thousands of tokens
-whose keys and values are never computed. Under autocast to bfloat16 the matrix products run in it;
-norms, softmax and the residual stream stay float32.
+The encoder computes on packed tokens: the real tokens of many passages are the rows of one (S, D)
+matrix (packed_attention.py). In the decoder a short target attends to a memory of tens of thousands
+of tokens, without computing their keys and values. Under autocast matrix products are computed in
+bfloat16; norms, softmax and the residual stream stay float32.
 """
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -15,18 +14,18 @@ from layers.packed_attention import packed_attention
 # ---------------------------------------------------------------- encoder
 
 def encode(stack, chunks, use_checkpoint=False):
-    """Return the last hidden states [(S, D)] of chunks [(ids, groups)]: packed token ids (S), and
-    which rows are one passage. All chunks pass one block before the next.
+    """Return the last hidden states [(S, D)] of chunks [(ids, groups)] of packed token ids (S) with
+    their Groups. All chunks pass one block before the next.
 
     use_checkpoint: keep only the inputs of each block, and compute the block again in the backward
     pass.
     """
-    p = dropout_rate(stack)
+    p = stack.dropout.p if stack.training else 0.0
     longest = max((group.L for _, groups in chunks for group in groups), default=1)
     xs = [dropout(stack.embed_tokens(ids), p) for ids, _ in chunks]  # [(S, D)]
     for block in stack.block:
         attention = block.layer[0].SelfAttention
-        if attention.has_relative_attention_bias:  # T5's first block, each of umT5's
+        if attention.has_relative_attention_bias:  # T5: block 0; umT5: each
             bias = attention.compute_bias(longest, longest)[0]  # (H, L, L)
         for i, (_, groups) in enumerate(chunks):
             if use_checkpoint:
@@ -38,19 +37,14 @@ def encode(stack, chunks, use_checkpoint=False):
 
 
 def encode_block(block, x, bias, groups, p):
-    """The states (S, D) after a block of the encoder."""
+    """Return the states (S, D) after a block of the encoder; p is the dropout probability."""
     self_attention, feed_forward_layer = block.layer
     x = x + encoder_attention(self_attention, x, bias, groups, p)
     return x + feed_forward(feed_forward_layer, x, p)
 
 
-def dropout_rate(stack):
-    """The dropout probability that holds now: 0 in evaluation."""
-    return stack.dropout.p if stack.training else 0.0
-
-
 def encoder_attention(layer, x, bias, groups, p):
-    """What a self-attention layer adds to the packed states x (S, D)."""
+    """Return what a self-attention layer adds to the packed states x (S, D)."""
     attention = layer.SelfAttention
     normed = layer.layer_norm(x)
     q, k, v = (split_heads(linear(normed), attention)
@@ -60,12 +54,12 @@ def encoder_attention(layer, x, bias, groups, p):
 
 
 def split_heads(x, attention):
-    """(..., H * d) -> (..., H, d)."""
+    """Reshape (..., H * d) -> (..., H, d)."""
     return x.unflatten(-1, (attention.n_heads, attention.key_value_proj_dim))
 
 
 def feed_forward(layer, x, p):
-    """What a feed-forward layer adds to x (..., D), whether T5's (ReLU) or v1.1's (gated)."""
+    """Return what a feed-forward layer adds to x (..., D): T5's with ReLU, or v1.1's gated one."""
     dense = layer.DenseReluDense
     normed = layer.layer_norm(x)
     if hasattr(dense, "wi_0"):
@@ -78,46 +72,39 @@ def feed_forward(layer, x, p):
 # ---------------------------------------------------------------- decoder
 
 def decode(stack, ids, memory, memory_bias, cache=None, raw_scores=None, use_checkpoint=False):
-    """Return last hidden states (B, T, D) of the target ids (B, T), which attend to the memory (B,
-    M, D).
+    """Return the last hidden states (B, T, D) of the target ids (B, T), which attend to the memory
+    (B, M, D).
 
     memory_bias (B, 1 or H, 1 or T, M) is added to the cross-attention's scores. `cache`, a list,
-    holds each block's past keys and values, empty at first: the ids follow on what it holds.
-    `raw_scores`, a list, receives each layer's cross-attention scores (B, H, T, M) without the
-    bias.
+    holds the keys and values of the earlier ids in each block; it is empty before the first ids,
+    and extended here. `raw_scores`, a list, gets each block's cross-attention scores (B, H, T, M)
+    without the bias. use_checkpoint: compute the cross-attention again in the backward pass.
     """
-    p = dropout_rate(stack)
+    p = stack.dropout.p if stack.training else 0.0
     past = cache[0][0].shape[2] if cache else 0
     x = dropout(stack.embed_tokens(ids), p)  # (B, T, D)
-    for i, block in enumerate(stack.block):
-        attention = block.layer[0].SelfAttention
-        if attention.has_relative_attention_bias:  # T5's first block, each of umT5's
-            causal_bias = make_causal_bias(attention, past, ids.shape[1], ids.device)
-        x = decode_block(block, x, memory, memory_bias, causal_bias, cache, i, p, raw_scores,
-                         use_checkpoint)
+    for index, block in enumerate(stack.block):
+        self_attention, crossing, feed_forward_layer = block.layer
+        if self_attention.SelfAttention.has_relative_attention_bias:  # T5: block 0; umT5: each
+            causal_bias = make_causal_bias(self_attention.SelfAttention, past, ids.shape[1],
+                                           ids.device)
+        x = x + decoder_self_attention(self_attention, x, causal_bias, cache, index, p)
+
+        attention, normed = crossing.EncDecAttention, crossing.layer_norm(x)
+        if use_checkpoint:
+            y = checkpoint(cross_attention, attention, normed, memory, memory_bias, p,
+                           use_reentrant=False)
+        else:
+            y = cross_attention(attention, normed, memory, memory_bias, p, raw_scores)
+        x = x + dropout(attention.o(y), p)
+
+        x = x + feed_forward(feed_forward_layer, x, p)
     return dropout(stack.final_layer_norm(x), p)
 
 
-def decode_block(block, x, memory, memory_bias, causal_bias, cache, index, p, raw_scores,
-                 use_checkpoint):
-    """The targets' states (B, T, D) after the decoder's block of this index."""
-    self_attention, crossing, feed_forward_layer = block.layer
-    x = x + decoder_self_attention(self_attention, x, causal_bias, cache, index, p)
-
-    normed = crossing.layer_norm(x)
-    if use_checkpoint:
-        y = checkpoint(cross_attention, crossing.EncDecAttention, normed, memory, memory_bias, p,
-                       use_reentrant=False)
-    else:
-        y = cross_attention(crossing.EncDecAttention, normed, memory, memory_bias, p, raw_scores)
-    x = x + dropout(crossing.EncDecAttention.o(y), p)
-
-    return x + feed_forward(feed_forward_layer, x, p)
-
-
 def make_causal_bias(attention, past, T, device):
-    """Return (1, H, T, past + T): relative position bias of T targets after `past` ones, -inf at
-    later targets.
+    """Return the bias (1, H, T, past + T) of T targets after `past` earlier ones: the relative
+    position bias, with -inf at later targets.
     """
     bias = attention.compute_bias(T, past + T, past_seen_tokens=past)
     later = torch.full((T, past + T), float("-inf"), device=device).triu(past + 1)
@@ -125,7 +112,7 @@ def make_causal_bias(attention, past, T, device):
 
 
 def decoder_self_attention(layer, x, bias, cache, block_index, p):
-    """What a self-attention layer adds to the targets' states x (B, T, D)."""
+    """Return what a self-attention layer adds to the targets' states x (B, T, D)."""
     attention = layer.SelfAttention
     normed = layer.layer_norm(x)
     q, k, v = (split_heads(linear(normed), attention).transpose(1, 2)  # (B, H, T, d)
@@ -141,9 +128,8 @@ def decoder_self_attention(layer, x, bias, cache, block_index, p):
 
 
 def plain_cross_attention(attention, x, memory, bias, p, raw_scores=None):
-    """Cross-attention in textbook form, (B, T, H * d): every memory token gets a key and a value.
-
-    What cross_attention is tested against.
+    """Return the cross-attention (B, T, H * d) in textbook form, with a key and a value for every
+    memory token; cross_attention is tested against it.
     """
     q = split_heads(attention.q(x), attention).transpose(1, 2)  # (B, H, T, d)
     k = split_heads(attention.k(memory), attention).transpose(1, 2)  # (B, H, M, d)
@@ -156,19 +142,19 @@ def plain_cross_attention(attention, x, memory, bias, p, raw_scores=None):
 
 
 def cross_attention(attention, x, memory, bias, p, raw_scores=None):
-    """The same, (B, T, H * d), with the projections folded into the side of x (B, T, D).
+    """Return the cross-attention (B, T, H * d) of x (B, T, D), with the projections of keys and
+    values applied to the targets instead of the memory.
 
-    A memory token m (D) has the key Wk m and the value Wv m of size d, so that for a head's query q
-    (d) and its probabilities P
+    A memory token m (D) has the key Wk m and the value Wv m of size d. For a head's query q (d) and
+    its probabilities P, therefore,
 
         score  = q . (Wk m) = (transpose(Wk) q) . m
         result = sum of P (Wv m) = Wv (sum of P m)
 
-    Folding takes H T D multiplications per memory token instead of H d D for its key, less while
-    there are T < d targets. No layer keeps keys and values, and generation needs no cache of them.
-    Measured on t5-small with 10 passages, 2 cores (bench/reader.py, readers ours and "plain
-    cross-attention"): a training step is 1.1 times as fast. That alone would not pay; that nothing
-    of the memory's size is kept per layer does.
+    This takes H T D multiplications per memory token instead of H d D for its key, which is less
+    for T < d targets. No layer keeps keys and values of the memory, in training or generation: this
+    is the main gain, since a training step is only 1.1 times as fast (t5-small with 10 passages, 2
+    cores; bench/reader.py, readers ours and "plain cross-attention").
     """
     H, d, D = attention.n_heads, attention.key_value_proj_dim, memory.shape[-1]
     wk = attention.k.weight.view(H, d, D)  # (H * d, D) -> (H, d, D)

@@ -12,7 +12,6 @@ from data import (
     Collator,
     TrainSet,
     check_targets,
-    choose_target,
     encode_inputs,
     eval_loader,
     input_texts,
@@ -39,9 +38,13 @@ def test_input_text_of_the_original():
 
 def test_targets(tmp_path):
     record = {"question": "q", "answers": list("abcdef")}
-    assert choose_target(record | {"target": "t"}, "seed") == "t"
-    assert choose_target(record) == "a"
-    assert len({choose_target(record, f"s{i}") for i in range(40)}) == 6
+    given = record | {"target": "t"}
+    in_order, shuffled = (TrainSet([record, given], 0, shuffle) for shuffle in (False, True))
+    assert in_order[0, True][2] == "a" and shuffled[1, True][2] == "t"
+    drawn = set()
+    for shuffled.epoch in range(40):
+        drawn.add(shuffled[0, True][2])
+    assert drawn == set("abcdef") and shuffled[0, False][2] is None
     trivia = {"Question": "", "question": "q",
               "answer": {"Value": "PARIS", "Aliases": ["Paris", "City of Light"]}}
     path = tmp_path / "r.json"
@@ -73,7 +76,7 @@ def test_passages_that_are_cut_off_are_counted(tokenizer, monkeypatch):
     assert said[0].startswith(f"note: 1 of 3 passages exceed {length} tokens")
     note_long_passages(records, Collator(tokenizer, 1, length), said.append)
     assert len(said) == 1
-    monkeypatch.setattr(data, "COUNTED", 2)
+    monkeypatch.setattr(data, "LENGTH_SAMPLE", 2)
     note_long_passages(records, Collator(tokenizer, 3, length), said.append)
     assert said[1].startswith("note: 1 of the first 2 passages exceed")
 
@@ -170,7 +173,7 @@ def test_collator_truncates_on_the_right(tokenizer):
 
 
 def test_a_target_with_an_end_of_sequence_gets_no_second_one(tokenizer):
-    labels = Collator(tokenizer, 1, 5).labels(["town </s>"])
+    labels = Collator(tokenizer, 1, 5)([(0, {"question": "q", "ctxs": []}, "town </s>")])["labels"]
     assert labels[0].tolist().count(tokenizer.eos_token_id) == 1
 
 

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from conftest import make_bert
-from dense import grad_cache, losses
+from dense import losses
 from dense.model import BiEncoder, CrossEncoder
+from layers import grad_cache
 
 
 @pytest.mark.parametrize("kind", ["bi", "cross"])

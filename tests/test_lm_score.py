@@ -20,7 +20,7 @@ from transformers import (
 import lm_score
 from causal_helpers import make_causal, make_tokenizer
 from conftest import ENVIRONMENT, command, make_records, make_t5, run
-from data import format_passage
+from data import input_texts
 from lm_score import choose_answers
 from reader.open import open_reader
 from reader.scorers import TEMPLATES, CausalScorer, Job
@@ -240,7 +240,7 @@ def test_reader_with_one_context(tmp_path):
         answer = record.get("target") or record["answers"][0]
         labels = tokenizer(answer, return_tensors="pt")["input_ids"]
         for context, value in zip(record["ctxs"], record_scores, strict=True):
-            ids = tokenizer(format_passage(record["question"], context),
+            ids = tokenizer(input_texts(record | {"ctxs": [context]}, 1)[0],
                             add_special_tokens=False)["input_ids"][:40]
             with torch.no_grad():
                 loss = t5(torch.tensor([ids]), labels=labels).loss

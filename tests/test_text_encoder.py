@@ -4,11 +4,11 @@ import torch
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from conftest import make_bert
-from dense import grad_cache, text_encoder
+from dense import text_encoder
 from dense.model import BiEncoder
 from dense.text_encoder import TextEncoder
 from golden_retrievers import CONFIG
-from layers import packed_attention
+from layers import grad_cache, packed_attention
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
