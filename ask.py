@@ -39,7 +39,13 @@ from pages.page import (
     split_at_answers,
 )
 from reader.open import add_prompt_flags, open_with_tokenizer
-from reader.predict import add_answer_flags, describe_best, predict, settle_beams, settle_lengths
+from reader.predict import (
+    add_answer_flags,
+    choose_beams,
+    choose_lengths,
+    describe_best,
+    predict,
+)
 from records.corpus import open_corpus
 from records.files import check_paths, new_file
 from records.questions import make_question
@@ -93,16 +99,15 @@ class Answer(NamedTuple):
     n_best: object = None  # [(text, log probability)] of the best answers, or None
 
 
-def answer_question(args, settings, text, corpus, index, model, tokenizer, world):
+def answer_question(args, settings, lengths, text, corpus, index, model, tokenizer, world):
     """Return the Answer to a question's text. index: what open_search returns."""
     seconds = {}
     contexts = search_contexts(settings, text, corpus, index, world, seconds)
     # errors name a record by its id
     record = {"id": text, "question": text, "answers": [], "ctxs": contexts}
     with timed(seconds, "read"):
-        prediction, = predict(model, [record], tokenizer, world, batch_size=1,
-                              num_contexts=args.num_contexts, max_length=args.max_length,
-                              answer_maxlength=args.answer_maxlength, num_beams=args.num_beams,
+        prediction, = predict(model, [record], tokenizer, world, batch_size=1, **lengths._asdict(),
+                              num_beams=choose_beams(args.num_beams, args.n_best),
                               with_scores="attention", n_best=args.n_best)
     # scores are logarithms of shares; a question without passages has one score, its own
     shares = 100 * torch.tensor(prediction.context_scores).softmax(0)
@@ -127,16 +132,16 @@ def search_contexts(settings, text, corpus, index, world, seconds):
         return read_contexts(results, 0, corpus, None)
 
 
-def note_unread(args, answer, model, tokenizer, is_first):
+def note_unread(lengths, answer, model, tokenizer, is_first):
     """Log that a question fills the reader's input or, for the first question, that long passages
     are truncated.
     """
-    collator = model.make_collator(tokenizer, args.num_contexts, args.max_length)
+    collator = model.make_collator(tokenizer, lengths.num_contexts, lengths.max_length)
     alone, = collator.texts({"question": answer.question, "ctxs": []})
     ids = tokenizer(alone, add_special_tokens=False, truncation=True,
-                    max_length=args.max_length)["input_ids"]
-    if len(ids) == args.max_length:
-        log(f"note: the question takes all of the {args.max_length} tokens that are read per "
+                    max_length=lengths.max_length)["input_ids"]
+    if len(ids) == lengths.max_length:
+        log(f"note: the question takes all of the {lengths.max_length} tokens that are read per "
             "passage, so no passage is read; raise --max_length")
     elif is_first:
         record = {"question": answer.question, "ctxs": answer.contexts}
@@ -154,15 +159,14 @@ def timed(seconds, part):
 
 
 def load_reader(args, world):
-    """Return (model, tokenizer) of the reader. Set the number of contexts and the lengths, where no
-    flag does, as in its training.
-    """
+    """Return (model, tokenizer, Lengths) of the reader."""
     model, tokenizer = open_with_tokenizer(args.model, world.log, args.tokenizer, args.t5_name,
                                            prompt_flags=vars(args), trained=True)
     model.to(world.device)
-    settle_lengths(args, world.log)
-    model.set_lengths(args.max_length, args.answer_maxlength)
-    return model, tokenizer
+    lengths = choose_lengths(args.model, world.log, args.num_contexts, args.max_length,
+                             args.answer_maxlength)
+    model.set_lengths(lengths.max_length, lengths.answer_maxlength)
+    return model, tokenizer, lengths
 
 
 def open_search(settings, corpus, world):
@@ -392,7 +396,7 @@ def check_ask_flags(args, method, templates):
         check_question(question, "--question")
     check_search_flags(args, templates)
     check_at_least(args, {"num_contexts": 1, "max_length": 1, "answer_maxlength": 2, "show": 0})
-    settle_beams(args)
+    choose_beams(args.num_beams, args.n_best)  # raises InputError
     check_page(args.html)
     check_paths([args.html], [*list_corpus_files(args), name_index(args, method), args.model,
                               args.query_encoder, args.key_encoder])
@@ -418,14 +422,14 @@ def main(args):
     with redirect_stdout(sys.stderr):  # only answers go to stdout
         world = start_processes(args.gpus)
         with timed(seconds, "reader"):
-            model, tokenizer = load_reader(args, world)
-        settings = read_ask_settings(args, method, templates, args.num_contexts)
+            model, tokenizer, lengths = load_reader(args, world)
+        settings = read_ask_settings(args, method, templates, lengths.num_contexts)
         with timed(seconds, "corpus and index"):
             corpus = open_corpus(list_corpus_files(args), templates["key_template"], world)
             index = open_search(settings, corpus, world)
     sources = (f"{len(corpus):,} documents of {', '.join(list_corpus_files(args))}, "
-               f"{args.query_encoder or 'BM25'}; {args.model} reads {args.num_contexts}, "
-               f"{args.max_length} tokens each")
+               f"{args.query_encoder or 'BM25'}; {args.model} reads {lengths.num_contexts}, "
+               f"{lengths.max_length} tokens each")
     log(f"{sources}; loaded in {sum(seconds.values()):.1f} s ({describe_seconds(seconds, 1)})")
 
     is_typed = not args.question and sys.stdin.isatty()
@@ -435,15 +439,15 @@ def main(args):
     try:
         for i, text in enumerate(questions):
             try:
-                answer = answer_question(args, settings, text, corpus, index, model, tokenizer,
-                                         world)
+                answer = answer_question(args, settings, lengths, text, corpus, index, model,
+                                         tokenizer, world)
             except InputError as error:
                 if not is_typed:
                     raise
                 log(f"error: {error}")  # the next question may work
                 continue
             answers.append(answer)
-            note_unread(args, answer, model, tokenizer, is_first=len(answers) == 1)
+            note_unread(lengths, answer, model, tokenizer, is_first=len(answers) == 1)
             if args.json:
                 print_record(answer, i)
             else:
