@@ -18,6 +18,7 @@ from records.names import (
     POSITIVE_NAMES,
     QUESTION_ID_NAMES,
     QUESTION_NAMES,
+    drop_missing,
     find_name,
     find_value,
     fold,
@@ -113,11 +114,6 @@ def read_answer_object(answer):
         return aliases, target
     others = aliases or [alias for alias in normalised if alias != value.lower()]
     return [value, *others], target
-
-
-def drop_missing(record):
-    """Return the fields of a record that are not None."""
-    return {name: value for name, value in record.items() if value is not None}
 
 
 def has_text(text):

@@ -72,9 +72,14 @@ def find_value(record, names):
     value = next((record[name] for name in names if record.get(name) is not None), None)
     if value is not None or not record:
         return value
-    given = {name: value for name, value in record.items() if value is not None}
+    given = drop_missing(record)
     name = find_name(given, names)
     return None if name is None else given[name]
+
+
+def drop_missing(record):
+    """Return the fields of a record that are not None."""
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def spell_id(identifier):

@@ -5,7 +5,7 @@ table has a header, or the columns question and answers (DPR's nq-test.csv), or 
 """
 from typing import NamedTuple
 
-from records.fields import check_types, drop_missing, gold_answers, question_text, record_id
+from records.fields import check_types, gold_answers, question_text, record_id
 from records.names import (
     ANSWER_NAMES,
     CONTEXT_NAMES,
@@ -16,6 +16,7 @@ from records.names import (
     QUESTION_ID_NAMES,
     QUESTION_NAMES,
     TITLE_NAMES,
+    drop_missing,
     find_name,
     list_unknown,
     may_hold_ids,

@@ -23,7 +23,7 @@ from utils import InputError, gather_lists, progress_bar, refusing
 
 class Words(NamedTuple):
     """Hold the settings by which documents and queries are split into words."""
-    rule: str         # of split_words
+    rule: str         # bm25s or unicode (split_words)
     stopwords: frozenset
     stemmer: object   # PyStemmer's stemmer, or None
     is_turkish: bool  # whether "I" and "İ" have Turkish lower cases
