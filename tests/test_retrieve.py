@@ -540,7 +540,7 @@ def test_texts_longer_than_the_model_are_cut(bert, ranker, world_files, tmp_path
     (["--metrics", "f1"], "--metrics f1: unknown"), ([], "nothing to do with the result"),
     (["--metrics", "ndcg", "--retrieval_method", "fuse"], "needs two or more --results"),
     (["--trec", "nowhere/run"], "its folder does not exist"),
-    (["--faiss_index_factory", "Nonsense", "--metrics", "mrr"], "makes no such index"),
+    (["--faiss_index_factory", "Nonsense", "--metrics", "mrr"], "faiss cannot build this index"),
     (["--metrics", "mrr", "--corpus", "absent.jsonl"], "absent.jsonl: cannot be read")])
 def test_bad_input_is_one_line(flags, message, bert, world_files, tmp_path):
     _, stderr = retrieve(world_files, "--query_encoder", bert, "--index", tmp_path / "index",
