@@ -29,7 +29,7 @@ import transformers
 from dense import losses
 from dense.batches import GroupCollator, GroupSet, check_one_instruction, plan_batches
 from dense.description import find_path, holds_pair
-from dense.flags import check_args, parse_args, pick_flags
+from dense.flags import check_args, find_data_files, parse_args, pick_flags
 from dense.gather import gather_rows
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from dense.texts import TextSettings, describe_texts, settle_texts
@@ -497,7 +497,7 @@ def add_adapters(model, args, device):
                     parameter.requires_grad_(False)
 
 
-def read_dev(args, corpus, queries, log):
+def read_dev(args, eval_file, corpus, queries, log):
     """Return the DevSet of the flags, or None. Raises InputError."""
     dev = None
     if args.eval_qrels:
@@ -508,8 +508,8 @@ def read_dev(args, corpus, queries, log):
                             " ".join(args.eval_qrels), log, args.exclude_self)
         dev = dev._replace(method=args.eval_method)
         note_unjudged(dev.labels, args.relevance_level, log)
-    elif args.eval_data:
-        dev = read_dev_set(args.eval_data, corpus, args.metrics, args.key_template, log,
+    elif eval_file:
+        dev = read_dev_set(eval_file, corpus, args.metrics, args.key_template, log,
                            args.exclude_self)
     if dev is None:
         return None
@@ -527,19 +527,19 @@ def set_up(args, world, sets=BOTH_SETS):
 
     sets: what to read, of "train" and "dev". Raises InputError.
     """
-    out = args.output_dir.rstrip("/")
+    out, files = args.output_dir.rstrip("/"), find_data_files(args)
 
     # data
-    corpus = open_corpus(args.corpus, args.key_template, world)
+    corpus = open_corpus(files.corpus, args.key_template, world)
     if args.positives or args.negatives or args.graded or args.eval_qrels:
         corpus.require_ids("training from qrels")
     queries = read_queries(args.queries)
     data = TrainingData([], [], [], {})
     if "train" in sets:
-        data = read_training(pick_flags(args, DataSettings), pick_flags(args, TaskSettings), corpus,
-                             queries, world.log)
+        settings = replace(pick_flags(args, DataSettings), train_data=files.train_data)
+        data = read_training(settings, pick_flags(args, TaskSettings), corpus, queries, world.log)
     check_lone_queries(data, args, world)
-    dev = read_dev(args, corpus, queries, world.log) if "dev" in sets else None
+    dev = read_dev(args, files.eval_data, corpus, queries, world.log) if "dev" in sets else None
 
     # model
     texts = settle_texts(args.query_encoder, second_encoder(args), pick_flags(args, TextSettings),
@@ -551,7 +551,7 @@ def set_up(args, world, sets=BOTH_SETS):
     inputs = hash_inputs(list_inputs(args), world)
     if not args.ranker:
         world.log(describe_texts(args.query_encoder, model, texts))
-    flags = settle_retriever_flags(args, out, texts, model)
+    flags = settle_retriever_flags(args, out, files, texts, model)
     state = load_state(out, flags, world, FREE_FLAGS, inputs) if args.resume else None
 
     # optimizer and schedule; --early_exit_steps ends the run before its schedule ends
@@ -595,12 +595,13 @@ def list_inputs(args):
     """Return {path: whether to hash all of it} of the files that the weights depend on, except the
     checkpoint, whose weights are in OUT.state.
     """
-    files = dict.fromkeys([*args.train_data, *args.queries], True)
-    if args.eval_data:
-        files[args.eval_data] = True
+    data = find_data_files(args)
+    files = dict.fromkeys([*data.train_data, *args.queries], True)
+    if data.eval_data:
+        files[data.eval_data] = True
     for spec in [*args.positives, *args.negatives, *args.graded, *args.eval_qrels]:
         files |= dict.fromkeys(list_qrels_files(spec), True)
-    return files | dict.fromkeys(args.corpus or [], False)
+    return files | dict.fromkeys(data.corpus or [], False)
 
 
 def check_own_prompts(data, texts):
@@ -614,11 +615,11 @@ def check_own_prompts(data, texts):
                              "the records, and give --query_prompt")
 
 
-def settle_retriever_flags(args, out, texts, model):
+def settle_retriever_flags(args, out, files, texts, model):
     """Return {name: value} of the flags with derived values filled in, for args.json and OUT.state.
     """
     chunk_size = args.chunk_size or (32 if args.gradient_checkpointing else 0)
-    flags = vars(args) | {
+    flags = vars(args) | files._asdict() | {
         "output_dir": out, "chunk_size": chunk_size, "version": texts.version,
         "add_instruction": texts.add_instruction, "query_max_length": texts.max_lengths["query"],
         "key_max_length": texts.max_lengths["key"]}

@@ -2,6 +2,7 @@
 checks.
 """
 from dataclasses import fields
+from typing import NamedTuple
 
 from dense.description import POOLING
 from dense.texts import TextSettings
@@ -230,8 +231,7 @@ def add_run_flags(parser, needs_output):
 # ---------------------------------------------------------------- checks
 
 def check_args(args, sets=BOTH_SETS):
-    """Raises InputError for flags that cannot work; resolves paths and what one flag says for
-    another.
+    """Raise InputError for flags that cannot work.
 
     sets: see set_up in train_dense.py.
     """
@@ -241,15 +241,22 @@ def check_args(args, sets=BOTH_SETS):
     check_training_data(args, sets)
     check_unused(args)
     check_evaluation(args)
-    args.train_data = find_all_files(args.train_data, args.data_root)
-    if args.corpus:
-        args.corpus = find_all_files(args.corpus, args.data_root)
-    args.eval_data = resolve_path(args.eval_data, args.data_root)
+    find_data_files(args)
 
 
-def find_all_files(paths, data_root):
-    """The files of all paths, which may be patterns."""
-    return [file for path in paths for file in find_files(path, data_root)]
+class DataFiles(NamedTuple):
+    """Hold the files of the flags of the same names, without patterns and llm-embedder: paths."""
+    train_data: list
+    corpus: list | None
+    eval_data: str | None
+
+
+def find_data_files(args):
+    """Return the DataFiles of the flags. Raises InputError for a file that does not exist."""
+    root = args.data_root
+    train_data = [file for path in args.train_data for file in find_files(path, root)]
+    corpus = [file for path in args.corpus or [] for file in find_files(path, root)]
+    return DataFiles(train_data, corpus or None, resolve_path(args.eval_data, root))
 
 
 def check_numbers(args):

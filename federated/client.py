@@ -226,7 +226,8 @@ def answer_retrieve(message, settings, tasks, client):
     Returns an answer without weights. Raises InputError.
     """
     args, model = save_global_model(message, settings, tasks["retriever"], client)
-    retrieve_contexts(settings, model, client.data, corpus_of(args), client.folder, client.index)
+    retrieve_contexts(settings, model, client.data, corpus_of(args.corpus), client.folder,
+                      client.index)
     RUNS.pop((client.name, "generator"), None)  # it holds the records of the turn before
     return RecordDict({"config": ConfigRecord({"name": client.name})})
 
