@@ -27,7 +27,7 @@ from reader.causal import choose_prompts
 from reader.causal_lm import open_causal_lm
 from reader.open import describe_origin, open_reader_tokenizer, open_with_tokenizer
 from reader.predict import add_tokenizer_flags
-from reader.scorers import TEMPLATES, CausalScorer, Job, ReaderScorer, Seq2SeqScorer, Template
+from reader.scorers import TASK_TEMPLATES, CausalScorer, Job, ReaderScorer, Seq2SeqScorer, Template
 from records.corpus import open_corpus
 from records.fields import check_types, gold_answers, has_keys, has_text, is_context, labelled_keys
 from records.files import check_paths, new_file
@@ -146,10 +146,10 @@ def read_jobs(paths, template, args, is_reader, world):
 def task_template(question):
     """Return the Template of a record's task. Raise InputError for any other task."""
     task = question.task or "qa"
-    if task not in TEMPLATES:
+    if task not in TASK_TEMPLATES:
         raise InputError(f"{question.location}: there is no template for the task {shorten(task)}, "
-                         f"only for {', '.join(TEMPLATES)}; give one with --template")
-    return TEMPLATES[task]
+                         f"only for {', '.join(TASK_TEMPLATES)}; give one with --template")
+    return TASK_TEMPLATES[task]
 
 
 def list_keys(question, corpus):

@@ -1,13 +1,13 @@
-"""A causal language model as the reader: every retrieved passage stands in a prompt of its own.
+"""A causal language model as the reader: every passage gets a prompt of its own.
 
     question and N passages -> PromptCollator -> N prompts (B, N, L), log weights (B, N)
     training                -> -log p(answer | prompt n), weighted over n
     generation              -> next-token probabilities (K, V), averaged over n to (B, V)
 
-B questions, N passages each, L tokens of a prompt at most; K prompts of all questions, T tokens of
-an answer, V of the vocabulary. Training is RA-DIT's of the language model (Lin et al. 2023, arXiv
-2310.01352, section 2.3), which FedRAG calls RALT; generation is REPLUG's ensemble (Shi et al. 2023,
-arXiv 2301.12652, eq. 2).
+B questions with N passages each, K prompts in all, L tokens per prompt, T tokens per answer, V in
+the vocabulary. Training is RA-DIT's language model fine-tuning (Lin et al. 2023, arXiv 2310.01352,
+section 2.3), which FedRAG calls RALT. Generation is REPLUG's ensemble (Shi et al. 2023, arXiv
+2301.12652, eq. 2).
 """
 import inspect
 import math
@@ -38,7 +38,7 @@ from utils import InputError, first_line, refusing, shorten
 
 TEMPLATE = r"Background: {title} {text}\n\nQuestion: {question}\nAnswer:"
 FIELDS = ("question", "title", "text")
-ANCHOR = ":"  # what an answer is tokenised after, if the template ends in a field
+ANCHOR = ":"  # stands for the prompt when an answer is tokenised, if the template ends in a field
 PASSAGE_WEIGHTS = ("equal", "score")
 ANSWER_LINES = ("first", "all")
 
@@ -46,38 +46,38 @@ ANSWER_LINES = ("first", "all")
 # ---------------------------------------------------------------- prompts
 
 class Prompts(NamedTuple):
-    """How a question and its passages become weighted prompts; kept in the args.json of a reader.
+    """Hold how a question and its passages become weighted prompts; saved in a reader's args.json.
     """
     prompt_template: str = TEMPLATE
     passage_weights: str = "equal"      # or score: the softmax of score / retriever_temperature
     retriever_temperature: float = 1.0
     chat_template: bool = False         # the prompt is the user's turn of the tokenizer's template
-    answer_lines: str = "all"           # or first: an answer ends at its first line end
+    answer_lines: str = "all"           # or first: an answer ends at its first line break
 
 
 def choose_prompts(given, stated, source):
-    """Return the Prompts of the flags that are given, else of a checkpoint, else the defaults.
+    """Return the Prompts of {name: value} of the flags, else of the checkpoint, else the defaults.
 
-    Both are dictionaries. Raise InputError, which names `source` for what it stores, for a value
-    that cannot be.
+    given, stated: the values of the flags, and those in the args.json of the checkpoint `source`.
+    Raise InputError for a value that is out of range.
     """
-    values = {}
     if not isinstance(stated, dict):
-        raise InputError(f"{source}: its args.json says 'prompts' {shorten(stated)}, which must be "
-                         "an object; mend it")
+        raise InputError(f"{source}: 'prompts' in its args.json must be an object, got "
+                         f"{shorten(stated)}; correct it")
+    values = {}
     for name, default in Prompts._field_defaults.items():
-        value, origin = stated.get(name, default), f"{source}: its args.json says {name}"
+        value, origin = stated.get(name, default), f"{source}: {name} in its args.json"
         if given.get(name) is not None:
             value, origin = given[name], f"--{name}"
         fault = find_fault(name, value)
         if fault:
-            raise InputError(f"{origin} {shorten(value)}: {fault}")
+            raise InputError(f"{origin} {fault}, got {shorten(value)}")
         values[name] = value
     return Prompts(**values)
 
 
 def find_fault(name, value):
-    """Return why the field of Prompts cannot have the value, or None."""
+    """Return what the field of Prompts must be, if the value is something else, or None."""
     if name == "passage_weights" and value not in PASSAGE_WEIGHTS:
         return f"must be one of {', '.join(PASSAGE_WEIGHTS)}"
     if name == "answer_lines" and value not in ANSWER_LINES:
@@ -86,20 +86,21 @@ def find_fault(name, value):
         return "must be true or false"
     if name == "retriever_temperature":
         is_right = type(value) in (int, float) and 0 < value < math.inf
-        return None if is_right else "must be a number above 0"
+        return None if is_right else "must be a number > 0"
     if name == "prompt_template":
         fields = re.findall(r"\{(\w*)\}", value) if isinstance(value, str) else []
         unknown = [field for field in fields if field not in FIELDS]
         if unknown:
-            return f"{{{unknown[0]}}} is none of {{question}}, {{title}} and {{text}}"
+            return f"must not contain {{{unknown[0]}}}, only {{question}}, {{title}} and {{text}}"
         if "question" not in fields or fields.count("text") != 1:
             return "must be a text with {question}, and with {text} once"
     return None
 
 
 def fill_template(template, question, context):
-    """(the prompt, start and end of the passage's text in it); a title that is missing goes with
-    the space behind its place.
+    """Return (prompt, span), where span is the start and end of the passage's text in the prompt.
+
+    Without a title, {title} is removed with the space after it.
     """
     title = context.get("title")
     if not title:
@@ -107,7 +108,7 @@ def fill_template(template, question, context):
     values = {"question": question, "title": title, "text": context["text"]}
     prompt, span = "", (0, 0)
     for number, part in enumerate(re.split(r"\{(\w+)\}", template)):
-        text = values[part] if number % 2 else part  # fields stand at the odd places
+        text = values[part] if number % 2 else part  # re.split returns the fields at odd indices
         if number % 2 and part == "text":
             span = (len(prompt), len(prompt) + len(text))
         prompt += text
@@ -115,16 +116,20 @@ def fill_template(template, question, context):
 
 
 def drop_passage(template):
-    """Return the template of a question without a passage: without the passage's own lines."""
-    whitespace = template[len(template.rstrip()):]  # it stands before the answer, and stays
+    """Return the template for a question without contexts, without the lines that hold only the
+    passage.
+    """
+    whitespace = template[len(template.rstrip()):]  # before the answer, so it is kept
     lines = [line for line in template.split("\n")
              if "{question}" in line or not ("{text}" in line or "{title}" in line)]
     return "\n".join(lines).strip() + whitespace
 
 
 def cut_passage(ids, offsets, span, max_length):
-    """The ids of a prompt, at most max_length as far as the passage's tokens, from the right, can
-    be left out: those that end, by their (start, end) in the prompt, within the span.
+    """Return the ids of a prompt with the passage truncated on the right, so that at most
+    max_length remain if the passage is long enough.
+
+    offsets: (start, end) of each token; the passage's tokens are those that end within the span.
     """
     excess = len(ids) - max_length
     if excess <= 0:
@@ -134,10 +139,10 @@ def cut_passage(ids, offsets, span, max_length):
     return [token for n, token in enumerate(ids) if n not in dropped]
 
 
-def read_scores(contexts, prompts):
-    """Return the retriever's scores of contexts, or all 0 where they weigh the same.
+def read_context_scores(contexts, prompts):
+    """Return the retrieval scores of contexts, or zeros if all contexts have the same weight.
 
-    Raises ValueError for a context without a finite score.
+    Raise ValueError for a context without a finite score.
     """
     if prompts.passage_weights == "equal":
         return [0.0] * len(contexts)
@@ -151,27 +156,27 @@ def read_scores(contexts, prompts):
 
 
 class PromptCollator:
-    """Turns (index, record, target) samples into a batch of prompts and targets.
+    """Turn (index, record, target) samples into a batch of prompts and targets.
 
-    A prompt begins with the tokenizer's <s>, where it has one, and takes max_length tokens: of a
-    record's chat_history, which goes before the question with a line per turn, the oldest turns
-    are left out, then the passage is cut on the right, so that the question and the words after the
-    passage stay; a question that is longer by itself is not cut. A question without contexts is
-    asked alone. With prompts.chat_template all of this is the user's turn of a conversation.
-    The answer follows after the whitespace that the template ends with, else after one space. Its
-    tokens are those that it has in that place (reader/borders.py), and exactly one </s> at the end.
+    A prompt has at most max_length tokens and begins with the tokenizer's <s>, if there is one. The
+    turns of a record's chat_history come before the question, each in a line. The oldest turns are
+    dropped first, then the passage is truncated on the right; the question is never truncated. A
+    question without contexts gets one prompt without a passage. With prompts.chat_template a prompt
+    is the user's turn of a conversation. The answer follows the whitespace at the template's end,
+    else one space. It is tokenised in that position (reader/borders.py) and ends with exactly one
+    </s>.
 
-    Returns {indices, inputs, labels (B, T) with -100 as padding, or None}; the inputs are input_ids
-    (B, N, L), padded on the left, attention_mask (B, N, L) bool, and log_weights (B, N): the
-    logarithms of the passages' weights, -inf where there is none.
+    A batch is {indices, inputs, labels (B, T) with -100 as padding, or None}. inputs holds
+    input_ids (B, N, L), padded on the left, attention_mask (B, N, L) bool, and log_weights (B, N),
+    the logarithms of the passages' weights, -inf where there is no passage.
     """
 
     def __init__(self, tokenizer, num_contexts, max_length, prompts, longest=None):
-        """Set what is read; longest is the most tokens of prompt and target, None for no limit."""
+        """Set the options; longest is the most tokens of prompt and target, None for no limit."""
         self.tokenizer, self.num_contexts, self.max_length = tokenizer, num_contexts, max_length
         self.prompts, self.longest = prompts, longest
         self.template = prompts.prompt_template.replace(r"\n", "\n")
-        self.before, self.after = "", ""  # of the user's turn
+        self.before, self.after = "", ""  # texts of the chat template around the user's turn
         if prompts.chat_template:
             self.before, self.after = chat_frame(tokenizer)
             self.template = self.template.strip()
@@ -193,24 +198,26 @@ class PromptCollator:
                 "labels": labels}
 
     def prompt_texts(self, record):
-        """[(prompt, span of the passage's text)] of a record's contexts, or of the question alone,
-        with the newest turns of its chat_history that all of the prompts have room for.
+        """Return [(prompt, span of the passage's text)], one per context, or one for the question
+        alone.
+
+        The prompts contain as many of the newest turns of the chat_history as fit in each of them.
         """
         turns, separator = history_turns(record), "\n"
-        if len(turns) == 1:  # a single one loses its oldest words
+        if len(turns) == 1:  # a single turn is shortened word by word
             turns, separator = turns[0].split(), " "
         histories = [separator.join(turns[first:]) + "\n" for first in range(len(turns))]
         fitting = bisect_left(histories, True, key=lambda history: self.fits(record, history))
         return self.fill_prompts(record, (*histories, "")[fitting])
 
     def fits(self, record, history):
-        """Return True if a record's prompts, with this history, have at most max_length tokens."""
+        """Return True if all prompts with this history have at most max_length tokens."""
         texts = [text for text, _ in self.fill_prompts(record, history)]
         pairs = encode_prompts(self.tokenizer, texts)
         return max(len(add_start(self.start, pair.prompt)) for pair in pairs) <= self.max_length
 
     def fill_prompts(self, record, history):
-        """Return prompt_texts with this history, a text that goes before the question."""
+        """Return prompt_texts with this history, a text before the question."""
         question = history + record["question"]
         contexts = record["ctxs"][:self.num_contexts]
         if contexts:
@@ -222,7 +229,7 @@ class PromptCollator:
                 for text, (start, end) in filled]
 
     def texts(self, record):
-        """The texts that are read of a record."""
+        """Return the texts of a record's prompts."""
         return [text for text, _ in self.prompt_texts(record)]
 
     def prompt_ids(self, records):
@@ -234,51 +241,48 @@ class PromptCollator:
                 for record_prompts in prompts]
 
     def cut_prompt(self, pair, span):
-        """Return the ids of a prompt, at most max_length of them if the passage can be cut so far.
-
-        span: start and end of the passage in the text.
-        """
+        """Return the ids of a prompt with start tokens; `span` is truncated, see cut_passage."""
         num_start = len(add_start(self.start, pair.prompt)) - len(pair.prompt)
         ids = cut_passage(pair.prompt, pair.offsets, span, self.max_length - num_start)
         return self.start[:num_start] + ids
 
     def count_fixed_bytes(self, record):
-        """Return the bytes of the longest prompt of a record without the passage's text."""
+        """Return an upper bound of the bytes of a record's prompts without the passages' texts."""
         titles = [context.get("title") or "" for context in record["ctxs"][:self.num_contexts]]
         texts = [self.before, self.template, self.after, record["question"],
                  max(titles, key=len, default="")]
         return sum(len(text.encode()) for text in texts) + len(self.start) + 8
 
     def check_lengths(self, records, questions, labels):
-        """Raise InputError for a prompt that, with its target, is longer than the model reads."""
+        """Raise InputError if a prompt with its target has more tokens than the model can read."""
         for number, (record, prompts) in enumerate(zip(records, questions)):
             target = 0 if labels is None else int(labels[number].ne(-100).sum())
             tokens = max(map(len, prompts)) + target
             if self.longest and tokens > self.longest:
-                raise InputError(f"record {shorten(record['id'])} takes {tokens} tokens, passage "
-                                 f"and answer together, the model reads {self.longest}; "
-                                 "shorten its question, lower --max_length, or drop the record")
+                raise InputError(f"record {shorten(record['id'])}: prompt and answer take {tokens} "
+                                 f"tokens, but the model reads {self.longest}; shorten the "
+                                 "question, lower --max_length, or drop the record")
 
     def log_weights(self, record):
-        """(n) logarithms of the weights of a record's n contexts, which sum to one; a question
-        alone weighs one.
+        """Return the logarithms (n) of the weights of a record's n contexts, which sum to one; a
+        question without contexts has the weight one.
         """
-        scores = read_scores(record["ctxs"][:self.num_contexts], self.prompts) or [0.0]
+        scores = read_context_scores(record["ctxs"][:self.num_contexts], self.prompts) or [0.0]
         scores = torch.tensor(scores, dtype=torch.float64) / self.prompts.retriever_temperature
         return scores.log_softmax(0).float()
 
     def labels(self, targets):
-        """(B, T) ids ending in </s>, as data.Collator.labels."""
+        """Return the labels (B, T) of targets (data.pad_labels)."""
         return pad_labels(targets, self.target_ids)
 
     def target_ids(self, target):
-        """Return the target's token ids after a prompt, with exactly one </s>, at the end."""
+        """Return the ids of a target after a prompt, with exactly one </s> at the end."""
         eos = self.tokenizer.eos_token_id
         pair, = encode_pairs(self.tokenizer, [self.prompt_end()], [target])
         return [token for token in pair.answer if token != eos] + [eos]
 
     def prompt_end(self):
-        """Return the text that all prompts end with; an answer's tokens depend on no more."""
+        """Return the end that all prompts share, on which the tokens of an answer depend."""
         if self.after:
             return self.after
         end = re.split(r"\{\w+\}", self.template)[-1]
@@ -288,34 +292,32 @@ class PromptCollator:
 # ---------------------------------------------------------------- the reader
 
 class CausalReader(Reader):
-    """A causal language model that reads N prompts per question; see the module's docstring."""
+    """Read N prompts per question with a causal language model; see the module's docstring."""
 
     def __init__(self, lm, prompts=None):
         super().__init__()
         self.lm = lm
         self.prompts = prompts or Prompts()
         self.config = lm.config
-        self.base = None  # the model that adapters belong to, if they are saved alone
+        self.base = None  # name of the adapters' model, if only the adapters are saved
         self.tokenizer = None  # check_tokenizer sets it
         self.max_length = self.answer_maxlength = None  # set_lengths sets them
-        # models with relative positions alone take none; some give the logits of all places
+        # models with relative positions take no position_ids, some models compute all logits
         parameters = inspect.signature(lm.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.takes_count = "logits_to_keep" in parameters
 
     @property
     def longest(self):
-        """Return the most tokens that the model reads, or None where its configuration sets no
-        limit.
-        """
+        """Return how many tokens the model can read, or None if its configuration sets no limit."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def describe(self):
-        """What args.json says of the reader, for those that open it later."""
+        """Return the entries that the reader adds to args.json."""
         return {"prompts": self.prompts._asdict()}
 
     def set_checkpoint(self, use_checkpoint):
-        """Turns activation recomputation of the layers on or off."""
+        """Turn activation checkpointing on or off. Raise InputError if the model lacks it."""
         if not use_checkpoint:
             self.lm.activation_checkpointing_disable()
             return
@@ -336,8 +338,9 @@ class CausalReader(Reader):
         self.base = base
 
     def check_tokenizer(self, tokenizer):
-        """Raise InputError for a tokenizer that does not fit the model, or that lacks an end of
-        sequence; answers then end with its end of sequence too.
+        """Add the tokenizer's end-of-sequence token to those that end an answer.
+
+        Raise InputError for a tokenizer that does not fit the model, is slow, or has no such token.
         """
         name, eos = tokenizer.name_or_path, tokenizer.eos_token_id
         check_vocabulary(tokenizer, self.lm.get_input_embeddings(), "name the model that the "
@@ -346,8 +349,8 @@ class CausalReader(Reader):
             raise InputError(f"{name}: the tokenizer has no end-of-sequence token, which every "
                              "answer ends with; set eos_token in its tokenizer_config.json")
         if not tokenizer.is_fast:
-            raise InputError(f"{name}: the tokenizer does not tell where its tokens stand in the "
-                             "text, by which passages are cut; save it with a tokenizer.json")
+            raise InputError(f"{name}: the tokenizer is a slow one, without the offsets of tokens "
+                             "by which passages are truncated; save it with a tokenizer.json")
         ends = [end for end in self.end_tokens if end != eos] + [eos]
         ends = ends if len(ends) > 1 else eos
         self.config.eos_token_id = self.lm.generation_config.eos_token_id = ends
@@ -357,8 +360,8 @@ class CausalReader(Reader):
 
     @property
     def end_tokens(self):
-        """Return the ids that end an answer: those of config.json, of generation_config.json (chat
-        models have several) and, as the last one, the tokenizer's.
+        """Return the ids that end an answer: those of config.json and generation_config.json (chat
+        models have several), and last the tokenizer's.
         """
         ends = [*list_ids(self.config.get_text_config().eos_token_id),
                 *list_ids(self.config.eos_token_id),
@@ -367,12 +370,12 @@ class CausalReader(Reader):
         return [end for end in dict.fromkeys(ends) if end not in last] + last
 
     def set_lengths(self, max_length, answer_maxlength):
-        """Set the lengths that check_records goes by. Raise InputError if prompts and answers of
-        these lengths are more than the model reads.
+        """Set the lengths that check_records uses. Raise InputError if the model cannot read a
+        prompt and an answer of these lengths.
         """
         if self.longest and max_length + answer_maxlength > self.longest:
             raise InputError(f"--max_length {max_length} and answers of {answer_maxlength} tokens "
-                             f"are more than the {self.longest} that the model reads; lower "
+                             f"exceed the {self.longest} tokens that the model reads; lower "
                              "--max_length")
         self.max_length, self.answer_maxlength = max_length, answer_maxlength
 
@@ -380,11 +383,11 @@ class CausalReader(Reader):
         """Raise InputError for a record whose contexts cannot be weighted or, after set_lengths,
         whose question and answer are more than the model reads.
 
-        trains: the answers are the records' own, not yet to be generated.
+        trains: the lengths of the records' own answers count, instead of answer_maxlength.
         """
         for record in records:
             try:
-                read_scores(record["ctxs"][:num_contexts], self.prompts)
+                read_context_scores(record["ctxs"][:num_contexts], self.prompts)
             except ValueError:
                 raise InputError(f"{path}: record {shorten(record['id'])} has a context without a "
                                  "finite 'score', which --passage_weights score needs; retrieve.py "
@@ -397,7 +400,7 @@ class CausalReader(Reader):
     def check_length(self, record, collator, path, trains):
         """Raise InputError for a record that takes more tokens than the model reads."""
         targets = list_targets(record) if trains else []
-        # no text has more tokens than bytes; counting tokens takes longer
+        # a text has at most as many tokens as bytes, so most records need not be tokenised
         most = max((len(target.encode()) + 8 for target in targets), default=self.answer_maxlength)
         if max(self.max_length, collator.count_fixed_bytes(record)) + most <= self.longest:
             return
@@ -411,37 +414,37 @@ class CausalReader(Reader):
         fixed = max(map(len, collator.prompt_ids([bare])[0]))
         place = f"{path}: record {shorten(record['id'])}"
         if fixed + answer > self.longest:
-            reserved = "its answer" if targets else "an answer may take"
-            raise InputError(f"{place}: its question takes {fixed} tokens without a passage, "
-                             f"{reserved} {answer}, the model reads {self.longest}; shorten the "
-                             "question, or drop the record")
-        raise InputError(f"{place}: passage and answer take {tokens + answer} tokens, the model "
+            reserved = "its answer takes" if targets else "an answer may take"
+            raise InputError(f"{place}: its question takes {fixed} tokens without a passage and "
+                             f"{reserved} {answer}, but the model reads {self.longest}; shorten "
+                             "the question, or drop the record")
+        raise InputError(f"{place}: prompt and answer take {tokens + answer} tokens, but the model "
                          f"reads {self.longest}; lower --max_length to {self.longest - answer}")
 
     def make_collator(self, tokenizer, num_contexts, max_length):
-        """What turns samples into this reader's batches."""
+        """Return a PromptCollator."""
         return PromptCollator(tokenizer, num_contexts, max_length, self.prompts, self.longest)
 
     # ---------------------------------------------------------------- training
 
     def forward(self, input_ids, attention_mask, log_weights, labels, reduction="mean"):
-        """(loss, logits (K, T, V) of the answers behind each prompt).
+        """Return (loss, logits (K, T, V) of the answer tokens after each prompt).
 
-        The loss of a question is sum_n w_n sum_t -log p(y_t | prompt n, y_<t): over its N passages,
-        whose weights w sum to one, and the T tokens of its answer, </s> included. `sum` adds up the
-        questions, `mean` divides that by the number of answer tokens, each counted once however
-        many passages there are. So with train_epoch.py's --accumulate mean every answer token of an
-        update counts alike, as with FiDT5; with sum the means of its micro-batches add up. With
-        equal weights a question's loss is RA-DIT's (arXiv 2310.01352, section 2.3) divided by N:
-        there a question counts by the number of its passages.
+        The loss of a question is sum_n w_n sum_t -log p(y_t | prompt n, y_<t), where the weights w
+        of its N passages sum to one, and y are the T tokens of its answer with </s>. `sum` adds the
+        losses of questions; `mean` divides their sum by the number of answer tokens, each counted
+        once whatever N is. So with train_epoch.py's --accumulate mean all answer tokens of an
+        update have the same weight, as with FiDT5; with sum the means of micro-batches are added.
+        With equal weights the loss is RA-DIT's (arXiv 2310.01352, section 2.3) divided by N. There
+        a question has a weight equal to the number of its passages.
         """
         is_real = attention_mask.any(2)                                                  # (B, N)
-        question = is_real.nonzero()[:, 0]      # (K) the question that each prompt is of
+        question = is_real.nonzero()[:, 0]      # (K) index of each prompt's question
         targets = labels[question]                                                       # (K, T)
         ids = torch.cat([input_ids[is_real], targets[:, :-1].clamp(min=0)], 1)   # (K, L + T - 1)
         mask = torch.cat([attention_mask[is_real], targets[:, :-1] != -100], 1)
 
-        # prompts end in the same column, so that the last T columns predict the answers
+        # all prompts end in the same column, so the last T columns predict the answers
         logits = self.run(ids, mask, labels.shape[1]).logits.float()                  # (K, T, V)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100,
                                  reduction="none")                                       # (K * T)
@@ -452,15 +455,16 @@ class CausalReader(Reader):
         return loss, logits
 
     def run(self, ids, mask, count, cache=None, use_cache=False):
-        """Return the model's output for ids (K, n), the last of each row's tokens in mask (K, past
-        + n); logits (K, count, V) of the last `count` ids only.
+        """Return the model's output, with logits (K, count, V) of the last `count` ids only.
+
+        The ids (K, n) follow the cached tokens; mask (K, past + n) covers both.
         """
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "past_key_values": cache,
                   "use_cache": use_cache}
         if self.takes_count:
             inputs["logits_to_keep"] = count
         if self.takes_positions:
-            positions = mask.long().cumsum(1).clamp(min=1) - 1  # padding counts for nothing
+            positions = mask.long().cumsum(1).clamp(min=1) - 1  # counted without padding
             inputs["position_ids"] = positions[:, -ids.shape[1]:]
         output = self.lm(**inputs)
         output.logits = output.logits[:, -count:]
@@ -471,40 +475,41 @@ class CausalReader(Reader):
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, log_weights, max_length=50, num_beams=1,
                  return_scores=False, n_best=None):
-        """Return ids (B, <= max_length) of the answers, greedy, then </s> up to the longest one.
+        """Return the ids (B, <= max_length) of greedy answers, padded with </s>.
 
-        The token is the likeliest under sum_n w_n p(. | prompt n, tokens before), an average of
+        Each token is the likeliest under sum_n w_n p(. | prompt n, earlier tokens), an average of
         probabilities, not of logits (REPLUG, arXiv 2301.12652, eq. 2). Each prompt is run once,
-        then one token a step; questions that have ended leave the batch. With `return_scores` also
-        scores (B, N): log of w_n p(answer | prompt n), normalised over n, which is the posterior of
-        the passage given the answer; -inf where there is no passage. With `n_best` 1 the ids are
-        (B, 1, T), and the answers' log probabilities (B, 1) under that average come last. With
-        prompts.answer_lines "first" the first line end after some text ends an answer, too. Raise
-        InputError for more than one beam.
+        then one token per step; questions whose answer has ended leave the batch. With
+        prompts.answer_lines "first" an answer also ends at the first line break after some text.
+
+        With `return_scores` also return scores (B, N), log w_n p(answer | prompt n) normalised over
+        n: the log posterior of the passage given the answer, -inf where there is no passage.
+        With `n_best` 1 the ids are (B, 1, T), and the log probabilities (B, 1) of the answers under
+        the average are returned last. Raise InputError for more than one beam.
         """
         if num_beams > 1:
-            raise InputError(f"--num_beams {num_beams}: a causal language model answers greedily "
-                             "only, leave the flag out (--n_best 1 is offered)")
+            raise InputError(f"--num_beams {num_beams}: a causal language model only answers "
+                             "greedily; leave the flag out (--n_best 1 is possible)")
         B, device = len(input_ids), input_ids.device
         is_real = attention_mask.any(2)                                                  # (B, N)
         prompts, mask, weights = input_ids[is_real], attention_mask[is_real], log_weights[is_real]
         if self.longest and prompts.shape[1] + max_length > self.longest:
             raise InputError(f"a prompt of {prompts.shape[1]} tokens and an answer of {max_length} "
-                             f"are more than the {self.longest} that the model reads; "
-                             "shorten the question, or lower --max_length or --answer_maxlength")
+                             f"exceed the {self.longest} that the model reads; shorten the "
+                             "question, or lower --max_length or --answer_maxlength")
         ends = torch.tensor(self.end_tokens, device=device)
         answers = torch.full((B, max_length), ends[-1], device=device)
         likelihoods = torch.zeros_like(weights)  # (K) log p(tokens so far | prompt)
-        log_probabilities = torch.zeros(B, dtype=torch.float64, device=device)  # of the average
-        # of the questions (b) and the prompts (k) that are still at it: their numbers
+        log_probabilities = torch.zeros(B, dtype=torch.float64, device=device)  # under the average
+        # indices of the questions (b) and prompts (k) that are still generating
         questions, rows = torch.arange(B, device=device), torch.arange(len(prompts), device=device)
-        owner = is_real.nonzero()[:, 0]          # (k) each prompt's place in `questions`
+        owner = is_real.nonzero()[:, 0]          # (k) index in `questions` of each prompt's
 
         output = self.run(prompts, mask, 1, use_cache=True)
         for step in range(max_length):
             log_p = output.logits[:, -1].float().log_softmax(-1)                         # (k, V)
-            # (b, k) x (k, V): a product adds in the same order each time; in bfloat16 likely tokens
-            # would come out equal
+            # (b, k) x (k, V): a matrix product always adds in the same order. In bfloat16 it would
+            # round the probabilities of likely tokens to the same number.
             shares = F.one_hot(owner, len(questions)).T * weights[rows].exp()
             with torch.autocast(device.type, enabled=False):
                 average = shares @ log_p.exp()                                           # (b, V)
@@ -540,19 +545,19 @@ class CausalReader(Reader):
         return (answers, *others) if others else answers
 
     def find_line_ends(self, answers):
-        """Return (b) bool: True for the answers (b, t) that hold a line end after some text."""
+        """Return (b) bool: True for answers (b, t) with a line break after some text."""
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         ended = ["\n" in text.lstrip() for text in texts]
         return torch.tensor(ended, device=answers.device)
 
     def trim_answers(self, answers):
-        """Return answers (B, T) without what is no text of theirs: the end token, whatever it is,
-        becomes the tokenizer's, and so does a token that goes on after a line end.
+        """Return answers (B, T) padded with the tokenizer's end token from their first end token.
+        With answer_lines "first" a last token with text after a line break is replaced, too.
         """
         ends, last = set(self.end_tokens), self.end_tokens[-1]
         rows = []
         for row in answers.tolist():
-            length = next((place for place, token in enumerate(row) if token in ends), len(row))
+            length = next((i for i, token in enumerate(row) if token in ends), len(row))
             if self.prompts.answer_lines == "first":
                 text = self.tokenizer.decode(row[:length], skip_special_tokens=True).strip()
                 if "\n" in text:
@@ -564,17 +569,17 @@ class CausalReader(Reader):
 
     @classmethod
     def from_pretrained(cls, path_or_name, dropout=None, prompts=None):
-        """Return a reader from a causal language model's folder or hub name; see open_lm."""
+        """Return the reader of a causal language model's folder or hub name; see open_lm."""
         reader = cls(open_lm(path_or_name, dropout), prompts)
         reader.check_reading(path_or_name)
         return reader
 
     @torch.no_grad()
     def check_reading(self, source):
-        """Raise InputError for a model that cannot be read with: padding before a prompt must leave
-        its logits as they are, and rows must be able to leave its cache.
+        """Raise InputError for a model that cannot be a reader, because padding before a prompt
+        changes its logits, or because rows cannot be removed from its cache.
 
-        It takes three passes of at most 12 tokens.
+        The check takes three forward passes of at most 12 tokens.
         """
         problem = "padding before a prompt changes its logits, or its cache cannot drop rows"
         was_training = self.lm.training
@@ -593,8 +598,8 @@ class CausalReader(Reader):
                          "Qwen2")
 
     def differs_when_padded(self):
-        """Return True if a short text's logits next to a longer one, and after that one has left
-        the cache, are not those of a pass of its own.
+        """Return True if the logits of a short text change when it is padded to a longer one, or
+        when that one is removed from the cache.
         """
         device = next(self.lm.parameters()).device
         ids = torch.tensor([probe_ids(self.config)], device=device)                      # (1, 8)
@@ -611,7 +616,9 @@ class CausalReader(Reader):
         return differs(output.logits[0, 0], expected[3])
 
     def save_pretrained(self, folder):
-        """Write a folder of transformers' AutoModelForCausalLM, with adapters merged in."""
+        """Write a folder for AutoModelForCausalLM, with adapters merged in, or, if `base` is set, a
+        folder of the adapters alone.
+        """
         lm = self.lm
         os.makedirs(folder, exist_ok=True)
         if self.base:
@@ -623,5 +630,6 @@ class CausalReader(Reader):
 
 
 def keep_rows(cache, kept):
-    """Drop the rows of a cache that the mask `kept` does not name, in layers of any kind."""
+    """Keep only the rows of a cache where the mask `kept` is True, in layers of any kind."""
+
     cache.reorder_cache(kept.nonzero()[:, 0])

@@ -1,4 +1,4 @@
-"""Opens causal language models: whole folders and adapters, in float32 or as stored."""
+"""Open causal language models: whole folders, or adapters that are merged into their model."""
 import os
 import re
 
@@ -9,6 +9,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from layers.causal import depends_on_longest, why_not_packed
 from training.adapters import merge_saved_adapters
 from training.checkpoints import (
+    CONSTANTS,
     announce_random_start,
     check_fit,
     check_shapes,
@@ -23,15 +24,11 @@ from training.checkpoints import (
 )
 from utils import InputError, first_line, refusing, shorten
 
-# buffers that older versions of transformers saved
-CONSTANTS = [r"rotary_emb\.inv_freq$", r"attn\.masked_bias$", r"(^|\.)position_ids$"]
-# what files call a part of the model otherwise: GPT-NeoX's output layer
-OTHER_NAMES = [(r"^embed_out\.", "lm_head.")]
-
 
 def is_causal(config):
-    """True for the configuration of a causal language model: encoders and models of encoder and
-    decoder, some of which transformers can run as one, are none.
+    """Return True for the configuration of a causal language model.
+
+    Encoders and encoder-decoders are excluded, although transformers can run some as one.
     """
     masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
     return (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in masked
@@ -39,13 +36,12 @@ def is_causal(config):
 
 
 def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
-    """Return the causal language model of a folder or hub name.
+    """Return the causal language model of a folder or hub name, with adapters merged in.
 
-    `dropout` replaces the configuration's rates. With the dtype None the weights stay in the file,
-    as they are, until they are used. LoRA adapters of a folder of peft are merged into the model
-    that they belong to. A folder without weights gives random ones, and a line is printed, or is
-    refused if it must be `trained`. Raise InputError where nothing fits: unknown name, unreadable
-    file, other architecture, other shapes, quantised weights.
+    `dropout` replaces the configuration's rates. With the dtype None weights keep the type of the
+    file. For a folder without weights the model is random, and a line is printed. Raise InputError
+    for an unknown name, unreadable files, another architecture, other shapes, quantised weights
+    and, if the model must be `trained`, for a folder without weights.
     """
     folder, weights = find_model(path_or_name)
     base = find_base(folder)
@@ -57,15 +53,15 @@ def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
                          "model; give the folder of one, such as GPT-2 or Llama")
     refuse_quantised(config, path_or_name)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if kind.config_class is not type(config):  # of a model that reads images too, the text part
+    if kind.config_class is not type(config):  # the text part of a model that also reads images
         config = config.get_text_config()
     if not find_weights(folder):
         refuse_gguf(folder)
     find_weights(folder, required=trained)
     weights = read_weights(folder)
     if dropout is not None:
-        set_dropout(config, dropout)
-    with refusing(f"{path_or_name}: no causal language model can be built of its config.json and "
+        set_lm_dropout(config, dropout)
+    with refusing(f"{path_or_name}: no causal language model can be built from its config.json and "
                   "weights", "give the folder of a trained model"):
         if weights is None:
             announce_random_start(path_or_name)
@@ -77,8 +73,8 @@ def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
     return model
 
 
-def set_dropout(config, rate):
-    """Set all dropout rates of a configuration, whatever the family calls them."""
+def set_lm_dropout(config, rate):
+    """Set all dropout rates of a configuration, under the names of any model family."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():
             if name.endswith(("dropout", "pdrop")) and type(value) in (int, float):
@@ -86,19 +82,19 @@ def set_dropout(config, rate):
 
 
 def build_lm(kind, config, weights, source, dtype):
-    """Return the model of this class, configuration and weights.
+    """Return a model of the class `kind` with this configuration and these weights.
 
-    transformers converts weights that it keeps in another form, such as those of experts. Raise
-    InputError, which names `source`, where names or shapes differ.
+    transformers converts weights that it stores in another form, such as those of experts. Raise
+    InputError, which names `source`, if names or shapes differ.
     """
-    with torch.device("meta"):  # shapes alone: a wrong configuration may ask for any amount
+    with torch.device("meta"):  # no memory, because a wrong configuration may need any amount
         skeleton = kind(config)
-    weights = plain_names(drop_wrapper(weights, skeleton.state_dict(), source), skeleton)
-    if count_numbers(skeleton.state_dict()) > 2 * count_numbers(weights):
-        check_shapes(skeleton, weights, source)  # it names what does not fit
+    weights = rename_weights(drop_wrapper(weights, skeleton.state_dict(), source), skeleton)
+    if count_entries(skeleton.state_dict()) > 2 * count_entries(weights):
+        check_shapes(skeleton, weights, source)  # raises InputError before memory is exhausted
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # check_fit reports what does not fit
+    transformers.utils.logging.set_verbosity_error()  # check_fit reports the same in one line
     try:
         model, loading = kind.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True,
@@ -111,13 +107,13 @@ def build_lm(kind, config, weights, source, dtype):
     return model
 
 
-def count_numbers(weights):
-    """Return how many numbers {name: weight} holds."""
+def count_entries(weights):
+    """Return the number of entries of all tensors of {name: weight}."""
     return sum(weight.numel() for weight in weights.values())
 
 
 def freeze_other_parts(model):
-    """Freeze what no text passes through, such as the part that reads images."""
+    """Freeze the parts that text does not pass through, such as an image encoder."""
     if model.config is model.config.get_text_config():
         return
     used = {id(weight) for part in (model.get_decoder(), model.get_output_embeddings())
@@ -127,8 +123,9 @@ def freeze_other_parts(model):
 
 
 def read_generation_config(folder, model):
-    """Give the model the settings of generation_config.json, if there is one; its end tokens end
-    answers too. Raise InputError for ids that the vocabulary does not have.
+    """Give the model the settings of generation_config.json, if there is one.
+
+    Raise InputError for an unreadable file, and for end tokens outside the vocabulary.
     """
     path = os.path.join(folder, "generation_config.json")
     if not os.path.exists(path):
@@ -137,36 +134,38 @@ def read_generation_config(folder, model):
         settings = GenerationConfig.from_pretrained(folder)
         try:
             settings.validate(strict=True)
-        except ValueError:  # transformers would not save it again
+        except ValueError:  # transformers would refuse to save these settings
             settings = GenerationConfig(bos_token_id=settings.bos_token_id,
                                         eos_token_id=settings.eos_token_id,
                                         pad_token_id=settings.pad_token_id)
     ends, size = list_ids(settings.eos_token_id), model.get_input_embeddings().num_embeddings
     if not all(type(end) is int and 0 <= end < size for end in ends):
-        raise InputError(f"{path}: eos_token_id {shorten(settings.eos_token_id)} must be ids below "
-                         f"{size}, the size of the vocabulary; correct it")
+        raise InputError(f"{path}: eos_token_id must be ids below {size}, the size of the "
+                         f"vocabulary, got {shorten(settings.eos_token_id)}; correct it")
     model.generation_config = settings
 
 
 def list_ids(value):
-    """Return a token id, or a list of them, or None as a list."""
+    """Return a list of ids for one id, a list of ids, or None."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def plain_names(weights, skeleton):
-    """The weights by the names that the model has: files have other names, leave out the prefix
-    (GPT-2's), hold constant buffers, or leave out an output layer that is the embedding's.
+def rename_weights(weights, skeleton):
+    """Return the weights under the names of the model.
+
+    Files may lack the prefix (GPT-2's), name the output layer otherwise (GPT-NeoX's), hold constant
+    buffers, or lack an output layer whose weights are the embedding's.
     """
     expected, prefix = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
-    constant = "|".join([*(skeleton._keys_to_ignore_on_load_unexpected or []), *CONSTANTS])
+    constant = "|".join([*(skeleton._keys_to_ignore_on_load_unexpected or []), CONSTANTS])
     named = {}
     for name, value in weights.items():
         if name not in expected:
-            for pattern, own in OTHER_NAMES:
-                name = re.sub(pattern, own, name)
-        name = prefix + name if name not in expected and prefix + name in expected else name
+            name = re.sub(r"^embed_out\.", "lm_head.", name)
+        if name not in expected and prefix + name in expected:
+            name = prefix + name
         if name in expected or not re.search(constant, name):
             named[name] = value
     for name, source in (skeleton.all_tied_weights_keys or {}).items():
@@ -176,11 +175,12 @@ def plain_names(weights, skeleton):
 
 
 def open_causal_lm(path_or_name, device, dtype=torch.float32, longest=None):
-    """Return (the model in evaluation mode, why it cannot take packed texts or None).
+    """Return (model, reason): the model in evaluation mode, and why it cannot take packed texts
+    (why_not_packed), or None if it can.
 
-    longest: tokens of the longest text that it will be given, None where that is not known. Raise
-    InputError as open_lm, for a folder without weights, and for a model whose padded texts have
-    other logits.
+    longest: tokens of the longest text to come, None if that is not known. Raise InputError as
+    open_lm, for a folder without weights, and for a model whose logits change when texts are
+    padded.
     """
     model = open_lm(path_or_name, dtype=dtype, trained=True)
     model.to(device).eval()
@@ -192,15 +192,15 @@ def open_causal_lm(path_or_name, device, dtype=torch.float32, longest=None):
 
 
 def probe_ids(config):
-    """Return the ids of a short text that models are tried with, the same for all."""
+    """Return the 8 ids of a text to test a model with."""
     size = config.get_text_config().vocab_size
-    return [(3 + 5 * place) % size for place in range(8)]
+    return [(3 + 5 * i) % size for i in range(8)]
 
 
 def differs(logits, expected):
-    """Return True if logits are not those expected, but for rounding.
+    """Return True if logits differ from those expected by more than rounding.
 
-    Weights that give no numbers are not judged here: scoring and training name them.
+    If the expected ones are not finite, return False: scoring and training report that.
     """
     if not expected.isfinite().all():
         return False
@@ -210,9 +210,10 @@ def differs(logits, expected):
 
 @torch.inference_mode()
 def check_padded(model, source):
-    """Raise InputError if a text has other logits when it is padded on the right."""
+    """Raise InputError if padding on the right changes the logits of a text."""
     ids = probe_ids(model.config)
-    problem = "a padded text has other logits than the text alone"
+    problem = "padding changes the logits of a text"
+
     try:
         texts = [torch.tensor([part], device=model.device) for part in (ids, ids[:3])]
         whole, short = (model(input_ids=text, use_cache=False).logits[0] for text in texts)

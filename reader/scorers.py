@@ -34,7 +34,7 @@ class Template(NamedTuple):
 
 KNOWLEDGE = Template("Knowledge: {key}\n\nQuestion: {query}\n\nAnswer: {answer}")
 # by task; LLM-Embedder's, except for tool, which has no template there
-TEMPLATES = {
+TASK_TEMPLATES = {
     "qa": KNOWLEDGE,
     "convsearch": KNOWLEDGE,
     "icl": Template("{key}\n{query}\n{answer}", is_stripped=False),

@@ -137,7 +137,7 @@ def test_scores_are_those_of_single_passes(folders, name):  # E6, E12
 
 
 def test_other_scores_when_padded_are_refused(folders):  # E6
-    with pytest.raises(InputError, match="cpmant model .* cannot score here .a padded text"):
+    with pytest.raises(InputError, match="cpmant model .* cannot score here .padding changes"):
         open_causal_lm(folders("CPM-Ant"), "cpu")
 
 
@@ -242,5 +242,5 @@ def test_end_tokens_of_generation_config_end_answers(tmp_path):  # E4
     batch = torch.full((2, 1, 3), 5), torch.ones(2, 1, 3).bool(), torch.zeros(2, 1)
     assert reader.generate(*batch, max_length=4).tolist() == [[1], [1]]
     (tmp_path / "lm" / "generation_config.json").write_text('{"eos_token_id": [1, 9999]}')
-    with pytest.raises(InputError, match="eos_token_id .1, 9999. must be ids below"):
+    with pytest.raises(InputError, match="eos_token_id must be ids below .*, got .1, 9999."):
         readers.open_reader(path)

@@ -23,7 +23,7 @@ from conftest import ENVIRONMENT, command, make_records, make_t5, run
 from data import input_texts
 from lm_score import choose_answers
 from reader.open import open_reader
-from reader.scorers import TEMPLATES, CausalScorer, Job
+from reader.scorers import TASK_TEMPLATES, CausalScorer, Job
 from records.questions import make_question
 from training.checkpoints import read_config
 from utils import InputError, World
@@ -375,13 +375,13 @@ def test_the_longest_title_of_a_reader_is_checked(tmp_path):  # E7
 def test_the_chat_template_frames_the_text(models):  # E16
     tokenizer = make_tokenizer()
     scorer = CausalScorer(None, tokenizer, 200, 100, frame=("user: ", "\nassistant: "))
-    job = Job({}, "who?", ["a town"], ["Mira"], TEMPLATES["qa"], "f:1")
+    job = Job({}, "who?", ["a town"], ["Mira"], TASK_TEMPLATES["qa"], "f:1")
     ((text,),) = scorer.texts(job)
     assert tokenizer.decode(text.prompt) == (
         "user: Knowledge: a town\n\nQuestion: who?\n\nAnswer:\nassistant:")
     assert tokenizer.decode(text.answer) == " Mira"
     with pytest.raises(InputError, match="f:1: the parts of an lrlm text continue each other"):
-        scorer.texts(job._replace(template=TEMPLATES["lrlm"]))
+        scorer.texts(job._replace(template=TASK_TEMPLATES["lrlm"]))
 
 
 # ---------------------------------------------------------------- errors

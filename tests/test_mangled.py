@@ -617,7 +617,8 @@ def open_causal_reader(path):
 def score_one(path):
     """Score a key as lm_score.py does."""
     args = lm_score_args(path)
-    jobs = [lm_score.Job({}, "who", ["the a"], ["a town"], lm_score.TEMPLATES["qa"], "mangled")]
+    template = lm_score.TASK_TEMPLATES["qa"]
+    jobs = [lm_score.Job({}, "who", ["the a"], ["a town"], template, "mangled")]
     config = read_config(path, "language")
     lm_score.score_jobs(lm_score.open_scorer(args, path, False, {}, config, ALONE), jobs, args)
 
