@@ -268,7 +268,7 @@ def train_epoch(run):
     """Train on the rest of the current epoch, with the reports, evaluations and saves that are due
     in it.
     """
-    args, world, progress = run.args, run.world, run.progress
+    args, progress = run.args, run.progress
     plan = plan_run(run, progress.epoch)  # a pure function: all processes get parts of one plan
     remaining, batches = open_epoch(run, plan)
     bar = epoch_bar(run)
@@ -290,7 +290,7 @@ def train_epoch(run):
         elif is_end or done % args.logging_steps == 0:
             report_progress(run)
         if is_end or eval_is_due or done % args.save_steps == 0:
-            if run.dev is None and world.is_main:
+            if run.dev is None:
                 save_best(run)  # without a dev set, keep the latest
             save_state(run)
         if is_end:
@@ -359,7 +359,7 @@ def report_progress(run, measures=None):
     run.log.row(row, progress.total_updates)
     progress.rows += 1
     progress.start_report()
-    if is_best and run.world.is_main:
+    if is_best:
         save_best(run)
 
 
@@ -376,6 +376,8 @@ def keep_measures(run, measures):
 def save_best(run):
     """Write OUT: a sentence-transformers folder with the tokenizer and args.json."""
     args = run.args
+    if not run.world.is_main:
+        return
     model = merge_adapters(run.unwrapped, args) if args.lora else run.unwrapped
     roles = {"": "query"} if args.ranker else {role: role or "query" for role in model.encoders}
     max_length = max(run.collator.texts.max_lengths.values())
@@ -649,10 +651,11 @@ def count_warmup(args, updates):
 def describe_retriever_run(run):
     """Log the lines that a run starts with."""
     args, texts, log = run.args, run.collator.texts, run.world.log
-    log_start(run, f"{len(run.train_set.examples)} training examples of {len(run.dataset_sizes)} "
-              f"dataset(s), groups of {run.train_set.group_rules[0].group_size}; "
-              f"{'ranker' if args.ranker else 'retriever'}", ("queries", "mean"),
-              f"{run.updates} updates", count_warmup(args, run.updates))
+    data = (f"{len(run.train_set.examples)} training examples of {len(run.dataset_sizes)} "
+            f"dataset(s), groups of {run.train_set.group_rules[0].group_size}; "
+            f"{'ranker' if args.ranker else 'retriever'}")
+    log_start(run, data, "queries", "mean", f"{run.updates} updates",
+              count_warmup(args, run.updates))
     note_prompts(run)
     note_temperature(run)
     tasks = list(used_instructions(run))

@@ -450,11 +450,10 @@ def count_warmup(args, last_update):
 def describe_reader_run(run):
     """Log the lines that a run starts with."""
     args = run.args
-    log_start(run, f"{len(run.train_set.records)} training and {len(run.dev)} dev questions, "
-              f"{run.num_contexts} contexts of at most {args.max_length} tokens",
-              ("questions", args.accumulate),
-              f"{run.last_update // args.epochs} updates per epoch, {run.last_update} in all",
-              count_warmup(args, run.last_update))
+    data = (f"{len(run.train_set.records)} training and {len(run.dev)} dev questions, "
+            f"{run.num_contexts} contexts of at most {args.max_length} tokens")
+    updates = f"{run.last_update // args.epochs} updates per epoch, {run.last_update} in all"
+    log_start(run, data, "questions", args.accumulate, updates, count_warmup(args, run.last_update))
     note_long_passages(run.train_set.records, run.collator, run.world.log)
     if args.retriever:
         note_reach(run.dev, run.paths.dev, run.world.log)

@@ -17,7 +17,7 @@ WORLD = World(0, 0, 1, torch.device("cpu"))
 
 
 def write_files(*names):
-    """A writer, for save_checkpoint, of files that hold their own names."""
+    """Return a writer for save_checkpoint, of files that contain their own names."""
     def writer(folder):
         for name in names:
             path = os.path.join(folder, name)
@@ -38,7 +38,7 @@ def names_below(folder):
 
 @pytest.fixture
 def out(tmp_path):
-    """A folder that holds a checkpoint of two encoders, and a file of the user's."""
+    """Return a folder with a checkpoint of two encoders and a file of the user."""
     folder = tmp_path / "out"
     save_checkpoint(str(folder), {"best": 1}, write_files("query/model.safetensors",
                                                           "key/model.safetensors"))
@@ -68,7 +68,7 @@ def test_a_pretrained_model_is_no_output(tiny, records_file, tmp_path):
     assert before == {name: os.stat(f"{tiny}/{name}").st_mtime_ns for name in os.listdir(tiny)}
 
 
-def test_an_earlier_run_is_replaced_only_when_told(out, tmp_path, capsys):
+def test_an_earlier_run_is_replaced_only_on_request(out, tmp_path, capsys):
     with pytest.raises(InputError, match="--resume continues it, --overwrite replaces it"):
         claim(out)
     claim(out, overwrite=True)
@@ -110,13 +110,13 @@ def test_args_json_names_files_of_its_folder_only(files, out):
         claim(out, overwrite=True)
 
 
-def test_a_folder_of_an_earlier_version_is_told(out):
+def test_a_folder_of_an_earlier_version_is_refused(out):
     (out / "args.json").write_text(json.dumps({"versions": {}, "args": {}}))
     with pytest.raises(InputError, match="by an earlier version of this code"):
         claim(out, overwrite=True)
 
 
-def test_a_full_disk_is_told(out, monkeypatch):
+def test_a_full_disk_is_reported(out, monkeypatch):
     def fail(folder):
         raise SafetensorError("No space left on device")
     with pytest.raises(InputError, match="cannot be written .*No space left"):
@@ -127,7 +127,7 @@ def test_two_runs_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("training.output_folder.time.sleep", lambda seconds: None)
     out = tmp_path / "out"
     with claim_folder(str(out), False, False, WORLD):
-        for _ in range(2):  # the first that is refused lets no other in
+        for _ in range(2):  # a refused run does not release the lock
             with pytest.raises(InputError, match="another run is writing there"):
                 claim(out)
             assert out.exists()
@@ -163,7 +163,7 @@ def test_a_checkpoint_replaces_its_own_files_only(out):
 
 @pytest.mark.parametrize("kill_at", range(5))
 def test_a_killed_save_is_finished_or_has_not_begun(kill_at, out, monkeypatch):
-    """Killed before each change of the folder: two files are moved, two removed, args.json moved.
+    """Kill before each change of the folder: two files are moved, two removed, args.json is moved.
     """
     class Killed(BaseException):
         pass

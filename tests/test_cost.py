@@ -1,4 +1,4 @@
-"""What a run will cost: printed after its first updates, and by --plan, which writes nothing."""
+"""The estimate of what a run will cost, printed after its first updates and by --plan."""
 import json
 import os
 import re
@@ -13,7 +13,7 @@ FLAGS = ("--num_contexts", 3, "--max_length", 60, "--num_warmup_steps", 2, "--lr
 
 
 def file_bytes(line):
-    """The bytes that a line tells of the model and of its state."""
+    """Return the bytes in a log line, of the model and of its state."""
     units = {"GB": 1e9, "MB": 1e6}
     return [float(number) * units[unit] for number, unit in re.findall(r"([\d.]+) (GB|MB)", line)]
 
@@ -34,7 +34,7 @@ def test_reader(tiny, tmp_path):
     for path, expected in (("m/model.safetensors", model), ("m.state", state)):
         # headers, the schedule and the random states are not counted
         assert expected < os.path.getsize(tmp_path / path) < expected + 3e5
-    run("train_epoch.py", tmp_path / "m", *flags, "--plan")  # an earlier run is no obstacle
+    run("train_epoch.py", tmp_path / "m", *flags, "--plan")  # an earlier run does not prevent it
 
 
 def test_retriever(tmp_path):
@@ -57,7 +57,7 @@ def test_retriever(tmp_path):
     assert "cost: 5 updates at" in out
 
 
-def test_a_disk_that_is_too_small_is_told(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported(tmp_path, monkeypatch):
     model = torch.nn.Linear(1000, 1000)
     lines = []
     run_ = SimpleNamespace(unwrapped=model, optimizer=torch.optim.AdamW(model.parameters()),

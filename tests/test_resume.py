@@ -18,7 +18,7 @@ from utils import InputError
 
 @pytest.mark.parametrize("overwrite, is_main, is_left", [
     (True, True, False), (True, False, True), (False, True, True)])
-def test_a_replaced_runs_state_goes(overwrite, is_main, is_left, tmp_path):
+def test_a_replaced_runs_state_is_removed(overwrite, is_main, is_left, tmp_path):
     """Otherwise --resume after a run that was killed early would continue the replaced one."""
     state = tmp_path / "run.state"
     arguments = str(tmp_path / "run"), overwrite, SimpleNamespace(is_main=is_main)
@@ -38,8 +38,9 @@ def test_a_flag_that_is_newer_than_the_state_may_be_off():
         refuse_other_flags("m.state", {"lr": 0}, {"lr": 1}, set())
 
 
-def test_a_run_does_not_go_on_with_another_file_of_the_same_name(tmp_path):
-    """A32: what has the same length, too; a state of an earlier version, without hashes, goes on.
+def test_a_run_does_not_continue_with_another_file_of_the_same_name(tmp_path):
+    """Check files of equal length, too (A32). A state of an earlier version has no hashes, and is
+    accepted.
     """
     world = SimpleNamespace(is_main=True, size=1)
     records, corpus = str(tmp_path / "r.json"), str(tmp_path / "c.tsv")

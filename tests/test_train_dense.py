@@ -22,8 +22,8 @@ def bert(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """LLM-Embedder records of several tasks, DPR records, and a corpus with queries and qrels; a
-    key repeats its query's words.
+    """Return a folder with LLM-Embedder records of several tasks, DPR records, and a corpus with
+    queries and qrels. A key repeats its query's words.
     """
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
 
@@ -104,8 +104,8 @@ def test_all_tasks_at_once_in_two_processes(bert, files, tmp_path):
 
 
 def test_processes_and_gradcache_give_the_plain_batch(bert, files, tmp_path):
-    """11 queries in batches of 6: 1 process x 6, 2 x 3, with and without GradCache; the last batch
-    is 5, unequal on 2 processes.
+    """Compare 11 queries in batches of 6 on 1 process and of 3 on 2 processes, with and without
+    GradCache. The last batch has 5 queries, unequal on 2 processes.
     """
     common = ["--train_data", files / "qa.json", "--epochs", 2, "--train_group_size", 3]
     plain, *others = [train(tmp_path / name, bert, *common, "--batch_size", size, *more,
@@ -115,7 +115,7 @@ def test_processes_and_gradcache_give_the_plain_batch(bert, files, tmp_path):
     weights = [load_file(tmp_path / name / "model.safetensors") for name in "abcd"]
     for curve, own in zip(others, weights[1:]):
         assert curve == pytest.approx(plain, abs=2e-4) and len(curve) == 4
-        # its gradient is rounding, which Adam blows up
+        # its gradient is a rounding error, which Adam magnifies
         for key in (key for key in weights[0] if not key.endswith("key.bias")):
             value = weights[0][key]
             torch.testing.assert_close(own[key], value, atol=2e-4, rtol=1e-3)

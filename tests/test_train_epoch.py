@@ -24,7 +24,7 @@ def state(out):
 
 
 def assert_same_run(out, other):
-    """Bit-identical weights, optimizer state and log rows, times apart."""
+    """Assert that weights, optimizer state and log rows, except times, are bit-identical."""
     a, b = state(out), state(other)
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     for index, slots in a["optimizer"]["state"].items():
@@ -37,7 +37,7 @@ def assert_same_run(out, other):
 
 # ---------------------------------------------------------------- training
 
-def test_memorises_then_evaluates_alike_with_one_and_two_processes(tiny, tmp_path):
+def test_memorises_then_evaluates_equally_with_one_and_two_processes(tiny, tmp_path):
     records = make_records(5)
     data = tmp_path / "r.json"
     data.write_text(json.dumps(records))
@@ -52,7 +52,7 @@ def test_memorises_then_evaluates_alike_with_one_and_two_processes(tiny, tmp_pat
     rows = [json.loads(line) for line in open(tmp_path / "m.jsonl")]
     assert len(rows) == 60 and len(rows[0]["loss_curve"]) == 3
     assert rows[-1]["loss"] < rows[0]["loss"]
-    T5ForConditionalGeneration.from_pretrained(tmp_path / "m")  # what the ecosystem opens
+    T5ForConditionalGeneration.from_pretrained(tmp_path / "m")  # the ecosystem can open it
     del records[1]["answers"]
     data.write_text(json.dumps(records))
     for processes in (1, 2):
@@ -80,11 +80,11 @@ def test_three_processes_with_more_batches_than_records(tiny, tmp_path):
 
 @pytest.mark.parametrize("accumulate", ["mean", "sum"])
 def test_the_split_of_a_batch_does_not_matter(tiny, records_file, tmp_path, accumulate):
-    """1 x batch 4, 2 processes x batch 2 and accumulation end with the same weights; the last
-    update of an epoch has 3 records.
+    """Compare the weights of 1 process x batch 4, 2 x batch 2, and accumulation. The last update of
+    an epoch has 3 records.
     """
     splits = {"one": (4, 1, 1), "processes": (2, 1, 2), "accumulated": (1, 4, 1), "both": (1, 2, 2)}
-    # the originals' scale: equal only if the loss's mean is taken over one record everywhere
+    # in the originals' scale splits are equal only if each micro-batch has one record
     if accumulate == "sum":
         splits = {"accumulated": (1, 4, 1), "again": (1, 4, 1)}
     for name, (batch, accumulation, processes) in splits.items():
@@ -99,8 +99,8 @@ def test_the_split_of_a_batch_does_not_matter(tiny, records_file, tmp_path, accu
 
 
 def test_sum_is_the_originals_gradient_scale(tiny, records_file, tmp_path, monkeypatch):
-    """Without clipping in reach, k accumulated micro-batches have k times the gradient of their
-    mean (FiD, minFiD).
+    """Check that k accumulated micro-batches have k times the gradient of their mean, as in FiD and
+    minFiD; --clip is out of reach.
     """
     import train_epoch as script
     from data import plan_epoch
@@ -129,8 +129,8 @@ def test_sum_is_the_originals_gradient_scale(tiny, records_file, tmp_path, monke
 
 
 def test_rounds_can_be_driven_from_outside(tiny, records_file, tmp_path, monkeypatch):
-    """set_up, train_epoch and evaluate, called one after another, end with what the script ends
-    with.
+    """Check that set_up, train_epoch and evaluate, called one after another, end with the script's
+    weights.
     """
     import train_epoch as script
     flags = [*map(str, FAST), "--t5_name", tiny, "--epochs", "2", "--batch_size", "4"]
@@ -143,7 +143,7 @@ def test_rounds_can_be_driven_from_outside(tiny, records_file, tmp_path, monkeyp
     script.set_seed(args.seed)
     driven = script.set_up(args, script.start_processes(""))
     before = script.evaluate(driven)
-    # evaluating advances nothing
+    # evaluating does not advance the run
     assert driven.progress.epoch == 0 and driven.progress.total_updates == 0
     assert set(before) == {"dev_em", "dev_f1", "correct", "count", "cut", "eval_seconds"}
     for round_index in range(2):
@@ -186,12 +186,12 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, records_file, tmp_path, m
     assert "is from a run with --seed 42 (now 7)" in error
 
 
-def test_a_run_does_not_go_on_with_other_data(tiny, tmp_path):
+def test_a_run_does_not_continue_with_other_data(tiny, tmp_path):
     data = tmp_path / "r.json"
     args = [tmp_path / "m", data, data, *FAST, "--t5_name", tiny, "--epochs", 1]
     data.write_text(json.dumps(make_records(4)))
     run("train_epoch.py", *args)
-    data.write_text(json.dumps(make_records(4, seed=1)))  # A32: as many others
+    data.write_text(json.dumps(make_records(4, seed=1)))  # A32: other records, as many
     _, error = run("train_epoch.py", *args, "--resume", code=1)
     assert "m.state is from a run in which " in error and " had another content" in error
     assert error.count("\n") == 1 and "r.json" in error
@@ -201,7 +201,7 @@ def test_a_run_does_not_go_on_with_other_data(tiny, tmp_path):
     ("9 m²", "the tokenizer cannot spell any of their answers"),
     ("word " * 80, "longer than --eval_answer_maxlength 50 allows"), ("baker", "train longer")])
 def test_an_em_of_zero_is_explained(answer, reason):
-    """A30, A31: training longer is no advice where no answer can be right."""
+    """Check that the advice is not to train longer if no answer can be right (A30, A31)."""
     import train_epoch as script
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     dev = [{"answers": [answer]}, {"answers": []}]
@@ -235,7 +235,7 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     out, _ = run("train_epoch.py", tmp_path / "m", records_file, records_file, *FAST, "--t5_name",
                  tiny, "--epochs", 1, "--warmup_ratio", 0.3, "--data_test", questions,
                  "--eval_answer_maxlength", 3)
-    # A27: what has no answers is not scored
+    # A27: questions without answers are not scored
     assert f"note: no record of {questions} has answers" in out and "test EM" not in out
     assert "11 in all, 4 of warm-up" in out
     assert "warning: no dev question was answered right" in out
@@ -243,7 +243,7 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     out, _ = run("test.py", tmp_path / "m", records_file, "--num_contexts", 0, 2, "--max_length",
                  50, "--pred", tmp_path / "p.jsonl", "--scores", tmp_path / "s.jsonl",
                  "--num_beams", 2, "--n_best", 2)
-    # A30: the limit of training's evaluation is test.py's
+    # A30: test.py uses the limit of the evaluation in training
     assert "11 answers were cut at 3 tokens (--answer_maxlength)" in out
     assert "warning: --num_contexts 0, 2, but the checkpoint was trained with 3" in out
     assert "warning: --max_length 50, but the checkpoint was trained with 60" in out
@@ -273,7 +273,7 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
         "--num_beams", 2, "--pred", tmp_path / "q.jsonl")
     assert [json.loads(line)["prediction"] for line in open(tmp_path / "q.jsonl")] == [
         row["prediction"] for row in rows]
-    # without answers: a look at the first predictions
+    # without answers, the first predictions are shown
     out, _ = run("test.py", tiny, questions)
     assert "does not store its num_contexts; using 5" in out
     assert "warning: 0 of 5 records" in out
@@ -283,7 +283,7 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
 # ---------------------------------------------------------------- bad input
 
 def refuse(script, *args):
-    """The one line that a script ends with; fails on a traceback or another exit code."""
+    """Return the error line of a script; fail on a traceback or another exit code."""
     _, error = run(script, *args, code=1)
     lines = [line for line in error.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and "Traceback" not in error, error

@@ -278,22 +278,21 @@ def wrap_model(model, world):
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def log_start(run, data, batch, updates, warmup):
+def log_start(run, data, unit, accumulate, updates, warmup):
     """Log the lines that every run starts with: machine, data and model, batch and schedule.
 
-    data: what is trained on, in words; batch: what a micro-batch holds and how micro-batches are
-    combined, such as ("questions", "mean"); updates: how many there are, in words; warmup: updates
+    data: what is trained on, in words; unit: what batches consist of, for example "questions";
+    accumulate: mean or sum of micro-batches; updates: how many there are, in words; warmup: updates
     of warm-up.
     """
     args, world, log = run.args, run.world, run.world.log
     parameters = sum(parameter.numel() for parameter in run.unwrapped.parameters())
     trained = count_trained(run.unwrapped)
     share = f", {trained:,} of them trained" if trained < parameters else ""
-    examples, accumulate = batch
     log(describe_machine(world, args.gpus))
     log(f"{data}; {parameters:,} parameters{share}")
     log(f"effective batch {args.batch_size * args.grad_accumulation * world.size} = "
-        f"{args.batch_size} {examples} x {args.grad_accumulation} micro-batches x {world.size} "
+        f"{args.batch_size} {unit} x {args.grad_accumulation} micro-batches x {world.size} "
         f"processes ({accumulate}); {updates}, {warmup} of warm-up")
     if warmup >= run.last_update:
         log(f"warning: the warm-up of {warmup} updates outlasts the run: the learning rate never "
