@@ -217,7 +217,7 @@ def resolve_paths(args):
     model = resolve_path(args.model_name_or_path, args.data_root)
     corpus = [file for path in args.corpus or [] for file in find_files(path, args.data_root)]
     name = args.save_name or os.path.basename(model.rstrip("/"))
-    output = collated_path(data, "scored", name)
+    output = collated_path(data, "collate_score", name)
     check_paths([output], [data, model, *corpus])
     return ScoringPaths(data, model, corpus, output)
 

@@ -186,10 +186,10 @@ class PromptCollator:
 
     def __call__(self, samples):
         records = [record for _, record, _ in samples]
-        questions = self.prompt_ids(records)
-        labels = self.labels([target for _, _, target in samples])
-        self.check_lengths(records, questions, labels)
-        input_ids, attention_mask = pad_passages(questions, self.tokenizer.eos_token_id, "left")
+        prompts = self.prompt_ids(records)
+        labels = pad_labels([target for _, _, target in samples], self.target_ids)
+        self.check_lengths(records, prompts, labels)
+        input_ids, attention_mask = pad_passages(prompts, self.tokenizer.eos_token_id, "left")
         weights = [self.log_weights(record) for record in records]
         weights = nn.utils.rnn.pad_sequence(weights, batch_first=True, padding_value=-torch.inf)
         return {"indices": [index for index, _, _ in samples],
@@ -253,11 +253,11 @@ class PromptCollator:
                  max(titles, key=len, default="")]
         return sum(len(text.encode()) for text in texts) + len(self.start) + 8
 
-    def check_lengths(self, records, questions, labels):
+    def check_lengths(self, records, prompts, labels):
         """Raise InputError if a prompt with its target has more tokens than the model can read."""
-        for number, (record, prompts) in enumerate(zip(records, questions)):
+        for number, (record, record_prompts) in enumerate(zip(records, prompts)):
             target = 0 if labels is None else int(labels[number].ne(-100).sum())
-            tokens = max(map(len, prompts)) + target
+            tokens = max(map(len, record_prompts)) + target
             if self.longest and tokens > self.longest:
                 raise InputError(f"record {shorten(record['id'])}: prompt and answer take {tokens} "
                                  f"tokens, but the model reads {self.longest}; shorten the "
@@ -270,10 +270,6 @@ class PromptCollator:
         scores = read_context_scores(record["ctxs"][:self.num_contexts], self.prompts) or [0.0]
         scores = torch.tensor(scores, dtype=torch.float64) / self.prompts.retriever_temperature
         return scores.log_softmax(0).float()
-
-    def labels(self, targets):
-        """Return the labels (B, T) of targets (data.pad_labels)."""
-        return pad_labels(targets, self.target_ids)
 
     def target_ids(self, target):
         """Return the ids of a target after a prompt, with exactly one </s> at the end."""

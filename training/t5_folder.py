@@ -1,10 +1,9 @@
-"""Read a T5 reader's folder: its tokenizer, the ids that begin, end and pad texts, the settings of
-generation, and which of its weights share an embedding.
+"""Read the folder of a T5 reader: tokenizer, special ids, generation settings, tied embeddings.
 
-tokenizer.json is used unchanged, not through the class of transformers that would rebuild its
-parts, and spiece.model is read without the sentencepiece package. The tokenizer decides which
-ids end and pad texts: every target was made by it. config.json decides which id a target begins
-with: the decoder was trained on it.
+tokenizer.json is used unchanged, because transformers' T5Tokenizer would rebuild its parts.
+spiece.model is read without the sentencepiece package. The ids that end and pad texts are the
+tokenizer's, since it made all targets. The id that targets begin with is config.json's, since the
+decoder was trained with it.
 """
 import os
 import re
@@ -21,15 +20,15 @@ from training.checkpoints import check_words, has_tokenizer
 from utils import InputError, refusing, shorten
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
-# classes that add nothing to their tokenizer.json or spiece.model
+# tokenizer classes that tokenizer.json or spiece.model describe completely
 PLAIN_CLASSES = (None, "T5Tokenizer", "T5TokenizerFast", "MT5Tokenizer", "MT5TokenizerFast",
                  "PreTrainedTokenizerFast", "TokenizersBackend")
 STANDARD = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 SENTINELS = 100  # <extra_id_0> to <extra_id_99>, which T5's tokenizer adds to its vocabulary
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # types of sentencepiece's pieces
-UNIGRAM = 1                               # one of its model types
+UNKNOWN_PIECE, CONTROL_PIECE, USER_DEFINED_PIECE = 2, 3, 4  # types of sentencepiece's pieces
+UNIGRAM = 1                                                 # a model type of sentencepiece
 
-# settings of generation_config.json that change a greedy or a beam search's answers
+# settings of generation_config.json that change the answers of a greedy or a beam search
 GREEDY_SETTINGS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_length",
                    "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id",
                    "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
@@ -42,7 +41,7 @@ EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tok
 # ---------------------------------------------------------------- tokenizers
 
 def open_t5_tokenizer(folder, vocab_size):
-    """Return the tokenizer of a folder for a T5 with that many embeddings.
+    """Return the tokenizer of a folder for a T5 with vocab_size embeddings.
 
     Raise InputError if its files cannot be read.
     """
@@ -58,14 +57,14 @@ def open_t5_tokenizer(folder, vocab_size):
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         name_special_tokens(tokenizer)
-        tokenizer(["a", "\N{BLACK CHESS KNIGHT}"])  # some wrong settings show only now
+        tokenizer(["a", "\N{BLACK CHESS KNIGHT}"])  # some wrong settings fail only here
     check_words(tokenizer, folder)
     return tokenizer
 
 
 def name_special_tokens(tokenizer):
-    """Give a tokenizer T5's </s>, <pad> and <unk> where its files name none and its vocabulary has
-    them.
+    """Set </s>, <pad> and <unk> where the tokenizer's files do not set such a token and its
+    vocabulary contains it.
     """
     vocabulary = tokenizer.get_vocab()
     for name, token in STANDARD.items():
@@ -74,13 +73,13 @@ def name_special_tokens(tokenizer):
 
 
 def is_byt5(folder):
-    """Return True for a folder whose config.json names ByT5's tokenizer, which needs no files."""
+    """Return True if config.json names ByT5's tokenizer, which needs no files."""
     config = read_settings(os.path.join(folder, "config.json"))
     return config.get("tokenizer_class") == "ByT5Tokenizer"
 
 
 def carries_tokenizer(folder):
-    """Return True for a folder that a T5's tokenizer can be opened from."""
+    """Return True if a T5's tokenizer can be opened from the folder."""
     return has_tokenizer(folder) or os.path.isdir(folder) and (
         is_byt5(folder) or any(os.path.exists(os.path.join(folder, name))
                                for name in SENTENCEPIECE_FILES))
@@ -89,27 +88,27 @@ def carries_tokenizer(folder):
 # ---------------------------------------------------------------- spiece.model
 
 class Pieces(NamedTuple):
-    """What a sentencepiece model holds."""
+    """Hold the content of a sentencepiece model."""
     pieces: list          # (text, score, type)
     model_type: int
     byte_fallback: bool
     charsmap: bytes       # of the normaliser
-    add_prefix: bool      # a blank before the text
+    add_prefix: bool      # put a space before the text
 
 
 def read_sentencepiece(path, settings, vocab_size):
-    """Return the tokenizer of a sentencepiece file, with the sentinels that T5's class adds, and
-    the tokens that `settings`, tokenizer_config.json's, and added_tokens.json add.
+    """Return the tokenizer of a sentencepiece file, with the ids of transformers' T5Tokenizer.
 
-    Its ids are those of transformers' T5Tokenizer. Raise InputError for a file that is no unigram
-    model of sentencepiece.
+    Tokens are added as T5Tokenizer adds its sentinels, and as `settings`, those of
+    tokenizer_config.json, and added_tokens.json add theirs. Raise InputError if the file is not a
+    unigram model of sentencepiece.
     """
     with open(path, "rb") as file:
         model = parse_sentencepiece(file.read(), path)
     texts = {text for text, _, _ in model.pieces}
     vocabulary = [(text, score) for text, score, _ in model.pieces]
     count = settings.get("extra_ids")
-    if count is None:  # mT5's vocabulary has them already
+    if count is None:  # mT5's vocabulary contains the sentinels
         has_sentinels = any("<extra_id_" in text for text in texts)
         is_full = len(vocabulary) + SENTINELS > vocab_size
         count = 0 if has_sentinels or is_full else SENTINELS
@@ -119,8 +118,9 @@ def read_sentencepiece(path, settings, vocab_size):
     named = read_settings(os.path.join(folder, "special_tokens_map.json")) | settings
     special = {name: token_text(named.get(name)) or default for name, default in STANDARD.items()}
     special = {name: token for name, token in special.items() if token in texts}
-    tokenizer.add_tokens([AddedToken(text, normalized=False, special=kind == CONTROL)
-                          for text, _, kind in model.pieces if kind in (CONTROL, USER_DEFINED)])
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=kind == CONTROL_PIECE)
+                          for text, _, kind in model.pieces
+                          if kind in (CONTROL_PIECE, USER_DEFINED_PIECE)])
     sentinels = [f"<extra_id_{number}>" for number in range(count)]
     tokenizer.add_special_tokens([*special.values(), *sentinels])
     add_tokens(tokenizer, folder, settings)
@@ -140,7 +140,8 @@ def read_sentencepiece(path, settings, vocab_size):
 
 def build_unigram(model, vocabulary):
     """Return the tokenizers.Tokenizer of Pieces, with a vocabulary of (text, score)."""
-    unknown = next((index for index, piece in enumerate(model.pieces) if piece[2] == UNKNOWN), None)
+    unknown = next((index for index, (_, _, kind) in enumerate(model.pieces)
+                    if kind == UNKNOWN_PIECE), None)
     tokenizer = Tokenizer(Unigram(vocabulary, unknown, byte_fallback=model.byte_fallback))
     if model.charsmap:
         tokenizer.normalizer = normalizers.Precompiled(model.charsmap)
@@ -153,20 +154,21 @@ def build_unigram(model, vocabulary):
 
 
 def list_special(tokens):
-    """Return the texts of further special tokens, a list or {name: token} of settings, or None."""
+    """Return the texts of special tokens, which settings hold as a list, as {name: token}, or None.
+    """
     tokens = tokens.values() if isinstance(tokens, dict) else tokens or []
     return [token_text(token) for token in tokens]
 
 
 def token_text(token):
-    """Return the text of a token as settings write it: a text, or an object with `content`."""
+    """Return the text of a token, which settings hold as a text or as an object with `content`."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def add_tokens(tokenizer, folder, settings):
-    """Add the tokens of added_tokens.json and of tokenizer_config.json's added_tokens_decoder.
+    """Add the tokens of added_tokens.json, and of added_tokens_decoder in tokenizer_config.json.
 
-    Raise InputError if they cannot have the ids that the files give them.
+    Raise InputError if a token would get another id than in the files.
     """
     path = os.path.join(folder, "added_tokens.json")
     added = {int(index): (text, False) for text, index in read_settings(path).items()}
@@ -175,16 +177,17 @@ def add_tokens(tokenizer, folder, settings):
     for index, (text, is_special) in sorted(added.items()):
         tokenizer.add_tokens([AddedToken(text, normalized=False, special=is_special)])
         if tokenizer.token_to_id(text) != index:
-            raise InputError(f"{folder}: the added token {shorten(text)} would have the id "
-                             f"{tokenizer.token_to_id(text)}, its files say {index}; save the "
-                             "tokenizer as tokenizer.json")
+            raise InputError(f"{folder}: the added token {shorten(text)} would get the id "
+                             f"{tokenizer.token_to_id(text)}, but its files give it {index}; save "
+                             "the tokenizer as tokenizer.json")
 
 
 def parse_sentencepiece(data, path):
-    """Return the Pieces of a sentencepiece file's bytes, by its published form (ModelProto of
-    sentencepiece_model.proto). Raise InputError.
+    """Return the Pieces of a sentencepiece file's bytes (ModelProto of sentencepiece_model.proto).
+
+    Raise InputError for other content, and for a model that is not a unigram model.
     """
-    with refusing(f"{path}: no sentencepiece model", "fetch it again"):
+    with refusing(f"{path}: not a sentencepiece model", "fetch it again"):
         fields = read_fields(data)
         pieces = []
         for number, value in fields:
@@ -197,15 +200,15 @@ def parse_sentencepiece(data, path):
         if not pieces:
             raise ValueError("it holds no pieces")
         if trainer.get(3, UNIGRAM) != UNIGRAM:
-            raise InputError(f"{path}: is no unigram model but one of sentencepiece's other kinds; "
-                             "save it as tokenizer.json with transformers and sentencepiece==0.2.1")
+            raise InputError(f"{path}: is a sentencepiece model but not a unigram model; save it "
+                             "as tokenizer.json with transformers and sentencepiece==0.2.1")
         return Pieces(pieces, trainer.get(3, UNIGRAM), bool(trainer.get(35, 0)),
                       normalizer.get(2, b""), bool(normalizer.get(3, 1)))
 
 
 def read_fields(data):
-    """Return [(number, value)] of the fields of a protocol buffer's message: integers, and the
-    bytes of everything else. Raise ValueError if it is cut off.
+    """Return [(number, value)] of the fields of a protocol buffer message, where values other than
+    integers are bytes. Raise ValueError if the message is truncated.
     """
     def read_integer(start):
         value, shift = 0, 0
@@ -229,7 +232,7 @@ def read_fields(data):
                 length = {1: 8, 5: 4}[kind]
             value, start = data[start:start + length], start + length
             if start > len(data):
-                raise ValueError("it is cut off")
+                raise ValueError("it is truncated")
         fields.append((key >> 3, value))
     return fields
 
@@ -237,19 +240,18 @@ def read_fields(data):
 # ---------------------------------------------------------------- ids
 
 class SpecialIds(NamedTuple):
-    """The ids that a reader's texts begin, end and are padded with."""
+    """Hold the ids that a reader's targets begin with, end with and are padded with."""
     start: int
     ends: list
     pad: int
 
 
 def read_generation(folder, config):
-    """Return (the settings to follow, a GenerationConfig; names of the settings that are ignored).
+    """Return (a GenerationConfig, [names of ignored settings]) of generation_config.json, or of
+    config.json if there is no such file.
 
-    They come from generation_config.json, else from config.json. The ids, GREEDY_SETTINGS and
-    BEAM_SETTINGS are followed.
-
-    Raise InputError for a file that transformers cannot read.
+    The GenerationConfig holds the special ids, GREEDY_SETTINGS and BEAM_SETTINGS. Raise InputError
+    for a file that transformers cannot read.
     """
     path = os.path.join(folder, "generation_config.json")
     with refusing(f"{path}: cannot be read", "correct it, or remove the file"):
@@ -265,7 +267,7 @@ def read_generation(folder, config):
 
 
 def list_settings(generation):
-    """Return {name: value} of the settings, ids aside, that a GenerationConfig changes."""
+    """Return {name: value} of the settings, except ids, that differ from transformers' defaults."""
     defaults = generation._get_default_generation_params()
     settings = {name: getattr(generation, name) for name in (*GREEDY_SETTINGS, *BEAM_SETTINGS)}
     return {name: value for name, value in settings.items()
@@ -273,18 +275,18 @@ def list_settings(generation):
 
 
 def read_start(folder, config, generation):
-    """Return the id that the targets begin with, None if the files of the folder name none: the
-    padding id then, as config.json has it.
+    """Return the id that targets begin with: decoder_start_token_id, else the padding id of
+    config.json, or None if the folder's files set neither.
 
-    Raise InputError if config.json, by which the decoder was trained, and generation_config.json
-    disagree.
+    Raise InputError if config.json, which the decoder was trained with, and generation_config.json
+    differ.
     """
     trained = getattr(config, "decoder_start_token_id", None)
     start = generation.decoder_start_token_id
     if None not in (trained, start) and trained != start:
-        raise InputError(f"{folder}: config.json begins targets with the id {shorten(trained)}, "
-                         f"generation_config.json answers with {shorten(start)}; set "
-                         "decoder_start_token_id alike in both")
+        raise InputError(f"{folder}: decoder_start_token_id is {shorten(trained)} in config.json "
+                         f"and {shorten(start)} in generation_config.json; set both to the same "
+                         "id")
     if trained is None:
         trained = start
     if trained is None and "pad_token_id" in read_settings(os.path.join(folder, "config.json")):
@@ -293,24 +295,24 @@ def read_start(folder, config, generation):
 
 
 def settle_ids(start, ends, pad, tokenizer):
-    """Return the SpecialIds that a reader and its tokenizer share, given the ids of its config.json
-    and generation_config.json; the tokenizer is given the tokens that its files do not name.
+    """Return the SpecialIds of a reader with its tokenizer, and set the tokenizer's missing tokens.
 
-    Targets end in the tokenizer's </s>, so answers end there too, and at any id of `ends` that is
-    a special token. The decoder begins with `start`, on which it was trained. Raise InputError if
-    no id can be the end.
+    start, ends, pad: the ids of config.json and generation_config.json. Targets end with the
+    tokenizer's </s>, so answers end with it too, and with any id of `ends` that is a special token.
+    The decoder begins with `start`, as in its training, or the padding id if that is None. Raise
+    InputError if there is no end token.
     """
     special = set(tokenizer.all_special_ids)
     if tokenizer.eos_token_id is None:
         named = [end for end in ends if end in special]
         if not named:
             raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence "
-                             f"token, and the id {shorten(ends[0])} of config.json is no special "
-                             "token of it; set eos_token in tokenizer_config.json")
+                             f"token, and eos_token_id {shorten(ends[0])} of config.json is not a "
+                             "special token; set eos_token in tokenizer_config.json")
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(named[0])
     end = tokenizer.eos_token_id
     if tokenizer.pad_token_id is None:
-        # nothing attends to padding, and special tokens are not decoded
+        # any special token will do: padding is never attended to or decoded
         is_known = pad in special - {tokenizer.unk_token_id}
         tokenizer.pad_token = (tokenizer.convert_ids_to_tokens(pad) if is_known
                                else tokenizer.eos_token)
@@ -324,24 +326,24 @@ def settle_ids(start, ends, pad, tokenizer):
 # ---------------------------------------------------------------- weights
 
 CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-# in config.json, where the reader was trained with that bias
+# key in the config.json of a reader that was trained with that bias
 CROSS_BIAS_MARK = "fid_cross_attention_bias"
 
 
 def plain_key(key):
-    """Return the T5 name of a weight in FiD's (`encoder.encoder`, `.module.`) or minFiD's (`t5.`,
-    `.t5block.`) wrapping.
+    """Return the T5 name of a weight, without the wrappers of FiD (`encoder.encoder.`, `.module.`)
+    and minFiD (`t5.`, `.t5block.`).
     """
     key = re.sub(r"(^|\.)encoder\.encoder\.", r"\1encoder.", key.removeprefix("t5."))
     return re.sub(r"\.(module|t5block)\.", ".", key)
 
 
 def has_cross_bias(names, settings):
-    """Return True if a checkpoint's position bias of the cross-attention is meant to be applied:
-    FiD's own files, known by their names, and readers that were trained from them here, which
-    `settings`, config.json's, say (`passage_stride` in older ones).
+    """Return True if a checkpoint's position bias of the cross-attention is to be applied.
 
-    T5's first releases hold a weight of that name, too, which no version of T5 since has used.
+    That is so for FiD's own files, which are recognised by the names of weights, and for readers
+    trained from them here, which are marked in `settings`, those of config.json (`passage_stride`
+    in older ones). T5's first releases contain a weight of that name, too, but no T5 uses it.
     """
     if any(re.search(r"(^|\.)encoder\.encoder\.", name) for name in names):
         return True
@@ -349,9 +351,10 @@ def has_cross_bias(names, settings):
 
 
 def share_embeddings(weights):
-    """Return {name: weight} with all four of EMBEDDINGS: those that the file lacks, or holds as
-    copies, are the first that it has, as transformers ties them.
+    """Return {name: weight} with all four EMBEDDINGS. Those that the file lacks or holds as copies
+    become the tensor of the first one, so that they are tied as in transformers.
     """
+
     first = next((weights[name] for name in EMBEDDINGS if name in weights), torch.empty(0))
 
     def choose(name):
