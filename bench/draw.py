@@ -1,4 +1,4 @@
-r"""Draws exact match against the number of contexts, from the tables that test.py prints.
+r"""Draw exact match against the number of contexts, from the tables that test.py prints.
 
     mkdir -p out; make demo | tee out/demo.txt
     python bench/draw.py docs/demo.svg "ranked by word overlap=out/demo.txt"

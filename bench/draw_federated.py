@@ -1,4 +1,4 @@
-r"""Draws the results of make demo-federated: recall@5 and exact match on the dev questions by
+r"""Draw the results of make demo-federated: recall@5 and exact match on the dev questions by
 round, for the federation, for each client alone and for one training on all records.
 
     make demo-federated

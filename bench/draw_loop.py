@@ -1,4 +1,4 @@
-r"""Draws the table of make demo-loop: recall@5 and exact match of every way to teach a retriever.
+r"""Draw the table of make demo-loop: recall@5 and exact match of every way to teach a retriever.
 
     SEEDS="1 2 3" make demo-loop
     python bench/draw_loop.py docs/loop.svg out/loop/table.json

@@ -1,4 +1,4 @@
-r"""Draws the loop as a diagram: what each script makes, and which script reads it.
+r"""Draw the loop as a diagram: what each script makes, and which script reads it.
 
     python bench/draw_map.py docs/map.svg
 

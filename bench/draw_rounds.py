@@ -1,4 +1,4 @@
-r"""Draws recall and exact match by round, for recipes with rounds (fid-kd.sh, lsr.sh).
+r"""Draw recall and exact match by round, for recipes with rounds (fid-kd.sh, lsr.sh).
 
     make demo-loop
     python bench/draw_rounds.py docs/rounds.svg --measure recall@5 \

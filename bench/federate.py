@@ -1,4 +1,4 @@
-"""Measures what a round of federate.py costs besides its training: seconds and bytes, two clients.
+"""Measure what a round of federate.py costs besides its training: seconds and bytes, two clients.
 
     OMP_NUM_THREADS=1 python bench/federate.py     # stages, then rounds over loopback
     OMP_NUM_THREADS=1 python bench/federate.py --models MiniLM --no_deployment

@@ -1,4 +1,4 @@
-"""Measures how many keys per second lm_score.py's passes score, against padded batches; the systems
+"""Measure how many keys per second lm_score.py's passes score, against padded batches; the systems
 take turns in one process.
 
     python bench/lm_score.py       # GPT-2 small's shape with random weights, 20 keys a question

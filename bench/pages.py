@@ -1,4 +1,4 @@
-"""Measures the page of a full test set: its size, and how long a browser opens and searches it.
+"""Measure the page of a full test set: its size, and how long a browser opens and searches it.
 
     python bench/pages.py                         # NaturalQuestions' test set: 3,610 x 100
     python bench/pages.py --budget 1000000000     # the same with every passage in the page

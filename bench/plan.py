@@ -1,4 +1,4 @@
-"""Measures training at published sizes: the scripts' own updates on random weights and texts.
+"""Measure training at published sizes: the scripts' own updates on random weights and texts.
 
     python bench/plan.py --gpus 0                      # every row, on one GPU
     python bench/plan.py --gpus 0 --rows "FiD base" "DPR" --bf16

@@ -1,4 +1,4 @@
-"""Measures speed and memory of our reader against the plain padded one, in turns in one process.
+"""Measure speed and memory of our reader against the plain padded one, in turns in one process.
 
     python bench/reader.py            # t5-small's shape, 20 and 100 contexts, float32 and bfloat16
     python bench/reader.py --contexts 10 20 50 100 --json bench.json --picture docs/reader.svg

@@ -1,4 +1,4 @@
-"""Measures speed, memory and recall of retrieve.py's searches against plain faiss and bm25s.
+"""Measure speed, memory and recall of retrieve.py's searches against plain faiss and bm25s.
 
     python bench/retrieve.py     # 1,000,000 vectors of 384 numbers, 100,000 passages: ten minutes
     python bench/retrieve.py --vectors 50000 --factories Flat IVF256,PQ48 --rounds 1

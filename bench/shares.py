@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures where a reader's attention goes: for how many of the questions answered right the
+"""Measure where a reader's attention goes: for how many of the questions answered right the
 passage with the highest score holds the answer, by both kinds of scores (test.py --score_kind) and
 by the order of the contexts.
 

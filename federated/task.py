@@ -37,7 +37,7 @@ class Settings:
 
     @property
     def total_rounds(self):
-        """The rounds of each model; its learning rate rises and falls over all of them."""
+        """Return the rounds of each model; its learning rate rises and falls over all of them."""
         return self.rounds * (self.turns if self.mode == "alternate" else 1)
 
 
@@ -83,7 +83,7 @@ class Task:
 
 @dataclass
 class PartyWorld(World):
-    """A World whose log lines start with the name of a party: one process may hold several."""
+    """Hold a World whose log lines start with a party's name: a process may have several."""
     party: str = ""
 
     def log(self, text):

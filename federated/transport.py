@@ -19,7 +19,7 @@ CLIENT_NAME = r"\w[\w.-]{0,59}"  # a folder has this name, too
 
 
 class OpenError(InputError):
-    """An InputError that quotes no record, so that a client may send it to the server."""
+    """Mark an InputError that quotes no record, so that a client may send it to the server."""
 
 
 WEIGHTS = "weights"  # the name of the array in which all weights travel

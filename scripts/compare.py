@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares measures with published ones, a line for each; the recipes end with it.
+"""Compare measures with published ones, a line for each; the recipes end with it.
 
     python scripts/compare.py --result "NQ test EM" runs/nq/em.json em 50.1 1.0 \\
         --result "federated, recall@5" runs/fed/shared.json recall@5 runs/fed/central.json 3.0

@@ -1,4 +1,4 @@
-"""Makes FiD's data from its published parts: NaturalQuestions and TriviaQA, each question with the
+"""Make FiD's data from its published parts: NaturalQuestions and TriviaQA, each question with the
 100 passages that the released readers were trained on.
 
     scripts/get_data.sh fid-nq fid-tqa       # into data/

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a corpus from a folder of documents: passages of at most --words words as JSON lines.
+"""Make a corpus from a folder of documents: passages of at most --words words as JSON lines.
 
     python scripts/make_corpus.py notes                   # writes notes.jsonl
     python scripts/make_corpus.py notes --words 60 --output my/corpus.jsonl

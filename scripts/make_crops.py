@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes training records from a corpus alone: crops of documents are the queries for them.
+"""Make training records from a corpus alone: crops of documents are the queries for them.
 
     python scripts/make_crops.py corpus.tsv --output crops.jsonl
     python train_dense.py --output_dir OUT --train_data crops.jsonl --group_size 1 \

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes qrels from a run: the documents that a search found become negatives of train_dense.py.
+"""Make qrels from a run: the documents that a search found become negatives of train_dense.py.
 
     python retrieve.py --corpus corpus.jsonl --queries queries.jsonl --qrels qrels=train.tsv \\
         --query_encoder MODEL --hits 15 --trec mined.trec

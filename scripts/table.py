@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints a table of measures in per cent, from files of retrieve.py --measures and test.py
+"""Print a table of measures in per cent, from files of retrieve.py --measures and test.py
 --measures.
 
     python scripts/table.py --columns recall@1 recall@5 em \\

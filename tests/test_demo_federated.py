@@ -12,7 +12,7 @@ from conftest import ROOT, run
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
-    """A folder with the files of toy/world.py --hard, of 60 passages and 40 questions."""
+    """Return a folder with the files of toy/world.py --hard, of 60 passages and 40 questions."""
     rng = random.Random(0)
     entities, people = world.make_entities(rng, 20, 10, held_out=False)
     passages = [passage for entity in entities
@@ -32,8 +32,8 @@ def small_world(tmp_path_factory):
 
 @pytest.fixture
 def demo(small_world, launcher, tmp_path):
-    """A function(code=0, **settings) that runs the demo into tmp_path / "out", and returns (the
-    lines it printed, those of its errors).
+    """Return a function(code=0, **settings) that runs the demo into tmp_path / "out" and returns
+    (lines of its output, lines of its errors).
     """
     def start(code=0, **settings):
         env = os.environ | {"OUT": str(tmp_path / "out"), "WORLD": str(small_world),
@@ -47,7 +47,7 @@ def demo(small_world, launcher, tmp_path):
 
 
 def stages_run(lines):
-    """The stages that the demo ran, sorted; each line begins with the chain that it is of."""
+    """Return the stages that the demo ran, sorted; each line begins with the name of its chain."""
     return sorted(line.split("== ")[1] for line in lines
                   if "| == " in line and "done before" not in line)
 

@@ -1,4 +1,4 @@
-"""federate.py as a user runs a simulation, and its parts with clients of the test's own making."""
+"""Simulations by federate.py as a user runs them, and its parts with clients that tests make up."""
 import argparse
 import json
 import os
@@ -42,8 +42,8 @@ def bert(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with a.json (5 records), b.json (8), both.json, a corpus and dev questions for a
-    retriever, and reader-a.json (3), reader-b.json (8) for a reader.
+    """Return a folder with a.json (5 records), b.json (8), both.json, a corpus and dev questions
+    for a retriever, and reader-a.json (3), reader-b.json (8) for a reader.
     """
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
 
@@ -69,7 +69,7 @@ def clients(files, *names):
 
 
 def federate(out, *own, mode="retriever", flags=(), **more):
-    """(stdout, stderr) of a simulation with the retriever's or reader's flags."""
+    """Return (stdout, stderr) of a simulation with the retriever's or reader's flags."""
     defaults = {"retriever": RETRIEVER, "generator": READER}[mode]
     return run("federate.py", out, "--mode", mode, *own, "--", *defaults, *flags, **more)
 
@@ -125,7 +125,7 @@ def test_one_client_in_one_round_is_the_training_script(bert, tiny, files, tmp_p
 
 
 def test_two_clients_sgd_step_is_a_central_step_on_the_joint_batch(tiny, files, tmp_path):
-    """The loss is a mean over target tokens: by these the clients are weighted here."""
+    """Weight the clients by target tokens, because the loss is a mean over them."""
     import train_epoch as script
     flags = ["--t5_name", tiny, "--batch_size", "8", "--weight_decay", "0"]
     federate(tmp_path / "two", "--rounds", "1", "--local_optimizer", "sgd", "--strategy", "FedAvg",
@@ -148,7 +148,7 @@ def test_two_clients_sgd_step_is_a_central_step_on_the_joint_batch(tiny, files, 
 
 
 def test_fedprox(bert, files, tmp_path):
-    """mu 0 is FedAvg; a large mu keeps the clients near the global weights."""
+    """Check that mu 0 equals FedAvg, and that a large mu keeps clients near the global weights."""
     base = ["--rounds", "2", *clients(files, "a", "b")]
     flags = ["--query_encoder", bert]
     for name, strategy in {"avg": ["FedAvg"], "prox0": ["FedProx", "proximal_mu=0"],
@@ -166,8 +166,8 @@ def test_fedprox(bert, files, tmp_path):
 
 
 def test_rounds_are_parts_of_one_schedule(bert, files, tmp_path):
-    """By SGD, which remembers nothing, three rounds of 5 updates are one of 15, over the ends of
-    epochs of 4 and with warm-up.
+    """Check that three rounds of 5 updates equal one of 15, across the ends of epochs of 4 and with
+    warm-up. SGD has no state that a new round would reset.
     """
     flags = ["--query_encoder", bert, "--batch_size", "2", "--warmup_ratio", "0.2",
              "--grad_accumulation", "2", "--lr", "0.1"]
@@ -211,7 +211,7 @@ def test_a_client_of_two_processes_is_one_of_twice_the_batch(bert, files, tmp_pa
 
 @pytest.fixture
 def opened(bert, tmp_path, monkeypatch):
-    """A function that returns the Run of a client with these settings, in this process."""
+    """Return a function that opens the Run of a client with these settings, in this process."""
     import federate as script
     monkeypatch.setattr(client_side, "RUNS", {})
     monkeypatch.setattr(client_side, "SHARED_MODELS", {})
@@ -225,7 +225,7 @@ def opened(bert, tmp_path, monkeypatch):
 
 
 def test_only_clients_of_the_same_flags_share_a_model(opened, files):
-    """The flags say more than the shapes of the weights: here how the vectors are pooled."""
+    """Compare flags and not only shapes of weights: here the pooling differs."""
     data = f"{files}/a.json"
     a, b = opened(name="a", data=data), opened(name="b", data=data)
     first = opened(name="first", data=data, flags="--pooling_method cls")
@@ -234,7 +234,7 @@ def test_only_clients_of_the_same_flags_share_a_model(opened, files):
 
 
 def test_a_refused_update_leaves_no_gradient_behind(bert, files, tmp_path, monkeypatch):
-    """Clients share a model: the gradient that one cannot use must not be added to another's."""
+    """Check that a client's refused gradient is not added to the gradient of another client."""
     import federate as script
     monkeypatch.setattr(client_side, "RUNS", {})
     monkeypatch.setattr(client_side, "SHARED_MODELS", {})
@@ -299,7 +299,7 @@ def test_the_best_model_opens_everywhere(bert, tiny, files, tmp_path):
 
 
 def test_what_a_record_holds_is_not_told_to_the_server(bert, files, tmp_path):
-    """A client's error may quote its records: the server learns that there is one, and no more."""
+    """Check that the server learns only that a client failed: its error may quote records."""
     import federate as script
     secret = tmp_path / "secret.json"
     secret.write_text('{"query": "Mrs Smith of ward 7", "pos": [5]}\n')
@@ -312,7 +312,8 @@ def test_what_a_record_holds_is_not_told_to_the_server(bert, files, tmp_path):
     message = Message(RecordDict({"arrays": arrays, "config": config}), dst_node_id=1,
                       message_type="train")
     [reply] = grid.send_and_receive([message])
-    assert reply.error.reason == "clinic: cannot train on its records; its own output says why"
+    assert reply.error.reason == (
+        "clinic: cannot train on its records; see the error in its own output")
 
 
 # ---------------------------------------------------------------- faults
@@ -324,7 +325,7 @@ class Model(torch.nn.Module):
 
 
 class StubRun:
-    """As much of a Run as the server's rounds look at."""
+    """Hold the parts of a Run that the server's rounds use."""
     def __init__(self):
         self.unwrapped, self.progress = Model(), Progress()
         self.world = World(0, 0, 1, torch.device("cpu"))
@@ -336,7 +337,7 @@ class StubTask:
 
 
 def reply_with(weight, **more):
-    """A client's function: its answer has this weight."""
+    """Return a client's function whose answer has this weight."""
     def act(message):
         metrics = {"num-examples": 2, "train_loss": 0.5, "uniform": 1} | more.get("metrics", {})
         arrays, layout = to_wire({more.get("name", "weight"): torch.as_tensor(weight)})
@@ -353,7 +354,7 @@ def without_loss(message):
 
 
 def make_server(actions, *own):
-    """A Server whose clients do what these functions say."""
+    """Return a Server whose clients run these functions."""
     import federate as script
     args = script.parse_command_line(["out", "--mode", "retriever", "--simulate",
                                       str(len(actions)), "--data", "x", "--rounds", "3", *own,
@@ -517,7 +518,7 @@ def test_privacy_adds_noise_for_as_many_clients_as_answered(name, norm):
 
 
 def test_privacy_leaves_out_a_client_that_changed_nothing():
-    """Flower would divide by the norm of its update."""
+    """Leave it out, because Flower would divide by the norm of its update."""
     server = make_server([reply_with(ONES), reply_with(0 * ONES)], "--privacy",
                          "DifferentialPrivacyServerSideFixedClipping", "noise_multiplier=0",
                          "clipping_norm=1")
@@ -526,7 +527,7 @@ def test_privacy_leaves_out_a_client_that_changed_nothing():
 
 
 def test_epsilon_of_gaussian_releases():
-    """At the best order alpha of rounds * alpha / (2 z^2) + log(1 / delta) / (alpha - 1)."""
+    """Search the best order alpha of rounds * alpha / (2 z^2) + log(1 / delta) / (alpha - 1)."""
     orders = np.linspace(1.001, 200, 2_000_000)
     for noise, rounds in ((1, 1), (4, 30), (0.5, 10)):
         by_search = (rounds * orders / (2 * noise ** 2) + np.log(1e5) / (orders - 1)).min()
@@ -536,7 +537,7 @@ def test_epsilon_of_gaussian_releases():
 
 @pytest.mark.parametrize("name,multiplier", [("FedAvg", 2), ("FedAdam", 0), ("FedMedian", 0)])
 def test_epsilon_is_of_averages_alone(name, multiplier):
-    """A wrapper adds the noise of an average of clipped updates to whatever a strategy makes."""
+    """Report none for other strategies: the wrapper's noise is calibrated for an average."""
     server = make_server([reply_with(ONES)] * 2, "--strategy", name, "--privacy",
                          "DifferentialPrivacyServerSideFixedClipping", "noise_multiplier=2",
                          "clipping_norm=1")
@@ -582,7 +583,7 @@ def test_splits(files, tmp_path):
 # ---------------------------------------------------------------- resuming
 
 def test_a_killed_server_goes_on_to_the_same_bits(bert, files, tmp_path, monkeypatch):
-    """FedAdam's moments, the adapted clipping norm, the noise and the sampling are all resumed."""
+    """Resume FedAdam's moments, the adapted clipping norm, the noise and the sampling."""
     monkeypatch.chdir(tmp_path)
     own = ["--rounds", "5", "--simulate", "3", "--data", files / "both.json", "--strategy",
            "FedAdam", "eta=0.01", "fraction_train=0.7", "--privacy",
@@ -627,7 +628,7 @@ def test_a_state_that_cannot_be_of_a_run_is_refused(bert, files, tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    """Torch tells it as an error of its own archive."""
+    """Expect one line, where torch raises an error about its archive."""
     usual, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, most))
     try:
@@ -639,7 +640,7 @@ def test_a_full_disk_is_one_line(tmp_path):
 
 
 def test_an_overwritten_run_is_not_resumed(bert, files, tmp_path):
-    """A run that replaces another, and is stopped in its first round, leaves no older state."""
+    """Check that a run stopped in its first round leaves no state of the run that it replaced."""
     own = ["--rounds", "1", *clients(files, "a")]
     federate(tmp_path / "out", *own, flags=["--query_encoder", bert])
     _, stderr = federate(tmp_path / "out", *own, "--overwrite", code=1,
@@ -731,7 +732,7 @@ def test_what_is_missing_is_said(files, tmp_path):
 
 
 def test_clients_search_their_own_corpora(tiny, files, tmp_path):
-    """With a frozen retriever each client reads what it finds in documents of its own."""
+    """Check that with a frozen retriever each client reads passages of its own documents."""
     own = []
     for name in ("a", "b"):
         documents = [{"id": f"{name}{i}", "text": f"{name} {WORDS[i]} {WORDS[i + 1]}"}
@@ -752,7 +753,7 @@ def test_clients_search_their_own_corpora(tiny, files, tmp_path):
 # ---------------------------------------------------------------- alternation
 
 def test_alternation(bert, tiny, files, tmp_path, launcher, monkeypatch, capsys):
-    """In this process: retrieve.py and test.py are then started without their time to import."""
+    """Alternate in this process, so that retrieve.py and test.py start without importing."""
     import federate as script
     monkeypatch.setattr(client_side, "RUNS", {})
     monkeypatch.setattr(client_side, "SHARED_MODELS", {})
@@ -784,7 +785,7 @@ def test_alternation(bert, tiny, files, tmp_path, launcher, monkeypatch, capsys)
     ((4, 4), ["generator", "retriever"]),                               # all is done
 ])
 def test_alternation_goes_on_where_it_was_stopped(monkeypatch, done, expected):
-    """Contexts are not found again in a turn whose retriever has changed since."""
+    """Check that contexts are not found again in a turn whose retriever has changed since."""
     import federate as script
     steps = []
 

@@ -1,4 +1,4 @@
-"""federate.py as Flower deploys it, on loopback: a superlink, a program per client, TLS and keys.
+"""Deployed federations on loopback: a superlink, a program per client, TLS and keys.
 
 scripts/federate-loopback.sh starts and stops everything.
 """
@@ -28,8 +28,8 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with a small BERT, records of the clients a and b and of a dev set, their corpus,
-    and the clients' settings.
+    """Return a folder with a small BERT, records of the clients a and b and of a dev set, their
+    corpus, and the clients' settings.
     """
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
     make_bert(folder / "bert")
@@ -48,24 +48,24 @@ def files(tmp_path_factory):
 
 
 def task_flags(files):
-    """The flags of train_dense.py that all clients share."""
+    """Return the flags of train_dense.py that all clients share."""
     return ["--", "--query_encoder", files / "bert", "--eval_data", files / "dev.jsonl",
             "--corpus", files / "corpus.jsonl", *FLAGS]
 
 
 def read_rows(path):
-    """The rows of a log so far; none before it is there."""
+    """Return the rows of a log so far, none before the file exists."""
     return [json.loads(line) for line in open(path)] if path.exists() else []
 
 
 def simulated_clients(files):
-    """The flags of a simulation of the clients a and b."""
+    """Return the flags of a simulation of the clients a and b."""
     return [word for name in "ab"
             for word in ("--client", f"name={name} data={files}/{name}.jsonl")]
 
 
 def same_measures(simulated, deployed):
-    """Fails where the rows of two runs' logs tell of other measures or losses."""
+    """Fail if measures or losses in the logs of two runs differ."""
     rows = [read_rows(path.with_suffix(".jsonl")) for path in (simulated, deployed)]
     assert len(rows[0]) == len(rows[1])
     for own, other in zip(*rows):
@@ -77,7 +77,7 @@ def same_measures(simulated, deployed):
 # ---------------------------------------------------------------- processes
 
 def processes_of(folder):
-    """{id: command line} of the processes whose Flower works in the folder or in one below it."""
+    """Return {id: command line} of the processes with a FLWR_HOME in the folder or below it."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -91,12 +91,12 @@ def processes_of(folder):
 
 
 def programs_of(home):
-    """The programs that Flower has started for a client's messages."""
+    """Return the ids of the programs that Flower has started for a client's messages."""
     return {process for process, line in processes_of(home).items() if "flwr-clientapp" in line}
 
 
 def wait_until(condition, seconds, what):
-    """Returns the first true value of condition(); fails the test if there is none in time."""
+    """Return the first true value of condition(); fail the test after so many seconds."""
     end = time.time() + seconds
     while not (value := condition()):
         assert time.time() < end, f"{what}: not in {seconds} s"
@@ -106,9 +106,10 @@ def wait_until(condition, seconds, what):
 
 @pytest.fixture
 def federation(tmp_path):
-    """A function(clients' files, command line) that starts the script: (process, FOLDER, port).
+    """Return a function(clients' files, command line) that starts the script and returns (process,
+    FOLDER, port).
 
-    Whatever is left of it is killed at the end, also if the test fails.
+    All that is left of it is killed at the end, also if the test fails.
     """
     folder, started = tmp_path / "flower", []
 
@@ -136,7 +137,7 @@ def federation(tmp_path):
 # ---------------------------------------------------------------- tests
 
 def test_the_measures_are_those_of_a_simulation(files, tmp_path, federation):
-    """tests/nightly/test_deployed.py has more rounds, and a client that is killed in them."""
+    """Run one round; tests/nightly/test_deployed.py has more, and kills a client in them."""
     flags = ["--mode", "retriever", "--rounds", 1, "--min_clients", 2]
     process, folder, _ = federation([files / "a.toml", files / "b.toml"], tmp_path / "deployed",
                                     *flags, *task_flags(files))
@@ -187,7 +188,7 @@ def test_a_run_that_fails_is_told_and_fails_the_script(files, tmp_path, federati
 
 
 def start_supernode(port, folder, home, *flags):
-    """A flower-supernode that writes HOME.log; FOLDER holds the superlink's certificate."""
+    """Start a flower-supernode that writes HOME.log; FOLDER holds the superlink's certificate."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         own = free.getsockname()[1]

@@ -1,5 +1,4 @@
-"""What travels between server and clients: nothing is lost, and nothing that is not finite passes.
-"""
+"""Weights between server and clients: none is lost, and none passes that is not finite."""
 import math
 
 import pytest

@@ -14,13 +14,13 @@ PASSAGES = [  # id, text, title
 
 
 def context(identifier):
-    """The context that FiD makes of one of the PASSAGES."""
+    """Return the context that FiD makes of one of the PASSAGES."""
     _, text, title = PASSAGES[int(identifier) - 1]
     return {"id": identifier, "title": title, "text": text}
 
 
 def write_wikipedia(folder):
-    """Writes psgs_w100.tsv.gz, quoted as DPR's file is."""
+    """Write psgs_w100.tsv.gz, with the quotes of DPR's file."""
     rows = ["id\ttext\ttitle\n"]
     for identifier, text, title in PASSAGES:
         quoted = text.replace('"', '""')
@@ -36,7 +36,7 @@ def write_json(path, content):
 
 @pytest.fixture
 def data(tmp_path):
-    """A folder as get_data.sh fid-nq fid-tqa leaves it, with a few questions each."""
+    """Return a folder like that of get_data.sh fid-nq fid-tqa, with a few questions each."""
     write_wikipedia(tmp_path)
     # NQ-open: passages are found by the position in the split
     train = [{"question": f"train {i}", "answer": [f"a{i}", f"b{i}"]} for i in range(4)]
@@ -66,7 +66,7 @@ def data(tmp_path):
 
 
 def trivia(identifier, question, value, aliases):
-    """A question in TriviaQA's form, with the search results that nothing here needs."""
+    """Return a question in TriviaQA's form, with search results that are not used here."""
     answer = {"Aliases": aliases, "NormalizedAliases": [], "Type": "FreeForm", "Value": value}
     return {"Answer": answer, "Question": question, "QuestionId": identifier,
             "SearchResults": [{"Description": "]} long " * 20, "Rank": 0}]}

@@ -1,5 +1,5 @@
-"""scripts/make_corpus.py: the titles, headings and sentences of each kind of file, and what is told
-of files that are skipped.
+"""scripts/make_corpus.py: titles, headings and sentences of each kind of file, and the lines about
+skipped files.
 """
 import json
 import os
@@ -15,7 +15,7 @@ from utils import InputError
 
 
 def make(folder, words=100, output=None):
-    """The passages that main writes for a folder."""
+    """Return the passages that main writes for a folder."""
     output = output or f"{folder}.jsonl"
     make_corpus.main(SimpleNamespace(folder=str(folder), words=words, output=output))
     with open(output) as file:
@@ -112,7 +112,7 @@ def test_html(tmp_path):
 
 
 def test_pdf(tmp_path, monkeypatch, capsys):
-    """pypdf is no requirement of the tests: a stand-in has its three names."""
+    """Use a stand-in with pypdf's three names, because the tests do not require pypdf."""
     (tmp_path / "d").mkdir()
     for name in ("good.pdf", "bad.PDF"):
         (tmp_path / "d" / name).write_text("%PDF")

@@ -1,5 +1,5 @@
-"""The shell recipes: data fetched from a loopback server, their flags and checks, the comparison at
-their end, FiD's run on small files.
+"""The shell recipes: data from a loopback server, flags and checks, the comparison at their end,
+and FiD's run on small files.
 """
 import argparse
 import functools
@@ -38,7 +38,7 @@ PUBLISHED_FILES = [
 
 
 class RangeHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files, from a later byte on if requested, and notes the requests."""
+    """Serve files, from a later byte on if requested, and record the requests."""
     requests = []  # (path, first byte)
     claimed_sizes = {}  # {path: bytes} of files that are too large for a test
 
@@ -67,7 +67,7 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
 
 
 def write_archive(path, files):
-    """Writes a .tar.gz of {name: JSON content}."""
+    """Write a .tar.gz of {name: JSON content}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz") as archive:
         for name, content in files.items():
@@ -78,7 +78,7 @@ def write_archive(path, files):
 
 
 def write_fid_files(root):
-    """Writes what FiD's get-data.sh fetches: ten questions of a small world, eight for training."""
+    """Write the files of FiD's get-data.sh: ten questions of a small world, eight for training."""
     records = make_records(10)
     passages = {context["id"]: context for record in records for context in record["ctxs"]}
     ids = [[context["id"] for context in record["ctxs"]] for record in records]
@@ -121,7 +121,7 @@ def write_fid_files(root):
 
 @pytest.fixture
 def mirror(tmp_path):
-    """(address, folder) of a server that has DPR's question files and FiD's data."""
+    """Return (address, folder) of a server with DPR's question files and FiD's data."""
     root = tmp_path / "mirror"
     folder = root / "dpr" / "data" / "retriever"
     folder.mkdir(parents=True)
@@ -137,7 +137,7 @@ def mirror(tmp_path):
 
 
 def get_data(out, mirror, *names):
-    """The finished process of scripts/get_data.sh."""
+    """Run scripts/get_data.sh, and return the finished process."""
     env = os.environ | {"OUT": str(out), "BASE_URL": mirror, "no_proxy": "127.0.0.1"}
     return subprocess.run(["sh", ROOT / "scripts" / "get_data.sh", *names], env=env,
                           capture_output=True, text=True, timeout=60)
@@ -241,7 +241,7 @@ printf '\\n' >> "{path}"
 
 @functools.cache
 def load_script(path):
-    """A script as a module."""
+    """Return a script as a module."""
     spec = importlib.util.spec_from_file_location("script", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -254,7 +254,7 @@ def load_script(path):
     ("msmarco.sh", {}), ("3iter-nq.sh", {}), ("3iter-msmarco.sh", {}), ("llm-embedder.sh", {}),
     ("federated.sh", {}), ("alternate.sh", {})])
 def test_the_flags_of_every_stage_exist_at_full_size(recipe, settings, tmp_path, monkeypatch):
-    """The commands as the recipes have them, which nothing here can run, are at least parsed."""
+    """Parse the recipes' commands at full size, which cannot be run here."""
     process, commands = note_commands(recipe, tmp_path, PROCESSES="8", **settings)
     stages = process.stdout.count("== ")
     assert len(commands) >= stages > 1
@@ -266,8 +266,8 @@ def test_the_flags_of_every_stage_exist_at_full_size(recipe, settings, tmp_path,
 
 
 def note_commands(recipe, tmp_path, **settings):
-    """(The finished process, the command of each stage as words) of a recipe at full size, with
-    empty files for data, none of which is run.
+    """Return (the finished process, each stage's command as words) of a recipe at full size, with
+    empty files for data; no command is run.
     """
     note = tmp_path / "note"
     note.write_text(NOTE.format(path=tmp_path / "commands"))
@@ -341,7 +341,7 @@ def test_folders_on_one_disk_need_room_together(tmp_path):
 
 @pytest.fixture
 def measures(tmp_path):
-    """A folder of files of measures."""
+    """Return a folder of files of measures."""
     (tmp_path / "em.json").write_text('{"em": 0.5, "nq@20": 0.81}')
     (tmp_path / "central.json").write_text('{"em": 0.52}')
     (tmp_path / "args.json").write_text('{"dev_em": 49.0}')
@@ -392,7 +392,7 @@ def test_a_run_becomes_qrels(tmp_path):
 
 
 def test_a_toy_that_was_killed_goes_on(run_recipe):
-    """On a few questions, so that what comes out is not what is expected: exit code 2."""
+    """Expect exit code 2, because with few questions the results differ from the expected ones."""
     questions = {"QUESTIONS": "16 4 4", "PASSAGES": "dpr"}
     lines, _ = run_recipe("nq.sh", "--toy", code=-9, KILL_AT="train_epoch.py", **questions)
     assert stages_run(lines) == ["data", "reader"]

@@ -1,4 +1,4 @@
-"""The embedded world is what its page says: deterministic, held out, ambiguous by words alone."""
+"""The embedded world: deterministic, with held-out names, ambiguous by words alone."""
 import hashlib
 import json
 import random
@@ -14,7 +14,7 @@ from records.reader_records import read_records
 
 @pytest.fixture(scope="module")
 def demo():
-    """The demo's (passages, {split: records})."""
+    """Return the demo's (passages, {split: records})."""
     return world.make_demo()
 
 
@@ -116,7 +116,7 @@ def test_the_three_questions_are_answered_by_their_contexts():
 
 @pytest.fixture(scope="module")
 def hard_world(tmp_path_factory):
-    """A folder with the loop's world."""
+    """Return a folder with the world of make demo-loop."""
     folder = tmp_path_factory.mktemp("hard")
     run("toy/world.py", "--out", folder, "--hard")
     return folder

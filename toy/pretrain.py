@@ -1,4 +1,4 @@
-"""Pre-trains the tiny T5 that the demo starts from, as a real user starts from t5-base.
+"""Pre-train the tiny T5 that the demo starts from, as a real user starts from t5-base.
 
     python toy/pretrain.py --steps 9000 --bf16      # half an hour on 2 cores
     python toy/pretrain.py --steps 1500 --bf16 --init toy/t5-tiny --shared 0.25 --lr 5e-4 --seed 8

@@ -1,4 +1,4 @@
-"""Writes the embedded world in the forms and under the names of the published data sets and
+"""Write the embedded world in the forms and under the names of the published data sets and
 models: with --toy, recipes use it for what scripts/get_data.sh fetches.
 
     python toy/published.py fid-nq dpr-nq --out data

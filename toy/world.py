@@ -1,4 +1,4 @@
-"""Generates the embedded world: a small encyclopedia, questions, and their ranked contexts.
+"""Generate the embedded world: a small encyclopedia, questions, and their ranked contexts.
 
     python toy/world.py --out toy/data             # two seconds
     python toy/world.py --out toy/hard --hard      # the world of make demo-loop
