@@ -66,7 +66,7 @@ def find_own_contexts(settings, eval_file, retriever, folder):
     """Write the reader's dev set with the global retriever's contexts to FOLDER."""
     args = retriever.task.make_args(os.path.join(folder, "retriever"))
     model = save_model(retriever.task, args, "the server", retriever.weights)
-    retrieve_contexts(settings, model, eval_file, corpus_of(retriever.run.flags["corpus"]), folder)
+    retrieve_contexts(settings, model, eval_file, retriever.run.flags["corpus"], folder)
 
 
 def ask(server, turn, query):
@@ -96,16 +96,14 @@ def save_model(task, args, party, weights):
     return run.out
 
 
-def corpus_of(files):
-    """Return the files of train_dense.py's --corpus. Raises InputError if there are none."""
-    if not files:
+def retrieve_contexts(settings, retriever, records, corpus, folder, index=""):
+    """Write FOLDER/contexts.jsonl: the records with the contexts that a retriever finds.
+
+    corpus: train_dense.py's --corpus. Raises InputError if it was not given.
+    """
+    if not corpus:
         raise InputError("--mode alternate searches a corpus: give --corpus among the retriever's "
                          "flags, or a corpus in each client's settings")
-    return files
-
-
-def retrieve_contexts(settings, retriever, records, corpus, folder, index=""):
-    """Write FOLDER/contexts.jsonl: the records with the contexts that a retriever finds."""
     flags = split_shell_words("--retrieve_flags", settings.retrieve_flags)
     run_script_alone("retrieve.py", "--query_encoder", retriever, "--corpus", *corpus, "--index",
                      index or os.path.join(folder, "index"), "--overwrite_index",

@@ -21,7 +21,6 @@ from federated import ROOT
 from federated.alternation import (
     CONTEXTS_FILE,
     SCORED_FILE,
-    corpus_of,
     last_error,
     retrieve_contexts,
     save_model,
@@ -226,8 +225,7 @@ def answer_retrieve(message, settings, tasks, client):
     Returns an answer without weights. Raises InputError.
     """
     args, model = save_global_model(message, settings, tasks["retriever"], client)
-    retrieve_contexts(settings, model, client.data, corpus_of(args.corpus), client.folder,
-                      client.index)
+    retrieve_contexts(settings, model, client.data, args.corpus, client.folder, client.index)
     RUNS.pop((client.name, "generator"), None)  # it holds the records of the turn before
     return RecordDict({"config": ConfigRecord({"name": client.name})})
 
