@@ -1,4 +1,4 @@
-"""Measure answers as DPR and FiD define it, and ranked lists as trec_eval does."""
+"""Compute the measures of answers (DPR, FiD) and of ranked lists (trec_eval)."""
 import functools
 import math
 import string
@@ -29,7 +29,7 @@ def normalize_answer(text):
     """Return a text in lower case, without ASCII punctuation and articles, with single blanks.
 
     The steps and their order are SQuAD v1.1's. As in FiD and DPR, the module regex finds the
-    articles. For it a combining mark is part of the word; in SQuAD's module re it ends the word.
+    articles. It counts a combining mark as part of a word; SQuAD's module re ends the word there.
     """
     text = text.lower().translate(PUNCTUATION)
     text = regex.sub(r"\b(a|an|the)\b", " ", text)
@@ -75,10 +75,7 @@ def count_words(text):
 
 
 def regex_match(prediction, patterns):
-    """Return 1.0 if one of the regular expressions matches the prediction's beginning, else 0.0.
-
-    This is DrQA's measure.
-    """
+    """Return 1.0 if a regular expression matches the prediction's beginning, else 0.0 (DrQA)."""
     text = unicodedata.normalize("NFD", prediction)
     return float(any(pattern.match(text) for pattern in map(compile_pattern, patterns) if pattern))
 

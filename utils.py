@@ -61,7 +61,7 @@ def cut_words(text, is_joined=False):
 
 
 def join_words(words):
-    """Return the text whose words cut_words has cut."""
+    """Join the words of cut_words to a text."""
     return "".join(words).strip()
 
 
@@ -210,7 +210,7 @@ def find_files(path, data_root):
 
 @dataclass
 class World:
-    """Hold this process's position among all. Without torchrun: rank 0 of a world of size 1."""
+    """Hold this process's rank among all. Without torchrun: rank 0 of a world of size 1."""
     rank: int
     local_rank: int
     size: int

@@ -207,8 +207,7 @@ class Corpus:
     # ---------------------------------------------------------------- ids
 
     def ids(self, doc_indices):
-        """Return the ids of documents, a list. Without an id column they are the indices as text.
-        """
+        """Return a list of documents' ids; without an id column, their indices as text."""
         if not self.has_ids:
             return [str(doc_index) for doc_index in doc_indices]
         doc_indices = np.asarray(doc_indices, np.int64)

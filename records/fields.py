@@ -186,8 +186,7 @@ def check_keys(record, location):
 def labelled_keys(record):
     """Return (positives, negatives) of a record, in the order of its teacher_scores.
 
-    - DPR's records: the first of positive_ctxs, and hard_negative_ctxs or, without them,
-      negative_ctxs.
+    - DPR's records: the first of positive_ctxs, and hard_negative_ctxs or else negative_ctxs.
     - Records with a `history` (LLM-Embedder's chat and lrlm): all of it is negative, and the
       teacher chooses the positive.
     - Other records: pos and neg, or another of their names in names.py.

@@ -160,9 +160,9 @@ def note_unscored(records, path, log):
 
 
 def note_files(files, num_contexts, log):
-    """Log notes on the contexts of [(path, records or None)]; the first file is for training.
+    """Log note_contexts for each [(path, records or None)], and evaluation on the training file.
 
-    A note also points out an evaluation file that is the training file.
+    The first file is the training file.
     """
     training_path, _ = files[0]
     for index, (path, records) in enumerate(files):

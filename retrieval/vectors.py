@@ -142,7 +142,7 @@ def note_empty_documents(empty, corpus, world):
 
 
 def check_finite(rows, first, dtype):
-    """Raise InputError, which names the first such document, if a vector is not finite."""
+    """Raise InputError, which names the document, for the first vector that is not finite."""
     is_finite = np.isfinite(rows).all(axis=1)
     if not is_finite.all():
         raise InputError(f"document {first + int(np.argmin(is_finite))} gets a vector that is not "
