@@ -17,7 +17,7 @@ from records.qrels import merge_qrels, read_qrels
 from records.questions import make_question, read_queries, read_questions, require_ids
 from records.reader_records import read_records
 from records.reading import iterate_json
-from retrieval.mining import keep_negatives, put_negatives
+from retrieval.mining import NO_LIMITS, keep_negatives, put_negatives
 from retrieval.results import read_run
 from retrieval_helpers import make_questions, write_corpus, write_rows
 from train_dense import list_columns
@@ -242,7 +242,7 @@ def test_mining_knows_a_positive_by_any_name(positive, corpus):
     """Under `id`, `docid` or `doc_id` a positive once became a hard negative."""
     question, = make_questions(positive)
     hits = [(index, corpus.text(index)) for index in (1, 3, 5)]
-    kept = keep_negatives(question, hits, corpus, {}, TEMPLATE, False)
+    kept = keep_negatives(question, hits, [0, 0, 0], corpus, {}, TEMPLATE, NO_LIMITS, False, False)
     assert [index for index, _ in kept] == [1, 5]
 
 
@@ -250,7 +250,7 @@ def test_a_query_is_not_its_own_hard_negative(corpus):
     for text in ("text 3", "t3  text 3", "Text 3"):
         question = make_question({"question": text, "pos": ["x"]}, "f:1", 0)
         hits = [(index, corpus.text(index)) for index in (3, 4)]
-        kept = keep_negatives(question, hits, corpus, {}, TEMPLATE, False)
+        kept = keep_negatives(question, hits, [0, 0], corpus, {}, TEMPLATE, NO_LIMITS, False, False)
         assert [index for index, _ in kept] == [4]
 
 
@@ -411,7 +411,8 @@ def test_a_lone_query_has_nothing_to_contrast_with(bert, tmp_path):
     path = write_rows(tmp_path / "r.json", [{"query": "who", "pos": ["it"]}])
     _, stderr = run("train_dense.py", "--output_dir", tmp_path / "out", "--train_data", path,
                     "--query_encoder", bert, "--batch_size", "1", code=1)
-    assert "r.json:1: has no negatives, and a batch of one query has no others'" in stderr
+    assert ("r.json:1: has no negatives, and a batch of one query has no in-batch "
+            "negatives") in stderr
 
 
 # ---------------------------------------------------------------- C: what a file is

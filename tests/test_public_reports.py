@@ -14,7 +14,7 @@ from metrics import exact_match, f1, find_answers, has_answer
 from records.corpus import Corpus
 from records.questions import make_question
 from records.reader_records import read_records
-from retrieval.mining import keep_negatives
+from retrieval.mining import NO_LIMITS, keep_negatives
 from retrieval.results import read_run, scale_scores
 from scripts import make_corpus
 from utils import InputError, cut_words, join_words
@@ -128,7 +128,8 @@ def test_copies_of_positives_are_not_mined(record, labels, tmp_path):
         {"id": name, "title": "", "text": text} for name, text in texts.items()]), "{title} {text}")
     question = make_question({"question": "river", **record}, "f:1", 0)
     hits = [(doc_index, corpus.text(doc_index)) for doc_index in range(3)]
-    kept = keep_negatives(question, hits, corpus, labels, "{text}", False)
+    scores = [0, 0, 0]
+    kept = keep_negatives(question, hits, scores, corpus, labels, "{text}", NO_LIMITS, False, False)
     assert kept == [(2, "a river")]
     assert make_question({"question": "river", "id": 7.0}, "f:1", 0).id == "7"
     floats = Corpus(write_lines(tmp_path / "f.jsonl", [{"id": 3.0, "text": "a"}]), "{text}")
