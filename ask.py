@@ -259,7 +259,7 @@ def print_answer(answer, count, in_colour):
     shown, num_others, others_share = choose_shown(answer, count, EXCERPT)
     lines = [paint(clean_text(answer.question), BOLD),
              f"  {paint(clean_text(answer.text) or EMPTY, GREEN)}",
-             *(f"  {line}" for line in best_lines(answer)), ""]
+             *(f"  {line}" for line in format_best_answers(answer)), ""]
     if shown:
         lines.append(paint("  share  rank      score", DIM))
     elif not answer.contexts:
@@ -279,7 +279,7 @@ def print_answer(answer, count, in_colour):
     print("\n".join(lines), flush=True)
 
 
-def best_lines(answer):
+def format_best_answers(answer):
     """Return a line for each of the n best answers, with its probability."""
     return [f"{100 * math.exp(log_probability):5.1f} %  {clean_text(text) or EMPTY}"
             for text, log_probability in answer.n_best or []]
@@ -340,7 +340,7 @@ def make_section(answer, count):
     if not answer.contexts:
         remarks = f"{NOTHING_FOUND}; {remarks}"
     if answer.n_best:
-        remarks = "<br>".join([*map(html.escape, best_lines(answer)), remarks])
+        remarks = "<br>".join([*map(html.escape, format_best_answers(answer)), remarks])
     return SECTION.format(question=html.escape(clean_text(answer.question)),
                           answer=html.escape(clean_text(answer.text) or EMPTY),
                           passages="\n".join(passages), remarks=remarks)
@@ -353,9 +353,9 @@ def parse_args():
     add = parser.add_argument_group("reader").add_argument
     add("model", help="the reader: checkpoint folder, minFiD file or hub name")
     add("--num_contexts", type=int,
-        help="passages to read; default: the checkpoint's value, else 5")
+        help="passages to read; default: 5, or the checkpoint's value")
     add("--max_length", type=int,
-        help="tokens per question and passage; default: the checkpoint's value, else 200")
+        help="tokens per question and passage; default: 200, or the checkpoint's value")
     add_answer_flags(add)
     add_prompt_flags(parser)
     add = parser.add_argument_group("questions and answers").add_argument

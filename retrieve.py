@@ -72,7 +72,7 @@ from utils import (
 
 # ---------------------------------------------------------------- the search and its outputs
 
-def retrieve(args, settings, cutoffs, corpus, questions, labels, world):
+def search_and_write(args, settings, cutoffs, corpus, questions, labels, world):
     """Search the corpus for the questions, and write everything that the flags name."""
     start = time.time()
     results = search(settings, corpus, questions, world)
@@ -319,7 +319,7 @@ def main(args):
 
     hits, cutoffs = settle_hits(args, corpus, questions, world.log)
     settings = read_search_settings(args, hits, templates)
-    retrieve(args, settings, cutoffs, corpus, questions, labels, world)
+    search_and_write(args, settings, cutoffs, corpus, questions, labels, world)
 
 
 if __name__ == "__main__":

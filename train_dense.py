@@ -37,7 +37,7 @@ from dense.training_data import DataSettings, TaskSettings, TrainingData, read_t
 from records.corpus import Corpus, open_corpus
 from records.qrels import list_qrels_files, merge_qrels
 from records.questions import read_queries
-from retrieval.dev_set import annotated_set, measure_retriever, read_dev_set, sample_dev_set
+from retrieval.dev_set import make_annotated_set, measure_retriever, read_dev_set, sample_dev_set
 from retrieval.measures import note_patterns, note_unjudged
 from retrieval.results import note_own
 from training.adapters import copy_to_cpu, prepare_lora, read_lora_flags, unload_adapters
@@ -506,8 +506,8 @@ def read_dev(args, eval_file, corpus, queries, log):
         if "nq" in args.metrics:
             raise InputError("--metrics nq needs --eval_data with answers; qrels have none")
         group_size = args.eval_group_size if args.eval_method == "annotated" else None
-        dev = annotated_set(merge_qrels(args.eval_qrels, args.seed), corpus, queries, group_size,
-                            " ".join(args.eval_qrels), log, args.exclude_self)
+        dev = make_annotated_set(merge_qrels(args.eval_qrels, args.seed), corpus, queries,
+                                 group_size, " ".join(args.eval_qrels), log, args.exclude_self)
         dev = dev._replace(method=args.eval_method)
         note_unjudged(dev.labels, args.relevance_level, log)
     elif eval_file:

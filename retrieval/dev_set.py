@@ -40,7 +40,7 @@ class DevSet(NamedTuple):
 
 # ---------------------------------------------------------------- reading dev sets
 
-def annotated_set(qrels, corpus, queries, group_size, source="the qrels", log=print,
+def make_annotated_set(qrels, corpus, queries, group_size, source="the qrels", log=print,
                   exclude_self=False):
     """Return the DevSet of each query's annotated documents.
 
@@ -75,7 +75,7 @@ def read_dev_set(path, corpus, metrics, template, log, exclude_self=False):
     first = questions[0].record
     is_retrieved = first.get("pos_index") is not None or questions[0].answers
     if "positive_ctxs" in first or not (corpus or is_retrieved) and all(labelled_keys(first)):
-        return rank_set(questions, template, log)
+        return make_rank_set(questions, template, log)
     if corpus is None:
         raise InputError(f"{path}: its queries are measured by retrieval, which needs --corpus")
     dev = DevSet("retrieval", [], [], [], [], [])
@@ -104,7 +104,7 @@ def check_labels(question, pos_index, metrics, corpus_size):
                              f"the corpus of {corpus_size} documents; give the corpus of this file")
 
 
-def rank_set(questions, template, log, hard=30, other=30):
+def make_rank_set(questions, template, log, hard=30, other=30):
     """Return the DevSet of DPR's average-rank validation: each question's first positive, 30 hard
     and 30 other negatives (DPR's defaults). Logs how many questions have no positive.
     """

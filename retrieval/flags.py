@@ -55,16 +55,16 @@ def add_corpus_flags(add):
         help="documents: a .tsv or .csv with a header, such as psgs_w100.tsv, BEIR's .jsonl or "
              "JSON lines; may end in .gz. scripts/make_corpus.py makes one from text files")
     add("--key_template",
-        help="the text of a document; default: the checkpoint's, else '{title} {text}'")
+        help="the text of a document; default: '{title} {text}', or the checkpoint's value")
     add("--query_template",
-        help="the text of a query; default: the checkpoint's, else '{query}'")
+        help="the text of a query; default: '{query}', or the checkpoint's value")
     add("--task", default="",
         help="task (qa, chat, ...) of questions without a task; chooses their instruction and the "
         "documents'")
     add("--query_max_length", type=int,
-        help="tokens per query; default: the checkpoint's, else 256")
+        help="tokens per query; default: 256, or the checkpoint's value")
     add("--key_max_length", type=int,
-        help="tokens per document; default: the checkpoint's, else 256")
+        help="tokens per document; default: 256, or the checkpoint's value")
     add_prompt_flags(add)
     add("--add_instruction", **SWITCH,
         help="put --version's instruction before the texts of queries with a task; default: as in "
@@ -105,13 +105,13 @@ def add_search_flags(add):
         help="separate checkpoint of the document encoder; default: as --query_encoder")
     add("--dense_metric", choices=["ip", "cos", "l2"],
         help="similarity of vectors: inner product, cosine, or (negative) L2 distance; "
-        "default: the checkpoint's, else cos")
+        "default: cos, or the checkpoint's value")
     add("--pooling_method", choices=list(POOLING),
-        help="how token states become one vector; default: the checkpoint's, else mean, or last "
-        "for a causal language model")
+        help="how token states become one vector; default: the checkpoint's, else mean or, for "
+        "a causal language model, last")
     add("--truncate_dim", type=int, metavar="N",
-        help="keep the first N numbers of each vector (Matryoshka); default: the checkpoint's, "
-        "else all")
+        help="keep the first N numbers of each vector (Matryoshka); default: all, or the "
+        "checkpoint's value")
     add("--index", metavar="DIR",
         help="folder of the corpus's vectors and index, created or reused; default: next to the "
         "corpus")
@@ -236,7 +236,8 @@ def check_retrieve_flags(args, templates):
     check_search_flags(args, templates)
     check_at_least(args, {"hits": 1, "max_neg_num": 1, "relevance_level": 1})
     if not all(map(math.isfinite, args.fusion_weights or [])):
-        raise InputError("--fusion_weights must be finite numbers")
+        raise InputError("--fusion_weights must be finite numbers, got "
+                         f"{' '.join(map(str, args.fusion_weights))}")
     if min(args.cutoffs) < 1:
         raise InputError(f"--cutoffs must be >= 1, got {min(args.cutoffs)}")
     check_metric_names(args)

@@ -11,7 +11,7 @@ from conftest import make_bert
 from dense.model import BiEncoder
 from golden_retrievers import GOLDEN, Ids, mindpr_file, mindpr_passages, mindpr_queries
 from retrieval import dev_set as evaluation
-from retrieval.dev_set import DevSet, annotated_set, average_rank, read_dev_set, search_corpus
+from retrieval.dev_set import DevSet, average_rank, make_annotated_set, read_dev_set, search_corpus
 from utils import InputError, World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -110,9 +110,9 @@ class FiveDocuments(list):
 
 def test_annotated_sets_keep_the_most_relevant_documents():
     qrels = {"a": {"d0": 1.0, "d4": 3.0, "d2": 1.0}, "b": {"d1": 0.0}}
-    dev = annotated_set(qrels, FiveDocuments(range(5)), {"a": "who", "b": "what"}, 2)
+    dev = make_annotated_set(qrels, FiveDocuments(range(5)), {"a": "who", "b": "what"}, 2)
     assert dev.queries == ["who", "what"] and dev.labels == [{4: 3.0, 0: 1.0}, {1: 0.0}]
-    assert len(annotated_set(qrels, FiveDocuments(range(5)), {"a": "who", "b": "what"},
+    assert len(make_annotated_set(qrels, FiveDocuments(range(5)), {"a": "who", "b": "what"},
                              None).labels[0]) == 3
 
 

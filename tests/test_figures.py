@@ -16,7 +16,7 @@ from metrics import find_answers, has_answer
 from reader.predict import Prediction, count_best_with_answer, describe_contexts, score_prediction
 from records.corpus import Corpus
 from records.questions import own_ids, read_questions
-from retrieval.dev_set import annotated_set, measure_retriever
+from retrieval.dev_set import make_annotated_set, measure_retriever
 from retrieval.flags import parse_retrieve_flags
 from retrieval.measures import measure_queries, note_patterns, trec_ranking
 from retrieval.results import (
@@ -183,7 +183,7 @@ def test_both_scripts_rank_ties_as_trec_eval(method, tmp_path):
     run = {f"{i:02d}": float(rows[i]["text"]) for i in range(24)}
     if method == "annotated":
         run = {name: run[name] for name in qrels["q"]}
-    dev = annotated_set(qrels, corpus, {"q": "q"}, None)._replace(method=method)
+    dev = make_annotated_set(qrels, corpus, {"q": "q"}, None)._replace(method=method)
     ours = measure_retriever(FixedScores(), dev, PlainCollator(), corpus,
                              ["ndcg", "mrr", "recall"], [3], ALONE)
     names = {"ndcg_cut.3", "recall.3", "recip_rank"}
@@ -221,7 +221,7 @@ def test_absent_queries_and_documents_are_said_in_both_scripts(corpus, tmp_path,
     # train_dense.py's evaluation
     logged = []
     queries = {"q1": "0.1", "q2": "0.2"}
-    dev = annotated_set(qrels, corpus, queries, None, log=logged.append)
+    dev = make_annotated_set(qrels, corpus, queries, None, log=logged.append)
     assert logged == [of_queries, of_documents]
     texts = type("Texts", (), {"text": lambda self, i: "0.5", "ids": corpus.ids})()
     values = measure_retriever(FixedScores(), dev, PlainCollator(), texts, ["recall"], [8], ALONE)
@@ -237,7 +237,7 @@ def test_absent_queries_and_documents_are_said_in_both_scripts(corpus, tmp_path,
     for absent, message in (({"q9": {"d1": 1}}, "none of the queries, such as 'q9'"),
                             ({"q1": {"no": 1}}, "none of the .*documents")):
         with pytest.raises(InputError, match=message):
-            annotated_set(absent, corpus, queries, None)
+            make_annotated_set(absent, corpus, queries, None)
         with pytest.raises(InputError, match=message):
             qrels_examples(corpus, queries, absent, {})
 
@@ -339,7 +339,7 @@ def test_own_documents_of_a_saved_run_need_no_corpus(tmp_path, capsys):
 def test_own_documents_in_training_and_by_position(corpus, tmp_path):
     """--exclude_self in train_dense.py; a position is not an id of the question's own."""
     qrels = {"d1": {"d1": 1, "d3": 1}, "q": {"d2": 1}}
-    dev = annotated_set(qrels, corpus, {"d1": "a", "q": "b"}, None, exclude_self=True)
+    dev = make_annotated_set(qrels, corpus, {"d1": "a", "q": "b"}, None, exclude_self=True)
     assert dev.own == [1, -1]
     texts = type("Texts", (list,), {"text": list.__getitem__, "ids": corpus.ids})
     texts = texts(["0.9" if i == 1 else str(i / 10) for i in range(8)])

@@ -48,7 +48,7 @@ from records.questions import make_question, read_questions, read_unique_questio
 from records.reader_records import read_records
 from records.reading import read_json, read_lines
 from retrieval.bm25 import load_bm25_index
-from retrieval.dev_set import annotated_set, read_dev_set
+from retrieval.dev_set import make_annotated_set, read_dev_set
 from retrieval.faiss_index import read_index
 from retrieval.fingerprint import check_fingerprint
 from retrieval.results import read_run
@@ -358,7 +358,7 @@ def read_qrels(path, filters=""):
 
 def read_dev_qrels(path):
     queries = {f"q{i}": "" for i in range(3)}
-    return annotated_set(merge_qrels([f"qrels={path}"]), corpus(), queries, 5, path)
+    return make_annotated_set(merge_qrels([f"qrels={path}"]), corpus(), queries, 5, path)
 
 
 def read_index_json(path):
