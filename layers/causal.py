@@ -269,9 +269,9 @@ def score_answers(model, families, is_packed=True):
     families: lists of Texts, or of such lists, that are likely to have a common prefix. Without
     `is_packed` the texts are padded (score_padded).
     """
-    scores = []
     if not is_packed:
         return score_padded(model, [text for family in families for text in list_leaves(family)])
+    scores = []
     for part in split_families(families, PASS_TOKENS[model.device.type]):
         texts = [text for family in part for text in list_leaves(family)]
         packed = pack_texts([to_ids(family) for family in part], model.device)

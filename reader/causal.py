@@ -158,9 +158,9 @@ def read_context_scores(contexts, prompts):
 class PromptCollator:
     """Turn (index, record, target) samples into a batch of prompts and targets.
 
-    A prompt has at most max_length tokens and begins with the tokenizer's <s>, if there is one. The
-    turns of a record's chat_history come before the question, each in a line. The oldest turns are
-    dropped first, then the passage is truncated on the right; the question is never truncated. A
+    A prompt begins with the tokenizer's <s>, if there is one. The turns of a record's chat_history
+    come before the question, one per line. To fit a prompt into max_length tokens, the oldest turns
+    are dropped first, then the passage is truncated on the right; the question is kept whole. A
     question without contexts gets one prompt without a passage. With prompts.chat_template a prompt
     is the user's turn of a conversation. The answer follows the whitespace at the template's end,
     else one space. It is tokenised in that position (reader/borders.py) and ends with exactly one
@@ -298,7 +298,7 @@ class CausalReader(Reader):
         self.base = None  # name of the adapters' model, if only the adapters are saved
         self.tokenizer = None  # check_tokenizer sets it
         self.max_length = self.answer_maxlength = None  # set_lengths sets them
-        # models with relative positions take no position_ids, some models compute all logits
+        # models with relative positions take no position_ids, and some always compute all logits
         parameters = inspect.signature(lm.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.takes_count = "logits_to_keep" in parameters
@@ -317,7 +317,7 @@ class CausalReader(Reader):
         if not use_checkpoint:
             self.lm.activation_checkpointing_disable()
             return
-        with refusing("--use_checkpoint is not offered with this model", "leave it out"):
+        with refusing("--use_checkpoint does not work with this model", "leave it out"):
             self.lm.activation_checkpointing_enable()
 
     def add_adapters(self, lora, device, bf16=False, base=None):

@@ -22,7 +22,9 @@ CONFIGS = {
 
 
 def make_tokenizer(**special):
-    """A byte-level BPE tokenizer, <s> and <pad> only if they are asked for, trained on records."""
+    """Return a byte-level BPE tokenizer trained on records; <s> and <pad> exist only if `special`
+    has them.
+    """
     texts = []
     for record in make_records(30):
         texts += [record["question"], *record["answers"], *(c["text"] for c in record["ctxs"])]
@@ -34,8 +36,8 @@ def make_tokenizer(**special):
 
 
 def make_causal(folder, family="llama", tokenizer=None, **changes):
-    """A folder with random weights, large enough that texts differ, and a tokenizer; some families'
-    own class of tokenizer adds ids, for which there is room.
+    """Write a tokenizer and a model with random weights, large enough that texts differ. Return the
+    folder. The vocabulary leaves room for ids that some families' tokenizer classes add.
     """
     tokenizer = tokenizer or make_tokenizer()
     settings = {"vocab_size": len(tokenizer) + 8, "eos_token_id": tokenizer.eos_token_id,

@@ -126,8 +126,7 @@ def make_args(tmp_path, llama, *flags):
 
 
 def test_adapters_alone_open_again(llama, tmp_path):  # E16
-    """Saved by themselves, with their settings, they give the logits of the trained model in our
-    reader and in peft.
+    """Check that adapters saved alone give the trained model's logits, in our reader and in peft.
     """
     from peft import PeftModel
     args = make_args(tmp_path, llama, "--save_adapters", "--lora_alpha", 12, "--lora_targets",
@@ -156,7 +155,9 @@ def test_adapters_alone_open_again(llama, tmp_path):  # E16
 
 
 def test_training_from_adapters(llama, tmp_path):  # E13, E16
-    """All weights are trained, as from the merged model; adapters of adapters are refused."""
+    """Check that all weights are trained, as from the merged model, and that adapters of adapters
+    are refused.
+    """
     train_epoch.main(make_args(tmp_path, llama, "--save_adapters"))
     adapters, out = str(tmp_path / "m"), tmp_path / "second"
     reader = readers.open_reader(adapters, trains=True)

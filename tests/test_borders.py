@@ -27,7 +27,8 @@ RECORD = {"id": "r", "question": "who?", "ctxs": [{"title": None, "text": "one t
 
 
 def byte_level(pattern, merges, trim_offsets):
-    """A byte-level BPE tokenizer whose tokens are the bytes, WORDS and what `merges` joins."""
+    """Return a byte-level BPE tokenizer whose tokens are the bytes, WORDS and the joined `merges`.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {char: number for number, char in enumerate(alphabet)}
     rules = []
@@ -49,7 +50,9 @@ def byte_level(pattern, merges, trim_offsets):
 
 
 def sentence_pieces():
-    """Llama-2's way: a dummy space before the text, spaces in tokens, line ends as bytes."""
+    """Return a tokenizer like Llama-2's: a dummy space before the text, spaces in tokens, line
+    breaks as bytes.
+    """
     pieces = ["<unk>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     pieces += list(dict.fromkeys([char for word in WORDS for char in word]
                                  + ["\N{LOWER ONE EIGHTH BLOCK}", ":", "?", ".", "(", ")"]))
@@ -71,7 +74,7 @@ def sentence_pieces():
 
 
 def unigram():
-    """T5's way: line ends are spaces, and spaces are the beginning of the next word."""
+    """Return a tokenizer like T5's: line breaks become spaces, and a space begins the next word."""
     letters = sorted({*"".join(WORDS), *":?.()"})
     pieces = [("<unk>", 0.0)] + [(char, -9.0) for char in letters]
     pieces += [("\N{LOWER ONE EIGHTH BLOCK}", -8.0)]
@@ -120,7 +123,7 @@ def tokenizer(request):
 
 
 def collate(tokenizer, template, answer, **changes):
-    """(ids of the prompt, ids of the answer without </s>, the prompt's text)."""
+    """Return (ids of the prompt, ids of the answer without </s>, text of the prompt)."""
     collator = PromptCollator(tokenizer, 1, 200, Prompts(template, **changes))
     ids, = collator.prompt_ids([RECORD])[0]
     return ids, collator.target_ids(answer)[:-1], collator.texts(RECORD)[0]
@@ -153,7 +156,9 @@ def test_line_ends_stay_in_the_prompt():  # E1
 
 
 def test_a_token_over_the_border_goes_as_in_the_harness():  # E1
-    """TemplateLM._encode_pair: the context's tokens alone, and the whole's after as many."""
+    """Check the split of TemplateLM._encode_pair: the tokens of the context alone, then the rest of
+    the whole.
+    """
     tokenizer = wrap(byte_level(LLAMA3, ["(P"], True))
     pair, = encode_pairs(tokenizer, ["Answer: ("], ["Paris"])
     whole = tokenizer("Answer: (Paris", add_special_tokens=False)["input_ids"]
@@ -163,8 +168,8 @@ def test_a_token_over_the_border_goes_as_in_the_harness():  # E1
 
 
 def test_training_generation_and_scoring_agree(tmp_path):  # E1
-    """The loss of an answer is minus the log-likelihood that lm_score.py gives it, in the whole
-    text's tokens.
+    """Check that the loss of an answer is minus the log-likelihood that lm_score.py computes, on
+    the tokens of the whole text.
     """
     tokenizer = wrap(KINDS["Llama-3"]())
     torch.manual_seed(0)

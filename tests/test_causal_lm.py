@@ -44,7 +44,7 @@ PADDED = {
 
 
 def make_model(config):
-    """A small model in evaluation mode whose weights are large enough that texts differ."""
+    """Return a small model in evaluation mode whose weights are large enough that texts differ."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(vocab_size=VOCABULARY, bos_token_id=0,
                                                     eos_token_id=0, pad_token_id=0)).eval()
@@ -59,7 +59,7 @@ def draw(rng, least, most):
 
 
 def make_families(with_answers=True):
-    """Questions with keys of many lengths, some of which are equal, and one or two answers."""
+    """Return questions with keys of many lengths, some of them equal, and one or two answers."""
     rng = random.Random(0)
     families = []
     for question in range(4):
@@ -73,7 +73,7 @@ def make_families(with_answers=True):
 
 
 def plain_score(model, text):
-    """A Text's log-likelihood by a forward pass of its own."""
+    """Return the log-likelihood of a Text from a forward pass of its own."""
     ids = torch.tensor([text.prompt + text.answer])
     log_p = model(input_ids=ids).logits[0].float().log_softmax(-1)
     places = range(len(text.prompt) - 1, ids.shape[1] - 1)

@@ -31,7 +31,7 @@ SCORES = Prompts(passage_weights="score", retriever_temperature=0.7)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{family: a tiny model's folder}"""
+    """Return {family: a tiny model's folder}."""
     return {family: make_causal(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
@@ -50,7 +50,7 @@ def make_batch(reader, tokenizer, records=RECORDS, max_length=60):
 # ---------------------------------------------------------------- the plain form
 
 def plain_prompts(inputs):
-    """[[(ids of a prompt, its weight)]] of each question."""
+    """Return [[(ids of a prompt, its weight)]] of each question."""
     questions = []
     for ids, mask, log_weights in zip(*inputs.values()):
         questions.append([(row[real].tolist(), weight.exp()) for row, real, weight
@@ -59,7 +59,7 @@ def plain_prompts(inputs):
 
 
 def plain_loss(lm, inputs, labels):
-    """The summed loss, prompt after prompt and token after token."""
+    """Return the summed loss, computed prompt by prompt and token by token."""
     total = 0
     for prompts, label in zip(plain_prompts(inputs), labels):
         target = [token for token in label.tolist() if token != -100]
@@ -72,8 +72,8 @@ def plain_loss(lm, inputs, labels):
 
 @torch.no_grad()
 def plain_generation(lm, inputs, max_length, ends):
-    """([ids], [scores], [log p under the mean]) of the answers: at each step every prompt is run
-    whole.
+    """Return ([ids], [scores], [log p under the average]) of the answers; each step runs every
+    prompt as a whole.
     """
     answers, scores, means = [], [], []
     for prompts in plain_prompts(inputs):
@@ -141,7 +141,7 @@ def test_answers_and_scores_equal_a_plain_loop(folders, family, prompts):
 
 
 def test_probabilities_are_averaged_and_not_logits(folders):
-    """Of two prompts one is sure of a token that the other knows nothing of."""
+    """Check two prompts of which only one predicts a token with certainty."""
     reader, tokenizer = open_causal(folders["gpt2"])
     inputs = make_batch(reader, tokenizer)["inputs"]
     rows = torch.zeros(5, 1, reader.config.vocab_size)
@@ -153,7 +153,7 @@ def test_probabilities_are_averaged_and_not_logits(folders):
 
 
 def test_the_average_is_of_float32_under_autocast(folders):
-    """Tokens that bfloat16 cannot tell apart; of the two the second is the likelier."""
+    """Check two tokens that are equal in bfloat16, where the second is the likelier."""
     reader, tokenizer = open_causal(folders["gpt2"])
     inputs = make_batch(reader, tokenizer)["inputs"]
     rows = torch.full((5, 1, reader.config.vocab_size), -50.0)
@@ -330,7 +330,7 @@ def test_saved_folders_open_in_transformers_with_equal_logits(folders, family, t
 
 
 def test_older_names_and_half_precision_are_read(folders, tmp_path):
-    """GPT-2's file on the hub has no prefix and holds the causal masks."""
+    """Check GPT-2's file on the hub, which has no prefix and holds the causal masks."""
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes(open(f"{folders['gpt2']}/{file}", "rb").read())
     weights = load_file(f"{folders['gpt2']}/model.safetensors")
@@ -426,7 +426,7 @@ def test_a_question_that_is_too_long_is_found_before_the_first_update(folders, t
 
 
 def script_reader(reader, tokenizer, text):
-    """Lets the reader generate a text, whatever it is asked; counts its steps in `steps`."""
+    """Make the reader generate a given text, and count its steps in `steps`."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def run(inputs, *args, **options):
@@ -459,7 +459,7 @@ def test_answers_end_at_the_first_line_end(folders, tokenizer, text, answer):  #
 
 
 def test_the_test_set_is_answered_by_first_lines(folders, records_file, tmp_path, capsys):  # E11
-    """The best checkpoint, opened again for --data_test, has the tokenizer that it needs."""
+    """Check that the best checkpoint, opened again for --data_test, has its tokenizer."""
     train_epoch.main(train_epoch.parse_args([str(value) for value in (
         tmp_path / "m", records_file, records_file, "--data_test", records_file, "--t5_name",
         folders["llama"], "--answer_lines", "first", "--epochs", 1, "--batch_size", 4,
@@ -530,7 +530,8 @@ def test_memorises_and_answers_as_trained(folders, tmp_path):
 
 
 def test_the_split_of_a_batch_does_not_matter(folders, records_file, tmp_path):
-    """1 x batch 4, and 2 processes x 2 micro-batches of 1, end with the same weights."""
+    """Check that 1 process x batch 4 and 2 processes x 2 micro-batches of 1 give the same weights.
+    """
     splits = {"one": (4, 1, 1), "both": (1, 2, 2)}
     for name, (batch, accumulation, processes) in splits.items():
         run("train_epoch.py", tmp_path / name, records_file, records_file, *FAST, "--lr", "1e-3",

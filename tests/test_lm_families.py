@@ -59,7 +59,7 @@ STATES = ["Mamba", "Mamba2", "RWKV", "RecurrentGemma"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A function that returns the folder of a tiny model of a family, made once."""
+    """Return a function that makes the folder of a tiny model of a family, once."""
     made = {}
 
     def make(name):
@@ -92,7 +92,7 @@ def plain_answers(lm, steps):
 
 
 def check_answers(reader):
-    """A reader's answers, of which one ends first, are those of single passes."""
+    """Check that a reader's answers, one of which ends first, are those of single passes."""
     reader.eval()
     expected = plain_answers(reader.lm, 5)
     reader.config.eos_token_id = reader.lm.generation_config.eos_token_id = expected[0][1]

@@ -36,7 +36,8 @@ TASKS = ["qa", "convsearch", "icl", "chat", "lrlm", "tool"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """{family: folder of a tiny model}; no tokenizer has a padding token, Llama's has <s>."""
+    """Return {family: folder of a tiny model}. No tokenizer has a padding token, Llama's has <s>.
+    """
     folder = tmp_path_factory.mktemp("models")
     tokenizers = {"gpt2": make_tokenizer(), "llama": make_tokenizer(bos_token="<s>"),
                   "qwen2": make_tokenizer()}
@@ -50,7 +51,7 @@ def write_records(path, records):
 
 
 def task_records():
-    """A record of every task: positives and negatives, or a history."""
+    """Return a record of every task, with positives and negatives, or a history."""
     records = []
     for task in TASKS:
         record = {"task": task, **FIELDS, "kept": task}
@@ -65,7 +66,7 @@ def task_records():
 
 
 def score(path, model, *flags, name="x", **options):
-    """Runs lm_score.py; returns the teacher scores of each record."""
+    """Run lm_score.py. Return the teacher scores of each record."""
     run("lm_score.py", "--eval_data", path, "--model_name_or_path", model, "--save_name", name,
         *flags, **options)
     return read_scores(path, name)
@@ -78,8 +79,7 @@ def read_scores(path, name="x"):
 
 @torch.no_grad()
 def plain_causal_scores(folder, record, answer, limit=256):
-    """log p of the answer's tokens, each key in a forward pass of its own, by LLM-Embedder's
-    templates.
+    """Return log p of each answer token, from a forward pass per key, by LLM-Embedder's templates.
     """
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -265,8 +265,8 @@ def test_causal_reader_by_its_own_prompt(tmp_path):
 
 
 def test_keys_of_other_forms(models, tmp_path):
-    """ctxs, objects for the key template, DPR's passages and documents of a corpus are the same
-    keys as texts.
+    """Check that ctxs, objects for the key template, DPR's passages and documents of a corpus are
+    scored as the same keys given as texts.
     """
     fields = {"query": "who?", "answers": ["Mira"]}
     documents = [{"id": str(i), "title": f"t{i}", "text": key} for i, key in enumerate(KEYS)]
@@ -299,8 +299,8 @@ def test_llm_embedders_command_and_several_processes(models, tmp_path):
 
 
 def test_goes_on_after_kill(models, tmp_path):
-    """A run that is killed leaves a journal; the same command scores the rest, whatever the number
-    of processes, and another command starts anew.
+    """Check that a killed run leaves a journal from which the same command continues, with any
+    number of processes, while another command starts from scratch.
     """
     path = write_records(tmp_path / "r.jsonl", task_records() * 20)
     expected = score(path, models["gpt2"], "--batch_size", 2, name="whole")
@@ -338,14 +338,14 @@ def test_goes_on_after_kill(models, tmp_path):
     ({"answer": {"Value": "A b", "Aliases": ["", "b"]}, "target": " "}, ["A b"], ["A b", "b"]),
 ])
 def test_blank_answers_are_left_out(fields, first, all_answers):
-    """E15: the first answer with a text is scored; a blank target is none."""
+    """Check that blank answers and targets are skipped (E15)."""
     question = make_question({"query": "who?", "pos": ["a key"], **fields}, "r.jsonl:1", 0)
     assert choose_answers(question, "first") == first
     assert choose_answers(question, "best") == all_answers
 
 
 def test_all_lengths_are_checked_before_the_first_pass(models, tmp_path, monkeypatch):  # E7
-    """A record that does not fit is named before anything is scored, so that nothing is lost."""
+    """Check that a record that does not fit is reported before anything is scored."""
     records = [*task_records(), {"task": "qa", **FIELDS, "query": "word " * 400, "pos": ["a"],
                                  "neg": []}]
     path = write_records(tmp_path / "r.jsonl", records)

@@ -55,7 +55,7 @@ def open_pair(folder, **options):
 
 
 def answers(reader, tokenizer, records, beams=1, max_length=100):
-    """The texts that a reader answers records with."""
+    """Return the answers of a reader to records."""
     found = predict(reader, records, tokenizer, WORLD, num_contexts=3, max_length=max_length,
                     batch_size=16, num_beams=beams, answer_maxlength=12)
     return [prediction.text for prediction in found]
@@ -63,7 +63,7 @@ def answers(reader, tokenizer, records, beams=1, max_length=100):
 
 @pytest.fixture(scope="module")
 def toy():
-    """(records, the answers of toy/t5-tiny to them)."""
+    """Return (records, the answers of toy/t5-tiny to them)."""
     records = make_records(24)
     reader, tokenizer, line = open_pair(TOKENIZER)
     assert line == (f"reader {TOKENIZER}: t5, its own tokenizer; answers end with </s> 1, begin "
@@ -75,13 +75,13 @@ def toy():
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of toy/t5-tiny."""
+    """Return a copy of toy/t5-tiny."""
     return shutil.copytree(TOKENIZER, tmp_path / "copy")
 
 
 def permute(folder):
-    """Give a folder's tokenizer sentencepiece's own order (<unk> 0, </s> 2, <pad> 3), and its
-    weights the rows that belong to it; config.json is left as T5's: </s> 1, <pad> 0, start 0.
+    """Give a folder's tokenizer sentencepiece's own order (<unk> 0, </s> 2, <pad> 3), and reorder
+    the rows of its weights. config.json keeps T5's ids: </s> 1, <pad> 0, start 0.
     """
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -105,8 +105,9 @@ def permute(folder):
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_own_special_ids_agree(beams, copy, toy, tmp_path):  # A1
-    """The answers end at the tokenizer's </s>, whatever config.json and generation_config.json say;
-    what is saved is one set of ids, with which transformers answers alike.
+    """Check that answers end with the tokenizer's </s>, whatever ids config.json and
+    generation_config.json set, and that one set of ids is saved, with which transformers gives the
+    same answers.
     """
     records, texts = toy
     permute(copy)
@@ -137,7 +138,7 @@ def test_own_special_ids_agree(beams, copy, toy, tmp_path):  # A1
 
 
 def generate(t5, inputs, **options):
-    """transformers' ids for (B, N, L) passages, padded."""
+    """Return transformers' ids for passages (B, N, L), padded."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     B, N, L = ids.shape
     with torch.no_grad():
@@ -161,7 +162,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_generation_settings_are_transformers(name, tiny, tmp_path):
-    """What changes a greedy or a beam search is obeyed; sampling and lengths are flags here."""
+    """Check that settings of greedy and beam search are followed; sampling and lengths are flags.
+    """
     folder = shutil.copytree(tiny, tmp_path / "t5")
     (folder / "generation_config.json").unlink()
     edit_json(folder / "generation_config.json", decoder_start_token_id=0, eos_token_id=1,
@@ -245,7 +247,7 @@ def test_answers_are_decoded_as_they_were_generated(copy, tmp_path):  # A3
 
 
 def minfid_file(folder, name):
-    """toy/t5-tiny as minFiD saves it, named as trained from the model `name`."""
+    """Write toy/t5-tiny as minFiD saves it, trained from the model `name`. Return the file."""
     weights = load_file(TOKENIZER / "model.safetensors")
     weights = {f"t5.{key}": value for key, value in weights.items()}
     torch.save({"sd": weights, "args": argparse.Namespace(t5_name=name)}, folder / "model")
@@ -276,7 +278,9 @@ def test_the_tokenizer_is_the_checkpoints_or_named(toy, tmp_path, copy):  # A4, 
 
 
 def test_t5_base_is_assumed_for_its_vocabulary_alone(tmp_path, monkeypatch, copy):  # A4, B8
-    """A released FiD reader, which has no tokenizer, gets t5-base's, which is said."""
+    """Check that a released FiD reader, which has no tokenizer, gets t5-base's, and that a line
+    reports it.
+    """
     edit_json(copy / "config.json", vocab_size=32128)
     edit_weights(copy, lambda weights: weights | {"shared.weight": torch.randn(32128, 128)})
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -301,8 +305,8 @@ def test_tokenizer_json_alone(copy, toy):  # C
 
 
 def test_tokenizer_json_is_taken_as_it_is(copy):
-    """transformers' T5Tokenizer builds a tokenizer of its own, in which unknown letters are the id
-    2, here </s>.
+    """Check that tokenizer.json is used unchanged; transformers' T5Tokenizer would map unknown
+    letters to the id 2, here </s>.
     """
     permute(copy)
     tokenizer = open_pair(copy)[1]
@@ -312,7 +316,8 @@ def test_tokenizer_json_is_taken_as_it_is(copy):
 
 @pytest.mark.parametrize("name", ["t5", "own", "bytes", "mt5"])
 def test_spiece_model_alone(name, tmp_path):  # B7
-    """ids and texts are sentencepiece's, ids of special tokens and sentinels T5's."""
+    """Check that ids and texts are sentencepiece's, and ids of special tokens and sentinels T5's.
+    """
     shutil.copy(GOLDEN / f"spiece.{name}.model", tmp_path / "spiece.model")
     tokenizer = open_t5_tokenizer(tmp_path, 600)
     want = SPIECE[name]
@@ -358,7 +363,7 @@ def test_broken_sentencepiece_files_are_refused(tmp_path):
 
 
 def test_byt5_without_files(tmp_path):
-    """ByT5's tokenizer needs none; config.json names it."""
+    """Check ByT5, whose tokenizer needs no files and is named in config.json."""
     make_t5(tmp_path, vocab_size=384)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).unlink()
@@ -369,7 +374,7 @@ def test_byt5_without_files(tmp_path):
 
 
 def toy_folder(folder, **settings):
-    """toy/t5-tiny with the settings in its tokenizer_config.json."""
+    """Copy toy/t5-tiny with other settings of its tokenizer. Return transformers' tokenizer."""
     shutil.copytree(TOKENIZER, folder)
     edit_json(folder / "tokenizer_config.json", **settings)
     return AutoTokenizer.from_pretrained(TOKENIZER)
@@ -382,7 +387,7 @@ def json_alone(folder):
 
 
 def spiece_alone(folder):
-    """A T5 of random weights with spiece.model; transformers gets its pieces."""
+    """Write a T5 with only spiece.model. Return transformers' tokenizer of its pieces."""
     make_t5(folder, vocab_size=240)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()
@@ -400,7 +405,7 @@ def byt5(folder):
 
 
 def own_vocabulary(folder):
-    """A vocabulary that a user trained, with other names for its special tokens."""
+    """Write a T5 with other special tokens. Return transformers' tokenizer."""
     shutil.copytree(TOKENIZER, folder)
     content = (folder / "tokenizer.json").read_text()
     for old, new in (("</s>", "[END]"), ("<pad>", "[PAD]"), ("<unk>", "[UNK]")):
@@ -426,7 +431,7 @@ MATRIX = {
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_tokenizers_read_as_transformers_does(name, toy, tmp_path):
-    """The ids of inputs and targets, the loss, the logits, greedy and beam search's answers."""
+    """Check the ids of inputs and targets, the loss, the logits, and greedy and beam search."""
     records, _ = toy
     oracle = MATRIX[name](tmp_path / "t5")
     reader, tokenizer, _ = open_pair(tmp_path / "t5")
@@ -553,7 +558,7 @@ OWN = {
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("name", OWN)
 def test_own_embeddings_are_kept(name, tie, tiny, tmp_path):  # A13
-    """As in transformers: opened, trained on, saved and opened again."""
+    """Check embeddings that are not tied, when opened, trained, saved and opened again."""
     folder = shutil.copytree(tiny, tmp_path / "t5")
     generator = torch.Generator().manual_seed(2)
 
@@ -581,8 +586,8 @@ def test_own_embeddings_are_kept(name, tie, tiny, tmp_path):  # A13
 
 
 def test_the_leftover_of_t5s_first_release_is_left_out(tiny, tmp_path, capsys):  # A14
-    """A plain T5 that carries FiD's cross-attention bias is read as transformers does; a reader
-    that was trained with it keeps it.
+    """Check that a plain T5 with FiD's cross-attention bias is read as transformers reads it, and
+    that a reader trained with the bias keeps it.
     """
     folder = shutil.copytree(tiny, tmp_path / "t5")
     edit_weights(folder, lambda weights: weights | {CROSS_BIAS: 9 * torch.randn(32, 4)})

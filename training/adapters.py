@@ -80,10 +80,10 @@ def read_lora_flags(flags):
 
 
 def prepare_lora(transformer, lora, device, bf16):
-    """Return the frozen transformer with adapters, as `lora`, LoraSettings, describes them.
+    """Return the frozen transformer with adapters, as the LoraSettings `lora` describe them.
 
-    With load_in_4bit the weights are quantised on the device, and bf16 is the type that products
-    are computed in. Raise InputError as pack_weights and add_lora.
+    With load_in_4bit the weights are quantised on the device, and products are computed in bfloat16
+    if `bf16`, else in float32. Raise InputError as pack_weights and add_lora.
     """
     if lora.load_in_4bit:
         pack_weights(transformer, device, bf16)
