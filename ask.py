@@ -38,7 +38,7 @@ from pages.page import (
     normalize_text,
     split_at_answers,
 )
-from reader.open import add_prompt_flags, open_with_tokenizer
+from reader.open import add_causal_flags, open_with_tokenizer
 from reader.predict import (
     add_answer_flags,
     choose_beams,
@@ -357,7 +357,7 @@ def parse_args():
     add("--max_length", type=int,
         help="tokens per question and passage; default: 200, or the checkpoint's value")
     add_answer_flags(add)
-    add_prompt_flags(parser)
+    add_causal_flags(parser)
     add = parser.add_argument_group("questions and answers").add_argument
     add("--question", action="append", metavar="TEXT",
         help="a question, in quotes; may be repeated; default: read questions from a pipe, one per "

@@ -14,7 +14,7 @@ import time
 
 from data import note_long_passages
 from pages.page import check_page
-from reader.open import add_prompt_flags, open_with_tokenizer
+from reader.open import add_causal_flags, open_with_tokenizer
 from reader.predict import (
     add_answer_flags,
     check_answers,
@@ -111,14 +111,14 @@ def check_outputs(args, context_counts):
         raise InputError(f"--pred {args.pred}: predictions are JSON lines (.jsonl) or separated by "
                          "tabs (.tsv)")
     if (args.scores or "").removesuffix(".gz").endswith(TABLE_ENDINGS):
-        raise InputError(f"--scores {args.scores}: the records are JSON; let the name end in .json "
-                         "or .jsonl")
+        raise InputError(f"--scores {args.scores}: the records are JSON; give a name that ends in "
+                         ".json or .jsonl")
     if args.scores == "" and not is_json_lines(args.pred):
-        raise InputError("--scores: name a FILE for the records, or let the name of --pred end in "
-                         ".jsonl: the scores then go into the predictions")
+        raise InputError("--scores: give a FILE for the records, or a --pred FILE.jsonl, which the "
+                         "scores are added to")
     if args.n_best and not is_json_lines(args.pred):
-        raise InputError(f"--n_best {args.n_best}: give --pred a FILE.jsonl, which the answers and "
-                         "their probabilities go into")
+        raise InputError(f"--n_best {args.n_best}: give a --pred FILE.jsonl, which the answers and "
+                         "their probabilities are written to")
 
 
 def note_unanswerable(path, records, model, collator, answer_maxlength, log):
@@ -141,36 +141,36 @@ def parse_args():
     add("model", help="checkpoint folder, minFiD file or hub name")
     add("data", help="records to answer: .json or .jsonl, may end in .gz")
     add("--num_contexts", type=int, nargs="+", metavar="N",
-        help="contexts per question, one table row each; 0 answers without contexts; default: as "
-        "trained, else 5")
+        help="contexts per question, one table row each; 0: answer without contexts; default: the "
+        "checkpoint's value, or 5")
     add("--max_length", type=int,
-        help="tokens per question and passage; default: as trained, else 200")
+        help="maximum tokens per question and passage; default: the checkpoint's value, or 200")
     add("--match", choices=["string", "regex"], default="string",
-        help="how to compare answers: as strings, or as regular expressions (CuratedTREC): a "
-        "prediction is correct if its beginning matches one, as in DrQA, and F1 equals EM")
+        help="string: answers are strings; regex: answers are regular expressions (CuratedTREC), a "
+        "prediction is correct if its beginning matches one of them, as in DrQA, and F1 equals EM")
     add("--num_workers", type=int, default=0, help="processes that tokenise")
     add = parser.add_argument_group("model").add_argument
     add_answer_flags(add)
-    add_prompt_flags(parser)
+    add_causal_flags(parser)
     add = parser.add_argument_group("outputs").add_argument
     add("--pred", metavar="FILE",
-        help="write predictions: tab-separated index, prediction, golds and score, as minFiD "
-        "does, or JSON lines if FILE ends in .jsonl; one file for each of several --num_contexts")
+        help="write predictions as JSON lines if FILE ends in .jsonl, else as in minFiD: index, "
+        "prediction, answers and score, separated by tabs; one file for each of several "
+        "--num_contexts")
     add("--scores", metavar="FILE", nargs="?", const="",
-        help="write the reader's scores of the contexts (cross-attention, or log posteriors given "
-        "the answer for a causal language model) to the .jsonl of --pred and, if FILE is given "
-        "(.json or .jsonl), write the records to it with these scores as 'score'; retrieval "
-        "scores are kept as 'retrieval_score'")
+        help="add the reader's scores of the contexts to the .jsonl of --pred: cross-attention "
+        "or, for a causal language model, log posteriors given the answer. With FILE (.json or "
+        ".jsonl) also write the records with these scores as 'score' and the retrieval scores as "
+        "'retrieval_score'")
     add("--measures", metavar="FILE",
-        help="write EM and F1 (fractions) as JSON; with several --num_contexts, those of the last "
-        "one")
+        help="write EM and F1 (fractions) as JSON, for the last of several --num_contexts")
     add("--score_kind", choices=["logits", "attention"],
-        help="cross-attention scores: the mean of a passage's scores before the softmax (FiD-KD), "
-        "or the log of its attention (Atlas); default: logits with --scores, attention with only "
-        "--html")
+        help="cross-attention score of a passage: logits, the mean of its tokens' scores before "
+        "the softmax (FiD-KD), or attention, the log of the attention to them (Atlas); default: "
+        "logits with --scores, attention with --html alone")
     add("--html", metavar="FILE",
         help="write an HTML page with each question, its prediction, its passages and the "
-        "reader's attention to them; with several --num_contexts, those of the last one")
+        "reader's attention to them, for the last of several --num_contexts")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
     add("--bf16", action="store_true", help="compute in bfloat16 (autocast)")

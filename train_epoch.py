@@ -34,7 +34,7 @@ from data import (
 )
 from reader.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
 from reader.open import (
-    add_prompt_flags,
+    add_causal_flags,
     open_reader,
     open_reader_tokenizer,
     open_with_tokenizer,
@@ -531,7 +531,7 @@ def parse_args(arguments=None):
         "model; default: save the whole model with the adapters merged")
     add("--freeze", metavar="REGEX",
         help="do not train weights whose names match this regular expression")
-    add_prompt_flags(parser)
+    add_causal_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", "--per_device_train_batch_size", type=int, default=1,
         help="questions per process and micro-batch")

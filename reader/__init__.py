@@ -1,1 +1,1 @@
-"""What the scripts share about readers: opening, predictions, passages of a frozen retriever."""
+"""Readers: their interface, opening, predictions, and passages of a frozen retriever."""

@@ -26,41 +26,43 @@ from training.checkpoints import (
 from training.t5_folder import carries_tokenizer, list_settings, open_t5_tokenizer
 from utils import SWITCH, InputError, shorten
 
-FALLBACK = "t5-base"         # all of T5, v1.1 and Flan-T5 have its vocabulary
-FALLBACK_SIZES = (32100, 32128)  # the embeddings of a model that may
-SPARSE = 0.9  # a tokenizer with less than this share of the embeddings may be another model's
+FALLBACK = "t5-base"             # T5, T5 v1.1 and Flan-T5 share its vocabulary
+FALLBACK_SIZES = (32100, 32128)  # smallest and largest number of embeddings with that vocabulary
+# a tokenizer with fewer tokens than this share of the embeddings may belong to another model
+SPARSE = 0.9
 
 
-def add_prompt_flags(parser):
-    """Add the flags of causal language models; what is not given is as in the checkpoint, else the
-    default of the help.
+def add_causal_flags(parser):
+    """Add the flags of causal language models. Their defaults are the checkpoint's values, else
+    those in the help.
     """
     add = parser.add_argument_group("causal language models").add_argument
     add("--prompt_template", metavar="TEXT",
         help="the prompt of one passage, with {question}, {title} and {text}; \\n is a line break. "
-        "For a question without contexts, lines that hold only the passage are left out. The "
-        "answer follows the whitespace at the end, else a space; default: as trained, else "
-        f"'{TEMPLATE}'")
+        "Lines with only the passage are left out if a question has no contexts. The answer "
+        "follows the whitespace at the end of the template, or a space; default: the checkpoint's "
+        f"value, or '{TEMPLATE}'")
     add("--chat_template", default=None, **SWITCH,
-        help="make the prompt the user's turn of the tokenizer's chat template, and the answer "
-        "the assistant's; default: as trained, else false")
+        help="put the prompt into the user's turn of the tokenizer's chat template, and the answer "
+        "into the assistant's; default: the checkpoint's value, or false")
     add("--answer_lines", choices=ANSWER_LINES,
         help="first: an answer ends at its first line break; all: only at an end token; default: "
-        "as trained, else all in training, first for a model that was not trained here")
+        "the checkpoint's value, or all in training and first for models not trained here")
     add("--passage_weights", choices=PASSAGE_WEIGHTS,
-        help="weight of a passage in the loss and in the answer: equal, or the softmax of the "
-        "retrieval scores; default: as trained, else equal")
+        help="weight of a passage in the loss and in the answer: equal, or score, the softmax of "
+        "the retrieval scores; default: the checkpoint's value, or equal")
     add("--retriever_temperature", type=float, metavar="T",
-        help="divide the retrieval scores by T before the softmax; default: as trained, else 1")
+        help="divide the retrieval scores by T before the softmax; default: the checkpoint's "
+        "value, or 1")
 
 
 def open_with_tokenizer(path_or_name, log, chosen=None, fallback=None, dropout=None,
                         prompt_flags=None, trained=False, trains=False):
-    """Return (reader, tokenizer) of a checkpoint, and log how they were read.
+    """Return (reader, tokenizer) of a checkpoint, fitted to each other, and log a line about them.
 
-    chosen, fallback: see open_reader_tokenizer; the other arguments: see open_reader. If it
-    `trains`, the settings of generation_config.json are dropped. Raise InputError for what does not
-    fit.
+    chosen, fallback: see open_reader_tokenizer. The other arguments: see open_reader. A reader that
+    `trains` drops the settings of generation_config.json. Raise InputError for a checkpoint that
+    cannot be opened, and for a tokenizer that does not fit.
     """
     tokenizer, origin = open_reader_tokenizer(path_or_name, chosen, fallback)
     reader = open_reader(path_or_name, dropout, prompt_flags, trained, trains)
@@ -74,16 +76,16 @@ def open_with_tokenizer(path_or_name, log, chosen=None, fallback=None, dropout=N
 
 
 def open_reader(path_or_name, dropout=None, prompt_flags=None, trained=False, trains=False):
-    """Return the reader of a checkpoint, by its configuration: FiDT5 or CausalReader.
+    """Return the reader of a checkpoint: a FiDT5 or CausalReader, by its config.json.
 
-    `dropout` replaces the configuration's rates. prompt_flags: {name: value} that may hold the
-    flags of add_prompt_flags; other names are ignored. `trains`: it will be trained, so its answers
-    end with an end token. Raise InputError for any other model, for what the readers refuse and, if
-    it must be `trained`, for a checkpoint without weights.
+    dropout: replaces the configuration's rates. prompt_flags: {name: value}, of which the flags of
+    add_causal_flags are used. trained: refuse a checkpoint without weights. trains: the reader will
+    be trained, so its answers end only with an end token. Raise InputError for other models, and
+    for a checkpoint that the reader's class refuses.
     """
     given = {name: value for name, value in (prompt_flags or {}).items()
              if name in Prompts._fields and value is not None}
-    if os.path.isfile(path_or_name):  # minFiD's
+    if os.path.isfile(path_or_name):  # minFiD's checkpoint
         return open_fid(path_or_name, dropout, given, trained)
     folder = find_base(find_model(path_or_name)[0])
     config = read_config(folder, "T5 or causal language")
@@ -103,7 +105,7 @@ def open_reader(path_or_name, dropout=None, prompt_flags=None, trained=False, tr
 
 
 def open_fid(path_or_name, dropout, given, trained):
-    """Return a FiDT5. Raises InputError if flags of causal language models are given."""
+    """Return a FiDT5. Raise InputError if flags of causal language models are given."""
     if given:
         raise InputError(f"--{min(given)} is for causal language models, {path_or_name} is a T5; "
                          "leave it out")
@@ -113,23 +115,24 @@ def open_fid(path_or_name, dropout, given, trained):
 # ---------------------------------------------------------------- the tokenizer
 
 class Origin(NamedTuple):
-    """Where a reader's tokenizer is from."""
+    """Describe where a reader's tokenizer comes from."""
     name: str
-    reason: str     # why it is not the checkpoint's own, "" if it is
-    ignored: list   # settings of its files that are not followed, in words
+    reason: str     # why this tokenizer is used, or "" if it is the checkpoint's own
+    ignored: list   # descriptions of the settings in its files that are not followed
 
 
 def open_reader_tokenizer(path_or_name, chosen=None, fallback=None):
-    """Return (tokenizer, Origin) of a reader's checkpoint.
+    """Return (tokenizer, Origin) for a reader's checkpoint.
 
-    The tokenizer is that of the model `chosen` or, where that is None, the checkpoint's own; for a
-    checkpoint without any it is that of `fallback`, of the model that it was trained from, or
-    t5-base's if the size fits. Inputs are cut on the right and answers decoded without clean-up,
-    whatever its files say. Raise InputError, which lists what was tried, if there is none.
+    Take the tokenizer of the model `chosen` or, if that is None, the checkpoint's own. If the
+    checkpoint has no tokenizer, take that of `fallback`, of the model that the checkpoint was
+    trained from, or of t5-base if the size fits. Set it to truncate on the right and to decode
+    without clean-up. Raise InputError, with a list of the models that were tried, if no tokenizer
+    is found.
     """
     path = str(path_or_name)
     folder = find_model(path)[0]
-    base = find_base(folder)  # of adapters
+    base = find_base(folder)  # the model that adapters belong to, else the folder itself
     config = read_config(base, "T5 or causal language")
     is_t5 = config.model_type in CLASSES
     carries = carries_tokenizer if is_t5 else has_tokenizer
@@ -140,7 +143,7 @@ def open_reader_tokenizer(path_or_name, chosen=None, fallback=None):
     elif base != folder:
         candidates = [(base, "the adapters' model")]
     else:
-        candidates = list_candidates(path, folder, fallback, config)
+        candidates = list_tokenizer_models(path, folder, fallback, config)
     tried = []
     for name, reason in candidates:
         try:
@@ -158,9 +161,9 @@ def open_reader_tokenizer(path_or_name, chosen=None, fallback=None):
                      "model whose tokenizer it was trained with: --tokenizer NAME")
 
 
-def list_candidates(path, folder, fallback, config):
-    """Return [(model, why)] whose tokenizer a checkpoint without one may have been trained with,
-    the likeliest first.
+def list_tokenizer_models(path, folder, fallback, config):
+    """Return [(model, reason)], the likeliest first, of the models whose tokenizer a checkpoint
+    without one may have been trained with.
     """
     candidates = []
     if fallback:
@@ -181,7 +184,8 @@ def list_candidates(path, folder, fallback, config):
 
 
 def settle_settings(tokenizer):
-    """Set how a reader's tokenizer cuts and decodes; return what its files have instead, in words.
+    """Set how a reader's tokenizer truncates and decodes. Return descriptions of the settings that
+    this replaces.
     """
     ignored = []
     if tokenizer.truncation_side != "right":
@@ -193,40 +197,44 @@ def settle_settings(tokenizer):
 
 
 def describe_reader(path, reader, tokenizer, origin):
-    """Return the line that says how a reader's folder was read."""
-    whose = describe_origin(origin)
-    notes = reader.id_notes if isinstance(reader, FiDT5) else {}
-    ids = [name_id(tokenizer, end, notes.get("</s>") if number == 0 else None)
-           for number, end in enumerate(reader.end_tokens)]
-    line = f"reader {path}: {reader.config.model_type}, {whose}; answers end with {', '.join(ids)}"
-    if isinstance(reader, FiDT5):
-        pad = name_id(tokenizer, reader.config.pad_token_id, notes.get("<pad>"))
-        line += f", begin with {name_id(tokenizer, reader.start_token)}, padding {pad}"
-    count, embeddings = len(tokenizer), reader.config.vocab_size
-    if isinstance(reader, FiDT5) and count < SPARSE * embeddings:
-        line += f"; the tokenizer has {count:,} tokens, the model embeds {embeddings:,}"
-    ignored = origin.ignored + (reader.ignored if isinstance(reader, FiDT5) else [])
+    """Return a line about an opened reader: its model, tokenizer, special tokens and settings."""
+    is_t5 = isinstance(reader, FiDT5)
+    notes = reader.id_notes if is_t5 else {}
+    first_end, *other_ends = reader.end_tokens
+    ends = [describe_token(tokenizer, first_end, notes.get("</s>")),
+            *(describe_token(tokenizer, end) for end in other_ends)]
+    line = (f"reader {path}: {reader.config.model_type}, {describe_origin(origin)}; answers end "
+            f"with {', '.join(ends)}")
+    ignored, settings = origin.ignored, {}
+    if is_t5:
+        start = describe_token(tokenizer, reader.start_token)
+        pad = describe_token(tokenizer, reader.config.pad_token_id, notes.get("<pad>"))
+        line += f", begin with {start}, padding {pad}"
+        count, embeddings = len(tokenizer), reader.config.vocab_size
+        if count < SPARSE * embeddings:
+            line += f"; the tokenizer has {count:,} tokens, the model embeds {embeddings:,}"
+        ignored = ignored + reader.ignored
+        settings = list_settings(reader.t5.generation_config)
     if ignored:
         line += f"; not followed: {', '.join(ignored)}"
-    settings = list_settings(reader.t5.generation_config) if isinstance(reader, FiDT5) else {}
     if settings:
         line += f"; generation_config.json: {describe_settings(settings)}"
     return line
 
 
 def describe_origin(origin):
-    """Return whose a reader's tokenizer is, in words."""
+    """Return a few words about where a reader's tokenizer comes from."""
     if not origin.reason:
         return "its own tokenizer"
     return f"the tokenizer of {origin.name} ({origin.reason})"
 
 
 def describe_settings(settings):
-    """Return {name: value} in words."""
+    """Return a text of {name: value}."""
     return ", ".join(f"{name} {shorten(value)}" for name, value in settings.items())
 
 
-def name_id(tokenizer, token, before=None):
-    """Return a token and its id in words, with the id that config.json has in its place."""
+def describe_token(tokenizer, token, before=None):
+    """Return a token and its id as a text; before: another id in config.json that it replaces."""
     text = f"{tokenizer.convert_ids_to_tokens(token)} {token}"
     return text if before is None else f"{text} (config.json: {before})"

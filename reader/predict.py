@@ -1,5 +1,5 @@
-"""What a reader answers: predictions for all records over all processes, their scores, and the
-files that hold them.
+"""A reader's predictions: the answers to all records over all processes, their scores, and the
+files and page that show them.
 """
 import json
 import math
@@ -17,25 +17,25 @@ from records.reading import to_number
 from training.checkpoints import read_training_args
 from utils import InputError, gather_lists, progress_bar, shorten
 
-# what ends a line or a cell of a table, for one program or another, with the blanks around it
+# characters that some program reads as the end of a line or of a table's cell, with spaces around
 BREAKS = re.compile(r"\s*[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
-ANSWER_MAXLENGTH = 50  # most tokens of an answer, where no flag and no checkpoint sets it
+ANSWER_MAXLENGTH = 50  # most tokens of an answer, unless a flag or the checkpoint sets it
 # minFiD's defaults, for checkpoints that do not store the lengths of their training
 DEFAULT_LENGTHS = {"num_contexts": 5, "max_length": 200}
-CHECKED = 10_000  # answers that check_answers looks at: a second or two
+CHECKED = 10_000  # most answers that check_answers looks at, in a second or two
 
 
 def add_answer_flags(add):
-    """Add what the answers of a reader depend on, by the function of a group."""
+    """Add the flags that a reader's answers depend on. add: add_argument of a group."""
     add_tokenizer_flags(add)
     add("--answer_maxlength", type=int,
-        help="maximum number of tokens to generate; default: as evaluated in training, else "
-        f"{ANSWER_MAXLENGTH}")
+        help="maximum number of tokens to generate; default: the value in the checkpoint's "
+        f"training, or {ANSWER_MAXLENGTH}")
     add("--num_beams", type=int,
-        help="beams of beam search, 1 is greedy; default: 1, or N with --n_best N")
+        help="beams of beam search; 1: greedy search; default: 1, or N with --n_best N")
     add("--n_best", type=int, metavar="N",
-        help="also output the N best answers of beam search with their probabilities; 1: the "
-        "greedy answer's probability; default: none")
+        help="also output the N best answers of beam search with their probabilities; 1: only the "
+        "answer's probability; default: none")
 
 
 def choose_beams(num_beams, n_best):
@@ -55,13 +55,13 @@ def choose_beams(num_beams, n_best):
 
 
 def add_tokenizer_flags(add):
-    """Add the flags that say whose tokenizer a reader has, by the function of a group."""
+    """Add the flags that choose a reader's tokenizer. add: add_argument of a group."""
     add("--tokenizer", metavar="NAME",
         help="folder or hub name of the model whose tokenizer is used; default: the checkpoint's "
         "own")
     add("--t5_name", metavar="NAME",
-        help="model whose tokenizer is used if the checkpoint has none; default: the model that "
-        "the checkpoint was trained from, if it names one, else t5-base if the sizes fit")
+        help="model whose tokenizer is used if the checkpoint has none; default: the model in the "
+        "checkpoint's args.json that it was trained from, or t5-base if the sizes fit")
 
 
 class Lengths(NamedTuple):
@@ -74,7 +74,7 @@ class Lengths(NamedTuple):
 def choose_lengths(path, log, num_contexts=None, max_length=None, answer_maxlength=None):
     """Return the Lengths: as given, else as in the checkpoint's training, else minFiD's defaults.
 
-    num_contexts may be a list. Log where a given and a trained value differ, and which values the
+    num_contexts may be a list. Log values that differ from those in training, and values that the
     checkpoint does not store. Raise InputError for a broken args.json.
     """
     trained_args = read_training_args(path)
@@ -96,25 +96,23 @@ def choose_lengths(path, log, num_contexts=None, max_length=None, answer_maxleng
 
 
 class Prediction(NamedTuple):
-    """A reader's answer to the record of this index; em and f1 are None for a record without
-    answers.
-    """
-    index: int
+    """Hold a reader's answer to a record."""
+    index: int              # of the record
     text: str
-    em: object
-    f1: object
-    context_scores: object  # the reader's score of each context, or None if not asked for
-    is_cut: bool = False    # the answer had as many tokens as it may have, and no end
+    em: object              # exact match, or None for a record without answers
+    f1: object              # the same
+    context_scores: object  # the reader's score of each context, or None if not computed
+    is_cut: bool = False    # the answer reached the limit of tokens without an end token
     n_best: object = None   # [(text, log probability)] of the best answers, or None
 
 
 class Summary(NamedTuple):
-    """Means in per cent over the records that have answers, and how many answers were cut."""
-    em: float
-    f1: float
-    correct: int
-    count: int
-    cut: int
+    """Hold the measures of the predictions for records with answers."""
+    em: float     # mean exact match in per cent
+    f1: float     # mean F1 in per cent
+    correct: int  # predictions with an exact match
+    count: int    # records with answers
+    cut: int      # answers that were cut, of all records
 
 
 def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch_size,
@@ -122,8 +120,8 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
             with_scores=False, n_best=None, is_regex=False):
     """Return the Predictions for all records, in their order, on every process.
 
-    Every record is answered once, in the same batch for any number of processes. is_regex: see
-    score_prediction.
+    Each record is answered once, in the same batch for any number of processes. with_scores: the
+    kind of context scores that generate() returns, or False. is_regex: see score_prediction.
     """
     collator = model.make_collator(tokenizer, num_contexts, max_length)
     loader = eval_loader(records, batch_size, collator, num_workers, world.rank, world.size)
@@ -139,7 +137,7 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
         ids, *others = outputs if with_scores or n_best else (outputs,)
         scores = best_answers = [None] * len(ids)
         if with_scores:
-            # without contexts the question alone has a score
+            # the slice is empty without contexts, where generate() scores the question alone
             scores = others[0][:, :num_contexts].tolist()
         if n_best:
             best_answers = list_best(tokenizer, ids, others[-1])
@@ -154,22 +152,22 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
 
 
 def decode_answers(tokenizer, rows):
-    """Return the texts of rows of generated ids, without special tokens and blanks around them."""
+    """Return the texts of rows of generated ids, without special tokens and outer whitespace."""
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True,
                                    clean_up_tokenization_spaces=False)
     return [text.strip() for text in texts]
 
 
 def list_best(tokenizer, ids, log_probabilities):
-    """Return, for each question, [(text, log probability)] of ids (B, n, T)."""
+    """Return [(text, log probability)] of each question's answers, from ids (B, n, T)."""
     texts = iter(decode_answers(tokenizer, ids.flatten(0, 1)))           # (B, n, T) -> (B * n, T)
     return [[(next(texts), value) for value in row] for row in log_probabilities.tolist()]
 
 
 def score_prediction(index, text, answers, context_scores, is_cut, n_best, is_regex=False):
-    """Return the Prediction with its exact match and F1, where there are answers.
+    """Return the Prediction with its exact match and F1, if there are answers.
 
-    With is_regex the answers are regular expressions, and both are metrics.regex_match.
+    is_regex: the answers are regular expressions, and metrics.regex_match is both measures.
     """
     em = f1_score = None
     if answers:
@@ -188,22 +186,22 @@ def summarize(predictions):
                    sum(prediction.is_cut for prediction in predictions))
 
 
-# ---------------------------------------------------------------- answers that cannot be given
+# ---------------------------------------------------------------- answers out of reach
 
 class AnswerCheck(NamedTuple):
-    """How many of the questions (or targets) that were looked at can be answered right."""
-    checked: int
-    unspelled: int     # those whose answers all come back as another text from their tokens
+    """Count the questions (or targets) that no prediction can answer."""
+    checked: int       # questions that were looked at
+    unspelled: int     # questions where the tokens of each answer decode to another answer
     example: tuple     # (such an answer, the text that its tokens decode to), or ()
-    too_long: int      # those whose answers all take more tokens than are generated
-    needed: int        # the most tokens that a question's shortest answer takes
+    too_long: int      # questions where each answer has more tokens than are generated
+    needed: int        # the largest number of tokens that a question's shortest answer has
 
 
 def check_answers(answer_lists, collator, room):
-    """Return the AnswerCheck of questions with these lists of answers; room: the most tokens of an
-    answer that are generated. No more than CHECKED answers are looked at.
+    """Return the AnswerCheck of the first questions, with CHECKED answers in all.
 
-    An answer can be given if its tokens decode to an exact match of it.
+    answer_lists: the answers of each question. room: the most tokens of an answer that are
+    generated. A question can be answered if the tokens of some answer decode to an exact match.
     """
     looked_at, checked, unspelled, example, too_long, needed = 0, 0, 0, (), 0, 0
     for answers in filter(None, answer_lists):
@@ -216,15 +214,15 @@ def check_answers(answer_lists, collator, room):
         if not any(exact_match(text, [answer]) for text, answer in zip(texts, answers)):
             unspelled += 1
             example = example or (answers[0], texts[0])
-        length = min(map(len, rows)) - 1  # without the end of sequence
+        length = min(map(len, rows)) - 1  # without the end token
         too_long += length > room
         needed = max(needed, length)
     return AnswerCheck(checked, unspelled, example, too_long, needed)
 
 
 def note_unspelled(check, what, log):
-    """Log a warning if the tokens of answers decode to other answers; what: such as "targets of
-    FILE".
+    """Log a warning if the tokens of answers decode to other answers. what: "targets of FILE" or
+    "questions of FILE".
     """
     if not check.unspelled:
         return
@@ -240,7 +238,7 @@ def note_unspelled(check, what, log):
 
 
 def note_too_long(check, what, limit, room, flag, log):
-    """Log how many questions have longer answers than are generated with the flag's limit."""
+    """Log how many questions have only answers that are longer than the flag's limit."""
     if check.too_long:
         log(f"note: {check.too_long} of {check.checked} {what} have no answer of at most {room} "
             f"tokens: --{flag} {limit} cuts every right answer; --{flag} "
@@ -248,16 +246,16 @@ def note_too_long(check, what, limit, room, flag, log):
 
 
 def is_json_lines(path):
-    """Return True for the name of a file of JSON lines, gzipped or not."""
+    """Return True for a .jsonl or .jsonl.gz path."""
     return str(path).removesuffix(".gz").endswith(".jsonl")
 
 
 def write_predictions(path, predictions, records, with_contexts, is_regex=False):
-    """Write minFiD's tab-separated lines (index, prediction, answers, em), or JSONL if the path
-    ends in .jsonl; `with_contexts`, with the reader's scores of the contexts that it read.
+    """Write minFiD's tab-separated lines (index, prediction, answers, em), or JSON lines if the
+    path ends in .jsonl.
 
-    A tab-separated line has a blank where a prediction has line ends or tabs, so that each question
-    takes one line.
+    with_contexts: add the reader's scores of the contexts to the JSON lines. In tab-separated lines
+    a space replaces line ends and tabs of a prediction, so that each question takes one line.
     """
     with new_file(path) as file:
         for prediction in predictions:
@@ -278,16 +276,17 @@ def write_predictions(path, predictions, records, with_contexts, is_regex=False)
 
 
 def describe_best(n_best):
-    """Return {probability, n_best} of a prediction's best answers, for a row of JSON."""
+    """Return the fields {probability, n_best} of a prediction's best answers."""
     answers = [{"prediction": text, "probability": math.exp(log_probability)}
                for text, log_probability in n_best]
     return {"probability": answers[0]["probability"], "n_best": answers}
 
 
 def describe_contexts(record, scores, is_regex=False):
-    """Return {best_context, contexts} of a prediction: the id of the context with the reader's
-    highest score, and every context's id (or index), score and, where there are answers, whether
-    it holds one.
+    """Return the fields {best_context, contexts} of a prediction.
+
+    best_context is the id of the context with the highest score of the reader. contexts holds each
+    context's id (or index), its score and, if the record has answers, has_answer.
     """
     contexts = []
     for index, (context, score) in enumerate(zip(record["ctxs"], scores)):
@@ -300,8 +299,10 @@ def describe_contexts(record, scores, is_regex=False):
 
 
 def count_best_with_answer(predictions, records, is_regex=False):
-    """Return (questions whose highest-scored context holds an answer, questions with a context that
-    does): whether cross-attention scores can teach a retriever.
+    """Return (number of questions whose context with the highest score holds an answer, number of
+    questions with any such context).
+
+    The ratio shows whether the reader's scores can teach a retriever.
     """
     best, answerable = 0, 0
     for prediction in predictions:
@@ -316,11 +317,10 @@ def count_best_with_answer(predictions, records, is_regex=False):
 
 
 def write_scores(path, predictions, records):
-    """Write the records with the reader's scores of their contexts, which keep their order.
+    """Write the records with the reader's scores of their contexts, in the same order.
 
-    A context that was read has the reader's score as `score` and the retriever's as
-    `retrieval_score`. A context that was not read has no `score`, so that it stays behind those
-    that were read wherever contexts are sorted.
+    A context that was read gets the reader's score as `score` and the retriever's as
+    `retrieval_score`. A context that was not read gets no `score`, so that sorting puts it last.
     """
     for prediction in predictions:
         contexts = records[prediction.index]["ctxs"]
@@ -344,8 +344,10 @@ def write_scores(path, predictions, records):
 
 def write_predictions_page(path, title, remark, table, predictions, records, num_contexts, is_share,
                is_regex=False):
-    """Write the page of test.py --html; is_share: the scores of the contexts are logarithms of
-    shares; is_regex: the answers are regular expressions.
+    """Write the page of test.py --html.
+
+    is_share: the scores of the contexts are logarithms of shares. is_regex: the answers are regular
+    expressions.
     """
     samples = [record["ctxs"][:num_contexts] for record in records[:DEPTH_SAMPLE]]
     depth = choose_depth(samples, len(records))
@@ -357,7 +359,7 @@ def write_predictions_page(path, title, remark, table, predictions, records, num
 
 
 def inspect_prediction(prediction, record, num_contexts, is_share, is_regex):
-    """Return the Inspected of a prediction, with the contexts that were read."""
+    """Return the Inspected of a prediction, with the contexts that the reader read."""
     contexts = record["ctxs"][:num_contexts]
     scores = torch.tensor(prediction.context_scores[:len(contexts)])
     if is_share:
