@@ -17,18 +17,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from difflib import get_close_matches
 
-import regex
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-
-# A word with the blank before it. In scripts without blanks between words, it is one letter of
-# Chinese or Japanese, or up to five of Thai, Lao, Khmer and Burmese (lb=SA), with the punctuation
-# that follows.
-BY_LETTER = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\u30fc"
-CUT_WORD = regex.compile(rf" ?(?:[{BY_LETTER}]\p{{M}}*[\p{{P}}\p{{S}}]*"
-                         rf"|(?:\p{{lb=SA}}\p{{M}}*){{1,5}}[\p{{P}}\p{{S}}]*"
-                         rf"|[^ {BY_LETTER}\p{{lb=SA}}]+)")
 
 LINE_SECONDS = 60  # between the lines that replace a progress bar
 
@@ -46,23 +37,6 @@ def shorten(value):
     """Return a value's repr for a message: in one line, at most QUOTED characters."""
     text = " ".join(SHORT_REPR.repr(value).split())  # a tensor's repr has several lines
     return text if len(text) <= QUOTED else text[:QUOTED - 4] + " ..."
-
-
-def cut_words(text, is_joined=False):
-    """Return the words of a text, each with the blank before it.
-
-    Words are separated by blanks; in scripts without blanks, a few letters count as a word. If the
-    text is_joined to an earlier one, its first word gets no blank.
-    """
-    words = CUT_WORD.findall(" ".join(text.split()))
-    if words and not is_joined:
-        words[0] = " " + words[0]
-    return words
-
-
-def join_words(words):
-    """Join the words of cut_words to a text."""
-    return "".join(words).strip()
 
 
 def first_line(error):

@@ -188,17 +188,14 @@ def plain_lines(path):
     refuse_pickle(path, beginning)
     refuse_other_formats(path)
     unpacked = f"{path}.lines"
-    if os.path.exists(unpacked) and has_date_of(unpacked, path) and is_later(unpacked, path):
-        return unpacked
+    if os.path.exists(unpacked):
+        has_its_date = os.stat(unpacked).st_mtime_ns == os.stat(path).st_mtime_ns
+        if has_its_date and is_later(unpacked, path):
+            return unpacked
     is_list = is_object or beginning.startswith((b"[", codecs.BOM_UTF8))
     if str(path).endswith(".gz") or is_list:
         return write_plain_lines(path, read_lines(path))
     return path
-
-
-def has_date_of(made, path):
-    """Return True if a file has the same date as the file that it was made from."""
-    return os.stat(made).st_mtime_ns == os.stat(path).st_mtime_ns
 
 
 def is_later(made, path):

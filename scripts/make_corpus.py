@@ -21,9 +21,19 @@ import sys
 from collections import Counter
 from html.parser import HTMLParser
 
+import regex
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from records.files import is_stream, new_file
-from utils import InputError, Parser, check_at_least, cut_words, join_words, run_script
+from utils import InputError, Parser, check_at_least, run_script
+
+# A word with the blank before it. In scripts without blanks between words, it is one letter of
+# Chinese or Japanese, or up to five of Thai, Lao, Khmer and Burmese (lb=SA), with the punctuation
+# that follows.
+BY_LETTER = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\u30fc"
+CUT_WORD = regex.compile(rf" ?(?:[{BY_LETTER}]\p{{M}}*[\p{{P}}\p{{S}}]*"
+                         rf"|(?:\p{{lb=SA}}\p{{M}}*){{1,5}}[\p{{P}}\p{{S}}]*"
+                         rf"|[^ {BY_LETTER}\p{{lb=SA}}]+)")
 
 # Ends of sentences: after . ! ? and closing quotes unless a small letter follows ("e.g. this"),
 # after the full stops of Chinese and Japanese, at blank lines, and before an item of a list.
@@ -217,6 +227,23 @@ def list_sentences(sections):
     if heading_words:  # no sentence follows the last heading
         sentences.append(heading_words)
     return sentences
+
+
+def cut_words(text, is_joined=False):
+    """Return the words of a text, each with the blank before it.
+
+    Words are separated by blanks; in scripts without blanks, a few letters count as a word. If the
+    text is_joined to an earlier one, its first word gets no blank.
+    """
+    words = CUT_WORD.findall(" ".join(text.split()))
+    if words and not is_joined:
+        words[0] = " " + words[0]
+    return words
+
+
+def join_words(words):
+    """Join the words of cut_words to a text."""
+    return "".join(words).strip()
 
 
 # ---------------------------------------------------------------- a folder

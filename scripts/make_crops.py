@@ -15,6 +15,7 @@ import random
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from make_corpus import cut_words, join_words
 from records.corpus import Corpus
 from records.files import check_paths, new_file
 from utils import (
@@ -22,8 +23,6 @@ from utils import (
     Parser,
     check_at_least,
     check_seed,
-    cut_words,
-    join_words,
     progress_bar,
     run_script,
 )

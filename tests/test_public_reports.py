@@ -17,7 +17,8 @@ from records.reader_records import read_records
 from retrieval.mining import NO_LIMITS, keep_negatives
 from retrieval.results import read_run, scale_scores
 from scripts import make_corpus
-from utils import InputError, cut_words, join_words
+from scripts.make_corpus import cut_words, join_words
+from utils import InputError
 
 
 @pytest.fixture(scope="module")
