@@ -1,5 +1,5 @@
-"""From examples to batches: the plan of an epoch over processes and datasets, the visits it makes,
-and their token ids.
+"""From examples to batches: the plan of an epoch over processes and datasets, the group of keys of
+each planned example, and token ids.
 """
 import hashlib
 import math
@@ -19,16 +19,17 @@ from utils import InputError
 
 def plan_batches(sizes, epoch, seed, shuffle, batch_size, accumulation, same_dataset=None, rank=0,
                  world_size=1):
-    """This process's part of an epoch, [update][micro-batch][(example index, is_real)].
+    """Return this process's part of an epoch, [update][micro-batch][(example index, is_real)].
 
-    The micro-batches of all processes make up one batch of batch_size * world_size examples, drawn
-    the same way for any number of processes; a process takes every world_size-th. The last, smaller
-    batch is kept; a process that gets no example of it joins in with one that is not real.
+    The processes' micro-batches form one batch of batch_size * world_size examples, of which each
+    process takes every world_size-th. The batches do not depend on the number of processes. The
+    last batch may be smaller. If it has no example left for a process, that process gets a dummy
+    entry (is_real=False).
 
-    sizes         examples per dataset; example indices run through all datasets
-    same_dataset  None mixes the datasets; epoch: each batch is of one dataset, and each example
-                  comes once; random: each batch's dataset is drawn by its size, its examples
-                  without replacement
+    sizes         examples per dataset; example indices count through all datasets
+    same_dataset  None: mix the datasets. epoch: take each batch from one dataset, each example
+                  once. random: draw each batch's dataset in proportion to its size, then its
+                  examples without replacement
     """
     rng = np.random.default_rng([seed, epoch])
     whole_size = batch_size * world_size
@@ -54,7 +55,7 @@ def plan_batches(sizes, epoch, seed, shuffle, batch_size, accumulation, same_dat
 
 
 def draw_batches(datasets, size, rng):
-    """As many batches as an epoch has, each of a dataset drawn in proportion to its size."""
+    """Draw an epoch's batches, each from a dataset drawn in proportion to its size."""
     sizes = np.array([len(dataset) for dataset in datasets])
     count = math.ceil(sizes.sum() / size)
     drawn = rng.choice(len(datasets), count, p=sizes / sizes.sum())
@@ -62,7 +63,7 @@ def draw_batches(datasets, size, rng):
 
 
 def cut_batches(datasets, size, shuffle, rng):
-    """Batches of one dataset after another, each example once."""
+    """Cut one dataset after another into batches, each example once."""
     batches = []
     for dataset in datasets:
         order = rng.permutation(dataset) if shuffle else dataset
@@ -73,16 +74,16 @@ def cut_batches(datasets, size, shuffle, rng):
 # ---------------------------------------------------------------- visits
 
 class Visit(NamedTuple):
-    """An example as one epoch sees it, with the group of keys chosen for it."""
+    """Hold an example and the group of keys that an epoch chooses for it."""
     index: int
-    is_real: bool           # False: it is there only so that this process takes part in the batch
+    is_real: bool           # False: a dummy entry, because DDP's all-reduce needs every process
     example: Example
     keys: list
     teacher_scores: list    # one per key, or None
 
 
 class GroupSet(torch.utils.data.Dataset):
-    """The visits of examples; each epoch draws groups anew, the same ones for any number of
+    """Give the visits of examples. Each epoch draws new groups, the same ones for any number of
     processes.
     """
 
@@ -97,7 +98,7 @@ class GroupSet(torch.utils.data.Dataset):
         return ", ".join(self.examples[index].location for index in indices)
 
     def __getitem__(self, planned):
-        """The Visit of an entry of the plan, (index, is_real)."""
+        """Return the Visit of an entry of the plan, (index, is_real)."""
         index, is_real = planned
         example = self.examples[index]
         rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
@@ -108,23 +109,23 @@ class GroupSet(torch.utils.data.Dataset):
 # ---------------------------------------------------------------- collator
 
 class GroupCollator:
-    """Turns B visits, each with a group of keys, into a batch of B queries and K keys:
+    """Turn B visits, each with a group of keys, into a batch of B queries and K keys:
 
-    indices     of the examples (B)
-    is_real     False if this process only takes part in the batch
-    task        of the first example, whose flags hold for the batch
+    indices     examples' indices (B)
+    is_real     False for a dummy batch
+    task        the first example's; its settings hold for the batch
     queries     token ids of B queries
-    keys        token ids of K keys, group after group; for a ranker `pairs` (K) of (token ids,
-                types) replace queries and keys
-    sizes       of the groups (B) int64, with sum K; G, or 1 for an example without negatives
-    teacher     scores (B, G), G being the largest size; nan in the rows of examples without any,
-                and after the keys of a smaller group
+    keys        token ids of K keys, group after group
+    pairs       (K) of (token ids, types), for a ranker, instead of queries and keys
+    sizes       groups' sizes (B) int64, with sum K: G, or 1 for an example without negatives
+    teacher     scores (B, G), where G is the largest size; nan for examples without scores and
+                after the keys of a smaller group
     identities  (K) int64, equal for equal documents
     positives   the identities of each query's positives (B lists), with --mask_duplicates
     """
 
     def __init__(self, texts, corpus=None, mask_duplicates=False):
-        """Set up a collator for these Texts (dense/texts.py)."""
+        """Set up a collator for these Texts (dense/texts.py); corpus: for keys that are indices."""
         self.texts = texts
         self.settings = texts.settings
         self.corpus = corpus
@@ -159,7 +160,7 @@ class GroupCollator:
         return batch
 
     def positives(self, visit):
-        """Return the identities of a visit's positive and of all that its example has."""
+        """Return the identities of a visit's positive and of its example's other positives."""
         return [identity(self.key_text(key)) for key in (visit.keys[0], *visit.example.pos)]
 
     def instruction(self, task):
@@ -167,8 +168,9 @@ class GroupCollator:
         return self.texts.instruction(task)
 
     def queries(self, texts, tasks, instructions=None):
-        """Return token ids of queries, each in the query template and after the record's own
-        instruction, if that is not None, or its task's.
+        """Return token ids of queries in the query template, after an instruction.
+
+        instructions: the records' own ones; None stands for the task's.
         """
         prompted = []
         for text, task, own in zip(texts, tasks, instructions or [None] * len(texts)):
@@ -199,10 +201,9 @@ class GroupCollator:
         return list(zip(rows["input_ids"], rows["token_type_ids"]))
 
     def key_text(self, key):
-        """The text of a key: of a document of the corpus by its index, a text, or columns in the
-        key template.
+        """Return the text of a key: a corpus index, a text, or columns for the key template.
 
-        Raises InputError for a key without a column of the template.
+        Raises InputError for a key that lacks a column of the template.
         """
         if isinstance(key, int):
             return self.corpus.text(key)
@@ -210,12 +211,12 @@ class GroupCollator:
 
 
 def check_one_instruction(collator, tasks):
-    """Raise InputError if the tasks have different instructions before the documents."""
+    """Raise InputError if the tasks have different instructions for the documents."""
     before_documents = {collator.instruction(task)[1] for task in tasks}
     if len(before_documents) > 1:
-        raise InputError(f"questions of the tasks {', '.join(sorted(set(tasks)))} want other "
-                         "instructions before the documents, which are encoded once: search task "
-                         "by task, or leave instructions out with --add_instruction false")
+        raise InputError(f"the tasks {', '.join(sorted(set(tasks)))} have different instructions "
+                         "for the documents, which are encoded once; search task by task, or leave "
+                         "instructions out with --add_instruction false")
 
 
 def repeat_each(items, counts):
@@ -224,17 +225,18 @@ def repeat_each(items, counts):
 
 
 def identity(text):
-    """Return a 64-bit number that equal documents share, made of their text.
+    """Return a 64-bit hash of a document's text, with white space normalised.
 
-    Ids are not used: many files number the passages of every question from 0.
+    Ids would not do, because many files number the passages of every question from 0.
     """
     digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def tokenize(tokenizer, texts, max_length, append_eos=False):
-    """Return lists of token ids with the special tokens that the tokenizer itself adds, truncated
-    on the side that it truncates; append_eos ends each with the end-of-sequence token.
+    """Return lists of token ids with the tokenizer's own special tokens, truncated on its own side.
+
+    append_eos: end each list with the end-of-sequence token if the tokenizer does not.
     """
     if not append_eos:
         return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]

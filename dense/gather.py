@@ -1,17 +1,16 @@
-"""Where other processes' negatives come in: the vectors of all processes side by side,
-differentiable.
+"""In-batch negatives across processes: gather the vectors of all processes, differentiably.
 
 Each process encodes its share of the queries and keys. After gather_rows every process holds all
-vectors and computes the same loss over all queries, so that the keys of every process are negatives
-for the queries of every other one.
+vectors and computes the same loss over all queries, so the keys of one process are negatives for
+the queries of the others.
 """
 import torch
 import torch.distributed as dist
 
 
 def gather_rows(rows):
-    """The rows (n_i, ...) of all processes in the order of their ranks, differentiable; without a
-    process group the rows themselves.
+    """Return the rows (n_i, ...) of all processes in the order of their ranks, differentiably.
+    Without a process group, return the rows themselves.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         return GatherRows.apply(rows)
@@ -19,12 +18,12 @@ def gather_rows(rows):
 
 
 class GatherRows(torch.autograd.Function):
-    """Concatenates the rows of all processes, whose numbers may differ.
+    """Concatenate the rows of all processes, which may differ in number.
 
     Backward: every process has computed the same loss of all rows, so the gradient at its own rows
-    is already complete, and no communication is needed. DistributedDataParallel will average the
-    weights' gradients over the processes, although each holds a different part of their sum;
-    multiplying by the number of processes undoes the division.
+    is already complete and needs no communication. Each process then holds a different part of the
+    weights' gradient, and DistributedDataParallel averages these parts where a sum is needed.
+    Multiplying by the number of processes turns the average into the sum.
     """
 
     @staticmethod
@@ -41,8 +40,8 @@ class GatherRows(torch.autograd.Function):
 
 
 def gather_tensors(rows):
-    """[the rows (n_i, ...) of each process], not differentiable; all_gather needs equal shapes, so
-    rows are padded on the way.
+    """Return [the rows (n_i, ...) of each process], not differentiably. all_gather needs equal
+    shapes, so the rows are padded for it.
     """
     world_size = dist.get_world_size()
     count = torch.tensor([len(rows)], device=rows.device)

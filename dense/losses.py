@@ -1,30 +1,29 @@
 """The losses of retriever training: pure functions of scores, each with the paper it comes from.
 
-Q queries; K keys of all queries side by side; G keys in a query's own group. K is Q * G, or less
-where queries without negatives of their own have a positive only. The scores
-are already divided by the temperature of the metric. Every loss is a scalar, the mean over the
-queries.
+Q queries; K keys of all queries side by side; G keys in a query's own group. K is Q * G, or less if
+some queries have a positive only. The scores are already divided by the temperature of the metric.
+Every loss is a scalar, the mean over the queries.
 """
 import torch
 import torch.nn.functional as F
 
-LOWEST = -1e9  # for -inf, whose logsumexp has no gradient where nothing else is left
+MASKED = -1e9  # instead of -inf, because the logsumexp of a row of -inf has no gradient
 
 
 def contrastive(scores, positives, masked=None):
-    """InfoNCE with in-batch and hard negatives: the mean of -log softmax(scores)[positive] (DPR,
-    arXiv 2004.04906, eq. 2).
+    """Return InfoNCE with in-batch and hard negatives, the mean of -log softmax(scores)[positive]
+    (DPR, arXiv 2004.04906, eq. 2).
 
-    scores (Q, K); positives (Q) column indices; masked (Q, K) bool, True at keys that are left out.
+    scores (Q, K); positives (Q) column indices; masked (Q, K) bool, True at keys to leave out.
     """
     if masked is not None:
-        scores = scores.masked_fill(masked, LOWEST)
+        scores = scores.masked_fill(masked, MASKED)
     return F.cross_entropy(scores, positives)
 
 
 def distillation(scores, teacher_scores, teacher_temperature=1.0, student_temperature=1.0):
-    """KL(softmax(teacher / Tt) || softmax(student / Ts)) over each query's own group (LLM-Embedder,
-    arXiv 2310.07554).
+    """Return KL(softmax(teacher / Tt) || softmax(student / Ts)) over each query's own group
+    (LLM-Embedder, arXiv 2310.07554).
 
     scores, teacher_scores (Q, G). With relevance labels as the teacher it is ListNet's listwise
     loss.
@@ -35,8 +34,8 @@ def distillation(scores, teacher_scores, teacher_temperature=1.0, student_temper
 
 
 def stable_distillation(scores, groups, teacher_scores, teacher_temperature=1.0):
-    """LLM-Embedder's stabilized distillation (arXiv 2310.07554): a contrastive loss per candidate,
-    weighted by its teacher.
+    """Return LLM-Embedder's stabilized distillation (arXiv 2310.07554): a contrastive loss per
+    candidate, weighted by its teacher.
 
     A query's candidates come in falling order of their teacher scores. The i-th contrasts with all
     keys except the candidates above it: -log(exp(s_i) / (sum of exp over candidates from i on + sum
@@ -45,24 +44,24 @@ def stable_distillation(scores, groups, teacher_scores, teacher_temperature=1.0)
     """
     weights = torch.softmax(teacher_scores / teacher_temperature, -1)                   # (Q, G)
     candidates = scores.gather(1, groups)                                               # (Q, G)
-    others = scores.scatter(1, groups, LOWEST).logsumexp(1, keepdim=True)               # (Q, 1)
+    others = scores.scatter(1, groups, MASKED).logsumexp(1, keepdim=True)               # (Q, 1)
     from_here_on = candidates.flip(1).logcumsumexp(1).flip(1)                           # (Q, G)
     losses = torch.logaddexp(from_here_on, others) - candidates                         # (Q, G)
     return (weights * losses).sum(1).mean()
 
 
 def fid_kd(scores, reader_scores, teacher_temperature=1.0, student_temperature=1.0):
-    """Distillation from the reader's cross-attention, averaged over queries and keys as FiD's code
-    does (arXiv 2012.04584).
+    """Return the distillation from a reader's cross-attention, averaged over queries and keys as in
+    FiD's code (arXiv 2012.04584): distillation() divided by G.
 
-    scores, reader_scores (Q, G). It is distillation() divided by G.
+    scores, reader_scores (Q, G).
     """
     return distillation(scores, reader_scores, teacher_temperature,
                         student_temperature) / scores.shape[1]
 
 
 def mark_copies(identities, positives):
-    """Return (B, K) bool: True at keys that are one of a query's positives.
+    """Return (B, K) bool, True where a key is one of a query's positives.
 
     identities (K) int64, equal for equal documents; positives: B lists of such numbers.
     """

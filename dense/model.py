@@ -1,7 +1,5 @@
 """Retrievers and rankers: BiEncoder (one vector per text) and CrossEncoder (one score per pair of
-query and key).
-
-Which files a folder holds, and how they are opened and saved, stands in dense/checkpoints.py.
+query and key). dense/checkpoints.py opens and saves their folders.
 """
 import os
 
@@ -13,12 +11,11 @@ from dense.checkpoints import open_encoders, open_ranker, save_encoder
 from layers.grad_cache import run_in_chunks
 from training.checkpoints import check_vocabulary
 
-OWN_TOKENIZER = "put the tokenizer that the model was trained with into its folder"
+OWN_TOKENIZER = "put the tokenizer that the model was trained with into its folder"  # the remedy
 
 
 class BiEncoder(nn.Module):
-    """An encoder of queries, an encoder of keys (or one for both), and the metric that compares
-    their vectors.
+    """Score queries and keys by their vectors, with one encoder for each or one for both.
 
     metric: ip (inner product), cos (inner product of vectors of length 1) or l2 (minus the squared
     distance). Scores are divided by the temperature.
@@ -34,14 +31,15 @@ class BiEncoder(nn.Module):
 
     @property
     def encoders(self):
-        """{role: encoder}; one encoder for both roles has the empty role."""
+        """Return {role: encoder}; an encoder for both roles has the empty role."""
         if hasattr(self, "key_encoder"):
             return {"query": self.query_encoder, "key": self.key_encoder}
         return {"": self.query_encoder}
 
     def encode(self, texts, role, chunk_size=0):
-        """Return vectors (n, D) of n lists of token ids; role is query or key; chunk_size: see
-        layers/grad_cache.py.
+        """Return vectors (n, D) of n lists of token ids.
+
+        role: query or key; chunk_size: see layers/grad_cache.py.
         """
         encoder = self.encoders.get(role, self.query_encoder)
         vectors = encoder(texts, role, chunk_size)
@@ -50,12 +48,12 @@ class BiEncoder(nn.Module):
         return vectors
 
     def forward(self, queries, keys, chunk_size=0):
-        """Vectors (Q, D) and (K, D) of lists of token ids."""
+        """Return vectors (Q, D) and (K, D) of lists of token ids."""
         return self.encode(queries, "query", chunk_size), self.encode(keys, "key", chunk_size)
 
     def score(self, queries, keys):
-        """Scores (Q, K) of vectors (Q, D) and (K, D); in float32 also under autocast: a temperature
-        of 0.01 magnifies rounding.
+        """Return scores (Q, K) of vectors (Q, D) and (K, D), in float32 even under autocast,
+        because a temperature of 0.01 magnifies rounding errors.
         """
         with torch.autocast(queries.device.type, enabled=False):
             queries, keys = queries.float(), keys.float()
@@ -64,14 +62,10 @@ class BiEncoder(nn.Module):
                 scores = 2 * scores - queries.square().sum(1, keepdim=True) - keys.square().sum(1)
             return scores / self.temperature
 
-    def check_tokenizer(self, tokenizer):
-        """Raise InputError if the tokenizer has ids that an encoder has no embedding for."""
-        for encoder in self.encoders.values():
-            check_vocabulary(tokenizer, encoder.model.get_input_embeddings(), OWN_TOKENIZER)
-
     def use_texts(self, texts):
-        """Take from a Texts how many tokens of a prompt are left out of the pooling; raise
-        InputError if a tokenizer has ids that its encoder has no embedding for.
+        """Set the encoders up for the tokenizers and prompts of a Texts.
+
+        Raises InputError if a tokenizer has ids that its encoder has no embedding for.
         """
         for role, tokenizer in texts.tokenizers.items():
             encoder = self.encoders.get(role, self.query_encoder)
@@ -80,8 +74,8 @@ class BiEncoder(nn.Module):
             encoder.gives_types = "token_type_ids" in tokenizer("a")
 
     def save_pretrained(self, folder, max_length, prompts=None):
-        """Writes the folder; sentence-transformers will use max_length and the prompts {query,
-        document}.
+        """Write the folder. sentence-transformers reads max_length and the prompts {query,
+        document} from it.
         """
         for role, encoder in self.encoders.items():
             save_encoder(os.path.join(folder, role), encoder, self.metric, max_length, prompts
@@ -91,19 +85,21 @@ class BiEncoder(nn.Module):
     def open(cls, name, key_name=None, *, metric=None, pooling=None, temperature=None, dropout=None,
              truncate_dim=None, trained=False):
         """Return the retriever of a folder or hub name (ours, sentence-transformers',
-        transformers', FiD's), or of minDPR's or DPR's file; key_name opens a second encoder for the
+        transformers', FiD's), or of minDPR's or DPR's file. key_name opens a second encoder for the
         keys.
 
-        What is None is as the checkpoint states, else as sentence-transformers has it (cos, mean,
-        of a causal language model the last token), 1 and its own dropout; the temperature of
-        another metric is 1. Raises InputError, with `trained` also for a folder without weights.
+        Arguments that are None default to the checkpoint's values, else to sentence-transformers'
+        (cos; mean, or the last token of a causal language model), a temperature of 1 and the
+        checkpoint's dropout. A stored temperature counts only for the stored metric.
+
+        trained: refuse a folder without weights. Raises InputError.
         """
         encoders = open_encoders(str(name), key_name, pooling, dropout, trained, truncate_dim)
         query_encoder, key_encoder, stated = encoders
         stated_metric = stated.get("metric", "cos")
         if metric is None:
             metric = stated_metric
-        if temperature is None:  # that of cosines is not one of inner products
+        if temperature is None:  # a temperature for cosines does not suit inner products
             temperature = stated.get("temperature", 1.0) if metric == stated_metric else 1.0
         model = cls(query_encoder, key_encoder, metric, temperature)
         for encoder in model.encoders.values():
@@ -112,9 +108,10 @@ class BiEncoder(nn.Module):
 
 
 class CrossEncoder(nn.Module):
-    """A ranker: a transformer reads query and key together, and its head gives the pair one number.
+    """Score a query and a key that a transformer reads together: a ranker.
 
-    activation: a torch layer that `predict` puts on the numbers, or None; training does without.
+    activation: a torch layer that `predict` applies to the scores, or None; training does not apply
+    it.
     """
 
     def __init__(self, model, activation=None):
@@ -123,14 +120,13 @@ class CrossEncoder(nn.Module):
         self.activation = activation
 
     def predict(self, pairs):
-        """Return the scores (n) of n pairs, as sentence-transformers' CrossEncoder.predict gives
-        them.
+        """Return the scores (n) of n pairs that sentence-transformers' CrossEncoder.predict gives.
         """
         scores = self(pairs)
         return scores if self.activation is None else self.activation(scores)
 
     def forward(self, pairs, chunk_size=0):
-        """Scores (n) of n pairs given as (token ids, token types); chunk_size: see
+        """Return scores (n) of n pairs given as (token ids, token types); chunk_size: see
         layers/grad_cache.py.
         """
         device = next(self.parameters()).device
@@ -149,7 +145,7 @@ class CrossEncoder(nn.Module):
         return run_in_chunks(self.score_chunk, make_inputs, lengths, chunk_size, device)
 
     def score_chunk(self, ids, types, lengths):
-        """Scores (n) of padded ids and types (n, L) of pairs of these lengths."""
+        """Return scores (n) of padded ids and types (n, L) of pairs of these lengths."""
         lengths = torch.tensor(lengths, device=ids.device)
         is_real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]      # (n, L)
         inputs = {"input_ids": ids, "attention_mask": is_real.long()}
@@ -157,16 +153,13 @@ class CrossEncoder(nn.Module):
             inputs["token_type_ids"] = types
         return self.model(**inputs).logits[:, 0].float()
 
-    def check_tokenizer(self, tokenizer):
-        """Raise InputError if the tokenizer has ids that the model has no embedding for."""
-        check_vocabulary(tokenizer, self.model.get_input_embeddings(), OWN_TOKENIZER)
-
     def use_texts(self, texts):
         """Raise InputError if the tokenizer has ids that the model has no embedding for."""
-        self.check_tokenizer(texts.tokenizers["query"])
+        check_vocabulary(texts.tokenizers["query"], self.model.get_input_embeddings(),
+                         OWN_TOKENIZER)
 
     def save_pretrained(self, folder, *_):
-        """Writes the folder; further arguments are BiEncoder's, and not used."""
+        """Write the folder. The other arguments of BiEncoder.save_pretrained are ignored."""
         self.model.save_pretrained(folder)
 
     @classmethod
@@ -174,7 +167,7 @@ class CrossEncoder(nn.Module):
         """Return the ranker of a folder or hub name; an encoder without a ranking head gets a
         random one.
 
-        Raises InputError, with `trained` also for a folder that is no trained ranker.
+        trained: refuse a folder that is not a trained ranker. Raises InputError.
         """
         return cls(*open_ranker(name, dropout, trained))
 
@@ -200,10 +193,10 @@ def limit_lengths(lengths, model, log):
 
 
 def count_positions(config):
-    """The number of tokens that a transformer has positions for, or None if there is no limit."""
+    """Return the number of tokens that a transformer has positions for, or None without a limit."""
     positions = getattr(config, "max_position_embeddings", None)
     if not positions or positions < 0:
         return None
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= config.pad_token_id + 1  # their positions start behind the padding's
+        positions -= config.pad_token_id + 1  # their positions start after that of padding
     return positions

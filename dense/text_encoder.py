@@ -1,10 +1,10 @@
 """Text encoders without padding: a transformer's states of packed tokens, pooled to one vector per
 text.
 
-Packed: the tokens of all texts of a chunk lie side by side as the rows of one (S, D) matrix, see
+Packed: the tokens of all texts of a chunk are the rows of one (S, D) matrix, see
 layers/packed_attention.py. BERT-shaped models (BERT, DPR, BGE, E5, Contriever, MiniLM, the FiD-KD
-retriever) run so; every other architecture runs in transformers, its texts sorted by length and
-padded within a chunk.
+retriever) run packed. Every other architecture runs in transformers, with texts sorted by length
+and padded within a chunk.
 """
 from inspect import signature
 from itertools import chain
@@ -26,25 +26,25 @@ class Normalize(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A transformer, the pooling of its token states, and a head: the modules behind the pooling.
+    """Encode texts by a transformer, the pooling of its token states and a head.
 
-    pooling       names of dense/description.py's POOLING; several, joined by "+", give their
-                  vectors side by side
+    pooling       a name in dense/description.py's POOLING, or several joined by "+", whose vectors
+                  are concatenated
     head          nn.Linear (and its activation), nn.LayerNorm and Normalize, in their order
-    truncate_dim  numbers of the head's vector that are kept; None: all
-    skip          {query, key}: first tokens of a text that are left out of the pooling, where a
-                  model does not pool its prompt
-    head_first    the head is applied to every token's state before pooling, not to the vector (the
-                  FiD-KD retriever)
-    pad_to        {query, key}: every text is filled to this length with padding that counts as
-                  text, which the FiD-KD retriever without masks was trained with
+    truncate_dim  how many numbers of the head's vector to keep; None: all
+    skip          {query, key}: how many first tokens of a text to leave out of the pooling, for a
+                  model that does not pool its prompt
+    head_first    apply the head to every token's state before pooling, not to the pooled vector
+                  (the FiD-KD retriever)
+    pad_to        {query, key}: pad every text to this length with padding that counts as text, as
+                  the FiD-KD retriever without masks was trained
     lowercases, skips_prompt
-                  what dense/description.py reads of the folder's texts, kept for saving
-    separator     a token id; tokens after a text's first one get token type 1, as minDPR and
-                  transformers do for pairs of title and text (DPR's code does not); None: all have
-                  type 0
-    gives_types   the tokenizer gives token types, to which some models add embeddings even where
-                  all are 0 (GPT-2)
+                  settings of the folder, see dense/description.py, kept for saving
+    separator     a token id; tokens after its first occurrence in a text get token type 1, as in
+                  minDPR and transformers for pairs of title and text (not in DPR's code); None: all
+                  have type 0
+    gives_types   whether the tokenizer gives token types; some models (GPT-2) add embeddings for
+                  them even if all are 0
 
     A text without a token gets a pooled vector of zeros, as in sentence-transformers.
     """
@@ -64,7 +64,7 @@ class TextEncoder(nn.Module):
         self.gives_types = False
         pooler = getattr(model, "pooler", None)
         if pooler is not None:
-            # no vector passes through it; DDP must not wait for its gradient
+            # not used for vectors, so DDP must not wait for its gradient
             pooler.requires_grad_(False)
 
     @property
@@ -94,8 +94,9 @@ class TextEncoder(nn.Module):
                 and self.truncate_dim is None)
 
     def forward(self, texts, role="query", chunk_size=0):
-        """Return vectors (n, D) float32 of n texts given as lists of token ids; chunk_size: see
-        run_in_chunks.
+        """Return vectors (n, D) float32 of n texts given as lists of token ids.
+
+        role: query or key; chunk_size: see layers/grad_cache.py.
         """
         device = next(self.parameters()).device
         if not texts:
@@ -127,8 +128,8 @@ class TextEncoder(nn.Module):
         return self.head(pooled).float()
 
     def encode_chunk(self, ids, lengths, skip=0):
-        """Return vectors (n, D) of n texts of falling lengths, whose token ids lie side by side in
-        ids (S); the first `skip` tokens of each are left out of the pooling.
+        """Return vectors (n, D) of n texts of falling lengths from their packed token ids (S). The
+        pooling leaves out the first `skip` tokens of each text.
         """
         lengths_tensor = torch.tensor(lengths, device=ids.device)                      # (n)
         starts = lengths_tensor.cumsum(0) - lengths_tensor                             # (n)
@@ -145,19 +146,19 @@ class TextEncoder(nn.Module):
         return self.head(pool(states, starts, lengths_tensor, self.pooling, skip)).float()
 
     def token_types(self, ids, starts, lengths):
-        """The token types (S): 1 behind a text's first separator, else 0."""
+        """Return token types (S): 1 after a text's first separator, else 0."""
         if self.separator is None:
             return torch.zeros_like(ids)
         is_separator = (ids == self.separator).long()
-        # separators before each token, of all texts
+        # how many separators come before each token, in all texts so far
         seen_before = is_separator.cumsum(0) - is_separator
         seen_before_text = seen_before[starts].repeat_interleave(lengths)
         return (seen_before > seen_before_text).long()
 
 
 def is_packable(model):
-    """True if encode_bert computes this model: BERT with absolute positions and plain linear
-    layers, without adapters.
+    """Return whether encode_bert can compute this model: BERT with absolute positions and plain
+    linear layers, without adapters.
     """
     config = model.config
     if config.model_type != "bert" or config.is_decoder:
@@ -168,11 +169,11 @@ def is_packable(model):
 
 
 def encode_bert(bert, ids, types, offsets, groups):
-    """Last hidden states (S, D) of packed token ids, their types and their offsets in their text,
-    all (S).
+    """Return the last hidden states (S, D) of packed token ids (S), with their token types (S) and
+    their offsets in their text (S).
 
-    The computation is BertModel's (arXiv 1810.04805) on its own modules; tests/test_text_encoder.py
-    compares the two.
+    It computes what BertModel does (arXiv 1810.04805), with its own modules;
+    tests/test_text_encoder.py compares the two.
     """
     config = bert.config
     p = config.hidden_dropout_prob if bert.training else 0.0
@@ -198,8 +199,8 @@ def encode_bert(bert, ids, types, offsets, groups):
 
 
 def encode_padded(model, ids, types, lengths):
-    """Return token states of any transformer of transformers, on texts padded to the longest, the
-    first one. types: None where the tokenizer gives none.
+    """Return token states (S, D) of any model of transformers, with texts padded to the first one,
+    which is the longest. types: None if the tokenizer gives none.
     """
     is_real = torch.arange(int(lengths[0]), device=ids.device) < lengths[:, None]       # (n, L)
     padded = torch.full(is_real.shape, model.config.pad_token_id or 0, device=ids.device)
@@ -210,10 +211,10 @@ def encode_padded(model, ids, types, lengths):
 
 
 def pool(states, starts, lengths, pooling, skip=0):
-    """Return vectors (n, D) float32 of packed states (S, D), by each text's tokens behind its first
-    `skip` ones.
+    """Return vectors (n, D) float32 of packed states (S, D), pooled over each text's tokens after
+    its first `skip` ones.
 
-    pooling: see TextEncoder. A text that has no such token gets zeros, and by cls its first token.
+    pooling: see TextEncoder. A text with no such token gets zeros, or with cls its first token.
     """
     tokens = lengths - skip                                                             # (n)
     pooled = []
@@ -229,20 +230,22 @@ def pool(states, starts, lengths, pooling, skip=0):
 
 
 def pool_all(states, starts, lengths, name, skip):
-    """Return vectors (n, D) float32 that depend on all tokens behind the first `skip` ones: max,
-    mean, mean_sqrt_len (the sum divided by the root of the number of tokens) or weighted_mean (a
-    token's weight is its place in its text, from 1).
+    """Return vectors (n, D) float32 pooled over all tokens after the first `skip` ones.
+
+    name: max, mean, mean_sqrt_len (the sum divided by the root of the number of tokens) or
+    weighted_mean (a token's weight is its position in its text, from 1).
     """
     # (S)
     text_of_token = torch.arange(len(lengths), device=states.device).repeat_interleave(lengths)
-    places = torch.arange(1, len(states) + 1, device=states.device) - starts[text_of_token]
-    is_pooled = places > skip
+    positions = torch.arange(1, len(states) + 1, device=states.device) - starts[text_of_token]
+    is_pooled = positions > skip
     if name == "max":
         floor = torch.full((len(lengths), states.shape[1]), float("-inf"), device=states.device)
         values = states.float().masked_fill(~is_pooled[:, None], float("-inf"))
         highest = floor.scatter_reduce(0, text_of_token[:, None].expand_as(values), values, "amax")
         return torch.where((lengths > skip)[:, None], highest, torch.zeros_like(highest))
-    weights = places.float() if name == "weighted_mean" else torch.ones_like(places).float()
+    weights = positions if name == "weighted_mean" else torch.ones_like(positions)
+    weights = weights.float()
     values = states.float()
     if name == "weighted_mean" or skip:
         weights = weights * is_pooled

@@ -30,7 +30,7 @@ import lm_score
 import retrieval.flags
 import train_epoch
 from dense.model import BiEncoder, CrossEncoder
-from dense.texts import read_trained_flags
+from dense.texts import Texts, read_trained_flags
 from dense.training_data import DataSettings, TaskSettings, read_training
 from federated.server import Server
 from federated.server import restore_server_state as restore_federation
@@ -626,7 +626,7 @@ def score_one(path):
 def open_retriever(path):
     model = BiEncoder.open(path, trained=True).eval()
     tokenizer = load_tokenizer(path, "tokenizer")
-    model.check_tokenizer(tokenizer)
+    model.use_texts(Texts({"query": tokenizer, "key": tokenizer}))
     with torch.no_grad():
         model.encode(tokenizer(["who wrote it"])["input_ids"], "query")
 
@@ -634,7 +634,7 @@ def open_retriever(path):
 def open_ranker(path):
     model = CrossEncoder.open(path, trained=True).eval()
     tokenizer = load_tokenizer(path, "tokenizer")
-    model.check_tokenizer(tokenizer)
+    model.use_texts(Texts({"query": tokenizer, "key": tokenizer}))
     rows = tokenizer(["who"], ["a town"], return_token_type_ids=True)
     with torch.no_grad():
         model([(rows["input_ids"][0], rows["token_type_ids"][0])])
@@ -862,8 +862,8 @@ def test_a_tokenizer_larger_than_the_model_is_refused(work_folder):
     tokenizer = load_tokenizer(conftest.make_bert(work_folder / "large"), "")
     small = conftest.make_bert(work_folder / "small", vocab_size=20)
     for kind in (BiEncoder, CrossEncoder):
-        refuse("the tokenizer has 88 ids, the model embeds 20", kind.open(small).check_tokenizer,
-               tokenizer)
+        refuse("the tokenizer has 88 ids, the model embeds 20", kind.open(small).use_texts,
+               Texts({"query": tokenizer, "key": tokenizer}))
 
 
 @pytest.mark.parametrize("flag, value", [

@@ -81,7 +81,7 @@ def test_dev_questions_of_several_tasks_are_refused(bert, tmp_path):
     corpus = write_lines(tmp_path / "corpus.jsonl", [{"title": "", "text": "baker"}])
     data = write_lines(tmp_path / "train.jsonl", [
         {"query": "a", "pos": ["b"], "neg": ["c"], "task": task} for task in ("qa", "tool")])
-    with pytest.raises(InputError, match="tasks qa, tool want other instructions before the doc"):
+    with pytest.raises(InputError, match="tasks qa, tool have different instructions for the doc"):
         train(tmp_path / "out", bert, "--train_data", data, "--eval_data", dev, "--corpus", corpus,
               "--metrics", "mrr", "--version", "llm-embedder", "--max_steps", 1)
 

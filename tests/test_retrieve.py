@@ -492,7 +492,7 @@ def test_instructions_by_task(bert, world_files, tmp_path):
     rows = [{"query": "who", "task": "qa"}, {"query": "it", "task": "icl"}]
     write_rows(tmp_path / "mixed.jsonl", rows)
     _, stderr = run("retrieve.py", *common, "--eval_data", tmp_path / "mixed.jsonl", *trec, code=1)
-    assert "tasks icl, qa want other instructions" in stderr
+    assert "tasks icl, qa have different instructions" in stderr
 
 
 def test_instructions_go_by_the_model(bert, world_files, tmp_path):
