@@ -1,4 +1,4 @@
-"""The layouts that retrievers and rankers are opened from, and the folders they are saved to.
+"""Open retrievers and rankers from all their layouts, and save them as folders.
 
     layout                            opened by            recognised by
     ours, sentence-transformers'      open_encoder         modules.json
@@ -9,9 +9,9 @@
     minDPR's file, DPR's file         open_dpr_file        a file instead of a folder
     a ranker, ours or transformers'   open_ranker          the flag --ranker
 
-A saved retriever opens with sentence_transformers.SentenceTransformer(folder) and AutoModel, one of
-two encoders with folder/query and folder/key; FiD's retriever, which they cannot express, is saved
-in its own layout. A saved ranker opens with sentence_transformers.CrossEncoder(folder).
+A saved retriever opens with sentence_transformers.SentenceTransformer(folder) and AutoModel; a
+retriever of two encoders opens from folder/query and folder/key. FiD's retriever does not fit that
+layout and is saved in its own. A ranker opens with sentence_transformers.CrossEncoder(folder).
 """
 import os
 from contextlib import contextmanager
@@ -45,6 +45,7 @@ from training.checkpoints import (
     announce_random_start,
     check_fit,
     check_shapes,
+    drop_wrapper,
     find_model,
     find_weights,
     find_wrapper,
@@ -60,16 +61,16 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate
 # activations of Dense modules and rankers, by their names in torch.nn
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid", "LeakyReLU", "ELU", "Mish",
                "Softplus")
-# of a model that encodes and decodes the encoder alone makes vectors, as in sentence-transformers
+# encoder-decoder models, whose encoder alone makes vectors, as in sentence-transformers
 ENCODER_CLASSES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel,
                    "longt5": LongT5EncoderModel}
-# sentence-transformers takes the encoder alone of these, too
+# more such models in sentence-transformers, which are refused here
 OTHER_ENCODERS = ("blenderbot", "blenderbot-small", "m2m_100", "marian", "moonshine", "pegasus",
                   "pegasus_x", "prophetnet", "switch_transformers", "t5gemma", "t5gemma2", "udop",
                   "whisper")
-# no vector passes through it; checkpoints of sentence-transformers and DPR leave it out
+# vectors do not depend on it; checkpoints of sentence-transformers and DPR leave it out
 POOLER = r"(^|\.)pooler\."
-# prefixes of the names of weights: minDPR's, DPR's, and of DPR's encoders as on the hub
+# prefixes of weights' names: (minDPR's file, DPR's file), and DPR's two encoders on the hub
 QUERY_PREFIXES = ("query_encoder.encoder.", "question_model.")
 KEY_PREFIXES = ("passage_encoder.encoder.", "ctx_model.")
 HUB_PREFIXES = ("question_encoder.", "ctx_encoder.")
@@ -79,8 +80,8 @@ HUB_PREFIXES = ("question_encoder.", "ctx_encoder.")
 
 def open_encoders(name, key_name=None, pooling=None, dropout=None, trained=False,
                   truncate_dim=None):
-    """Return (query encoder, key encoder or None if one serves both, what the checkpoint states of
-    metric, temperature, separator).
+    """Return (query encoder, key encoder or None if one serves both, {metric, temperature,
+    separator} as far as the checkpoint's files set them).
 
     For the arguments see BiEncoder.open. Raises InputError.
     """
@@ -112,18 +113,18 @@ def open_encoders(name, key_name=None, pooling=None, dropout=None, trained=False
         raise InputError(f"{name} gives vectors of {query_encoder.dimension} numbers, {key_name} "
                          f"of {key_encoder.dimension}; give two encoders that were trained "
                          "together")
-    return query_encoder, key_encoder, stated | read_stated(name)
+    return query_encoder, key_encoder, stated | read_retriever_args(name)
 
 
 def is_dpr(folder):
-    """Return whether a folder holds one of DPR's encoders as the hub has them."""
+    """Return whether a folder holds one of DPR's two encoders in the hub's layout."""
     return read_config(folder, "encoder").model_type == "dpr"
 
 
-def read_stated(name):
-    """{metric, temperature, separator} as far as a retriever's args.json states them.
+def read_retriever_args(name):
+    """Return {metric, temperature, separator} as far as a retriever's args.json stores them.
 
-    Raises InputError for values that cannot be, and for a reader's args.json.
+    Raises InputError for impossible values, and for a reader's args.json.
     """
     args = read_args(name)
     if "dev_em" in args:
@@ -131,7 +132,8 @@ def read_stated(name):
                          "of a retriever or an encoder")
     stated = args.get("retriever", {})
     path = os.path.join(name, "args.json")
-    with refusing(f"{path}: its 'retriever' is not metric, temperature and separator", "mend it"):
+    with refusing(f"{path}: its 'retriever' is not metric, temperature and separator",
+                  "correct it"):
         if stated.get("metric", "cos") not in SIMILARITY:
             raise ValueError(f"metric {shorten(stated['metric'])}")
         if to_number(stated.get("temperature", 1)) <= 0:
@@ -142,8 +144,7 @@ def read_stated(name):
 
 
 def open_encoder(description, pooling=None, dropout=None, trained=False):
-    """Return the TextEncoder of the folder with one encoder that a Description (or its path) names.
-    """
+    """Return the TextEncoder of a folder with one encoder, by its Description or its path."""
     if not hasattr(description, "folder"):
         description = read_description(description)
     folder = description.folder
@@ -154,14 +155,14 @@ def open_encoder(description, pooling=None, dropout=None, trained=False):
             return open_fid_retriever(folder, config, dropout)
         if config["model_type"] == "dpr":
             if description.has_modules:
-                raise InputError(f"{folder}: is DPR's encoder of the hub under modules.json, which "
-                                 "sentence-transformers does not compute; delete modules.json")
+                raise InputError(f"{folder}: is DPR's encoder of the hub with a modules.json, "
+                                 "which sentence-transformers cannot open; delete modules.json")
             return open_dpr_folder(folder, config, dropout)
         model = open_transformer(folder, dropout, trained)
         layers = [layer for kind, head_folder in description.heads
                   for layer in open_head(kind, head_folder)]
         encoder = TextEncoder(model, pooling or description.pooling, nn.Sequential(*layers))
-        # its layers may be of other sizes
+        # fails now if the sizes of its layers do not match
         encoder.head(torch.zeros(1, encoder.pooled_dimension))
         return encoder
 
@@ -169,50 +170,47 @@ def open_encoder(description, pooling=None, dropout=None, trained=False):
 def open_transformer(folder, dropout=None, trained=False):
     """Return the transformer of a folder in float32.
 
-    One without weights starts from random ones, which is printed, or is refused if it must be
-    `trained`. Raises InputError for a file that lacks weights of the transformer.
+    A folder without weights gives random ones, with a note, unless `trained` refuses it. Raises
+    InputError for a file that lacks weights of the transformer.
     """
     config = read_config(folder, "encoder")
     if config.model_type in OTHER_ENCODERS:
         raise InputError(f"{folder}: a {config.model_type} model is not supported; use one that "
                          "encodes texts")
-    set_dropout(config, dropout)
+    set_encoder_dropout(config, dropout)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     kind = ENCODER_CLASSES.get(config.model_type, AutoModel)
     if not find_weights(folder, required=trained):
         announce_random_start(folder)
         return AutoModel.from_config(config) if kind is AutoModel else kind(config)
-    model, loading = load_weights(kind, folder, config)
+    model, loading = load_transformer(kind, folder, config)
     check_fit(loading["missing_keys"], loading["mismatched_keys"], loading["unexpected_keys"],
               folder, POOLER, unused_is_fine=True)
     return model
 
 
-def load_weights(kind, folder, config):
+def load_transformer(kind, folder, config):
     """Return (the model of a class of transformers in float32, transformers' loading info).
 
-    Where weights are missing since a wrapper has put a prefix before all names, it is left out, and
-    a line is printed.
+    If weights are missing because a wrapper has put a prefix before all names, drop the prefix.
     """
     settings = {"config": config, "dtype": torch.float32, "output_loading_info": True,
-                "ignore_mismatched_sizes": True}  # check_fit names them
+                "ignore_mismatched_sizes": True}  # check_fit refuses them by name
     with quiet_transformers():
         model, loading = kind.from_pretrained(folder, **settings)
         if any("pooler." not in name for name in loading["missing_keys"]):
-            weights = read_weights(folder)
-            wrapper = find_wrapper(weights, model.state_dict())
-            if wrapper and wrapper != f"{model.base_model_prefix}.":
-                log_on_main(f"note: {folder}: the prefix {wrapper!r} of its weights' names "
-                            "is left out")
-                weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
+            weights, expected = read_weights(folder), model.state_dict()
+            # transformers drops the prefix of the class itself
+            if find_wrapper(weights, expected) not in ("", f"{model.base_model_prefix}."):
+                weights = drop_wrapper(weights, expected, folder)
                 model, loading = type(model).from_pretrained(None, state_dict=weights, **settings)
     return model, loading
 
 
 @contextmanager
 def quiet_transformers():
-    """Leave out transformers' own report of weights that do not fit: check_fit says what counts."""
+    """Silence transformers' own report of weights that do not fit, which check_fit replaces."""
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -221,8 +219,8 @@ def quiet_transformers():
         transformers.utils.logging.set_verbosity(verbosity)
 
 
-def set_dropout(config, dropout):
-    """Sets every dropout rate that the configuration has; None leaves them as they are."""
+def set_encoder_dropout(config, dropout):
+    """Set every dropout rate of the configuration; None leaves them unchanged."""
     for name in DROPOUTS:
         if dropout is not None and hasattr(config, name):
             setattr(config, name, dropout)
@@ -257,20 +255,20 @@ def open_head(kind, folder):
 
 
 def open_activation(name, path):
-    """Return the torch layer of an activation's name, None for Identity.
+    """Return the torch layer of an activation's name, or None for Identity.
 
-    Raises InputError that names `path` for an unknown one.
+    Raises InputError with `path` for an unknown name.
     """
     kind = str(name).split(".")[-1]
     if not str(name).startswith("torch.") or kind not in ACTIVATIONS:
-        raise InputError(f"{path}: the activation {shorten(name)} is not supported; one of "
-                         f"torch.nn's {', '.join(ACTIVATIONS)} is")
+        raise InputError(f"{path}: the activation {shorten(name)} is not supported; use one of "
+                         f"torch.nn's {', '.join(ACTIVATIONS)}")
     return None if kind == "Identity" else getattr(nn, kind)()
 
 
 def open_dpr_file(path, dropout=None):
-    """Return (query encoder, key encoder) of minDPR's file ('query_encoder.encoder.'...) or DPR's
-    ('question_model.'...).
+    """Return (query encoder, key encoder) of minDPR's file, whose weights are named
+    'query_encoder.encoder.'..., or of DPR's ('question_model.'...).
     """
     folder, weights = find_model(path)
     with refusing(f"{path}: cannot be opened as minDPR's or DPR's file", "fetch it again"):
@@ -281,28 +279,29 @@ def open_dpr_file(path, dropout=None):
 
 
 def open_dpr_folder(folder, config, dropout=None):
-    """Return the TextEncoder of DPR's question or context encoder as the hub has them.
+    """Return the TextEncoder of DPR's question or context encoder in the hub's layout.
 
-    Its vectors are those of transformers' DPRQuestionEncoder and DPRContextEncoder: the first
+    Its vectors equal those of transformers' DPRQuestionEncoder and DPRContextEncoder: the first
     token's state, projected if projection_dim is not 0. Raises InputError.
     """
     find_weights(folder, required=True)
     if config.get("projection_dim", 0) < 0:
-        raise InputError(f"{folder}: projection_dim {config['projection_dim']} is no dimension")
+        raise InputError(f"{folder}: projection_dim must be >= 0, got "
+                         f"{config['projection_dim']}")
     shape = {name: value for name, value in config.items()
              if name not in ("model_type", "architectures", "projection_dim")}
     encoder = build_dpr_encoder(BertConfig(**shape), read_weights(folder), HUB_PREFIXES, folder,
                                 dropout)
     if len(encoder.head) != (config.get("projection_dim", 0) > 0):
         raise InputError(f"{folder}: its weights have {'a' if len(encoder.head) else 'no'} "
-                         f"projection, config.json says projection_dim "
+                         "projection, but projection_dim in config.json is "
                          f"{config.get('projection_dim', 0)}; fetch it again")
     return encoder
 
 
 def build_dpr_encoder(config, weights, prefixes, path, dropout):
-    """Return the TextEncoder of the weights whose names begin with one of the prefixes; DPR's may
-    have a projection behind it.
+    """Return the TextEncoder of the weights whose names begin with one of the prefixes. DPR's
+    encoders may have a projection as their head.
     """
     bert_weights, projection = {}, {}
     for prefix in prefixes:
@@ -327,26 +326,26 @@ def build_dpr_encoder(config, weights, prefixes, path, dropout):
 
 
 def build_bert(config, weights, source, dropout=None):
-    """Return a transformer of a configuration with these weights.
+    """Return the transformer of a configuration with these weights.
 
-    Raises InputError, naming `source`, if they do not fit.
+    Raises InputError with `source` if they do not fit.
     """
-    set_dropout(config, dropout)
+    set_encoder_dropout(config, dropout)
     model = AutoModel.from_config(config)
     if not any(name.startswith("pooler.") for name in weights):
         model.pooler = None
     weights = {name: value.float() for name, value in weights.items()
-               if not name.endswith("position_ids")}  # a constant that old checkpoints carry
+               if not name.endswith("position_ids")}  # a constant in old checkpoints
     check_shapes(model, weights, source)
     model.load_state_dict(weights)
     return model
 
 
 def open_fid_retriever(folder, config, dropout=None):
-    """Return FiD's distilled retriever (arXiv 2012.04584): BERT, projection and norm of each token,
-    then the mean over all positions or over the real ones.
+    """Return FiD's distilled retriever (arXiv 2012.04584): BERT, a projection and norm of each
+    token, then the mean over all positions or over the real tokens.
 
-    Raises InputError for different masks of questions and passages: they share one encoder.
+    Raises InputError for different masks of questions and passages, which share one encoder.
     """
     weights = read_weights(folder)
     if weights is None or config["apply_question_mask"] != config["apply_passage_mask"]:
@@ -373,7 +372,7 @@ def open_fid_retriever(folder, config, dropout=None):
 
 def open_ranker(name, dropout=None, trained=False):
     """Return (transformers' sequence classifier with one score, the activation of its scores or
-    None); for the arguments see CrossEncoder.open.
+    None). For the arguments see CrossEncoder.open.
 
     Raises InputError.
     """
@@ -383,13 +382,13 @@ def open_ranker(name, dropout=None, trained=False):
     architecture = (config.architectures or [""])[0]
     is_ranker = architecture.endswith("ForSequenceClassification")
     if is_ranker and config.num_labels != 1:
-        raise InputError(f"{folder}: gives {config.num_labels} scores for a pair; a ranker has one "
-                         "(num_labels)")
+        raise InputError(f"{folder}: num_labels must be 1, one score per pair, got "
+                         f"{config.num_labels}")
     if trained and architecture.endswith("ForCausalLM"):
-        raise InputError(f"{folder}: is a causal language model, no ranker with one score; train "
-                         "one with train_dense.py --ranker")
+        raise InputError(f"{folder}: is a causal language model, not a ranker with one score; "
+                         "train one with train_dense.py --ranker")
     config.num_labels = 1
-    set_dropout(config, dropout)
+    set_encoder_dropout(config, dropout)
     has_weights = find_weights(folder, required=trained)
     with refusing(f"{folder}: cannot be opened as a ranker with one score", "give the folder of a "
                   "ranker or an encoder"):
@@ -398,13 +397,13 @@ def open_ranker(name, dropout=None, trained=False):
         if not has_weights:
             announce_random_start(folder)
             return AutoModelForSequenceClassification.from_config(config), activation
-        model, loading = load_weights(AutoModelForSequenceClassification, folder, config)
+        model, loading = load_transformer(AutoModelForSequenceClassification, folder, config)
         missing = loading["missing_keys"]
-        # of an encoder without a ranking head
+        # the ranking head, which an encoder lacks
         head = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")
                 or "pooler." in name]
         if trained and head and len(head) == len(missing):
-            raise InputError(f"{folder}: is no ranker, it has no {min(head)}; train one with "
+            raise InputError(f"{folder}: is not a ranker, it has no {min(head)}; train one with "
                              "train_dense.py --ranker")
         check_fit([name for name in missing if name not in head], loading["mismatched_keys"],
                   loading["unexpected_keys"], folder, unused_is_fine=True)
@@ -414,8 +413,8 @@ def open_ranker(name, dropout=None, trained=False):
 
 
 def check_ranker(folder):
-    """Raise InputError for settings of sentence-transformers' CrossEncoder that change its scores
-    in a way that nothing here computes.
+    """Raise InputError for settings of sentence-transformers' CrossEncoder that would change its
+    scores and are not supported here.
     """
     path = os.path.join(folder, "modules.json")
     modules = [str(module.get("type")).split(".")[-1] for module in read_settings(path, list)
@@ -433,11 +432,11 @@ def check_ranker(folder):
 
 
 def read_ranker_activation(folder, config):
-    """Return the activation that sentence-transformers puts on a ranker's scores, as a torch layer,
-    None for the identity.
+    """Return the activation that sentence-transformers applies to a ranker's scores, as a torch
+    layer, or None for the identity.
 
-    It is the folder's, else the sigmoid; our own rankers, which are trained on the raw scores, have
-    none. Raises InputError for an unknown one.
+    It is the folder's, else the sigmoid. Our own rankers are trained on the raw scores and have
+    none. Raises InputError for an unknown name.
     """
     settings = read_settings(os.path.join(folder, "config_sentence_transformers.json"))
     stated = settings.get("activation_fn")
@@ -453,7 +452,7 @@ def read_ranker_activation(folder, config):
 # ---------------------------------------------------------------- saving
 
 def save_encoder(folder, encoder, metric, max_length, prompts):
-    """Write one encoder as a sentence-transformers folder; FiD's retriever in FiD's own layout."""
+    """Write an encoder as a sentence-transformers folder, or FiD's retriever in FiD's layout."""
     if encoder.head_first:
         save_fid_retriever(folder, encoder)
         return
@@ -484,7 +483,7 @@ def save_encoder(folder, encoder, metric, max_length, prompts):
 
 
 def describe_pooling(encoder):
-    """Return the configuration of the Pooling module of an encoder, which all versions of
+    """Return the configuration of an encoder's Pooling module, in the form that all versions of
     sentence-transformers read.
     """
     modes = [POOLING[name] for name in encoder.pooling.split("+")]
@@ -492,12 +491,12 @@ def describe_pooling(encoder):
               "include_prompt": not encoder.skips_prompt}
     config |= {name: mode in modes for name, mode in POOLING_FLAGS.items()}
     if modes != [mode for mode in POOLING_FLAGS.values() if mode in modes]:
-        config["pooling_mode"] = modes  # in an order that flags cannot state
+        config["pooling_mode"] = modes  # an order that the flags cannot express
     return config
 
 
 def pair_activations(layers):
-    """Return [(layer, the activation behind it or None)] of a head's layers."""
+    """Return [(layer, the activation after it or None)] of a head's layers."""
     pairs = []
     for layer in layers:
         if isinstance(layer, (nn.Linear, nn.LayerNorm, Normalize)):
@@ -508,7 +507,7 @@ def pair_activations(layers):
 
 
 def save_head(folder, layer, activation=None):
-    """Write a layer of the head as the module of sentence-transformers that open_head opens."""
+    """Write a layer of the head as a sentence-transformers module, which open_head can open."""
     if isinstance(layer, Normalize):
         write_json(os.path.join(folder, "config.json"), {})
         return
@@ -528,7 +527,7 @@ def save_head(folder, layer, activation=None):
 
 
 def save_fid_retriever(folder, encoder):
-    """Writes the layout that open_fid_retriever and FiD's Retriever.from_pretrained open."""
+    """Write the layout that open_fid_retriever and FiD's Retriever.from_pretrained open."""
     weights = {f"model.{name}": value for name, value in encoder.model.state_dict().items()}
     for layer, prefix in zip(encoder.head, ("proj", "norm")):
         weights |= {f"{prefix}.{name}": value for name, value in layer.state_dict().items()}
@@ -540,5 +539,5 @@ def save_fid_retriever(folder, encoder):
 
 
 def save_weights(path, weights):
-    """Writes {name: tensor} as safetensors, which takes contiguous tensors only."""
+    """Write {name: tensor} as safetensors, which takes contiguous tensors only."""
     save_file({name: value.contiguous() for name, value in weights.items()}, path)

@@ -4,38 +4,37 @@
     sentence-transformers'     modules.json; the transformer may lie in a folder of its own
     FiD's distilled retriever  indexing_dimension in config.json
     DPR's, as on the hub       model_type dpr in config.json
-    transformers'              none of these; sentence-transformers' defaults hold
+    transformers'              none of the above; sentence-transformers' defaults apply
     minDPR's and DPR's files   a file instead of a folder
 
-The rule for a folder that sentence-transformers opens: the vectors are those of its encode_query
-and encode_document, or the folder is refused with an InputError that names the setting.
+A folder that sentence-transformers opens gives the same vectors here as its encode_query and
+encode_document, or it is refused with an InputError that names the setting.
 """
 import functools
 import os
 from dataclasses import dataclass, field
 
 from records.reading import read_args, read_settings
-from training.checkpoints import find_model, read_config
+from training.checkpoints import find_model, read_config, refuse_adapters
 from utils import InputError, refusing, shorten
 
-# our names to sentence-transformers'; several are joined by "+", their vectors side by side
+# {our name: sentence-transformers' name}; several are joined by "+", and their vectors concatenated
 POOLING = {"cls": "cls", "max": "max", "mean": "mean", "mean_sqrt_len": "mean_sqrt_len_tokens",
            "weighted_mean": "weightedmean", "last": "lasttoken"}
 SIMILARITY = {"ip": "dot", "cos": "cosine", "l2": "euclidean"}
-# older configurations of Pooling have a flag for each, in this order
+# the flags of older Pooling configurations, in the order in which vectors are concatenated
 POOLING_FLAGS = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
                  "pooling_mode_mean_tokens": "mean",
                  "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
                  "pooling_mode_weightedmean_tokens": "weightedmean",
                  "pooling_mode_lasttoken": "lasttoken"}
-# modules behind the pooling; Dropout does nothing to a trained model's vectors
+# modules after the pooling; Dropout does not change a trained model's vectors
 HEADS = ("Dense", "LayerNorm", "Normalize", "Dropout")
-# settings of the transformer's module that change its vectors, and that nothing here computes
+# settings of the transformer's module that change its vectors and are not supported here
 TRANSFORMER_SETTINGS = ("query_expansion", "tokenizer_name_or_path", "config_args", "config_kwargs")
 TRANSFORMER_FILES = [f"sentence_{name}_config.json" for name in (
     "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")]
-# values of the module's arguments for the model and the tokenizer that leave float32 vectors as
-# they are
+# arguments of the transformer's module that do not change float32 vectors
 HARMLESS = ("torch_dtype", "dtype", "attn_implementation", "add_pooling_layer", "padding_side",
             "low_cpu_mem_usage", "use_fast", "trust_remote_code", "device_map", "use_safetensors",
             "unpad_inputs", "model_max_length")
@@ -43,24 +42,24 @@ HARMLESS = ("torch_dtype", "dtype", "attn_implementation", "add_pooling_layer", 
 
 @dataclass
 class Description:
-    """How texts become vectors, as a folder's files set it.
+    """Hold how texts become vectors, as a folder's files set it.
 
-    folder        of the transformer and its tokenizer
+    folder        the folder of the transformer and its tokenizer
     pooling       names of POOLING, joined by "+"
-    heads         [(kind, folder)] of the modules behind the pooling, in their order
-    skips_prompt  the prompt's tokens do not take part in the pooling (include_prompt false)
+    heads         [(kind, folder)] of the modules after the pooling, in their order
+    skips_prompt  leave the prompt's tokens out of the pooling (include_prompt false)
     metric        ip, cos or l2
-    truncate_dim  numbers of a vector that are kept, None for all
-    prompts       {query, key: text} of the files, put before every text
+    truncate_dim  how many numbers of a vector to keep; None: all
+    prompts       {query, key: text} put before every text
     default_name  name of the prompt that encode puts before texts; encode_query and
                   encode_document do not use it
     document_names
                   names of prompts for documents that encode_document does not use
-    lengths       {query, key: most tokens of a text} that files other than the tokenizer's set
-    lowercases    texts are put into lower case before the tokenizer's own normalisation
+    lengths       {query, key: most tokens of a text} from files other than the tokenizer's
+    lowercases    put texts into lower case before the tokenizer's own normalisation
     has_modules   the folder has modules.json, which sentence-transformers writes
     is_ours       train_dense.py wrote the folder
-    sources       {name of a field: the file that states it}; a default for those not named
+    sources       {name of a field: the file that sets it}, without fields that keep their default
     """
     folder: str
     pooling: str = "mean"
@@ -86,17 +85,16 @@ class Description:
 # ---------------------------------------------------------------- where the encoders are
 
 def read_descriptions(name, key_name=None):
-    """Return {query, key: Description} of a folder, hub name, or minDPR's or DPR's file; key_name
-    names another encoder for the keys.
+    """Return {query, key: Description} of a folder, hub name, or minDPR's or DPR's file.
 
-    Raises InputError.
+    key_name: a separate encoder for the keys. Raises InputError.
     """
     name = find_path(name)
     is_file = os.path.isfile(name)
     is_pair = holds_pair(name)
     if key_name and is_pair:
-        raise InputError(f"--key_encoder {key_name}: {name} has an encoder of the keys already; "
-                         "leave the flag out")
+        raise InputError(f"--key_encoder {key_name}: {name} already has a key encoder; leave the "
+                         "flag out")
     if is_file:
         query = key = Description(name, "cls", metric="ip")
     elif is_pair:
@@ -111,13 +109,14 @@ def read_descriptions(name, key_name=None):
 
 
 def holds_pair(path):
-    """Return whether a folder, or minDPR's or DPR's file, has two encoders."""
+    """Return whether a folder, or minDPR's or DPR's file, holds two encoders."""
     return os.path.isfile(path) or os.path.isdir(os.path.join(path, "query"))
 
 
 def find_path(name):
-    """Return the path of a folder or file, or the folder that a hub name is fetched to, once in a
-    process. Raises InputError.
+    """Return the path of a folder or file, or the folder of a hub name, fetched once per process.
+
+    Raises InputError.
     """
     name = str(name)
     return name if os.path.exists(name) else fetch_model(name)
@@ -125,14 +124,14 @@ def find_path(name):
 
 @functools.cache
 def fetch_model(name):
+    """Return the folder of a hub name."""
     return find_model(name)[0]
 
 
 def read_description(folder):
     """Return the Description of a folder with one encoder. Raises InputError."""
     if os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise InputError(f"{folder}: is an adapter (adapter_config.json); merge it into its model "
-                         "with peft's merge_and_unload and give that model's folder")
+        refuse_adapters(folder)  # transformers would load them even next to a whole model
     with refusing(f"{folder}: cannot be opened as an encoder", "give the folder of a retriever or "
                   "an encoder, or fetch it again"):
         if os.path.exists(os.path.join(folder, "modules.json")):
@@ -141,8 +140,10 @@ def read_description(folder):
 
 
 def read_plain(folder):
-    """Return the Description of a folder without modules.json: sentence-transformers' default is
-    the mean, of a causal language model the last token.
+    """Return the Description of a folder without modules.json.
+
+    sentence-transformers' default pooling is the mean, or the last token of a causal language
+    model.
     """
     config = read_config(folder, "encoder").to_dict()
     path = os.path.join(folder, "config.json")
@@ -165,7 +166,7 @@ def read_modules(folder):
     """Return the Description of a folder with modules.json. Raises InputError."""
     path = os.path.join(folder, "modules.json")
     modules = []
-    with refusing(f"{path}: is no list of modules", "fetch it again"):
+    with refusing(f"{path}: is not a list of modules", "fetch it again"):
         for module in read_settings(path, list):
             modules.append((module["type"], str(module["path"])))
     kinds = [name.split(".")[-1] for name, _ in modules]
@@ -179,7 +180,7 @@ def read_modules(folder):
     if kinds[:2] != ["Transformer", "Pooling"] or "Transformer" in kinds[1:] \
             or "Pooling" in kinds[2:]:
         raise InputError(f"{path}: lists {', '.join(kinds)}; use a retriever of one Transformer, "
-                         "one Pooling behind it, and any of Dense, LayerNorm, Normalize, Dropout")
+                         "one Pooling after it, and any of Dense, LayerNorm, Normalize, Dropout")
     folders = [os.path.join(folder, module_path) for _, module_path in modules]
     description = Description(folders[0].rstrip("/"), has_modules=True)
     description.heads = [head for head in zip(kinds[2:], folders[2:]) if head[0] != "Dropout"]
@@ -193,17 +194,17 @@ def read_modules(folder):
 
 
 def check_head(kind, folder):
-    """Raise InputError for a module that reads or writes anything but the text's vector."""
+    """Raise InputError for a module that reads or writes anything except the text's vector."""
     path = os.path.join(folder, "config.json")
     config = read_settings(path)
     for name in ("module_input_name", "module_output_name"):
         if config.get(name) not in (None, "sentence_embedding"):
-            raise InputError(f"{path}: {name} {shorten(config[name])} of a {kind} module is not "
-                             "supported; sentence_embedding is")
+            raise InputError(f"{path}: {name} of a {kind} module must be sentence_embedding, got "
+                             f"{shorten(config[name])}")
 
 
 def read_pooling(description, path):
-    """Put the pooling that a configuration of any version states into the Description.
+    """Set the Description's pooling from the Pooling module's configuration, of any version.
 
     Raises InputError.
     """
@@ -211,7 +212,7 @@ def read_pooling(description, path):
     modes = config.get("pooling_mode")
     if modes is None:
         if not any(name.startswith("pooling_mode_") for name in config):
-            raise InputError(f"{path}: states no pooling_mode; fetch it again")
+            raise InputError(f"{path}: has no pooling_mode; fetch it again")
         modes = [mode for name, mode in POOLING_FLAGS.items() if config.get(name)] or ["mean"]
         unknown = [name for name, value in config.items() if value is True
                    and name.startswith("pooling_mode_") and name not in POOLING_FLAGS]
@@ -219,18 +220,17 @@ def read_pooling(description, path):
     modes = [modes] if isinstance(modes, str) else modes
     names = {mode: name for name, mode in POOLING.items()}
     if not isinstance(modes, list) or not modes or any(mode not in names for mode in modes):
-        raise InputError(f"{path}: pooling {shorten(modes)} is not supported; of "
-                         f"{list(POOLING.values())} any is")
+        raise InputError(f"{path}: pooling {shorten(modes)} is not supported; use a retriever "
+                         f"with any of {list(POOLING.values())}")
     description.pooling = "+".join(names[mode] for mode in modes)
     description.skips_prompt = not config.get("include_prompt", True)
     description.sources["pooling"] = path
 
 
 def read_transformer(description, task="feature-extraction"):
-    """Put what the transformer's module, which must be for this task, states of its texts into the
-    Description.
+    """Set the Description's lengths and lower case from the transformer module's configuration.
 
-    Raises InputError.
+    task: what the module must be for. Raises InputError.
     """
     for name in TRANSFORMER_FILES:
         path = os.path.join(description.folder, name)
@@ -252,9 +252,9 @@ def read_transformer(description, task="feature-extraction"):
         length = first_given(own.get(role), shared)
         if length is None:
             continue
-        if type(length) is not int or length < 2:  # the special tokens alone take two
-            raise InputError(f"{path}: a text's length of {shorten(length)} tokens cannot be; "
-                             "fetch it again")
+        if type(length) is not int or length < 2:  # a text has two special tokens
+            raise InputError(f"{path}: the length of a text must be >= 2 tokens, got "
+                             f"{shorten(length)}; fetch it again")
         description.lengths[role] = length
         description.sources["lengths"] = path
 
@@ -265,8 +265,8 @@ def first_given(*values):
 
 
 def check_transformer(config, path, task):
-    """Raise InputError for settings of the transformer's module that would change its vectors (or
-    scores).
+    """Raise InputError for settings of the transformer's module that would change its vectors or
+    scores.
     """
     unsupported = [name for name in TRANSFORMER_SETTINGS if config.get(name)]
     if config.get("transformer_task", task) != task:
@@ -286,45 +286,44 @@ def check_transformer(config, path, task):
     if config.get("module_output_name", name) != name:
         unsupported.append("module_output_name")
     if unsupported:
-        raise InputError(f"{path}: its {unsupported[0]} is not supported; use a retriever that "
-                         "reads texts as its tokenizer makes them, without further settings")
+        raise InputError(f"{path}: its {unsupported[0]} is not supported; use a retriever without "
+                         "this setting")
 
 
 def read_retriever(description, path):
-    """Put similarity, dimensions and prompts of config_sentence_transformers.json into the
-    Description.
+    """Set the Description's metric, dimensions and prompts from config_sentence_transformers.json.
 
     Raises InputError.
     """
     settings = read_settings(path)
     kind = settings.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
-        raise InputError(f"{path}: is the folder of a {shorten(kind)}, not of a retriever with one "
-                         "vector per text")
+        raise InputError(f"{path}: is the configuration of a {shorten(kind)}; use a retriever with "
+                         "one vector per text")
     similarity = settings.get("similarity_fn_name")
     if similarity is not None:
         metrics = [metric for metric, name in SIMILARITY.items() if name == similarity]
         if not metrics:
-            raise InputError(f"{path}: similarity_fn_name {shorten(similarity)} is not supported; "
-                             f"one of {', '.join(SIMILARITY.values())} is")
+            raise InputError(f"{path}: similarity_fn_name must be one of "
+                             f"{', '.join(SIMILARITY.values())}, got {shorten(similarity)}")
         description.metric = metrics[0]
         description.sources["metric"] = path
     truncate_dim = settings.get("truncate_dim")
     if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
-        raise InputError(f"{path}: truncate_dim {shorten(truncate_dim)} is no number of "
-                         "dimensions; fetch it again")
+        raise InputError(f"{path}: truncate_dim must be >= 1, got {shorten(truncate_dim)}; fetch "
+                         "it again")
     description.truncate_dim = truncate_dim
     prompts = settings.get("prompts") or {}
     are_texts = isinstance(prompts, dict) and all(
         text is None or isinstance(text, str) for text in prompts.values())
     if not are_texts:
-        raise InputError(f"{path}: prompts must be texts by their names, they are "
-                         f"{shorten(prompts)}; fetch it again")
+        raise InputError(f"{path}: prompts must be an object of texts, got {shorten(prompts)}; "
+                         "fetch it again")
     default_name = settings.get("default_prompt_name")
     if default_name is not None and default_name not in {"query", "document", *prompts}:
-        raise InputError(f"{path}: default_prompt_name {shorten(default_name)} is none of its "
+        raise InputError(f"{path}: default_prompt_name {shorten(default_name)} is not among its "
                          "prompts; fetch it again")
-    # encode_document puts nothing before texts where there is no "document", whatever there is else
+    # encode_document uses the prompt "document" and no other
     for role, prompt_name in (("query", "query"), ("key", "document")):
         if prompts.get(prompt_name) is not None:
             description.prompts[role] = prompts[prompt_name]

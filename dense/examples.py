@@ -1,10 +1,9 @@
-"""Training examples of a retriever, from any of the field's files, and the group of keys that a
-visit of one trains on.
+"""Training examples of a retriever, read from any of the field's files.
 
-LLM-Embedder's records (query, pos, neg, history, teacher_scores, task), DPR's (question,
-positive_ctxs, hard_negative_ctxs, negative_ctxs), the reader's with scores of their ctxs, or a
-corpus, queries and TREC or BEIR qrels with Trove's filters. A key is a text, a dictionary for the
-key template, or the index of a document whose text stays in the corpus's file.
+The files: LLM-Embedder's records (query, pos, neg, history, teacher_scores, task), DPR's (question,
+positive_ctxs, hard_negative_ctxs, negative_ctxs), a reader's records with scores of their ctxs, or
+a corpus, queries and TREC or BEIR qrels with Trove's filters. A key is a text, a dictionary for the
+key template, or the index of a document, whose text stays in the corpus's file.
 """
 from collections import Counter
 from itertools import chain
@@ -39,7 +38,7 @@ from records.reading import (
 from records.templates import format_key
 from utils import InputError, first_line, shorten
 
-# the remedy where there is none
+# remedies for records without positives and without teacher scores
 MAKE_POSITIVES = ("retrieve.py --metrics collate_pos makes records with positives of questions and "
                   "answers")
 MAKE_SCORES = ("test.py --scores FILE writes a reader's scores of the 'ctxs', lm_score.py writes "
@@ -47,28 +46,23 @@ MAKE_SCORES = ("test.py --scores FILE writes a reader's scores of the 'ctxs', lm
 
 
 class Example(NamedTuple):
-    """A query with its pools of keys.
-
-    scores: one per key, those of pos first, or None. They are a teacher's, or relevance labels; pos
-    is empty where nobody has said which keys are right. instruction: what the record itself puts
-    before its query, None where it names none.
-    """
+    """Hold a query with its pools of keys."""
     query: str
-    pos: list
+    pos: list                      # empty if no key is labelled as right
     neg: list
-    scores: list | None = None
+    scores: list | None = None     # a teacher's scores or relevance labels, of pos, then of neg
     task: str = ""
     location: str = ""
-    instruction: str | None = None
+    instruction: str | None = None  # the record's own text before its query, if it has one
 
 
 # ---------------------------------------------------------------- qrels
 
 def to_doc_indices(qrels, corpus, queries, source="the qrels", log=print):
-    """Return the qrels {query id: {document id: score}} with doc indices in place of ids.
+    """Return the qrels {query id: {document id: score}} with doc indices instead of document ids.
 
-    Queries that `queries` lacks and documents that the corpus lacks are dropped; logs how many and
-    the first. Raises InputError, with the `source` of the qrels, if nothing is left.
+    Drop queries that are not in `queries` and documents that are not in the corpus, and log how
+    many. Raises InputError with the `source` of the qrels if nothing is left.
     """
     known = [query_id for query_id in qrels if query_id in queries]
     if qrels and not known:
@@ -98,9 +92,7 @@ def to_doc_indices(qrels, corpus, queries, source="the qrels", log=print):
 
 
 def qrels_examples(corpus, queries, positives, negatives, source="the qrels", log=print):
-    """Return Examples of qrels of positives and of negatives; a document that is both counts as a
-    positive.
-    """
+    """Return Examples of qrels of positives and of negatives. A document in both is a positive."""
     positives = to_doc_indices(positives, corpus, queries, source, log)
     negatives = to_doc_indices(negatives, corpus, queries, source, log)
     examples = []
@@ -114,15 +106,15 @@ def qrels_examples(corpus, queries, positives, negatives, source="the qrels", lo
 
 
 def graded_examples(corpus, queries, graded, group_size, source="the qrels", log=print):
-    """Return Examples of graded qrels: all labelled documents of a query are in neg, their labels
-    are the scores.
+    """Return Examples of graded qrels, with a query's labelled documents as neg and their labels as
+    scores. Raises InputError for a query with fewer documents than the group size.
     """
     examples = []
     for query_id, labels in to_doc_indices(graded, corpus, queries, source, log).items():
         if len(labels) < group_size:
             raise InputError(f"{source}: query {shorten(query_id)} has {len(labels)} labelled "
-                             f"documents, --group_size wants {group_size}; lower it, or leave such "
-                             "queries out with query_subset")
+                             f"documents, fewer than --group_size {group_size}; lower it, or leave "
+                             "such queries out with query_subset")
         neg, scores = list(labels), list(labels.values())
         examples.append(Example(queries[query_id], [], neg, scores,
                                 location=f"{source}, query {query_id}"))
@@ -132,11 +124,11 @@ def graded_examples(corpus, queries, graded, group_size, source="the qrels", log
 # ---------------------------------------------------------------- records
 
 class Source(NamedTuple):
-    """What the keys of a file's records may refer to, and how they are read."""
+    """Hold how a file's records are read, and what their ids refer to."""
     template: str = "{title} {text}"
-    reader_scores: bool = False  # see score_contexts
-    distills: bool = False       # see trains_on_contexts
-    corpus: object = None        # for records that name documents by their ids
+    reader_scores: bool = False  # --reader_scores, see read_context_scores
+    distills: bool = False       # the loss is a distillation alone, see trains_on_contexts
+    corpus: object = None        # for records with ids of documents
     queries: dict | None = None  # {id: text}, for triples of ids
 
 
@@ -144,8 +136,8 @@ NO_SOURCE = Source()
 
 
 def read_examples(path, source=NO_SOURCE, log=print):
-    """Return the examples of a file of LLM-Embedder's, DPR's, Tevatron's or scored reader's
-    records, of triplets, or of a table of triples; log which fields are not used.
+    """Return the examples of a file of records (LLM-Embedder's, DPR's, Tevatron's, a reader's with
+    scores), of triplets, or of a table of triples; log which fields are not used.
 
     Raises InputError with the location of a wrong field, or of a key that lacks a column of the
     template.
@@ -175,26 +167,26 @@ def make_example(record, location, source=NO_SOURCE):
     check_types(record, location)
     check_types(record, location, ["history", "ctxs"])
     if trains_on_contexts(record, source.reader_scores, source.distills):
-        pos = []  # nobody says which one is right
-        neg, scores = score_contexts(record, location, source.reader_scores)
+        pos = []  # none is labelled as right
+        neg, scores = read_context_scores(record, location, source.reader_scores)
     else:
         pos, neg = labelled_keys(record)
         if not pos and not neg:
             pos, neg = named_documents(record, location, source.corpus)
-        scores = teacher_scores(record)
+        scores = find_teacher_scores(record)
     for key in pos + neg:
         if not isinstance(key, int):
             format_key(key, source.template, location)
     if scores is not None:
-        scores = read_scores(scores, pos, neg, location)
+        scores = read_teacher_scores(scores, pos, neg, location)
     instruction = record.get("prompt")
     if not isinstance(instruction, (str, type(None))):
         raise InputError(f"{location}: 'prompt', the instruction before the query, must be a text, "
-                         f"it is {shorten(instruction)}")
+                         f"got {shorten(instruction)}")
     return Example(query, pos, neg, scores, record.get("task") or "", location, instruction)
 
 
-def teacher_scores(record):
+def find_teacher_scores(record):
     """Return a record's teacher_scores, or FlagEmbedding's pos_scores and neg_scores, or None."""
     if record.get("teacher_scores") is not None:
         return record["teacher_scores"]
@@ -205,9 +197,9 @@ def teacher_scores(record):
 
 
 def named_documents(record, location, corpus):
-    """Return (positives, negatives) of a record that names documents by their ids, as indices.
+    """Return (positives, negatives), as indices, of a record with ids of documents.
 
-    Raises InputError for an id that the corpus does not have.
+    Raises InputError for an id that is not in the corpus.
     """
     lists = []
     for names in (POSITIVE_ID_NAMES, NEGATIVE_ID_NAMES):
@@ -216,8 +208,8 @@ def named_documents(record, location, corpus):
             raise InputError(f"{location}: '{find_name(record, names)}' names documents by their "
                              "ids; give the corpus with --corpus")
         if not isinstance(ids, list):
-            raise InputError(f"{location}: '{find_name(record, names)}' must be a list of ids, it "
-                             f"is {shorten(ids)}")
+            raise InputError(f"{location}: '{find_name(record, names)}' must be a list of ids, got "
+                             f"{shorten(ids)}")
         lists.append(find_documents(list(map(str, ids)), corpus, location))
     return lists
 
@@ -233,7 +225,7 @@ def find_documents(ids, corpus, location):
 
 
 def unused_fields(record):
-    """Return the fields of a record that change training where its format is from, and not here."""
+    """Return the fields of a record that change training in its format's own code but not here."""
     names = [name for name in UNUSED_NAMES if record.get(name) is not None]
     scores = [name for name in ("pos_scores", "neg_scores") if record.get(name)]
     if len(scores) == 1 or record.get("teacher_scores") is not None:
@@ -254,11 +246,11 @@ def unused_fields(record):
 # ---------------------------------------------------------------- triples
 
 def read_triples(path, source):
-    """Return [(record, location)] of a table of triples (query, positive, negative): texts or, with
-    --queries and --corpus, ids as in MS MARCO; or of a table whose header names these columns. None
-    for a file that is neither.
+    """Return [(record, location)] of a table of triples or with a header of these columns, or None
+    for another file.
 
-    Raises InputError.
+    A triple is query, positive and negative: texts or, with --queries and --corpus, ids as in MS
+    MARCO. Raises InputError.
     """
     if holds_json(path):
         return None
@@ -278,8 +270,8 @@ def read_triples(path, source):
     are_ids = all(cell.strip().isdecimal() for cell in cells) or (source.queries
                                                                   and cells[0] in source.queries)
     if are_ids and not (source.queries and source.corpus):
-        raise InputError(f"{path}:{line_number}: triples of ids; give the texts with --queries and "
-                         "--corpus")
+        raise InputError(f"{path}:{line_number}: is a triple of ids; give the texts with --queries "
+                         "and --corpus")
     rows = []
     for number, row in chain([(line_number, line)], lines):
         if row.strip():
@@ -293,8 +285,8 @@ def make_triple(text, are_ids, source, location):
     """Return the record of a line of three cells. Raises InputError."""
     cells = text.split("\t") if "\t" in text else text.split()
     if len(cells) != 3 or not all(cell.strip() for cell in cells):
-        raise InputError(f"{location}: not a triple; it must be query, positive and negative, with "
-                         "tabs between them")
+        raise InputError(f"{location}: is not a triple; it must be query, positive and negative, "
+                         "with tabs between them")
     if not are_ids:
         return dict(zip(("query", "positive", "negative"), cells))
     query_id, *document_ids = (cell.strip() for cell in cells)
@@ -308,8 +300,8 @@ def make_triple(text, are_ids, source, location):
 # ---------------------------------------------------------------- contexts with a reader's scores
 
 def trains_on_contexts(record, reader_scores, distills):
-    """Return True if a record's keys are its `ctxs`: it has no others, or they have a reader's
-    scores to be distilled and the others have none.
+    """Return whether to train on a record's `ctxs`: it has no other keys, or a distillation finds a
+    reader's scores in the ctxs and no teacher_scores of the other keys.
     """
     if not record.get("ctxs"):
         return False
@@ -319,14 +311,16 @@ def trains_on_contexts(record, reader_scores, distills):
     return distills and is_scored and record.get("teacher_scores") is None
 
 
-def score_contexts(record, location, reader_scores):
-    """Return (contexts, their scores or None) of a reader's record, a group to distil as it stands.
+def read_context_scores(record, location, reader_scores):
+    """Return (contexts, their scores or None) of a reader's record.
 
     The scores are the record's `teacher_scores`, one per context, or the contexts' own `score`. A
-    retriever must not learn from its own scores. So `score` counts only where test.py --scores has
-    set it, which keeps the retriever's as `retrieval_score` and leaves a context that was not read
-    without a `score`. With `reader_scores` each `score` is known to be a reader's, as in FiD's own
-    files. Raise InputError for a context without such a score.
+    retriever must not learn from its own scores, so `score` counts only if test.py --scores has set
+    it. test.py moves the retriever's score to `retrieval_score`; contexts that it has not read are
+    left without a `score`.
+
+    reader_scores: every `score` is a reader's, as in FiD's own files. Raises InputError for a
+    context without such a score.
     """
     contexts = record["ctxs"]
     if record.get("teacher_scores") is not None:
@@ -345,10 +339,10 @@ def score_contexts(record, location, reader_scores):
     return contexts, scores
 
 
-def read_scores(scores, pos, neg, location):
-    """Teacher scores as floats. Raises InputError if they are not a list of a number per key."""
+def read_teacher_scores(scores, pos, neg, location):
+    """Return teacher scores as floats. Raises InputError unless they are one number per key."""
     if not isinstance(scores, list):
-        raise InputError(f"{location}: 'teacher_scores' must be a list, it is {shorten(scores)}")
+        raise InputError(f"{location}: 'teacher_scores' must be a list, got {shorten(scores)}")
     if len(scores) != len(pos) + len(neg):
         raise InputError(f"{location}: {len(scores)} teacher_scores for {len(pos)} positives and "
                          f"{len(neg)} negatives (or history, or ctxs); there must be one per key, "

@@ -1,5 +1,5 @@
-"""The flags of train_dense.py, named as in LLM-Embedder's, Trove's and minDPR's commands, and their
-checks.
+"""The flags of train_dense.py and their checks. The names are those of LLM-Embedder's, Trove's and
+minDPR's commands.
 """
 from dataclasses import fields
 from typing import NamedTuple
@@ -40,16 +40,17 @@ def parse_args(description, arguments=None, needs_output=True):
 
 
 def add_data_flags(parser):
+    """Add the flags of what is trained on."""
     add = parser.add_argument_group("data").add_argument
     add("--train_data", nargs="+", default=[], metavar="FILE",
         help="records of LLM-Embedder, DPR, Tevatron or FlagEmbedding, triplets, tables of "
         "triples, or a reader's records with the scores of test.py --scores or lm_score.py; a "
-        "file that is given twice counts twice")
+        "file given twice counts twice")
     add("--corpus", nargs="+", metavar="FILE",
-        help="documents: .tsv or .csv with a header, BEIR's .jsonl or JSON lines, may end in .gz")
+        help="documents: .tsv or .csv with a header, BEIR's .jsonl or JSON lines; .gz is read, too")
     add("--queries", nargs="+", default=[], metavar="FILE",
-        help="the queries of the qrels, or of triples of ids: BEIR's .jsonl, or .tsv of id and "
-        "text")
+        help="texts of the queries that qrels or triples name by id: BEIR's .jsonl, or .tsv of id "
+        "and text")
     add("--positives", action="append", default=[], metavar="qrels=FILE,min_score=1",
         help="positive documents, with Trove's filters min_score, max_score (exclusive), first_k, "
         "random_k, top_k, bottom_k, score=NUMBER|floor|ceil, query_subset; repeatable")
@@ -57,7 +58,8 @@ def add_data_flags(parser):
         help="negative documents, with the same filters")
     add("--graded", action="append", default=[], metavar="qrels=FILE",
         help="documents with graded labels, with the same filters; trained by KL")
-    add("--data_root", default="/data/llm-embedder", help="what llm-embedder:PATH is relative to")
+    add("--data_root", default="/data/llm-embedder",
+        help="folder that llm-embedder:PATH is relative to")
     add("--max_sample_num", type=int,
         help="use at most this many examples of a dataset; default: all")
     add("--inbatch_same_dataset", choices=["epoch", "random"],
@@ -68,28 +70,30 @@ def add_data_flags(parser):
 
 
 def add_evaluation_flags(parser):
+    """Add the flags of what to measure on, and how."""
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_data", metavar="FILE",
-        help="records to measure on: DPR's, or without --corpus any with positives and negatives "
-        "alone, by average rank; others by retrieval from --corpus")
+        help="records to measure on: DPR's records, or without --corpus any with positives and "
+        "negatives, by average rank; others by retrieval from --corpus")
     add("--eval_qrels", action="append", default=[], metavar="qrels=FILE",
         help="qrels to measure on; repeatable")
     add("--eval_method", choices=["annotated", "retrieval"], default="annotated",
         help="how to measure --eval_qrels: rank each query's annotated documents, or search the "
         "whole corpus")
     add("--eval_group_size", type=int, default=100,
-        help="annotated documents per query, the most relevant ones")
+        help="annotated documents per query; the most relevant ones are kept")
     add("--metrics", nargs="+", default=["mrr", "recall", "ndcg"], metavar="NAME",
         help=f"metrics to report: any of {', '.join(METRICS)}")
     add("--cutoffs", type=int, nargs="+", default=[1, 5, 10, 100], metavar="K",
         help="ranks at which to measure")
     add_measure_flags(add)
     add("--best_metric", metavar="NAME@K",
-        help="metric that selects the checkpoint; default: the first metric at its first cutoff "
+        help="metric that selects the checkpoint; default: the first metric at the first cutoff "
         "of 10 or more, or the average rank")
 
 
 def add_text_flags(parser):
+    """Add the flags of what comes before texts, and how long they are."""
     add = parser.add_argument_group("texts").add_argument
     add("--query_template", default="{query}", help="the text of a query")
     add("--key_template", default="{title} {text}",
@@ -97,9 +101,9 @@ def add_text_flags(parser):
     add("--pair_types", action="store_true",
         help="use token type 1 after a text's first [SEP], as minDPR does for pairs")
     add("--query_max_length", type=int,
-        help="tokens per query; default: the checkpoint's, else 256")
+        help="tokens per query; default: the checkpoint's value, else 256")
     add("--key_max_length", type=int,
-        help="tokens per document; default: the checkpoint's, else 256")
+        help="tokens per document; default: the checkpoint's value, else 256")
     add_prompt_flags(add)
     add("--add_instruction",
         help="put --version's instruction before the texts of records with a task; default: true, "
@@ -109,26 +113,27 @@ def add_text_flags(parser):
 
 
 def add_model_flags(parser):
+    """Add the flags of the model to start from, and of how it makes vectors."""
     add = parser.add_argument_group("model").add_argument
     add("--query_encoder", default="BAAI/bge-base-en",
         help="checkpoint to start from: hub name, folder, minDPR's or DPR's file; the default is "
         "an English model")
     add("--key_encoder",
-        help="checkpoint of the second encoder, with --tie_encoders false; default: as "
-        "--query_encoder")
+        help="checkpoint of the second encoder, with --tie_encoders false; default: "
+        "--query_encoder's")
     add("--tie_encoders", default=True, help="one encoder for queries and keys", **SWITCH)
     add("--pooling_method", choices=list(POOLING),
-        help="how token states become one vector; default: the checkpoint's, else mean, or last "
-        "for a causal language model")
+        help="how token states become one vector; default: the checkpoint's value, else mean, or "
+        "last for a causal language model")
     add("--truncate_dim", type=int, metavar="N",
-        help="train the first N numbers of each vector (Matryoshka); default: the checkpoint's, "
-        "else all")
+        help="train the first N numbers of each vector (Matryoshka); default: the checkpoint's "
+        "value, else all")
     add("--dense_metric", choices=["ip", "cos", "l2"],
         help="similarity of vectors: inner product, cosine, or (negative) L2 distance; "
-        "default: the checkpoint's, else cos")
+        "default: the checkpoint's value, else cos")
     add("--cos_temperature", type=float, default=0.01,
         help="divide cosines by this in training; for distillation see --student_temperature")
-    add("--dropout", type=float, help="dropout rate; default: the checkpoint's")
+    add("--dropout", type=float, help="dropout rate; default: the checkpoint's value")
     add_lora_flags(add, SWITCH)
     add("--freeze", metavar="REGEX",
         help="do not train weights whose names match this regular expression")
@@ -137,9 +142,11 @@ def add_model_flags(parser):
 
 
 def add_loss_flags(parser):
+    """Add the flags of the loss, and of the keys that it compares."""
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=["infonce", "kl", "fid-kd"],
-        help="train with only this loss; default: the weighted sum of those that the records allow")
+        help="train with only this loss; default: the weighted sum of InfoNCE and, for records "
+        "with teacher scores, distillation")
     add("--contrastive_weight", type=float, default=0.2,
         help="weight of InfoNCE when combined with distillation")
     add("--distill_weight", type=float, default=1.0,
@@ -148,57 +155,58 @@ def add_loss_flags(parser):
         help="divide teacher scores or labels by this")
     add("--student_temperature", type=float,
         help="divide the model's scores by this in distillation. With --loss kl or fid-kd it "
-        "replaces --cos_temperature; without --loss, cosines are divided by both, as in "
-        "LLM-Embedder; default: --cos_temperature for cosines, else the checkpoint's temperature, "
-        "else 1")
+        "replaces --cos_temperature. Without --loss, cosines are divided by both, as in "
+        "LLM-Embedder; default: --cos_temperature for cosines, else the checkpoint's value, else 1")
     add("--stable_distill", default=False,
         help="use LLM-Embedder's stabilized distillation", **SWITCH)
     add("--mask_duplicates", action="store_true",
-        help="leave copies of a query's positives out of its negatives")
+        help="do not count copies of a query's positives as its negatives")
     add("--train_group_size", "--group_size", type=int, default=8,
         help="keys per query: a positive and its negatives")
     add("--select_positive", choices=["first", "random", "teacher", "teacher-pos"], default="first",
         help="which positive of a record to train on")
     add("--select_negative", choices=["first", "random", "teacher+", "teacher-"], default="random",
-        help="which negatives of a record to train on; in distillation without positives, which "
-        "keys")
+        help="which negatives of a record to train on, or which of its keys if it has no "
+        "positives")
     add("--reader_scores", action="store_true",
-        help="treat the 'score' of ctxs as a reader's, in files without 'retrieval_score', such "
-        "as FiD's own with cross-attention scores")
-    add("--teacher_scores_margin", type=float, help="drop records whose teacher scores lie closer")
-    add("--teacher_scores_min", type=float,
-        help="drop records whose highest teacher score is lower")
+        help="treat the 'score' of ctxs as a reader's score, in files without 'retrieval_score', "
+        "such as FiD's own with cross-attention scores")
+    add("--teacher_scores_margin", type=float, metavar="M",
+        help="drop records whose highest and lowest teacher scores differ by less than M")
+    add("--teacher_scores_min", type=float, metavar="S",
+        help="drop records whose highest teacher score is below S")
     add("--use_train_config", default=False, help="use LLM-Embedder's settings for each task",
         **SWITCH)
 
 
 def add_optimisation_flags(parser):
+    """Add the flags of batches, schedule and optimizer."""
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", "--per_device_train_batch_size", type=int, default=16,
         help="queries per process and micro-batch")
     add("--grad_accumulation", "--gradient_accumulation_steps", type=int, default=1, metavar="N",
         help="micro-batches per update; they do not share negatives")
     add("--chunk_size", type=int, default=0,
-        help="GradCache: encode this many texts at a time, so that any batch size fits; 0: all at "
-        "once")
+        help="GradCache: encode this many texts at a time, so that any batch fits in memory; 0: "
+        "all at once")
     add("--gradient_checkpointing", default=False, help="the same as --chunk_size 32", **SWITCH)
     add("--epochs", "--num_train_epochs", type=int, default=3, help="passes over the examples")
     add("--max_steps", type=int, default=0,
-        help="total updates, overrides --epochs; 0: as given by --epochs")
+        help="total updates, overrides --epochs; 0: train for --epochs")
     add("--early_exit_steps", type=int, default=0,
         help="stop after this many updates of the schedule; 0: never")
     add("--lr", "--learning_rate", type=float, default=5e-6,
         help="peak learning rate of the linear schedule")
     add("--warmup_ratio", type=float, default=0.1, help="fraction of the updates used for warm-up")
-    add("--num_warmup_steps", type=int, help="updates of linear warm-up, replaces --warmup_ratio")
+    add("--num_warmup_steps", type=int, help="updates of linear warm-up; replaces --warmup_ratio")
     add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay, on all weights")
     add("--adam_eps", type=float, default=1e-8, help="AdamW's epsilon")
     add("--clip", "--max_grad_norm", type=float, default=1.0, help="maximum gradient norm")
     add("--bf16", default=False, help="bfloat16 autocast; weights and optimizer stay float32",
         **SWITCH)
     add("--deepspeed", metavar="FILE",
-        help="accepted for compatibility with LLM-Embedder's commands and ignored: its stage 0 is "
-        "what DDP does")
+        help="ignored; accepted because LLM-Embedder's commands have it. Its stage 0 is what DDP "
+        "does")
 
 
 def add_run_flags(parser, needs_output):
@@ -209,12 +217,12 @@ def add_run_flags(parser, needs_output):
     add("--save_steps", type=int, default=2000,
         help="save OUT.state, and OUT if nothing is measured, every N updates")
     add("--eval_steps", type=int, default=0,
-        help="measure every N updates; 0: as --save_steps")
+        help="measure every N updates; 0: every --save_steps")
     add("--logging_steps", type=int, default=100,
-        help="print the loss every N updates; without a terminal, progress is also printed about "
-        "every minute")
+        help="print the loss every N updates; without a terminal, progress is printed about every "
+        "minute, too")
     add("--seed", type=int, default=42,
-        help="seed of the order, the groups and (plus the rank) dropout")
+        help="seed of the order and the groups; seed + rank: of dropout")
     add("--resume", action="store_true",
         help="continue from OUT.state; start from scratch if there is no such file")
     add("--overwrite", action="store_true",
@@ -260,6 +268,7 @@ def find_data_files(args):
 
 
 def check_numbers(args):
+    """Raise InputError for a number out of its range."""
     check_at_least(args, {"train_group_size": 1, "batch_size": 1, "grad_accumulation": 1,
                           "epochs": 1, "save_steps": 1, "logging_steps": 1, "query_max_length": 3,
                           "key_max_length": 3, "eval_group_size": 1, "chunk_size": 0,
@@ -278,14 +287,16 @@ def check_numbers(args):
 
 
 def check_metrics(args):
+    """Raise InputError for an unknown metric or an impossible cutoff."""
     for name in args.metrics:
         if name not in METRICS:
-            raise InputError(f"--metrics {name}: unknown, choose of {', '.join(METRICS)}")
+            raise InputError(f"--metrics must be any of {', '.join(METRICS)}, got {name}")
     if min(args.cutoffs) < 1:
-        raise InputError("--cutoffs must be 1 or more")
+        raise InputError(f"--cutoffs must be >= 1, got {min(args.cutoffs)}")
 
 
 def check_training_data(args, sets):
+    """Raise InputError for flags of data that lack another one, or exclude each other."""
     if "train" in sets and not (args.train_data or args.positives or args.graded):
         raise InputError("nothing to train on: give --train_data, or --corpus, --queries and "
                          "--positives or --graded")
@@ -293,29 +304,32 @@ def check_training_data(args, sets):
     if "train" in sets:
         names_qrels = names_qrels or args.positives or args.graded
     if names_qrels and not (args.corpus and args.queries):
-        raise InputError("qrels need --corpus and --queries, the files that hold the texts")
+        raise InputError("qrels need --corpus and --queries, the files of the texts")
     if args.graded and (args.positives or args.train_data or args.loss == "infonce"):
-        raise InputError("--graded trains by KL on labels of its own; leave out --positives, "
+        raise InputError("--graded trains by KL on its own labels; leave out --positives, "
                          "--train_data and --loss infonce")
 
 
 def check_unused(args):
-    """Raise InputError for flags that others leave without effect."""
+    """Raise InputError for flags that have no effect because of others."""
     if args.ranker and args.mask_duplicates:
         raise InputError("--mask_duplicates masks other queries' negatives, which a ranker does "
                          "not read; leave it out")
     if args.ranker and args.query_template != "{query}":
-        raise InputError("--query_template is of encoders; a ranker reads the query itself")
+        raise InputError("--query_template is for encoders, and a ranker reads the query as it "
+                         "is; leave it out")
     if args.ranker and (args.query_prompt or args.key_prompt or args.truncate_dim):
-        raise InputError("--query_prompt, --key_prompt and --truncate_dim are for encoders; a "
-                         "ranker reads query and key themselves: leave them out")
+        raise InputError("--query_prompt, --key_prompt and --truncate_dim are for encoders, not "
+                         "for a ranker; leave them out")
     if args.stable_distill and args.student_temperature not in (None, 1):
-        raise InputError("--stable_distill has no --student_temperature; leave one of them out")
+        raise InputError("--stable_distill does not use --student_temperature; leave one of them "
+                         "out")
 
 
 def check_evaluation(args):
+    """Raise InputError for a dev set that a ranker cannot be measured on."""
     if args.ranker and (args.eval_data or args.eval_method == "retrieval"):
-        raise InputError("a ranker is measured on annotated documents: --eval_qrels without "
+        raise InputError("a ranker is measured on annotated documents; give --eval_qrels without "
                          "--eval_method retrieval")
 
 
@@ -333,16 +347,17 @@ def read_text_settings(args):
 
 
 def add_prompt_flags(add):
-    """Add the flags of what goes before all texts, by the function of a group."""
+    """Add the prompts' flags; `add` is the function of a group of flags."""
     add("--query_prompt", metavar="TEXT",
-        help="put this before every query, '' for nothing; default: the checkpoint's prompt, else "
+        help="put TEXT before every query ('' for nothing); default: the checkpoint's prompt, else "
         "--version's instruction")
     add("--key_prompt", metavar="TEXT",
-        help="put this before every document, '' for nothing; default: as for --query_prompt")
+        help="put TEXT before every document ('' for nothing); default: as for --query_prompt")
 
 
 def add_measure_flags(add):
-    """Add the flags that change what a measure counts, by the function of a group."""
+    """Add the flags that change what a measure counts; `add` is the function of a group of flags.
+    """
     add("--relevance_level", type=int, default=1, metavar="N",
         help="lowest label that counts as relevant (trec_eval's -l). nDCG still uses the labels "
         "as gains; a filter such as min_score=2 would remove them")

@@ -1,10 +1,11 @@
-"""What a retriever trains on: which examples of each dataset, with which loss, and which keys of an
-example a visit takes.
+"""What a retriever trains on: which examples of each dataset, with which loss, and which of their
+keys.
 
-                        an example needs              its group
-    Target.POSITIVES    a positive and negatives      a positive, then negatives
-    Target.TEACHER      teacher scores                the same, or any of its keys without positives
-    Target.GRADED       as many labels as the group   any of its keys
+    dataset             an example needs             a visit's group of keys
+    Target.POSITIVES    a positive and negatives     a positive, then negatives
+    Target.TEACHER      teacher scores               a positive, then negatives; without positives,
+                                                     any of its keys
+    Target.GRADED       labels                       any of its keys
 """
 import math
 from dataclasses import dataclass, replace
@@ -32,12 +33,11 @@ TRAIN_CONFIG = {
     "lrlm": {"select_positive": "teacher", "contrastive_weight": 0, "teacher_temperature": 0.1,
              "teacher_scores_margin": 0.1, "max_sample_num": 10000},
 }
-# and its defaults for what a task does not set
+# LLM-Embedder's values for the flags that a task does not set
 TRAIN_CONFIG_DEFAULTS = {"select_positive": "first", "select_negative": "random",
                          "stable_distill": False, "teacher_scores_margin": None,
                          "teacher_scores_min": None, "max_sample_num": None}
-# --select_positive of groups without a positive: their keys are chosen as negatives are
-NO_POSITIVE = "none"
+NO_POSITIVE = "none"  # select_positive of groups without a positive
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,19 @@ class DataSettings:
 
     @property
     def qrels(self):
-        """Return the flags' qrels as messages name them."""
+        """Return the qrels of the flags, for messages."""
         return " ".join([*self.graded, *self.positives, *self.negatives])
 
 
 class Target(Enum):
-    """Name what the examples of a dataset are trained towards."""
+    """Name what a dataset is trained towards."""
     POSITIVES = "InfoNCE, alone or with distillation"
     TEACHER = "distillation alone: --loss kl or fid-kd"
     GRADED = "the labels of --graded"
 
 
 class GroupRule(NamedTuple):
-    """How the group of a visit is chosen, see choose_group."""
+    """Hold how the group of a visit is chosen, see choose_group."""
     group_size: int
     select_positive: str
     select_negative: str
@@ -108,7 +108,7 @@ class GroupRule(NamedTuple):
 
 
 class TrainingData(NamedTuple):
-    """All examples, dataset after dataset, and what they are trained with."""
+    """Hold all examples, dataset after dataset, and the settings of their training."""
     examples: list
     group_rules: list     # a GroupRule per example
     dataset_sizes: list   # the number of examples of each dataset
@@ -118,8 +118,7 @@ class TrainingData(NamedTuple):
 # ---------------------------------------------------------------- datasets
 
 def read_training(data, task_settings, corpus, queries, log):
-    """Return the TrainingData of the DataSettings `data` and of the TaskSettings of the flags; log
-    what is dropped.
+    """Return the TrainingData of a DataSettings and the flags' TaskSettings; log what is dropped.
 
     Raises InputError if a dataset has nothing to train on.
     """
@@ -178,7 +177,7 @@ def choose_target(data, settings):
 
 def make_group_rule(data, settings, target):
     """Return the GroupRule of a dataset."""
-    # qrels of positives only: the other queries' positives are the negatives
+    # with qrels of positives only, the other queries' positives are the negatives
     has_negatives = bool(data.train_data or data.negatives or data.graded)
     select_positive = NO_POSITIVE if target is Target.GRADED else settings.select_positive
     return GroupRule(data.train_group_size if has_negatives else 1, select_positive,
@@ -186,9 +185,7 @@ def make_group_rule(data, settings, target):
 
 
 def check_any_left(source, examples, kept, settings, target):
-    """Raise InputError if none of a dataset's examples is left, or none has the scores of a
-    distillation.
-    """
+    """Raise InputError if no example of a dataset is left, or if distillation finds no scores."""
     is_distilled = target is Target.TEACHER or not (settings.loss or settings.contrastive_weight)
     if is_distilled and not any(example.scores for example in kept or examples):
         raise InputError(f"{source}: no record has teacher scores; {MAKE_SCORES}; without them "
@@ -205,8 +202,8 @@ def check_any_left(source, examples, kept, settings, target):
 def keep_examples(examples, settings, target, rule, has_others, log):
     """Return the examples of a dataset that can be trained on; log why others are dropped.
 
-    has_others: the model compares a query with other queries' keys, as a ranker does not. An
-    example then needs no negatives of its own for InfoNCE (DPR, section 3.2).
+    has_others: whether the model compares a query with other queries' keys, as a retriever does and
+    a ranker does not. InfoNCE then needs no hard negatives (DPR, section 3.2).
     """
     kept, dropped = [], {}
     for example in examples:
@@ -259,12 +256,12 @@ def is_unlabelled(example, select_positive):
 
 def choose_group(example, rule, rng):
     """Return (keys, their scores or None) of one visit: a positive and group_size - 1 negatives, by
-    LLM-Embedder's rules. Without a positive all keys are chosen as negatives are.
+    LLM-Embedder's rules. Without a positive, choose all keys like negatives.
 
     select_positive   first or random of pos; teacher: the highest score of all keys; teacher-pos:
                       the highest of pos; none: no positive
-    select_negative   first, random, teacher+ (highest scores) or teacher- (lowest); scarce
-                      negatives are repeated
+    select_negative   first, random, teacher+ (highest scores) or teacher- (lowest); if there are
+                      too few, they are repeated
     stable            sort the negatives by falling score, as stabilized distillation expects them
     """
     keys = example.pos + example.neg
@@ -281,7 +278,7 @@ def choose_group(example, rule, rng):
     if rule.stable and scores is not None:
         negatives.sort(key=lambda index: scores[index], reverse=True)
     group += negatives
-    is_lone = len(group) == 1 < rule.group_size  # nothing to distil: no negatives of its own
+    is_lone = len(group) == 1 < rule.group_size  # without negatives there is nothing to distil
     group_scores = None if scores is None or is_lone else [scores[index] for index in group]
     return [keys[index] for index in group], group_scores
 

@@ -116,7 +116,7 @@ def test_wrong_checkpoints_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         BiEncoder.open(tmp_path / "absent")
     path = mindpr_file(tmp_path / "x")
-    with pytest.raises(InputError, match="has an encoder of the keys already"):
+    with pytest.raises(InputError, match="already has a key encoder"):
         BiEncoder.open(path, "another")
     other_shape = json.dumps(CONFIG | {"hidden_size": 64})
     (path.parent / "bert-base-uncased" / "config.json").write_text(other_shape)

@@ -10,8 +10,8 @@ from dense.examples import (
     Example,
     graded_examples,
     qrels_examples,
+    read_context_scores,
     read_examples,
-    score_contexts,
 )
 from dense.training_data import (
     DataSettings,
@@ -155,7 +155,7 @@ def test_contexts_that_were_not_read_are_left_out():
     record = scored_record([-1.0, 2.0])
     record["ctxs"].append({"id": "2", "title": "T", "text": "c2", "retrieval_score": 7.0})
     for reader_scores in (False, True):
-        contexts, scores = score_contexts(record, "f:1", reader_scores)
+        contexts, scores = read_context_scores(record, "f:1", reader_scores)
         assert [context["id"] for context in contexts] == ["0", "1"] and scores == [-1.0, 2.0]
 
 
@@ -312,7 +312,7 @@ def test_examples_from_merged_qrels(tmp_path):
     assert [example.scores for example in trained.examples] == [[3, 1, 2], [0.5]]
     assert trained.group_rules == [GroupRule(1, "none", "random", False)] * 2
     assert trained.task_settings == {"": TaskSettings(select_positive="random", loss="kl")}
-    with pytest.raises(InputError, match="has 1 labelled documents, --group_size wants 2"):
+    with pytest.raises(InputError, match="has 1 labelled documents, fewer than --group_size 2"):
         graded_examples(corpus, queries, labelled, 2)
     with pytest.raises(InputError, match="none of the documents, such as 'zz', is in"):
         qrels_examples(corpus, queries, {"1": {"zz": 1}}, {})

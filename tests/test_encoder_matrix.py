@@ -295,19 +295,19 @@ def test_stored_half_precision_is_computed_in_float32(bert, tmp_path):
      "has a 'Router' module"),
     (("modules.json", [{"type": "custom_st.Transformer", "path": ""}]), "custom_st.Transformer"),
     (("modules.json", [{"type": "sentence_transformers.models.Transformer", "path": ""}]),
-     "one Pooling behind it"),
+     "one Pooling after it"),
     (("config_sentence_transformers.json", {"similarity_fn_name": "manhattan"}), "'manhattan'"),
     (("config_sentence_transformers.json", {"model_type": "SparseEncoder"}), "'SparseEncoder'"),
-    (("config_sentence_transformers.json", {"truncate_dim": 0}), "truncate_dim 0"),
-    (("config_sentence_transformers.json", {"prompts": {"query": 3}}), "prompts must be texts"),
-    (("config_sentence_transformers.json", {"default_prompt_name": "x"}), "none of its prompts"),
+    (("config_sentence_transformers.json", {"truncate_dim": 0}), "truncate_dim must be >= 1"),
+    (("config_sentence_transformers.json", {"prompts": {"query": 3}}), "an object of texts"),
+    (("config_sentence_transformers.json", {"default_prompt_name": "x"}), "not among its prompts"),
     (("2_Dense/config.json", TANH[1] | {"activation_function": "my.Swish"}), "'my.Swish'"),
     (("2_Dense/config.json", TANH[1] | {"use_residual": True}), "use_residual"),
     (("2_Dense/config.json", TANH[1] | {"out_features": 4}), "do not match config.json"),
     (("2_Dense/config.json", TANH[1] | {"module_input_name": "token_embeddings"}), "input_name"),
     (("sentence_bert_config.json", {"query_expansion": {"length": 32}}), "query_expansion"),
     (("sentence_bert_config.json", {"modality_config": {"message": {}}}), "modality_config"),
-    (("adapter_config.json", {"peft_type": "LORA"}), "is an adapter"),
+    (("adapter_config.json", {"peft_type": "LORA"}), "holds an adapter"),
 ])
 def test_folders_that_cannot_be_computed_are_refused(change, message, bert, tmp_path):
     """A7 and its kind: refused when opened, in one line that names the setting."""
@@ -420,9 +420,9 @@ def test_rankers_that_cannot_be_used(bert, tmp_path):
     """A11's kind: more than one score, lost weights, an encoder without a ranking head."""
     config = transformers.AutoConfig.from_pretrained(bert, num_labels=3)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "three")
-    with pytest.raises(InputError, match="gives 3 scores for a pair"):
+    with pytest.raises(InputError, match="num_labels must be 1, one score per pair, got 3"):
         CrossEncoder.open(tmp_path / "three")
-    with pytest.raises(InputError, match="is no ranker, it has no classifier.bias"):
+    with pytest.raises(InputError, match="is not a ranker, it has no classifier.bias"):
         CrossEncoder.open(bert, trained=True)
     config.num_labels = 1
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "half")
@@ -530,7 +530,7 @@ def test_two_encoders_are_trained_further(bert, tmp_path):
     train(tmp_path / "two", bert, RECORDS, "--tie_encoders", "false")
     train(tmp_path / "more", tmp_path / "two", RECORDS, "--tie_encoders", "false")
     assert (tmp_path / "more" / "key" / "modules.json").exists()
-    with pytest.raises(InputError, match="has an encoder of the keys already"):
+    with pytest.raises(InputError, match="already has a key encoder"):
         train(tmp_path / "x", tmp_path / "two", RECORDS, "--tie_encoders", "false", "--key_encoder",
               str(bert))
 

@@ -309,7 +309,7 @@ def test_tables_of_triples(corpus, tmp_path):
     ids = write_rows(tmp_path / "i.tsv", ["7\t12\t11"])
     example, = read_examples(ids, Source(corpus=numbers, queries={"7": "who"}))
     assert (example.query, example.pos, example.neg) == ("who", [1], [0])
-    with pytest.raises(InputError, match="i.tsv:1: triples of ids; give the texts with --queries"):
+    with pytest.raises(InputError, match="i.tsv:1: is a triple of ids; give the texts with --que"):
         read_examples(ids)
     with pytest.raises(InputError, match="i.tsv:1: document '12' is not in the corpus"):
         read_examples(ids, Source(corpus=corpus, queries={"7": "who"}))
@@ -317,7 +317,7 @@ def test_tables_of_triples(corpus, tmp_path):
     with pytest.raises(InputError, match="p.tsv: a table of questions, but JSON records are"):
         read_examples(passages)
     broken = write_rows(tmp_path / "b.tsv", ["a\tp\tn", "a\tp"])
-    with pytest.raises(InputError, match="b.tsv:2: not a triple"):
+    with pytest.raises(InputError, match="b.tsv:2: is not a triple"):
         read_examples(broken)
 
 

@@ -517,7 +517,7 @@ def test_models_that_are_not_trained_are_refused(bert, ranker, world_files, tmp_
     (tmp_path / "run").write_text("0 Q0 d1 1 1.0 x\n")
     rank = ["--retrieval_method", "rank", "--ranker", "--results", tmp_path / "run"]
     for name, flags, message in ((tmp_path / "bare", [], "has no model.safetensors"),
-                                 (bert, rank, "is no ranker, it has no classifier")):
+                                 (bert, rank, "is not a ranker, it has no classifier")):
         _, stderr = retrieve(world_files, "--query_encoder", name, *flags, "--trec", tmp_path / "x",
                              "--index", tmp_path / "index", code=1)
         assert message in stderr and "Traceback" not in stderr

@@ -236,7 +236,7 @@ def test_resume_after_kill_gives_the_same_weights(files, tmp_path, monkeypatch):
                                              "--mask_duplicates"], "which a ranker does"),
                                            (["--train_data", "qa.json", "--stable_distill",
                                              "--student_temperature", "0.1"],
-                                            "--stable_distill has no --student_temperature"),
+                                            "--stable_distill does not use --student_temp"),
                                            ([], "nothing to train on")])
 def test_bad_input_is_one_line(flags, message, bert, files, tmp_path):
     flags = [f"{files}/{flag}" if flag.endswith(".json") else flag for flag in flags]

@@ -116,6 +116,14 @@ def holds_adapters(folder):
             and not os.path.exists(os.path.join(folder, "config.json")))
 
 
+def refuse_adapters(folder):
+    """Raise InputError for a folder of peft's adapters, naming their base model."""
+    settings = read_settings(os.path.join(folder, "adapter_config.json"))
+    raise InputError(f"{folder}: holds an adapter of "
+                     f"{shorten(settings.get('base_model_name_or_path'))}, not a model; merge the "
+                     "two (peft: merge_and_unload, then save_pretrained) and give that folder")
+
+
 def refuse_gguf(path):
     """Raise InputError for a .gguf file of llama.cpp, or a folder of them."""
     names = [path] if os.path.isfile(path) else os.listdir(path) if os.path.isdir(path) else []
@@ -366,11 +374,7 @@ def read_config(folder, kind="T5"):
     if not os.path.exists(os.path.join(folder, "config.json")):
         refuse_gguf(folder)
     if holds_adapters(folder):
-        settings = read_settings(os.path.join(folder, "adapter_config.json"))
-        raise InputError(f"{folder}: holds an adapter of "
-                         f"{shorten(settings.get('base_model_name_or_path'))}, not a model; merge "
-                         "the two (peft: merge_and_unload, then save_pretrained) and give that "
-                         "folder")
+        refuse_adapters(folder)
     with refusing(f"{folder}: no usable config.json", f"give a {kind} model folder"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for name, value in config.to_dict().items():
