@@ -29,7 +29,9 @@ import transformers
 from dense import losses
 from dense.batches import GroupCollator, GroupSet, check_one_instruction, plan_batches
 from dense.description import find_path, holds_pair
-from dense.flags import check_args, find_data_files, parse_args, pick_flags
+from dense.flags import check_retriever_flags as check_args
+from dense.flags import find_data_files, pick_flags
+from dense.flags import parse_retriever_flags as parse_args
 from dense.gather import gather_rows
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from dense.texts import TextSettings, describe_texts, settle_texts

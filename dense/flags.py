@@ -5,7 +5,6 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from dense.description import POOLING
-from dense.texts import TextSettings
 from metrics import METRICS
 from records.reading import LARGEST
 from records.templates import INSTRUCTIONS, check_templates
@@ -23,7 +22,7 @@ from utils import (
 )
 
 
-def parse_args(description, arguments=None, needs_output=True):
+def parse_retriever_flags(description, arguments=None, needs_output=True):
     """Return the flags as a Namespace, of the command line or of a list of arguments.
 
     needs_output: refuse a command line without --output_dir; federate.py sets it by itself.
@@ -104,7 +103,7 @@ def add_text_flags(parser):
         help="tokens per query; default: the checkpoint's value, else 256")
     add("--key_max_length", type=int,
         help="tokens per document; default: the checkpoint's value, else 256")
-    add_prompt_flags(add)
+    add_encoder_prompt_flags(add)
     add("--add_instruction",
         help="put --version's instruction before the texts of records with a task; default: true, "
         "unless the checkpoint has prompts", **SWITCH)
@@ -238,7 +237,7 @@ def add_run_flags(parser, needs_output):
 
 # ---------------------------------------------------------------- checks
 
-def check_args(args, sets=BOTH_SETS):
+def check_retriever_flags(args, sets=BOTH_SETS):
     """Raise InputError for flags that cannot work.
 
     sets: see set_up in train_dense.py.
@@ -341,12 +340,7 @@ def pick_flags(args, settings):
     return settings(**{name: getattr(args, name) for name in names})
 
 
-def read_text_settings(args):
-    """Return the TextSettings of the flags of train_dense.py, retrieve.py or ask.py."""
-    return pick_flags(args, TextSettings)
-
-
-def add_prompt_flags(add):
+def add_encoder_prompt_flags(add):
     """Add the prompts' flags; `add` is the function of a group of flags."""
     add("--query_prompt", metavar="TEXT",
         help="put TEXT before every query ('' for nothing); default: the checkpoint's prompt, else "

@@ -5,8 +5,8 @@ import math
 from dataclasses import replace
 
 from dense.description import POOLING
-from dense.flags import add_measure_flags, add_prompt_flags, pick_flags, read_text_settings
-from dense.texts import TEMPLATES, read_trained_flags
+from dense.flags import add_encoder_prompt_flags, add_measure_flags, pick_flags
+from dense.texts import TEMPLATES, TextSettings, read_trained_flags
 from metrics import METRICS
 from pages.page import check_page
 from records.files import check_paths
@@ -65,7 +65,7 @@ def add_corpus_flags(add):
         help="tokens per query; default: 256, or the checkpoint's value")
     add("--key_max_length", type=int,
         help="tokens per document; default: 256, or the checkpoint's value")
-    add_prompt_flags(add)
+    add_encoder_prompt_flags(add)
     add("--add_instruction", **SWITCH,
         help="put --version's instruction before the texts of queries with a task; default: as in "
         "training")
@@ -222,7 +222,7 @@ def settle_templates(args, method):
 
 def read_dense_settings(args, templates):
     """Return the DenseSettings of the flags. templates: what settle_templates returns."""
-    texts = replace(read_text_settings(args), **templates)
+    texts = replace(pick_flags(args, TextSettings), **templates)
     return replace(pick_flags(args, DenseSettings), texts=texts)
 
 

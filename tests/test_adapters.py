@@ -12,7 +12,7 @@ import train_dense
 import train_epoch
 from causal_helpers import make_causal
 from conftest import killed_script, make_bert, make_records, make_t5, run
-from dense.flags import parse_args as parse_dense_args
+from dense.flags import parse_retriever_flags
 from reader import open as readers
 from reader.causal_lm import open_causal_lm
 from test_train_epoch import assert_same_run
@@ -188,7 +188,7 @@ def test_frozen_weights_of_a_retriever_in_bfloat16(tmp_path):  # E16
     bert = make_bert(tmp_path / "bert")
     data = tmp_path / "r.jsonl"
     data.write_text(json.dumps({"query": "which town", "pos": ["the town"], "neg": ["a river"]}))
-    train_dense.main(parse_dense_args("", [str(value) for value in (
+    train_dense.main(parse_retriever_flags("", [str(value) for value in (
         "--output_dir", tmp_path / "m", "--train_data", data, "--query_encoder", bert, "--lora", 2,
         "--lora_alpha", 1, "--lora_targets", "query", "--frozen_bf16", "--max_steps", 2,
         "--num_warmup_steps", 0, "--lr", "1e-2", "--group_size", 2, "--query_max_length", 12,

@@ -9,8 +9,7 @@ import pytest
 import train_dense
 import train_epoch
 from conftest import ROOT, make_bert, run
-from dense.flags import check_args as check_dense_args
-from dense.flags import parse_args as parse_dense_args
+from dense.flags import check_retriever_flags, parse_retriever_flags
 from utils import start_processes
 
 # of the product's modules; README.md has all of them on its map
@@ -85,11 +84,11 @@ def test_the_reading_page_lists_what_a_training_step_calls(tiny, records_file, t
     rows = [{"query": f"who {i}", "pos": [f"town {i}"], "neg": ["a river"],
              "teacher_scores": [1.0, 0.5]} for i in range(4)]
     (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = parse_dense_args("", [
+    args = parse_retriever_flags("", [
         "--output_dir", str(tmp_path / "retriever"), "--train_data", str(tmp_path / "rows.json"),
         "--query_encoder", make_bert(tmp_path / "bert"), "--train_group_size", "2", "--batch_size",
         "2", "--key_template", "{text}"])
-    check_dense_args(args)
+    check_retriever_flags(args)
     run_ = train_dense.set_up(args, start_processes(""))
     assert set(listed[1]) <= called_functions(train_dense.train_epoch, run_)
 

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import train_dense
 from conftest import make_bert
-from dense.flags import parse_args
+from dense.flags import parse_retriever_flags
 from dense.model import BiEncoder, CrossEncoder
 from records.corpus import open_corpus
 from records.templates import named_version
@@ -447,9 +447,9 @@ def write_lines(path, rows):
 def train(out, base, rows, *flags):
     """Train for one update, in this process; OUT is written."""
     records = write_lines(out.parent / f"{out.name}.train.jsonl", rows)
-    args = parse_args("", ["--output_dir", str(out), "--query_encoder", str(base), "--train_data",
-                           records, "--max_steps", "1", "--lr", "1e-3", "--warmup_ratio", "0",
-                           *flags])
+    given = ["--output_dir", str(out), "--query_encoder", str(base), "--train_data", records,
+             "--max_steps", "1", "--lr", "1e-3", "--warmup_ratio", "0", *flags]
+    args = parse_retriever_flags("", given)
     train_dense.main(args)
 
 

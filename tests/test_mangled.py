@@ -874,7 +874,8 @@ def test_numbers_that_cannot_be_trained_with_are_refused(flag, value, monkeypatc
     refuse(f"--{flag} must be", train_epoch.check_args, train_epoch.parse_args())
     monkeypatch.setattr("sys.argv", ["x", "--output_dir", "o", "--train_data", "a", f"--{flag}",
                                      value])
-    refuse(f"--{flag} must be", dense.flags.check_args, dense.flags.parse_args(""))
+    refuse(f"--{flag} must be", dense.flags.check_retriever_flags,
+           dense.flags.parse_retriever_flags(""))
 
 
 @pytest.mark.parametrize("flag, value", [("k1", "nan"), ("b", "-1"), ("seed", "-1"),

@@ -9,7 +9,7 @@ import pytest
 
 import train_dense
 from conftest import make_bert
-from dense.flags import parse_args as parse_dense
+from dense.flags import parse_retriever_flags
 from metrics import exact_match, f1, find_answers, has_answer
 from records.corpus import Corpus
 from records.questions import make_question
@@ -33,10 +33,10 @@ def write_lines(path, rows):
 
 def train(out, bert, *flags):
     """Return the loss of every update of a training without dropout."""
-    args = parse_dense("", ["--output_dir", str(out), "--query_encoder", bert, "--dropout", "0",
-                            "--version", "none", "--lr", "1e-3", "--warmup_ratio", "0",
-                            "--query_max_length", "16", "--key_max_length", "16", "--no_shuffle",
-                            "--save_steps", "9", *map(str, flags)])
+    given = ["--output_dir", str(out), "--query_encoder", bert, "--dropout", "0", "--version",
+             "none", "--lr", "1e-3", "--warmup_ratio", "0", "--query_max_length", "16",
+             "--key_max_length", "16", "--no_shuffle", "--save_steps", "9", *map(str, flags)]
+    args = parse_retriever_flags("", given)
     train_dense.main(args)
     rows = [json.loads(line) for line in open(f"{out}.jsonl")]
     return [loss for row in rows for loss in row["loss_curve"]]
