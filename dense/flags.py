@@ -100,9 +100,9 @@ def add_text_flags(parser):
     add("--pair_types", action="store_true",
         help="use token type 1 after a text's first [SEP], as minDPR does for pairs")
     add("--query_max_length", type=int,
-        help="tokens per query; default: the checkpoint's value, else 256")
+        help="tokens per query; default: 256, or the checkpoint's value")
     add("--key_max_length", type=int,
-        help="tokens per document; default: the checkpoint's value, else 256")
+        help="tokens per document; default: 256, or the checkpoint's value")
     add_encoder_prompt_flags(add)
     add("--add_instruction",
         help="put --version's instruction before the texts of records with a task; default: true, "
@@ -125,11 +125,11 @@ def add_model_flags(parser):
         help="how token states become one vector; default: the checkpoint's value, else mean, or "
         "last for a causal language model")
     add("--truncate_dim", type=int, metavar="N",
-        help="train the first N numbers of each vector (Matryoshka); default: the checkpoint's "
-        "value, else all")
+        help="train the first N numbers of each vector (Matryoshka); default: all, or the "
+        "checkpoint's value")
     add("--dense_metric", choices=["ip", "cos", "l2"],
         help="similarity of vectors: inner product, cosine, or (negative) L2 distance; "
-        "default: the checkpoint's value, else cos")
+        "default: cos, or the checkpoint's value")
     add("--cos_temperature", type=float, default=0.01,
         help="divide cosines by this in training; for distillation see --student_temperature")
     add("--dropout", type=float, help="dropout rate; default: the checkpoint's value")
