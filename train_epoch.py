@@ -488,7 +488,7 @@ def parse_args(arguments=None):
     add = parser.add_argument_group("data").add_argument
     for name, flag in PATH_FLAGS.items():
         add(f"--{flag}", metavar="PATH",
-            help=f"the argument {name} as a flag; give all three as flags or none")
+            help=f"same as the argument {name}; give all three paths as flags or none")
     add("--data_test", "--test_file", metavar="FILE",
         help="records to evaluate the best checkpoint on at the end")
     add("--num_contexts", type=int,
