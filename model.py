@@ -391,7 +391,7 @@ class FiDT5(Reader):
         cross_bias = self.cross_bias
         if cross_bias is not None:
             cross_bias.beam_offsets = memory.offsets
-        try:
+        try:  # float32 states, as from transformers' encoder
             return self.t5.generate(encoder_outputs=BaseModelOutput(memory.states.float()),
                                     attention_mask=memory.mask, max_length=max_length,
                                     num_beams=num_beams, do_sample=False,
@@ -443,7 +443,7 @@ class FiDT5(Reader):
             token = self.decode(ids[active, step - 1:step], memory, cache)[:, -1].argmax(-1)
             ids[active, step] = token
 
-            # drop the questions that have ended; the host waits for their number alone
+            # drop the questions that have ended; int() is the only wait for the device in a step
             alive = ~torch.isin(token, ends)
             remaining = int(alive.sum())
             if not remaining:
@@ -481,7 +481,7 @@ class FiDT5(Reader):
         sums = token_scores.new_zeros(B, N).scatter_add(1, passage, token_scores)
         counts = attention_mask.sum(2)                                                   # (B, N)
         if kind == "attention":
-            passage_scores = sums.clamp(min=1e-30).log()  # a share of 0 has no finite logarithm
+            passage_scores = sums.clamp(min=1e-30).log()  # the log of 0 would be -inf
         else:
             passage_scores = sums / counts.clamp(min=1)
         return passage_scores.masked_fill(counts == 0, float("-inf"))
@@ -600,8 +600,8 @@ def build_t5(config, weights, source, settings=None):
     if cross_bias is None and (settings or {}).get(CROSS_BIAS_MARK):
         check_fit([CROSS_BIAS], [], [], source)
     if cross_bias is not None and not with_bias:
-        log_on_main(f"note: {source}: {CROSS_BIAS} is left out, as in transformers: it is a "
-                    "leftover of T5's first release, which only FiD's readers use")
+        log_on_main(f"note: {source}: {CROSS_BIAS} is left out, as in transformers; only FiD's "
+                    "readers use this leftover of T5's first release")
         cross_bias = None
     weights = fit_weights(share_embeddings(weights), t5.state_dict(), source)
     t5.load_state_dict(weights, assign=True)

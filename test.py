@@ -38,7 +38,7 @@ from utils import InputError, Parser, check_at_least, run_script, start_processe
 
 # ---------------------------------------------------------------- the evaluation
 
-def evaluate(args, model, tokenizer, records, context_counts, lengths, world):
+def evaluate_reader(args, model, tokenizer, records, context_counts, lengths, world):
     """Answer all records with each number of contexts. Log a table row and write --pred for each.
 
     Return (Predictions and Summary of the last number of contexts, the table as rows of texts).
@@ -218,8 +218,8 @@ def main(args):
     if not is_regex:
         note_unanswerable(args.data, records, model, collator, lengths.answer_maxlength, world.log)
 
-    predictions, summary, table = evaluate(args, model, tokenizer, records, context_counts, lengths,
-                                           world)
+    predictions, summary, table = evaluate_reader(args, model, tokenizer, records, context_counts,
+                                                  lengths, world)
     num_contexts = context_counts[-1]
     if args.scores is not None:
         best, answerable = count_best_with_answer(predictions, records, is_regex)

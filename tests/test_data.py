@@ -86,7 +86,7 @@ def ids_of(tokenizer, text):
 
 
 def test_history_comes_before_question_and_passage(tokenizer):
-    """As one text; a record without a history is read as if there were no such field."""
+    """Check that they are one text, and that an empty history is read like a missing one."""
     question = "question: who? title: T context: some text"
     histories = [
         (None, question), ([], question), ("", question), (" \n", question), ([""], question),
@@ -189,7 +189,7 @@ def test_too_long_and_missing_answers_are_named(tokenizer):
 
 
 def flatten(plan):
-    """The entries (index, is_real) of a plan, one after another."""
+    """Return the entries (index, is_real) of a plan in a row."""
     return [entry for update in plan for micro_batch in update for entry in micro_batch]
 
 

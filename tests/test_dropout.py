@@ -38,7 +38,7 @@ def test_dropout_and_its_gradient_with_a_replayed_mask(monkeypatch):
 
 
 def test_neighbouring_units_are_independent():
-    """Four units come of one draw of 64 bits: their masks must not go together."""
+    """Check that the masks of four units from one draw of 64 bits are uncorrelated."""
     torch.manual_seed(0)
     dropped = (~keep_mask((250_000, 4), 0.5)).double()
     correlation = torch.corrcoef(dropped.T) - torch.eye(4)

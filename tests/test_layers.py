@@ -44,8 +44,8 @@ def test_loss_and_gradients_equal_the_padded_model(name, targets, tokens, attent
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
 def test_block_by_block_equals_chunk_by_chunk(use_checkpoint, tiny, monkeypatch):
-    """What GPUs run: the same states and gradients, and dropout that drops the
-    same units when a block is computed again.
+    """Check the form for GPUs: the same states and gradients, and the same dropped units when a
+    block is computed again.
     """
     monkeypatch.setitem(model_file.CHUNK_TOKENS, "cpu", 15)
     ids, mask, _ = random_batch()
@@ -66,7 +66,8 @@ def test_block_by_block_equals_chunk_by_chunk(use_checkpoint, tiny, monkeypatch)
 
 
 def test_cross_attention_equals_its_plain_form(tiny):
-    """The same result, raw scores and gradients as with a key and a value for every memory token.
+    """Compare result, raw scores and gradients with those of a key and a value for every memory
+    token.
     """
     attention = FiDT5.from_pretrained(tiny).t5.decoder.block[0].layer[1].EncDecAttention
     B, T, M, D = 2, 5, 30, 32
@@ -88,8 +89,8 @@ def test_cross_attention_equals_its_plain_form(tiny):
 
 
 def test_training_dropout_is_unbiased(tiny):
-    """The mean of many dropped encodings nears the encoding without dropout, as with Hugging Face's
-    own.
+    """Check that the mean of many encodings with dropout nears the encoding without dropout, as
+    with transformers' T5.
     """
     ids, mask, _ = random_batch()
     reader = FiDT5.from_pretrained(tiny, dropout=0.1)
@@ -130,7 +131,9 @@ def test_finished_questions_leave_and_change_nothing(tiny):
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
 def test_bfloat16_is_near(use_checkpoint, tmp_path):
-    """In bfloat16 the loss is near float32's, the gradients point the same way and are float32."""
+    """Check that in bfloat16 the loss is near float32's, and that the gradients are float32 and
+    point the same way.
+    """
     _, folder = family_folder("v1.1", tmp_path / "hub")
     ids, mask, labels = random_batch()
     found = []
@@ -181,8 +184,8 @@ def test_a_mask_with_holes_is_refused(tiny):
 
 
 def test_beams_attend_as_greedy_does(tiny):
-    """Beam search runs through transformers' decoder: with one beam it must find what our greedy
-    loop finds.
+    """Check that beam search with one beam, which runs transformers' decoder, finds the answers of
+    the greedy loop here.
     """
     ids, mask, _ = random_batch()
     reader = FiDT5.from_pretrained(tiny).eval()

@@ -32,14 +32,14 @@ CONFIG = {"model_type": "t5", "architectures": ["FiDT5"], "d_ff": 128, "d_kv": 1
 
 @pytest.fixture(scope="module")
 def golden():
-    """Outputs of facebookresearch/FiD (torch 1.6, transformers 3.0.2) and minFiD (1.10, 4.17) on
-    one random tiny model.
+    """Return outputs of facebookresearch/FiD (torch 1.6, transformers 3.0.2) and minFiD (1.10,
+    4.17) on one random tiny model.
     """
     return dict(np.load(ROOT / "tests" / "golden" / "readers.npz"))
 
 
 def released_folder(golden, folder):
-    """The folder format of FiD's released readers: wrapped keys, tied aliases, .bin, a
+    """Write a folder in the format of FiD's released readers: wrapped keys, tied aliases, .bin, a
     cross-attention bias, no tokenizer.
     """
     folder.mkdir()
@@ -54,8 +54,8 @@ def released_folder(golden, folder):
 
 
 def minfid_file(golden, folder):
-    """minFiD's file: {'sd': t5.*, 'args': Namespace}, the configuration's folder beside it under
-    the name in args.t5_name.
+    """Write minFiD's file {'sd': t5.*, 'args': Namespace}, with the configuration in a folder next
+    to it that has the name in args.t5_name.
     """
     (folder / "t5_tiny").mkdir(parents=True)
     (folder / "t5_tiny" / "config.json").write_text(json.dumps(CONFIG))
@@ -69,7 +69,7 @@ def minfid_file(golden, folder):
 
 @pytest.fixture(scope="module", params=["fid", "minfid"])
 def peer(request, golden, tmp_path_factory):
-    """(name, path of its checkpoint, its outputs, the batch)."""
+    """Return (name, path of its checkpoint, its outputs, the batch)."""
     folder = tmp_path_factory.mktemp("peer") / "checkpoint"
     path = (released_folder if request.param == "fid" else minfid_file)(golden, folder)
     batch = [torch.from_numpy(golden[key]) for key in ("input_ids", "attention_mask", "labels")]
@@ -108,8 +108,8 @@ def test_golden_generation(peer):
 
 
 def test_the_position_bias_keeps_no_state(golden, tmp_path):
-    """After an answer has ended early, the same memory is decoded as before; only beam search sets
-    an attribute, and clears it.
+    """Check that decoding a memory again gives the same logits after an answer has ended early, and
+    that beam search clears the attribute that it sets.
     """
     reader = FiDT5.from_pretrained(released_folder(golden, tmp_path / "r")).eval()
     ids, mask = (torch.from_numpy(golden[key]) for key in ("input_ids", "attention_mask"))
@@ -141,8 +141,8 @@ def test_golden_training_curve(peer):
 
 
 def test_bias_counts_the_originals_padded_offsets(golden, tmp_path):
-    """Cut to their longest passage, inputs give what they give padded to max_length, if
-    passage_stride tells the length.
+    """Check that inputs padded to their longest passage give the same result as padded to
+    max_length, if passage_stride is max_length.
     """
     reader = FiDT5.from_pretrained(released_folder(golden, tmp_path / "r")).eval()
     ids, mask, labels = (torch.from_numpy(golden[key])
@@ -178,8 +178,8 @@ FAMILIES = {"t5": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "
 
 
 def family_folder(name, folder):
-    """A folder as the hub has it: for v1.1 and mT5 an output layer of its own and
-    tie_word_embeddings false.
+    """Write a folder like the hub's, where v1.1 and mT5 have their own output layer and
+    tie_word_embeddings is false.
     """
     kind, config_kind, changes = FAMILIES[name]
     torch.manual_seed(1)
@@ -224,7 +224,9 @@ def test_families_equal_a_plain_padded_t5_and_survive_saving(name, tmp_path):
 
 @pytest.mark.parametrize("beams, max_length", [(1, 12), (3, 12), (1, 2), (3, 3)])
 def test_probabilities_equal_those_of_transformers(beams, max_length):
-    """D: the n best answers' log probabilities, for answers that end and that are cut."""
+    """D: compare the n best answers' log probabilities, of answers that end and answers that are
+    cut.
+    """
     ids, mask, _ = random_batch()
     reader = FiDT5.from_pretrained(TOKENIZER).eval()
     plain = T5ForConditionalGeneration.from_pretrained(TOKENIZER).eval()
@@ -259,7 +261,7 @@ def test_checkpointing_replays_dropout(tiny):
 
 
 def test_checkpointing_keeps_less(tiny):
-    """The tensors saved for the backward pass shrink to about the blocks' inputs."""
+    """Check that the tensors saved for the backward pass shrink to about the blocks' inputs."""
     def saved_bytes(use_checkpoint):
         reader, total = FiDT5.from_pretrained(tiny).train(), []
         reader.set_checkpoint(use_checkpoint)

@@ -1,4 +1,4 @@
-"""Packed self-attention against textbook attention of each text by itself, with replayed dropout
+"""Packed self-attention against textbook attention of each text alone, with replayed dropout
 masks.
 """
 import pytest

@@ -47,7 +47,7 @@ def test_without_scores_predictions_say_nothing_of_contexts(tmp_path):
 
 
 def test_names_may_end_in_gz(tmp_path):
-    """The form of a file goes by its name without .gz, also with several --num_contexts."""
+    """Check that the name without .gz decides the format, also with several --num_contexts."""
     path = str(tmp_path / "p.jsonl.gz")
     write_predictions(path, [Prediction(0, "Paris", 1.0, 1.0, None)], RECORDS, False)
     with gzip.open(path, "rt") as file:
@@ -83,7 +83,7 @@ def test_how_often_the_highest_score_is_of_a_passage_with_an_answer():
     ("a \t b\r\n\u2028c\x85d\x0be", "a b c d e"), ("two  blanks", "two  blanks"),
 ])
 def test_a_question_takes_one_line(text, cell, tmp_path):
-    """B6, E9: no line end or tab of a prediction, or of a gold answer, breaks the table."""
+    """B6, E9: check that no line end or tab of a prediction or gold answer breaks the table."""
     records = [{"id": 0, "question": "q", "answers": ["a\tb\u2028c\n"], "ctxs": []}]
     write_predictions(str(tmp_path / "p.tsv"), [Prediction(0, text, 1.0, 1.0, None)], records,
                       False)
@@ -92,7 +92,7 @@ def test_a_question_takes_one_line(text, cell, tmp_path):
 
 
 def scored_again(path, out, scores):
-    """The contexts of the only record of a file, after a reader has scored the first of them."""
+    """Return the contexts of a file's only record after a reader has scored the first contexts."""
     records = read_records(path)
     predictions = [Prediction(0, "", None, None, scores)]
     write_scores(str(out), predictions, records)
@@ -100,8 +100,8 @@ def scored_again(path, out, scores):
 
 
 def test_a_score_has_one_meaning_in_a_file(tmp_path):
-    """A22: a context that was not read keeps no score of the retriever, and stays behind the others
-    when the file is read, or scored, again.
+    """A22: check that a context that was not read keeps no retriever's score, and stays behind the
+    others when the file is read or scored again.
     """
     contexts = [{"id": str(i), "text": "t", "score": 9 - i} for i in range(4)]
     (tmp_path / "r.json").write_text(json.dumps([{"question": "q", "ctxs": contexts}]))
@@ -119,7 +119,7 @@ def collator():
 
 
 def test_answers_that_the_tokenizer_cannot_spell_are_counted(collator):
-    """A31: an answer counts if its tokens decode to an exact match of it; a question needs one."""
+    """A31: check that a question counts unless some answer's tokens decode to an exact match."""
     lists = [["baker"], ["9 m²", "The Baker!"], ["9 m²"], ["H₂O"], []]
     check = check_answers(lists, collator, 48)
     assert check[:3] == (4, 2, ("9 m²", "9 m"))
@@ -133,7 +133,7 @@ def test_answers_that_the_tokenizer_cannot_spell_are_counted(collator):
 
 
 def test_answers_longer_than_the_limit_are_counted(collator):
-    """A30: a question counts as too long if its shortest answer takes more tokens than the limit.
+    """A30: check that a question counts if its shortest answer has more tokens than the limit.
     """
     lengths = [len(collator.target_ids(text)) - 1 for text in ("Ada Brisk", "a b c d e f g h")]
     lists = [["Ada Brisk", "a b c d e f g h"], ["a b c d e f g h"]]
