@@ -74,7 +74,7 @@ from utils import InputError, run_script, start_processes
 FREE_FLAGS = {"resume", "overwrite", "num_workers", "gpus", "tqdm", "logging_steps",
               "early_exit_steps", "plan"}
 
-# federate.py trains with this script, too; train_epoch.py lists the functions that it calls
+# federate.py trains with this script, too; train_epoch.py lists the names that it uses
 
 
 @dataclass

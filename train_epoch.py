@@ -98,9 +98,9 @@ FREE_FLAGS = {"resume", "overwrite", "num_workers", "save_every", "logging_steps
 PATH_FLAGS = {"model": "output_dir", "data_train": "train_file", "data_val": "eval_file"}
 NUM_CONTEXTS, NUM_RETRIEVED = 5, 3  # defaults of the flags
 
-# federate.py trains with this script, too. It calls parse_args, check_args, list_inputs, set_up,
-# plan_run, train_update, count_warmup, evaluate, keep_measures and save_best, which train_dense.py
-# has under the same names.
+# federate.py trains with this script, too. It uses FREE_FLAGS, parse_args, check_args, list_inputs,
+# set_up, plan_run, train_update, count_warmup, evaluate, keep_measures and save_best, which
+# train_dense.py has under the same names.
 
 
 class Paths(NamedTuple):
