@@ -294,6 +294,22 @@ def print_record(answer, index):
     print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
+def log(text):
+    """Print on stderr, apart from the answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def log_times(rows):
+    """Log the first answer's time, and the median of all in total and by part.
+
+    rows: {part: seconds} per answer.
+    """
+    parts = {part: median(row[part] for row in rows) for part in rows[0]}
+    total = median(sum(row.values()) for row in rows)
+    log(f"{len(rows)} questions: the first took {sum(rows[0].values()):.3f} s, the median "
+        f"{total:.3f} s ({describe_seconds(parts)})")
+
+
 # ---------------------------------------------------------------- the page
 
 SECTION = """<section>
@@ -378,8 +394,8 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_ask_flags(args, method, templates):
-    """Raise InputError for flags that do not fit together. templates: see settle_templates."""
+def check_ask_flags(args, method):
+    """Raise InputError for flags that do not fit together."""
     if read_number("WORLD_SIZE", 1) > 1:
         raise InputError("ask.py runs in one process: start it without torchrun")
     for name in ("query_encoder", "key_encoder"):
@@ -394,7 +410,7 @@ def check_ask_flags(args, method, templates):
                          "one from a folder of texts)")
     for question in args.question or []:
         check_question(question, "--question")
-    check_search_flags(args, templates)
+    check_search_flags(args, method)
     check_at_least(args, {"num_contexts": 1, "max_length": 1, "answer_maxlength": 2, "show": 0})
     choose_beams(args.num_beams, args.n_best)  # raises InputError
     check_page(args.html)
@@ -415,8 +431,8 @@ def read_ask_settings(args, method, templates, hits):
 def main(args):
     seconds = {"libraries": time.perf_counter() - START}
     method = args.retrieval_method or "dense"
+    check_ask_flags(args, method)
     templates = settle_templates(args, method)
-    check_ask_flags(args, method, templates)
     sys.stdout.reconfigure(errors="replace")  # the terminal may lack some letters
     transformers.utils.logging.disable_progress_bar()
     with redirect_stdout(sys.stderr):  # only answers go to stdout
@@ -460,22 +476,6 @@ def main(args):
             log(f"page: {args.html}")
     if len(answers) > 1:
         log_times([answer.seconds for answer in answers])
-
-
-def log(text):
-    """Print on stderr, apart from the answers."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def log_times(rows):
-    """Log the first answer's time, and the median of all in total and by part.
-
-    rows: {part: seconds} per answer.
-    """
-    parts = {part: median(row[part] for row in rows) for part in rows[0]}
-    total = median(sum(row.values()) for row in rows)
-    log(f"{len(rows)} questions: the first took {sum(rows[0].values()):.3f} s, the median "
-        f"{total:.3f} s ({describe_seconds(parts)})")
 
 
 if __name__ == "__main__":

@@ -297,8 +297,8 @@ def read_search_settings(args, hits, templates):
 
 
 def main(args):
+    check_retrieve_flags(args)
     templates = settle_templates(args, args.retrieval_method)
-    check_retrieve_flags(args, templates)
     world = start_processes(args.gpus, LONG_PATIENCE)
     transformers.utils.logging.disable_progress_bar()
 

@@ -27,10 +27,10 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
+from bench.reader import resident
 from dense.batches import tokenize
 from dense.losses import contrastive
 from dense.model import BiEncoder
-from reader import resident
 from training.checkpoints import load_tokenizer
 from utils import InputError, Parser, run_script, start_processes
 

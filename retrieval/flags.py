@@ -228,12 +228,9 @@ def read_dense_settings(args, templates):
 
 # ---------------------------------------------------------------- checks
 
-def check_retrieve_flags(args, templates):
-    """Raise InputError for flags that do not fit together, before anything is read.
-
-    templates: what settle_templates returns.
-    """
-    check_search_flags(args, templates)
+def check_retrieve_flags(args):
+    """Raise InputError for flags that do not fit together, before anything is read."""
+    check_search_flags(args, args.retrieval_method)
     check_at_least(args, {"hits": 1, "max_neg_num": 1, "relevance_level": 1})
     if not all(map(math.isfinite, args.fusion_weights or [])):
         raise InputError("--fusion_weights must be finite numbers, got "
@@ -257,9 +254,9 @@ def check_retrieve_flags(args, templates):
                           args.key_encoder])
 
 
-def check_search_flags(args, templates):
+def check_search_flags(args, method):
     """Raise InputError for flags of corpus and search that cannot be used."""
-    check_templates(**templates)
+    check_templates(**settle_templates(args, method))
     check_at_least(args, dict.fromkeys(("train_sample", "nprobe", "efSearch", "truncate_dim"), 1))
     check_at_least(args, {"query_max_length": 3, "key_max_length": 3, "num_workers": 0, "k1": 0,
                           "b": 0})

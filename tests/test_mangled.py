@@ -883,5 +883,4 @@ def test_numbers_that_cannot_be_trained_with_are_refused(flag, value, monkeypatc
 def test_numbers_that_cannot_be_retrieved_with_are_refused(flag, value, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "--corpus", "c", "--eval_data", "q", f"--{flag}", value])
     args = retrieval.flags.parse_retrieve_flags("")
-    templates = retrieval.flags.settle_templates(args, args.retrieval_method)
-    refuse(f"--{flag} must be", retrieval.flags.check_retrieve_flags, args, templates)
+    refuse(f"--{flag} must be", retrieval.flags.check_retrieve_flags, args)
