@@ -126,7 +126,7 @@ def graded_examples(corpus, queries, graded, group_size, source="the qrels", log
 class Source(NamedTuple):
     """Hold how a file's records are read, and what their ids refer to."""
     template: str = "{title} {text}"
-    reader_scores: bool = False  # --reader_scores, see read_context_scores
+    reader_scores: bool = False  # --reader_scores, see find_scored_contexts
     distills: bool = False       # the loss is a distillation alone, see trains_on_contexts
     corpus: object = None        # for records with ids of documents
     queries: dict | None = None  # {id: text}, for triples of ids
@@ -168,7 +168,7 @@ def make_example(record, location, source=NO_SOURCE):
     check_types(record, location, ["history", "ctxs"])
     if trains_on_contexts(record, source.reader_scores, source.distills):
         pos = []  # none is labelled as right
-        neg, scores = read_context_scores(record, location, source.reader_scores)
+        neg, scores = find_scored_contexts(record, location, source.reader_scores)
     else:
         pos, neg = labelled_keys(record)
         if not pos and not neg:
@@ -311,7 +311,7 @@ def trains_on_contexts(record, reader_scores, distills):
     return distills and is_scored and record.get("teacher_scores") is None
 
 
-def read_context_scores(record, location, reader_scores):
+def find_scored_contexts(record, location, reader_scores):
     """Return (contexts, their scores or None) of a reader's record.
 
     The scores are the record's `teacher_scores`, one per context, or the contexts' own `score`. A

@@ -1,5 +1,5 @@
-"""The templates that make texts of documents and queries, and the instructions that retrievers
-expect before them.
+"""Templates for the texts of documents and queries, and the instructions that retrievers expect
+before them.
 """
 from collections import defaultdict
 from string import Formatter
@@ -7,8 +7,7 @@ from string import Formatter
 from records.names import TEXT_NAMES, find_name
 from utils import InputError, first_line, shorten
 
-# {version: {task: (before a query, before a key)}}; the task "" stands for every task that is not
-# named
+# {version: {task: (before a query, before a key)}}; the task "" stands for all other tasks
 INSTRUCTIONS = {
     "none": {},
     "bge": {"": ("Represent this sentence for searching relevant passages: ", "")},
@@ -31,9 +30,9 @@ INSTRUCTIONS = {
 }
 
 SIZES = ("small", "base", "large")
-# The hub names of the models that were trained with a version. Their relatives are not: bge-m3,
-# bge-reranker-*, bge-en-icl, e5-mistral-7b-instruct or multilingual-e5-large-instruct were trained
-# with none, or with one of another form.
+# Hub names of the models trained with each version. Relatives are left out on purpose: bge-m3,
+# bge-reranker-*, bge-en-icl, e5-mistral-7b-instruct and multilingual-e5-large-instruct were trained
+# without instructions or with other ones.
 MODELS = {
     "bge": [f"baai/bge-{size}-en{suffix}" for size in SIZES for suffix in ("", "-v1.5")],
     "bge-zh": [f"baai/bge-{size}-zh{suffix}" for size in SIZES for suffix in ("", "-v1.5")],
@@ -44,9 +43,9 @@ MODELS = {
 
 
 def named_version(name):
-    """Return the version that a model is known to be trained with, "none" for any other model.
+    """Return the version that a model was trained with, by its name; "none" for an unknown model.
 
-    `name` is a hub name, a folder named like the model, or the folder in which the hub keeps it
+    name: a hub name, a folder named like the model, or the hub's own folder of it
     (models--BAAI--bge-base-en/...).
     """
     parts = name.rstrip("/").lower().split("/")
@@ -59,15 +58,15 @@ def named_version(name):
 
 
 def format_key(key, template, location):
-    """Return the text of a key: itself, or its columns in the template.
+    """Return the text of a key, which is a text already or has columns for the template.
 
-    Raises InputError, with the location, for one that does not fit the template.
+    Raises InputError with the location if it does not fit the template.
     """
     if isinstance(key, str):
         return key
     if not isinstance(key, dict):
         raise InputError(f"{location}: a key or document must be a text or an object with columns, "
-                         f"one is {shorten(key)}")
+                         f"got {shorten(key)}")
     columns = {"title": ""}
     for name, value in key.items():
         columns[name] = "" if value is None else value
@@ -86,13 +85,13 @@ def format_key(key, template, location):
 
 
 def check_templates(query_template, key_template):
-    """Raises InputError for a --key_template or --query_template that cannot be used."""
+    """Raise InputError for a --key_template or --query_template that cannot be used."""
     check_template("key_template", key_template, defaultdict(str))
     check_template("query_template", query_template, {"query": ""})
 
 
 def check_template(flag, template, columns):
-    """Raises InputError for a template that names none of these columns, or others."""
+    """Raise InputError for a template without a column, or with columns other than these."""
     try:
         template.format_map(columns)
         if not any(column for _, column, _, _ in Formatter().parse(template)):

@@ -15,7 +15,7 @@ from utils import InputError
 
 
 def test_documents_are_the_same_by_their_text():
-    """DPR 91, 158: ids that are numbered per question do not make different passages copies."""
+    """DPR 91, 158: different passages are not copies if their ids are numbered per question."""
     assert identity("a text") == identity(" a  text\n") != identity("another")
 
 

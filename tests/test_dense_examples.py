@@ -1,4 +1,4 @@
-"""Files into training examples and groups: LLM-Embedder's selection rules, DPR's records, qrels."""
+"""Training examples and groups from files: LLM-Embedder's selection rules, DPR's records, qrels."""
 import json
 import random
 from collections import Counter
@@ -8,9 +8,9 @@ import pytest
 
 from dense.examples import (
     Example,
+    find_scored_contexts,
     graded_examples,
     qrels_examples,
-    read_context_scores,
     read_examples,
 )
 from dense.training_data import (
@@ -93,8 +93,7 @@ def test_dpr_records(tmp_path):
 
 
 def keep(examples, group_size, select_positive="first", **settings):
-    """Return (the examples that are kept, logged lines) of a model that compares a query with its
-    own keys only.
+    """Return (kept examples, logged lines) for a model that scores a query with its own keys only.
     """
     logged = []
     settings = TaskSettings(select_positive=select_positive, **settings)
@@ -139,7 +138,7 @@ def test_bad_records(tmp_path, record, message):
 # ---------------------------------------------------------------- contexts with a reader's scores
 
 def scored_record(scores, **fields):
-    """A reader's record with a context per score; a score None: the reader has not read it."""
+    """Return a reader's record with a context per score; None: the reader has not read it."""
     contexts = []
     for index, score in enumerate(scores):
         context = {"id": str(index), "title": "T", "text": f"c{index}", "score": 9.0 - index}
@@ -155,12 +154,12 @@ def test_contexts_that_were_not_read_are_left_out():
     record = scored_record([-1.0, 2.0])
     record["ctxs"].append({"id": "2", "title": "T", "text": "c2", "retrieval_score": 7.0})
     for reader_scores in (False, True):
-        contexts, scores = read_context_scores(record, "f:1", reader_scores)
+        contexts, scores = find_scored_contexts(record, "f:1", reader_scores)
         assert [context["id"] for context in contexts] == ["0", "1"] and scores == [-1.0, 2.0]
 
 
 def read_scored(path, records, **changes):
-    """(training data, logged lines) of a distillation from these records, groups of two."""
+    """Return (training data, logged lines) of a distillation from records, in groups of two."""
     logged = []
     changes = {"loss": "fid-kd"} | changes
     return read_data(lines(path, records), log=logged.append, **changes), logged

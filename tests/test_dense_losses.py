@@ -25,8 +25,8 @@ def test_contrastive_masks_duplicates():
 
 
 def test_stable_distillation_equals_its_definition():
-    """The i-th candidate against all keys but the candidates above it, weighted by
-    softmax(teacher), candidate by candidate.
+    """Each candidate contrasts with all keys except the candidates above it, weighted by
+    softmax(teacher).
     """
     torch.manual_seed(0)
     scores = torch.randn(3, 12)
@@ -68,7 +68,7 @@ def test_one_loss_alone_has_one_temperature(loss):  # E3
 
 
 def test_llm_embedders_temperature_divides_once_more():  # E3
-    """Next to InfoNCE, as in its commands; a line at the start has the product."""
+    """Next to InfoNCE the temperatures multiply, and a line at the start names the product."""
     settings = TaskSettings(student_temperature=0.1)
     assert train_dense.distill_temperature(settings, 0.01) == pytest.approx(0.001)
     lines = []

@@ -168,7 +168,7 @@ def test_prompts(settings, bert, tmp_path):
 
 
 def test_a_default_prompt_that_only_encode_uses_is_refused(bert, tmp_path):
-    """A5: it is refused, since encode and encode_query differ; flags say what is meant."""
+    """A5: refused, because encode and encode_query differ; flags choose a prompt."""
     folder = make_folder(tmp_path / "st", bert, settings={"prompts": {"x": "who was "},
                                                           "default_prompt_name": "x"})
     with pytest.raises(InputError, match="default_prompt_name 'x'.*--query_prompt"):
@@ -194,7 +194,7 @@ def test_lengths_and_layouts(texts, path, bert, tmp_path):
 
 
 def test_lower_case_and_the_side_of_truncation(bert, tmp_path):
-    """A2's kind: what the tokenizer's files state is obeyed, as in sentence-transformers."""
+    """A2's kind: the tokenizer's files count, as in sentence-transformers."""
     base = tmp_path / "base"
     shutil.copytree(bert, base)
     path = base / "tokenizer.json"
@@ -213,7 +213,7 @@ def test_lower_case_and_the_side_of_truncation(bert, tmp_path):
 
 
 def test_plain_folders(bert, tmp_path):
-    """A10: mean where nothing states a pooling; a flag overrides it."""
+    """A10: the mean is the default pooling; a flag overrides it."""
     check_vectors(bert)
     open_theirs(bert).save_pretrained(str(tmp_path / "saved"))
     check_vectors(tmp_path / "saved")
@@ -509,7 +509,7 @@ def test_training_keeps_what_the_folder_states(bert, tmp_path):
 
 
 def test_a_checkpoint_states_the_instructions_that_were_used(bert, tmp_path):
-    """E2: none if no example named a task."""
+    """E2: no instruction is saved if no example names a task."""
     train(tmp_path / "without", bert, RECORDS)
     _, collator = open_ours(tmp_path / "without", "--task", "qa")
     assert collator.instruction("qa") == ("", "")
@@ -526,7 +526,7 @@ def test_a_checkpoint_states_the_instructions_that_were_used(bert, tmp_path):
 
 
 def test_two_encoders_are_trained_further(bert, tmp_path):
-    """A folder with two encoders needs no --key_encoder, and takes none."""
+    """A folder with two encoders needs no --key_encoder and refuses one."""
     train(tmp_path / "two", bert, RECORDS, "--tie_encoders", "false")
     train(tmp_path / "more", tmp_path / "two", RECORDS, "--tie_encoders", "false")
     assert (tmp_path / "more" / "key" / "modules.json").exists()
