@@ -26,9 +26,9 @@ def parse_args():
                         help="a measure, the number or file to compare it with, and the largest "
                         "difference that passes, in per cent")
     parser.add_argument("--toy", action="store_true",
-                        help="numbers are what the embedded world is expected to give")
+                        help="label numbers as expected of the embedded world, not as published")
     parser.add_argument("--other", default="central", metavar="WORD",
-                        help="what the files to compare with are of")
+                        help="label of the files to compare with")
     return parser.parse_args()
 
 

@@ -34,7 +34,7 @@ from utils import InputError, Parser, first_line, progress_bar, run_script, shor
 
 SPLITS = ("train", "dev", "test")
 
-# of TriviaQA's files
+# limits for TriviaQA's files
 CHUNK = 2 ** 20            # characters to read at a time
 LONGEST_ITEM = 64 * CHUNK  # of a question with its search results; a longer one is broken JSON
 BETWEEN_ITEMS = re.compile(r"[\s,]*")
@@ -137,7 +137,7 @@ class Dataset(NamedTuple):
     """Hold the paths of a dataset's parts in the folder that get_data.sh fills."""
     name: str            # FiD's name of the folder that it writes, and of the index of splits
     passages: str        # folder of the passages' ids
-    train: str           # the original training file, of which FiD makes train and dev
+    train: str           # the original training file; FiD splits it into train and dev
     dev: str             # the original dev file, FiD's test
     read: callable       # (path) -> [Original]
 
@@ -226,7 +226,7 @@ def main(args):
         for split in SPLITS:
             path = os.path.join(args.out, DATASETS[name].name, f"{split}.json")
             if os.path.exists(path):
-                print(f"{path}: exists, kept; delete it to make it anew")
+                print(f"{path}: exists, kept; delete it to make it again")
             else:
                 todo.append((name, split, path))
     check_inputs(todo, args)

@@ -44,9 +44,9 @@ SENTENCE_END = re.compile(r"""
     | \n (?= \s* (?: [-*+•] | \d+[.)] ) \s )
 """, re.VERBOSE)
 HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)  # markdown's
-FRONT_MATTER = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)  # settings of note programs
-FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)  # code
-UNDERLINED = re.compile(r"^(\S.*)\n=+[ \t]*$", re.MULTILINE)  # markdown's other form of a heading
+FRONT_MATTER = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)  # note programs' settings
+FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)  # blocks of code
+UNDERLINED = re.compile(r"^(\S.*)\n=+[ \t]*$", re.MULTILINE)  # a heading's other form in markdown
 
 HTML_HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
 HTML_UNREAD = {"script", "style", "template", "noscript", "svg"}
@@ -216,7 +216,7 @@ def list_sentences(sections):
     sentences, heading_words = [], []
     for heading, text in sections:
         heading_words += cut_words(heading)
-        before = " "  # the character before a sentence, where none is left out
+        before = " "  # the character before a sentence
         for sentence in SENTENCE_END.split(text):
             is_joined = before in "。！？" and not sentence[:1].isspace()
             before = sentence[-1:] or " "
@@ -327,11 +327,11 @@ def describe(error):
 def choose_output(args):
     """Return the path of the corpus.
 
-    Raises InputError for a name that is not JSON lines', or DIR.jsonl if there is such a file.
+    Raises InputError for a name without the ending of JSON lines, and for an existing DIR.jsonl.
     """
     if args.output:
         is_corpus = args.output.endswith((".jsonl", ".jsonl.gz")) or is_stream(args.output)
-        if not is_corpus:  # it might be one of the documents
+        if not is_corpus:  # --output may name a document by mistake
             raise InputError(f"--output {args.output}: a corpus of JSON lines must end in .jsonl")
         return args.output
     output = os.path.relpath(os.path.abspath(args.folder) + ".jsonl")
@@ -359,8 +359,8 @@ def main(args):
             num_files += 1
             num_passages += len(passages)
         if not num_passages:
-            raise InputError(f"{args.folder}: no text in any of its {len(paths)} files; documents "
-                             f"end in {', '.join(READERS)}")
+            raise InputError(f"{args.folder}: no text in any of its {len(paths)} files; give "
+                             f"documents that end in {', '.join(READERS)}")
     print(f"{output}: {num_passages} passages of {num_files} files")
 
 
