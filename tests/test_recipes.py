@@ -239,7 +239,6 @@ printf '\\n' >> "{path}"
 """
 
 
-@functools.cache
 @pytest.mark.parametrize("recipe, settings", [
     ("nq.sh", {}), ("nq.sh", {"PASSAGES": "dpr", "SIZE": "large"}), ("tqa.sh", {"PASSAGES": "dpr"}),
     ("released-models.sh", {}), ("dpr-nq.sh", {}), ("fid-kd.sh", {}), ("lsr.sh", {}),
