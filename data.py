@@ -44,13 +44,13 @@ def encode_inputs(tokenizer, records, num_contexts, max_length):
     inputs = [list(islice(rows, len(record_texts))) for record_texts in texts]
     for index, turns in enumerate(histories):
         if turns:
-            head, pieces = history_pieces(tokenizer, turns)
+            head, pieces = encode_history(tokenizer, turns)
             inputs[index] = [keep_newest(head, pieces, max_length - len(ids)) + ids
                              for ids in inputs[index]]
     return inputs
 
 
-def history_pieces(tokenizer, turns):
+def encode_history(tokenizer, turns):
     """Return (ids of "history:", [ids of each piece], oldest first). A piece, which is dropped as a
     whole, is a turn; a single turn is divided into its tokens.
     """
