@@ -50,7 +50,6 @@ from records.corpus import open_corpus
 from records.files import check_paths, new_file
 from records.questions import make_question
 from records.reading import decode_line
-from retrieval.bm25 import open_bm25, search_words
 from retrieval.flags import (
     add_corpus_flags,
     add_machine_flags,
@@ -127,6 +126,7 @@ def search_contexts(settings, text, corpus, index, world, seconds):
         with timed(seconds, "search"):
             results = search_query_vectors(settings, index, query_vectors, world)
             return read_contexts(results, 0, corpus, None)
+    from retrieval.bm25 import search_words
     with timed(seconds, "search"):
         results = search_words(settings, index, questions, world)
         return read_contexts(results, 0, corpus, None)
@@ -173,6 +173,7 @@ def open_search(settings, corpus, world):
     """Return the BM25Index or DenseIndex of the settings, made if it is missing."""
     if settings.method == "dense":
         return open_dense(settings, corpus, [settings.task], world)
+    from retrieval.bm25 import open_bm25  # only here: loading bm25s takes seconds
     return open_bm25(settings, corpus, world)
 
 

@@ -32,8 +32,8 @@ def test_imports_run_one_way(path):
             assert other == own or LEVEL.get(other, -1) < LEVEL[own], f"line {node.lineno}: {name}"
 
 
-@pytest.mark.parametrize("script", ["train_epoch", "test", "train_dense"])
-def test_training_loads_no_search_engine(script):
+@pytest.mark.parametrize("script", ["train_epoch", "test", "train_dense", "ask"])
+def test_scripts_load_no_search_engine_before_a_search(script):
     code = (f"import sys, {script}; "
             "print(*{'faiss', 'bm25s', 'flwr'} & {name.split('.')[0] for name in sys.modules})")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
