@@ -195,9 +195,10 @@ class BiasedCrossAttention(T5Attention):
     """Compute cross-attention with the relative position bias of transformers 3.0.2, which later
     versions removed as a bug.
 
-    FiD's released readers were trained with it. Target i gets the bias of bucket(max(i - offset,
-    0)), which differs from a constant only at the first tokens of the first passage. Decoder block
-    0 has this attention, and all blocks share its bias.
+    FiD's released readers were trained with it. Between target i and the memory token at offset m,
+    the bias is that of bucket(max(i - m, 0)). It is the same for all tokens with m >= i, so only
+    the first tokens of the first passage get another bias. Decoder block 0 has this attention, and
+    all blocks share its bias.
     """
     # (B, M) offsets of the memory, set only while transformers' generate() calls the decoder, which
     # cannot pass them on

@@ -13,8 +13,9 @@ REMEMBERED = ("m_t", "v_t", "momentum_vector", "clipping_norm")
 FIXED = {"self", "strategy", "fraction_evaluate", "min_evaluate_nodes", "min_available_nodes",
          "min_train_nodes", "evaluate_metrics_aggr_fn", "train_metrics_aggr_fn", "arrayrecord_key",
          "configrecord_key", "train_loss_key", "num_sampled_clients", "accountant", "on_aggregate"}
-# Strategies whose result is the clients' average: a privacy wrapper's noise is calibrated for it.
-# Others multiply what a client changes, or keep it without noise.
+# Strategies for which --privacy reports an epsilon. Their result is the clients' average, for which
+# a privacy wrapper's noise is calibrated. Others scale up what a client changes, or keep it without
+# noise; they run too, but without an epsilon.
 AVERAGES = {"FedAvg", "FedProx"}
 PRIVACY_DELTA = 1e-5
 

@@ -135,8 +135,8 @@ def add_search_flags(add):
     add("--bm25_words", choices=RULES, default=BM25Settings.bm25_words,
         help="bm25s: words of two or more letters or digits, as in bm25s; unicode: words with "
         "combining marks, and pairs of letters in scripts without spaces (Chinese, Japanese, "
-        "Korean, Thai, ...); auto: unicode if the corpus has such letters, else bm25s; the choice "
-        "is printed when the index is made")
+        "Korean, Thai, ...); auto: unicode if the corpus has combining marks or letters of such "
+        "scripts, else bm25s; the choice is printed when the index is made")
     add("--stopwords", default=BM25Settings.stopwords,
         help="stop words that BM25 ignores: en (English), another language of bm25s (de, fr, es, "
         "...), or none")
