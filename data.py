@@ -1,5 +1,5 @@
 """The reader's data: input texts and targets of records, batches of token ids, and the plan of an
-epoch: which process reads which records.
+epoch (which process reads which records).
 """
 import random
 from itertools import chain, islice
@@ -51,8 +51,8 @@ def encode_inputs(tokenizer, records, num_contexts, max_length):
 
 
 def encode_history(tokenizer, turns):
-    """Return (ids of "history:", [ids of each piece], oldest first). A piece, which is dropped as a
-    whole, is a turn; a single turn is divided into its tokens.
+    """Return (ids of "history:", [ids of each piece, oldest first]). Pieces are dropped whole. Each
+    turn is a piece or, if there is only one turn, each of its tokens.
     """
     head, *pieces = tokenizer(["history:", *(" " + turn for turn in turns)],
                               add_special_tokens=False, verbose=False)["input_ids"]
@@ -80,8 +80,8 @@ def list_targets(record):
 
 
 def check_targets(records, tokenizer, max_length, path):
-    """Raise InputError for a training record without a target or, if max_length > 0, with a target
-    of more tokens.
+    """Raise InputError for a training record without a target, or with a target of more than
+    max_length tokens (0: no limit).
     """
     for record in records:
         targets = list_targets(record)
@@ -98,7 +98,7 @@ def check_targets(records, tokenizer, max_length, path):
 
 
 def note_long_passages(records, collator, log):
-    """Log how many of the first LENGTH_SAMPLE passages have more tokens than the reader reads."""
+    """Log how many of the first LENGTH_SAMPLE passages have more than max_length tokens."""
     max_length = collator.max_length
     texts = chain.from_iterable(collator.texts(record) for record in records)
     rows = collator.tokenizer(list(islice(texts, LENGTH_SAMPLE)), add_special_tokens=False,
@@ -136,7 +136,7 @@ class Collator:
                 "labels": pad_labels([target for _, _, target in samples], self.target_ids)}
 
     def texts(self, record):
-        """Return the texts that are read of a record."""
+        """Return a record's input texts."""
         return input_texts(record, self.num_contexts)
 
     def target_ids(self, target):
@@ -149,7 +149,7 @@ class Collator:
 def pad_passages(questions, pad_token, side="right"):
     """Return (input_ids, attention_mask), both (B, N, L), of [question][passage][token] ids.
 
-    side: where the real tokens are followed ("right") or preceded ("left") by padding.
+    side: the side of the padding, "right" or "left".
     """
     B, N = len(questions), max(len(passages) for passages in questions)
     L = max(1, max(len(ids) for passages in questions for ids in passages))
@@ -164,8 +164,8 @@ def pad_passages(questions, pad_token, side="right"):
 
 
 def pad_labels(targets, target_ids):
-    """Return labels (B, T) of the ids target_ids(target), with -100 as padding and for a target of
-    None, which adds no loss; None if all targets are None.
+    """Return labels (B, T), the ids target_ids(target) padded with -100, or None if all targets are
+    None. A single target of None becomes a row of -100, which adds no loss.
     """
     if all(target is None for target in targets):
         return None
@@ -175,8 +175,9 @@ def pad_labels(targets, target_ids):
 
 
 class TrainSet(torch.utils.data.Dataset):
-    """Return records with their targets. Each epoch draws a record's answer again, the same one for
-    any number of processes.
+    """Return records with their targets.
+
+    Each epoch draws one of a record's answers, the same one for any number of processes.
     """
 
     def __init__(self, records, seed, shuffle, path=""):
@@ -206,8 +207,8 @@ def plan_epoch(num_records, epoch, seed, shuffle, batch_size, accumulation, rank
     """Return this process's part of an epoch: [update][micro-batch][(index, is_real)].
 
     All processes shuffle with the same seed. An update takes the next batch_size * accumulation *
-    world_size records, the last update of an epoch those that remain. If a process has no record
-    left in it, it gets one dummy entry (is_real=False), because DDP's all-reduce needs every
+    world_size records; the last update of an epoch takes the rest. If a process has no record in
+    it, the process gets one dummy entry (is_real=False), because DDP's all-reduce needs every
     process.
     """
     order = torch.arange(num_records)
@@ -224,7 +225,7 @@ def plan_epoch(num_records, epoch, seed, shuffle, batch_size, accumulation, rank
 
 def eval_loader(records, batch_size, collator, num_workers, rank=0, world_size=1):
     """Return a loader of batches of consecutive records, strided over the processes. Each record
-    comes once, in the same batch for any number of processes.
+    is read once, in the same batch for any number of processes.
     """
     samples = [(index, record, None) for index, record in enumerate(records)]
     batches = [range(first, min(first + batch_size, len(records)))

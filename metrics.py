@@ -12,8 +12,8 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]",
                           flags=regex.IGNORECASE | regex.MULTILINE)
 
-# Letters of scripts without blanks between words (lb=SA: Thai, Lao, Khmer, Burmese and related
-# ones), and Hangul, in which particles are attached to words. When words are compared, each of
+# Letters of scripts without spaces between words (lb=SA: Thai, Lao, Khmer, Burmese and related
+# scripts), and Hangul, in which particles are attached to words. When words are compared, each of
 # these letters counts as a word, together with its marks.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}\p{lb=SA}\u30fc"
 UNSPACED_LETTER = regex.compile(f"[{UNSPACED}]")
@@ -28,8 +28,8 @@ ANY_PUNCTUATION = regex.compile(r"\p{P}")
 def normalize_answer(text):
     """Return a text in lower case, without ASCII punctuation and articles, with single blanks.
 
-    The steps and their order are SQuAD v1.1's. As in FiD and DPR, the module regex finds the
-    articles. It counts a combining mark as part of a word; SQuAD's module re ends the word there.
+    The steps and their order are SQuAD v1.1's. As in FiD and DPR, articles are found with the
+    module regex. Unlike SQuAD's re, it counts a combining mark as part of a word.
     """
     text = text.lower().translate(PUNCTUATION)
     text = regex.sub(r"\b(a|an|the)\b", " ", text)
@@ -44,17 +44,17 @@ def has_unspaced(text):
 def exact_match(prediction, answers):
     """Return 1.0 if the normalised prediction equals a normalised gold answer (FiD), else 0.0.
 
-    As in FiD, texts are not normalised to one Unicode form: NFC and NFD of a letter differ.
+    As in FiD, Unicode is not normalised, so the NFC and NFD forms of a letter differ.
     """
     prediction = normalize_answer(prediction)
     return float(any(prediction == normalize_answer(answer) for answer in answers))
 
 
 def f1(prediction, answers):
-    """Return the largest F1 between the words of the prediction and of a gold answer (SQuAD v1.1).
+    """Return the highest word F1 of the prediction with any gold answer (SQuAD v1.1).
 
-    Both are normalised by normalize_answer. In a text with UNSPACED letters each of them is a word,
-    and punctuation of any script is removed, as in MLQA, DRCD and KorQuAD.
+    Both are normalised by normalize_answer. In a text with UNSPACED letters, each such letter is a
+    word, and punctuation of any script is removed, as in MLQA, DRCD and KorQuAD.
     """
     predicted_words = count_words(prediction)
     best = 0.0
@@ -86,8 +86,8 @@ def dpr_tokens(text):
     """Return the lower-cased tokens of DPR's SimpleTokenizer.
 
     A token is a run of letters, digits and marks, or one other symbol. The text is normalised to
-    Unicode's NFD first. Unlike in DPR, each UNSPACED letter is a token: a run of Chinese letters is
-    a whole sentence, which contains the answer.
+    Unicode's NFD first. Unlike in DPR, each UNSPACED letter is a token. In DPR, a Chinese sentence
+    is one token, which never matches a shorter answer.
     """
     text = unicodedata.normalize("NFD", text)
     return [token.lower() for token in choose_pattern(text).findall(text)]
@@ -99,7 +99,7 @@ def choose_pattern(text):
 
 
 def has_answer(text, answers, is_regex=False):
-    """Return True if the tokens of an answer occur in a row in the passage's text (DPR).
+    """Return True if the passage's text contains an answer's tokens consecutively (DPR).
 
     The title is not searched. With `is_regex` each answer is a regular expression that is searched
     for in the raw text (CuratedTREC; DPR's --match regex).
@@ -153,7 +153,7 @@ def find_patterns(text, patterns):
 
 
 def contains_tokens(tokens, part):
-    """Return True if the list `tokens` contains the list `part` as a run."""
+    """Return True if the list `tokens` contains the list `part` without gaps."""
     last_start = len(tokens) - len(part)
     return any(tokens[start:start + len(part)] == part for start in range(last_start + 1))
 
@@ -177,9 +177,9 @@ def matches_regex(pattern, text):
 # ------------------------------------------------------------------------------------- ranked lists
 
 def trec_order(ids, scores):
-    """Return the positions of documents by falling score, as trec_eval ranks them.
+    """Return the positions of documents by descending score, as trec_eval ranks them.
 
-    Scores are compared as float32; equal ones are ranked by falling id.
+    Scores are compared as float32; ties are ranked by descending id.
     """
     def sort_key(position):
         return np.float32(scores[position]), str(ids[position])

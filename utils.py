@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-LINE_SECONDS = 60  # between the lines that replace a progress bar
+LINE_SECONDS = 60  # seconds between the lines that replace a progress bar
 
 
 class InputError(Exception):
@@ -40,7 +40,7 @@ def shorten(value):
 
 
 def first_line(error):
-    """Return an error's first line, shortened to be part of another message."""
+    """Return an error's first line, short enough to be part of another message."""
     lines = str(error).strip().splitlines() or [""]
     # the type helps: KeyError's message, for example, is only the key
     text = getattr(error, "strerror", None) or f"{type(error).__name__}: {lines[0]}"
@@ -50,7 +50,7 @@ def first_line(error):
 def split_shell_words(place, text):
     """Split a text into words as a shell does.
 
-    Raises InputError, which names the place of the text, if a quote is not closed.
+    `place` names the text in the InputError for a quote that is not closed.
     """
     with refusing(f"{place}: {shorten(text)} cannot be split into words", "close each quote"):
         return shlex.split(text)
@@ -81,7 +81,7 @@ LOCAL_RANK_FLAG = re.compile(r"--local[-_]rank=(\d+)")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show every flag's default, under a description whose lines stay as written."""
+    """Show every flag's default, and keep the line breaks of the description."""
 
     def _get_help_string(self, action):
         """Return a flag's help with its default, unless the text describes the default itself."""
@@ -140,9 +140,9 @@ SWITCH = {"type": parse_boolean, "nargs": "?", "const": True, "metavar": "true|f
 
 
 def check_at_least(args, least_values):
-    """Raise InputError for a flag that is below its least value, infinite or nan.
+    """Raise InputError for a flag that is below its minimum, infinite or nan.
 
-    least_values: {name of a flag: least value}. A flag may be None.
+    least_values: {name of a flag: minimum}. A flag may be None.
     """
     for name, least in least_values.items():
         value = getattr(args, name)
@@ -165,7 +165,7 @@ def check_seed(args):
 
 
 def resolve_path(path, data_root):
-    """Replace LLM-Embedder's prefix `llm-embedder:` of a path by the root; None stays None."""
+    """Replace a path's prefix `llm-embedder:` (LLM-Embedder) with data_root; None stays None."""
     prefix = "llm-embedder:"
     if path and path.startswith(prefix):
         return os.path.join(data_root, path.removeprefix(prefix))
@@ -184,7 +184,7 @@ def find_files(path, data_root):
 
 @dataclass
 class World:
-    """Hold this process's rank among all. Without torchrun: rank 0 of a world of size 1."""
+    """Hold this process's rank and device. Without torchrun: rank 0 of a world of size 1."""
     rank: int
     local_rank: int
     size: int
@@ -201,7 +201,7 @@ class World:
             print(text, flush=True)
 
 
-# How long a process waits for the others. The long wait is for an index that one process makes
+# How long a process waits for the others. LONG_PATIENCE is for an index that one process builds
 # alone, and for long work that is shared unequally.
 PATIENCE, LONG_PATIENCE = timedelta(minutes=30), timedelta(days=2)
 
@@ -215,11 +215,11 @@ LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "S
 def start_processes(gpus, patience=PATIENCE):
     """Join torchrun's processes (NCCL on GPUs, gloo on CPUs) and return this process's World.
 
-    `gpus` is CUDA_VISIBLE_DEVICES, '' for the CPU. A process waits for the others no longer than
-    `patience`; torchrun ends it at once if another one fails. Raises InputError for a missing GPU,
+    `gpus` is CUDA_VISIBLE_DEVICES, '' for the CPU. A process waits at most `patience` for the
+    others; torchrun ends it at once if another process fails. Raises InputError for a missing GPU,
     or if torchrun's environment variables are missing or wrong.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # CUDA reads it at its first use, below
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # read when CUDA is first used, below
     rank, local_rank, size = read_ranks()
     use_cuda = gpus != "" and torch.cuda.is_available()
     if gpus != "" and not use_cuda:
@@ -314,7 +314,7 @@ def join_processes(backend, rank, size, patience):
 
 
 def log_on_main(text):
-    """Print a line on the main process, where no World is at hand."""
+    """Print a line on the main process, for code that has no World."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
@@ -343,7 +343,7 @@ def wait_for_all(world):
 
 
 def run_script(main, args):
-    """Run main(args) by call_main and end this process with its exit code."""
+    """Run call_main(main, args) and exit with its code."""
     code = call_main(main, args)
     if dist.is_initialized() and code:
         os._exit(code)  # with its peers gone, the process group would block a normal exit
@@ -355,7 +355,7 @@ def run_script(main, args):
 def call_main(main, args):
     """Call main(args) and return the exit code.
 
-    It is 0, or 1 after one line on stderr for bad input or lost processes, or 130 for Ctrl-C.
+    The code is 0, 1 after one line on stderr for bad input or lost processes, or 130 for Ctrl-C.
     """
     rank = int(os.environ["RANK"]) if os.environ.get("RANK", "").isdecimal() else 0
     same_command = "the same command" + (" with --resume" if hasattr(args, "resume") else "")
@@ -370,7 +370,7 @@ def call_main(main, args):
         message = str(error).split("InputError: ")[-1].strip()
         if rank > 0:
             # If all processes failed, rank 0 prints this message and torchrun ends this process
-            # while it sleeps. Only an error of this process alone is printed here.
+            # while it sleeps. So this prints only errors that rank 0 did not have.
             time.sleep(3)
         print_error(f"error: {message}" if rank == 0 else f"error on process {rank}: {message}")
     except BrokenPipeError:  # the program that reads the output, such as head, has ended
@@ -416,7 +416,7 @@ class LineBar(tqdm):
         super().__init__(*args, maxinterval=math.inf, leave=False, **timing, **options)
 
     def display(self, msg=None, pos=None):
-        """Print the line. tqdm passes a message only to clear a bar, which does nothing here."""
+        """Print the line. tqdm passes a message only to clear a bar, and there is no bar here."""
         if msg is None:
             print(describe_progress(self.format_dict), file=sys.stderr, flush=True)
 

@@ -1,1 +1,1 @@
-"""Files, questions, tables and corpora: what the scripts read and write."""
+"""Read and write the scripts' files: records, questions, tables, corpora and journals."""

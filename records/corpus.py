@@ -34,14 +34,14 @@ from records.tables import (
 from records.templates import format_key
 from utils import InputError, progress_bar, refusing, shorten, wait_for_all
 
-CHUNK = 65536  # documents after which a scan packs their ids and moves its bar
+CHUNK = 65536  # a scan packs ids and moves its bar after this many documents
 
 # For files of at least this many bytes, the table of lines is kept next to the file, in FILE.table.
 # Making a table takes 5.2 us per passage (measured on 400,000), or 110 s at every start for 21
 # million passages; opening a kept table takes 0.02 s.
 KEEP_TABLE = 2 ** 26
 QUOTED_TITLE = re.compile(r'"([^\n]*)"\n(.*)', re.DOTALL)
-TABLE_VERSION = 3  # changes with the content of tables and with the rules of what is a line
+TABLE_VERSION = 3  # raised if the tables' content, or the definition of a line, changes
 
 
 class Part(NamedTuple):
@@ -127,7 +127,7 @@ class Corpus:
         end = 0
         bar = progress_bar(total=len(content), unit="B", unit_scale=True,
                            desc=f"reading {os.path.basename(path)}",
-                           is_main=len(content) >= KEEP_TABLE)  # a small file is read at once
+                           is_main=len(content) >= KEEP_TABLE)  # a small file needs no bar
         lines = iter(content.readline, b"") if content else ()
         is_json = layout.header is None
         for line_number, line in enumerate(lines, 1):
@@ -188,8 +188,8 @@ class Corpus:
     def passage(self, doc_index):
         """Return {id, title, text} of a document; answers are searched for in the text alone.
 
-        In Pyserini's and FlashRAG's Wikipedia, `contents` is a title in quotes, a line end and a
-        text, which are taken apart.
+        In Pyserini's and FlashRAG's Wikipedia, `contents` holds a quoted title, a line break and
+        the text, which are separated here.
         """
         row, location = self.row(doc_index)
         column = next((name for name in TEXT_NAMES
@@ -262,7 +262,7 @@ class Corpus:
                 if may_hold_ids([row[name]])]
 
     def note_columns(self, log):
-        """Log how columns are read if their names do not decide it."""
+        """Log if columns are read under other names, or if a header or an id column is missing."""
         for part in self.parts:
             layout = part.layout
             if not layout.has_header:
@@ -276,7 +276,7 @@ class Corpus:
                 "positions, from 0, are their ids")
 
     def parse_index(self, text):
-        """Return the document index that a text spells, in str()'s form, or -1."""
+        """Return the document index that a text spells, in the form of str(index), or -1."""
         is_index = text.isdecimal() and str(int(text)) == text and int(text) < self.size
         return int(text) if is_index else -1
 
@@ -305,7 +305,7 @@ def check_unique(parts, location):
 # ---------------------------------------------------------------- kept tables of lines
 
 def open_table(folder, size):
-    """Return (starts, PackedIds), mapped, of a table that keep_table saved.
+    """Return the memory-mapped (starts, PackedIds) that keep_table saved.
 
     `size` is the number of bytes in the file. Raises InputError if the table is broken.
     """
@@ -326,7 +326,7 @@ def open_table(folder, size):
 
 
 def read_stamp(folder, plain_path):
-    """Return the stamp of a kept table, or None if there is none or the file changed later."""
+    """Return the stamp of a kept table, or None if it is missing or the file has changed since."""
     path = os.path.join(folder, "stamp.json")
     try:
         with open(path, encoding="utf-8") as file:

@@ -1,8 +1,8 @@
 """Read and check the fields of a record: question, id, answers, keys, passages, earlier turns.
 
-A record is a JSON object per question: `question` (or `query`, or BEIR's `text`), an id, `answers`
-(or `answer`), `target`, `ctxs` (ranked passages {title, text, score}), `passage` (ground truth) and
-`chat_history` (earlier turns). docs/formats.md has all fields.
+A record is the JSON object of one question: `question` (or `query`, or BEIR's `text`), an id,
+`answers` (or `answer`), `target`, `ctxs` (ranked passages {title, text, score}), `passage` (ground
+truth) and `chat_history` (earlier turns). docs/formats.md has all fields.
 """
 import ast
 import io
@@ -28,9 +28,9 @@ from utils import InputError, shorten
 KEY_FOLDS = {fold(name) for name in (*POSITIVE_NAMES, *HARD_NEGATIVE_NAMES, *OTHER_NEGATIVE_NAMES)}
 LIST_FIELDS = ("pos", "neg", "pos_index", "neg_index", "positive_ctxs", "negative_ctxs",
                "hard_negative_ctxs")
-UNKNOWN_VALUE = "<unk>"  # TriviaQA's test set has it for answers, which are not published
+UNKNOWN_VALUE = "<unk>"  # TriviaQA's test set has only this answer; the real ones are unpublished
 NUMPY_ARRAY = re.compile(r"array\((\[.*\])(?:,\s*dtype=\S+)?\)", re.DOTALL)
-NO_COMMA = re.compile(r"""['"]\s+['"]""")  # between two texts of a list
+NO_COMMA = re.compile(r"""['"]\s+['"]""")  # two texts of a list without a comma between them
 
 
 def question_text(record, location):
@@ -96,9 +96,10 @@ def gold_answers(record, location):
 def read_answer_object(answer):
     """Return (answers, target or None) of TriviaQA's object or SQuAD's {text: [text]}.
 
-    Any other object is returned as it is. TriviaQA's value and every alias are answers; without
-    aliases, its normalised aliases are. The target is the value, in title case if it is all upper
-    case (FiD, src/preprocess.py). The value <unk> of TriviaQA's test set is not an answer.
+    Any other object is returned unchanged. TriviaQA's answers are its value and aliases or, if it
+    has no aliases, its value and normalised aliases. The target is the value, in title case if it
+    is all upper case (FiD, src/preprocess.py). The value <unk> of TriviaQA's test set is not an
+    answer.
     """
     if isinstance(find_value(answer, ("text",)), list):
         return find_value(answer, ("text",)), None
@@ -213,7 +214,7 @@ def find_keys(record, names):
 
 
 def find_numbered_keys(record, name):
-    """Return the texts in NAME_1, NAME_2 ..., as sentence-transformers names several negatives."""
+    """Return the texts in NAME_1, NAME_2 ..., sentence-transformers' names of several negatives."""
     values = []
     for number in range(1, len(record) + 1):
         value = find_value(record, [f"{name}_{number}"])
@@ -234,8 +235,8 @@ def has_keys(record):
 def gold_passages(record, location=""):
     """Return a record's ground-truth passages, [{text, and title and id if given}].
 
-    They are in `passage` (a text, such an object, or a list of them) or in LocalRQA's `gold_docs`.
-    Returns [] if both are missing or empty; raises InputError for anything else.
+    `passage` or LocalRQA's `gold_docs` holds a text, such an object, or a list of them. Returns []
+    if both are missing or empty; raises InputError for anything else.
     """
     name = "passage" if record.get("passage") else "gold_docs"
     items = record.get(name) or []

@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, and lock what several processes make."""
+"""Write files and folders whole or not at all, and lock what several processes write."""
 import fcntl
 import glob
 import gzip
@@ -47,7 +47,7 @@ def new_file(path, mode="w"):
             os.replace(temporary, path)
     except OSError as error:
         if error.filename not in (None, temporary):
-            raise  # about another file, which the caller was reading
+            raise  # the error is about another file, which the caller was reading
         raise unwritable(path, error, "choose another path or make room") from None
     finally:
         if os.path.exists(temporary):
@@ -89,7 +89,7 @@ def open_temporary(path, mode, encoding):
 
 
 def remove_leftovers(path):
-    """Remove the temporary files that killed processes left. Those in use are locked, and stay."""
+    """Remove the temporary files that killed processes left. Files in use are locked, and stay."""
     for leftover in glob.glob(f"{glob.escape(path)}.[0-9]*.writing"):
         try:
             with open(leftover, "r+b") as file:

@@ -3,7 +3,7 @@ import hashlib
 import os
 
 WINDOW = 65536        # bytes
-CORPUS_WINDOWS = 256  # windows that are hashed of a corpus file, which may have many gigabytes
+CORPUS_WINDOWS = 256  # windows to hash in a corpus file, which may have many gigabytes
 WEIGHT_ENDINGS = (".safetensors", ".bin", "config.json", "modules.json",
                   "config_sentence_transformers.json")
 TOKENIZER_BEGINNINGS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens",

@@ -18,7 +18,8 @@ class Journal:
     def __init__(self, output, fingerprint, world):
         """Read the parts that killed runs with this fingerprint have finished.
 
-        The main process reads for all. Journals with another fingerprint are reported and replaced.
+        The main process reads them for all processes. Journals with another fingerprint are
+        reported and replaced.
         """
         self.output, self.fingerprint, self.rank = output, fingerprint, world.rank
         self.file = None  # made with the first part
@@ -78,7 +79,7 @@ def read_journal(path, fingerprint):
 def open_journal(path, fingerprint):
     """Return a journal's file, open for appending and emptied if its fingerprint differs.
 
-    Raises InputError.
+    Raises InputError if another run is writing it, or it cannot be written.
     """
     try:
         file = open(path, "ab")

@@ -30,7 +30,7 @@ SCORE_NAMES = ("score", "label", "relevance", "relevancy", "rel", "grade", "rati
                "judgement", "relevance_label", "relevance_score")
 CONTEXT_NAMES = ("ctxs", "contexts", "passages", "retrieved_passages")
 
-# fields that change training in the projects whose formats are read, and are not used here
+# fields that affect training in other projects, and are ignored here
 UNUSED_NAMES = ("type", "weight", "weights", "margin", "label", "labels", "score", "scores",
                 "instruction", "query_instruction")
 

@@ -32,8 +32,8 @@ def read_qrels(path):
 
     Formats are TREC's (query, 0, document, score), BEIR's (a header and three columns), both with
     blanks, tabs, commas or semicolons, and JSON lines. names.py has the names of the columns. A
-    judgment may be repeated. Raises InputError for a line that is not a qrel, and for a document
-    with two different labels, which trec_eval refuses, too.
+    judgment may be repeated. Raises InputError for a line that is not a qrel, and, like
+    trec_eval, for a document with two different labels.
     """
     qrels = defaultdict(dict)
     delimiter, columns = None, None
@@ -114,7 +114,7 @@ def choose_separator(first_line):
 
 
 def read_header(cells, location):
-    """Return the positions of query, document and score in a header, or None for another line.
+    """Return the positions of query, document and score in a header, or None for any other line.
 
     Raises InputError for a header without these columns.
     """

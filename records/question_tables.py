@@ -116,7 +116,7 @@ def read_named_columns(path, lines, names, separator):
 def make_record(row, location):
     """Return the record of a row {column: cell}, without empty cells.
 
-    Its `id` and `answers` (a list) get these names; other columns keep theirs. Raises InputError.
+    The id and the answers are stored as `id` and `answers` (a list). Raises InputError.
     """
     record = {name: cell.strip() for name, cell in row.items() if name and cell.strip()}
     identifier = find_value(record, QUESTION_ID_NAMES)
@@ -134,9 +134,9 @@ def parse_two_columns(line, path, location):
     """Return the record of a line in a table without a header.
 
     If the second column is a list, the columns are question and answers, quoted as in a csv (DPR's
-    files). Any other line is an id and a text: everything after the first tab, unchanged. Brackets
-    after a number, or after a single word if they are not a list, also belong to a text. Raises
-    InputError.
+    files). Any other line is an id and a text: everything after the first tab, unchanged. A second
+    column in brackets is also a text if the first is a number, or if the first is a single word and
+    the brackets hold no list. Raises InputError.
     """
     if "\t" not in line:
         raise InputError(f"{location}: neither a header, such as question,answer, nor question and "

@@ -126,7 +126,7 @@ def note_ids(question, log):
 
 
 def read_unique_questions(paths, task=""):
-    """Return {id: Question} of the files' questions, to which qrels refer by id.
+    """Return {id: Question} of files of questions that qrels refer to by id.
 
     Raises InputError for a question without an id, or an id with two texts.
     """

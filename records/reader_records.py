@@ -78,7 +78,7 @@ def retrieval_score(context):
 def check_record(record, location, index):
     """Return a copy of a record with the fields that the reader uses, checked.
 
-    `index` is the id of a record without one. Raises InputError.
+    `index` becomes the id of a record that has no id. Raises InputError.
     """
     question = question_text(record, location)
     record = dict(record, question=question)
@@ -113,7 +113,7 @@ def check_score(context, name, location):
 
 
 def take_contexts(record):
-    """Store contexts of another name (names.CONTEXT_NAMES) as `ctxs`, and their ids as `id`."""
+    """Move contexts from another field (names.CONTEXT_NAMES) to `ctxs`, and set their `id`."""
     name = find_name(record, CONTEXT_NAMES)
     if record.get("ctxs") is None and name is not None:
         contexts = record[name]
@@ -160,9 +160,9 @@ def note_unscored(records, path, log):
 
 
 def note_files(files, num_contexts, log):
-    """Log note_contexts for each [(path, records or None)], and evaluation on the training file.
+    """Log note_contexts for each of `files`, and log if the training file is also evaluated on.
 
-    The first file is the training file.
+    files: [(path, records or None)], the training file first.
     """
     training_path, _ = files[0]
     for index, (path, records) in enumerate(files):

@@ -137,7 +137,7 @@ def iterate_objects(text, path, first_line):
 def holds_records(item):
     """Return True for an object that is not a record but holds records.
 
-    It has their ids as names, as pyserini writes runs, or a list of them under `data`.
+    Its names are the records' ids, as in pyserini's runs, or it has a list of records in `data`.
     """
     if not isinstance(item, dict) or not item:
         return False
@@ -197,7 +197,7 @@ def find_wrong_byte(path):
 
 
 def refuse_other_formats(path):
-    """Raise InputError, with the command that converts it, for a file in another format."""
+    """Raise InputError for a file in another format, with the command that converts it."""
     if not os.path.isfile(path):
         return
     try:
@@ -293,8 +293,8 @@ def decode_line(line, path, line_number, keep_end=False):
 def read_lines(path):
     """Yield the lines of a file as bytes, decompressed.
 
-    Of a JSON list, or of JSON objects that span several lines, each item is one line. Raises
-    InputError.
+    Each item of a JSON list, and each JSON object that spans several lines, becomes one line.
+    Raises InputError.
     """
     refuse_other_formats(path)
     try:
@@ -334,8 +334,8 @@ def to_number(value):
 def choose_delimiter(first_line):
     """Return the delimiter of a table: a tab if its first line has one, else a comma or semicolon.
 
-    Of comma and semicolon, the more frequent one is chosen: spreadsheet programs write semicolons
-    in countries with a decimal comma.
+    The more frequent of comma and semicolon is chosen. Spreadsheet programs write semicolons in
+    countries with a decimal comma.
     """
     commas, semicolons = first_line.count(","), first_line.count(";")
     if "\t" in first_line or not commas + semicolons:

@@ -76,7 +76,7 @@ def read_layout(path, content):
 
 
 def read_json_layout(content, path):
-    """Return the Layout of JSON lines; the first object has the columns."""
+    """Return the Layout of JSON lines, with the columns of the first object."""
     lines = enumerate(iter(io.BytesIO(content[:BEGINNING]).readline, b""), 1)
     line_number, line = next(((number, line) for number, line in lines if line.strip()), (1, b""))
     if not line.endswith(b"\n") and len(content) > BEGINNING:  # the first document is longer
@@ -209,7 +209,7 @@ def is_later(made, path):
 
 
 def refuse_pickle(path, beginning):
-    """Raise InputError, with the command that converts it, for a pickle: it may run any code."""
+    """Raise InputError for a pickle, which may run any code, with the command that converts it."""
     is_binary = beginning[:1] == b"\x80" and beginning[1:2] in (b"\2", b"\3", b"\4", b"\5")
     if is_binary or str(path).endswith((".pkl", ".pickle")):
         target = os.path.splitext(path)[0] + ".jsonl"

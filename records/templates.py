@@ -45,7 +45,7 @@ MODELS = {
 def named_version(name):
     """Return the version that a model was trained with, by its name; "none" for an unknown model.
 
-    name: a hub name, a folder named like the model, or the hub's own folder of it
+    name: a hub name, a folder named like the model, or a folder of the hub's cache
     (models--BAAI--bge-base-en/...).
     """
     parts = name.rstrip("/").lower().split("/")
@@ -58,9 +58,9 @@ def named_version(name):
 
 
 def format_key(key, template, location):
-    """Return the text of a key, which is a text already or has columns for the template.
+    """Return the text of a key: the key if it is a text, else the template filled with its columns.
 
-    Raises InputError with the location if it does not fit the template.
+    Raises InputError with the location if the key does not fit the template.
     """
     if isinstance(key, str):
         return key
