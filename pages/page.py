@@ -1,4 +1,4 @@
-"""Write the HTML pages of test.py, retrieve.py and ask.py, each a file that needs no other one."""
+"""Write the HTML pages of test.py, retrieve.py and ask.py, each as one self-contained file."""
 import base64
 import hashlib
 import html
@@ -22,7 +22,7 @@ HALVES = re.compile("[\ud800-\udfff]")             # half characters, which UTF-
 # searched it in 0.5 s; with all 242 MiB it took 6 s and 1 s (bench/pages.py).
 BUDGET = 64 * 2 ** 20  # characters of all passages in a page
 LONGEST = 2000         # characters of one passage
-DEPTH_SAMPLE = 100     # questions whose passages decide the depth
+DEPTH_SAMPLE = 100     # questions that choose_depth gets as samples
 LEAST_DEPTH = 5
 
 # The texts of a page have no control characters, so these can be used as separators. LESS_THAN
@@ -38,7 +38,7 @@ def clean_text(text):
 
 
 def normalize_text(text):
-    """Return a text in one line that UTF-8 can encode, in NFC, in which pages are searched."""
+    """Return a text on one line, encodable in UTF-8 and in NFC, as a page's search needs it."""
     return unicodedata.normalize("NFC", HALVES.sub("\ufffd", clean_text(text)))
 
 
@@ -235,7 +235,7 @@ def find_rank(question, name):
 
 
 def list_row_numbers(question):
-    """Return a question's numbers, by which pages/page.js filters.
+    """Return the numbers of a question that pages/page.js filters by.
 
     They are [em, f1, rank of the first passage with an answer, rank of the first relevant passage,
     number of passages, number of passages with an answer]. A rank is 0 if there is no such passage,
@@ -279,5 +279,5 @@ def join_texts(question, kept):
 
 
 def dump_json(value):
-    """Return JSON in which no browser sees the beginning or end of an element."""
+    """Return JSON without <, so that it cannot begin or end an HTML element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

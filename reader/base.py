@@ -10,18 +10,18 @@ class Reader(nn.Module, ABC):
     """Define what the scripts call on a reader, in this order.
 
     from_pretrained opens a checkpoint. check_tokenizer fits reader and tokenizer to each other.
-    set_lengths and check_records refuse what the model cannot read before any of it is computed.
+    set_lengths and check_records refuse, before any computation, what the model cannot read.
     make_collator returns the collator of its batches: {"indices", "inputs", "labels"}, where
     "inputs" holds the tensors that forward and generate take by name. forward trains, generate
-    answers, save_pretrained writes a folder of transformers. `config` is the configuration of
-    transformers.
+    answers, save_pretrained writes a folder in transformers' format. `config` is transformers'
+    configuration.
     """
 
     # ---------------------------------------------------------------- what a reader must do
 
     @abstractmethod
     def check_tokenizer(self, tokenizer):
-        """Take over the tokenizer's special tokens. Raise InputError for a tokenizer that does not
+        """Adopt the tokenizer's special tokens. Raise InputError for a tokenizer that does not
         fit the model.
         """
 
@@ -32,8 +32,8 @@ class Reader(nn.Module, ABC):
 
     @abstractmethod
     def set_lengths(self, max_length, answer_maxlength):
-        """Set the most tokens of an input and of an answer. Raise InputError if the model cannot
-        read that many.
+        """Set the largest number of tokens of an input and of an answer. Raise InputError if the
+        model cannot read that many.
         """
 
     @abstractmethod
@@ -75,12 +75,12 @@ class Reader(nn.Module, ABC):
         """
 
     def count_answer_tokens(self, max_length):
-        """Return how many tokens of an answer generate(max_length=...) gives at most."""
+        """Return the most tokens that generate(max_length=...) can give an answer."""
         return max_length
 
     def forget_generation(self):
         """Drop the settings of generation_config.json and return them as {name: value}; by default
-        there are no settings in use.
+        return {}.
         """
         return {}
 

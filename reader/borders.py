@@ -38,7 +38,7 @@ def encode_pairs(tokenizer, prompts, answers):
 
 
 def encode_prompts(tokenizer, prompts):
-    """Return a Pair for each prompt whose answer is not known yet; its `answer` has no meaning."""
+    """Return a Pair for each prompt without a known answer; the Pair's `answer` has no meaning."""
     return encode_pairs(tokenizer, prompts, [STAND_IN] * len(prompts))
 
 
@@ -103,7 +103,6 @@ def chat_frame(tokenizer):
                          "turn once; leave the flag out")
     before, after = prompt.split(QUESTION_MARK)
     # whitespace that the template puts before an answer, such as Llama-2's space
-
     gap = whole.removeprefix(prompt).partition(ANSWER_MARK)[0]
     if whole.startswith(prompt) and gap.isspace():
         after += gap

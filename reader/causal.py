@@ -38,7 +38,7 @@ from utils import InputError, first_line, refusing, shorten
 
 TEMPLATE = r"Background: {title} {text}\n\nQuestion: {question}\nAnswer:"
 FIELDS = ("question", "title", "text")
-ANCHOR = ":"  # stands for the prompt when an answer is tokenised, if the template ends in a field
+ANCHOR = ":"  # replaces the prompt when an answer is tokenised, if the template ends in a field
 PASSAGE_WEIGHTS = ("equal", "score")
 ANSWER_LINES = ("first", "all")
 
@@ -77,7 +77,7 @@ def choose_prompts(given, stated, source):
 
 
 def find_fault(name, value):
-    """Return what the field of Prompts must be, if the value is something else, or None."""
+    """Return the rule that the value breaks for this field of Prompts, or None."""
     if name == "passage_weights" and value not in PASSAGE_WEIGHTS:
         return f"must be one of {', '.join(PASSAGE_WEIGHTS)}"
     if name == "answer_lines" and value not in ANSWER_LINES:
@@ -116,7 +116,7 @@ def fill_template(template, question, context):
 
 
 def drop_passage(template):
-    """Return the template for a question without contexts, without the lines that hold only the
+    """Return the template for a question without contexts: remove the lines that hold only the
     passage.
     """
     whitespace = template[len(template.rstrip()):]  # before the answer, so it is kept
@@ -247,7 +247,7 @@ class PromptCollator:
         return self.start[:num_start] + ids
 
     def count_fixed_bytes(self, record):
-        """Return an upper bound of the bytes of a record's prompts without the passages' texts."""
+        """Return the most bytes that a prompt of the record can have besides a passage's text."""
         titles = [context.get("title") or "" for context in record["ctxs"][:self.num_contexts]]
         texts = [self.before, self.template, self.after, record["question"],
                  max(titles, key=len, default="")]
@@ -377,7 +377,7 @@ class CausalReader(Reader):
 
     def check_records(self, records, num_contexts, path, trains=False):
         """Raise InputError for a record whose contexts cannot be weighted or, after set_lengths,
-        whose question and answer are more than the model reads.
+        whose question and answer are longer than the model reads.
 
         trains: the lengths of the records' own answers count, instead of answer_maxlength.
         """
@@ -431,8 +431,8 @@ class CausalReader(Reader):
         losses of questions; `mean` divides their sum by the number of answer tokens, each counted
         once whatever N is. So with train_epoch.py's --accumulate mean all answer tokens of an
         update have the same weight, as with FiDT5; with sum the means of micro-batches are added.
-        With equal weights the loss is RA-DIT's (arXiv 2310.01352, section 2.3) divided by N. There
-        a question has a weight equal to the number of its passages.
+        With equal weights the loss is RA-DIT's (arXiv 2310.01352, section 2.3) divided by N. RA-DIT
+        itself weights a question by the number of its passages.
         """
         is_real = attention_mask.any(2)                                                  # (B, N)
         question = is_real.nonzero()[:, 0]      # (K) index of each prompt's question
@@ -499,7 +499,7 @@ class CausalReader(Reader):
         log_probabilities = torch.zeros(B, dtype=torch.float64, device=device)  # under the average
         # indices of the questions (b) and prompts (k) that are still generating
         questions, rows = torch.arange(B, device=device), torch.arange(len(prompts), device=device)
-        owner = is_real.nonzero()[:, 0]          # (k) index in `questions` of each prompt's
+        owner = is_real.nonzero()[:, 0]          # (k) each prompt's index in `questions`
 
         output = self.run(prompts, mask, 1, use_cache=True)
         for step in range(max_length):
@@ -547,8 +547,8 @@ class CausalReader(Reader):
         return torch.tensor(ended, device=answers.device)
 
     def trim_answers(self, answers):
-        """Return answers (B, T) padded with the tokenizer's end token from their first end token.
-        With answer_lines "first" a last token with text after a line break is replaced, too.
+        """Return answers (B, T) with the tokenizer's end token from their first end token on. With
+        answer_lines "first", it also replaces a last token that has text after a line break.
         """
         ends, last = set(self.end_tokens), self.end_tokens[-1]
         rows = []
@@ -585,7 +585,7 @@ class CausalReader(Reader):
                 return
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever such a model raises
+        except Exception as error:  # unsupported models raise many kinds
             problem = f"with padded prompts and a cache: {first_line(error)}"
         finally:
             self.lm.train(was_training)
@@ -595,7 +595,7 @@ class CausalReader(Reader):
 
     def differs_when_padded(self):
         """Return True if the logits of a short text change when it is padded to a longer one, or
-        when that one is removed from the cache.
+        when the longer one is removed from the cache.
         """
         device = next(self.lm.parameters()).device
         ids = torch.tensor([probe_ids(self.config)], device=device)                      # (1, 8)
@@ -627,5 +627,4 @@ class CausalReader(Reader):
 
 def keep_rows(cache, kept):
     """Keep only the rows of a cache where the mask `kept` is True, in layers of any kind."""
-
     cache.reorder_cache(kept.nonzero()[:, 0])

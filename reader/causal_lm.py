@@ -28,7 +28,7 @@ from utils import InputError, first_line, refusing, shorten
 def is_causal(config):
     """Return True for the configuration of a causal language model.
 
-    Encoders and encoder-decoders are excluded, although transformers can run some as one.
+    Encoders and encoder-decoders are excluded, although transformers can run some as causal models.
     """
     masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
     return (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in masked
@@ -38,9 +38,9 @@ def is_causal(config):
 def open_lm(path_or_name, dropout=None, dtype=torch.float32, trained=False):
     """Return the causal language model of a folder or hub name, with adapters merged in.
 
-    `dropout` replaces the configuration's rates. With the dtype None weights keep the type of the
-    file. For a folder without weights the model is random, and a line is printed. Raise InputError
-    for an unknown name, unreadable files, another architecture, other shapes, quantised weights
+    `dropout` replaces the configuration's rates. With dtype None, weights keep the file's type.
+    If the folder has no weights, the model is random, and a line is printed. Raise InputError
+    for an unknown name, unreadable files, another architecture, wrong shapes, quantised weights
     and, if the model must be `trained`, for a folder without weights.
     """
     folder, weights = find_model(path_or_name)
@@ -87,7 +87,7 @@ def build_lm(kind, config, weights, source, dtype):
     transformers converts weights that it stores in another form, such as those of experts. Raise
     InputError, which names `source`, if names or shapes differ.
     """
-    with torch.device("meta"):  # no memory, because a wrong configuration may need any amount
+    with torch.device("meta"):  # takes no memory; a wrong configuration could need any amount
         skeleton = kind(config)
     weights = rename_weights(drop_wrapper(weights, skeleton.state_dict(), source), skeleton)
     if count_entries(skeleton.state_dict()) > 2 * count_entries(weights):
@@ -155,8 +155,8 @@ def list_ids(value):
 def rename_weights(weights, skeleton):
     """Return the weights under the names of the model.
 
-    Files may lack the prefix (GPT-2's), name the output layer otherwise (GPT-NeoX's), hold constant
-    buffers, or lack an output layer whose weights are the embedding's.
+    Files may lack the prefix (GPT-2's), name the output layer differently (GPT-NeoX's), hold
+    constant buffers, or lack an output layer whose weights are the embedding's.
     """
     expected, prefix = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
     constant = "|".join([*(skeleton._keys_to_ignore_on_load_unexpected or []), CONSTANTS])
@@ -178,8 +178,8 @@ def open_causal_lm(path_or_name, device, dtype=torch.float32, longest=None):
     """Return (model, reason): the model in evaluation mode, and why it cannot take packed texts
     (why_not_packed), or None if it can.
 
-    longest: tokens of the longest text to come, None if that is not known. Raise InputError as
-    open_lm, for a folder without weights, and for a model whose logits change when texts are
+    longest: tokens of the longest text to score, or None if unknown. Raise InputError as open_lm
+    does, for a folder without weights, and for a model whose logits change when texts are
     padded.
     """
     model = open_lm(path_or_name, dtype=dtype, trained=True)
@@ -200,7 +200,7 @@ def probe_ids(config):
 def differs(logits, expected):
     """Return True if logits differ from those expected by more than rounding.
 
-    If the expected ones are not finite, return False: scoring and training report that.
+    If the expected logits are not finite, return False: scoring and training report that.
     """
     if not expected.isfinite().all():
         return False
@@ -213,7 +213,6 @@ def check_padded(model, source):
     """Raise InputError if padding on the right changes the logits of a text."""
     ids = probe_ids(model.config)
     problem = "padding changes the logits of a text"
-
     try:
         texts = [torch.tensor([part], device=model.device) for part in (ids, ids[:3])]
         whole, short = (model(input_ids=text, use_cache=False).logits[0] for text in texts)

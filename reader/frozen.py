@@ -27,7 +27,7 @@ from retrieval.results import Results, write_contexts
 from retrieval.search import DenseSettings, SearchSettings, search
 from utils import InputError, gather_lists, wait_for_all
 
-TASK = "qa"  # whose instructions the retriever gets, if it was trained with instructions
+TASK = "qa"  # the task whose instructions are used, if the retriever was trained with instructions
 
 
 # ---------------------------------------------------------------- retrieving
@@ -87,7 +87,7 @@ def frozen_settings(retriever, corpus_file, num_retrieved, index, num_workers):
 
 
 def describe_passages(settings, corpus, world):
-    """Return {name: value} of what the passages depend on, besides the questions."""
+    """Return {name: value} of all that the passages depend on, except the questions."""
     dense, model = settings.dense, None
     made_of = {"retrieval_method": settings.method, "hits": settings.hits, "version": "none",
                "add_instruction": True, "query_template": dense.texts.query_template,
@@ -141,7 +141,7 @@ def hash_records(records):
 
 
 def read_kept(folder, made_of):
-    """Return {name: hash of its records} of the folder's files that were made of `made_of`, or {}.
+    """Return {name: hash of its records} of files that were made of `made_of`, else {}.
 
     Raises InputError if the folder holds files that no run has written.
     """
@@ -188,8 +188,7 @@ def put_gold_first(out, records, num_contexts, path, log):
     """Put the ground-truth passages of training records before the retrieved ones, without
     duplicates, and keep num_contexts passages.
 
-    Logs how many records of the file have no ground truth, or more than num_contexts passages of
-    it.
+    Logs how many records of the file have no such passage, or more than num_contexts of them.
     """
     by_id = read_settings(os.path.join(retrieved_folder(out), "made_of.json"))["has_ids"]
     without, too_many = 0, 0
@@ -225,7 +224,7 @@ def merge_passages(gold, retrieved, by_id):
 
 
 def find_passage(passage, others, by_id):
-    """Return the first of `others` with the passage's id, or its text up to white space; or None.
+    """Return the first of `others` with the same id, or the same words, as the passage, or None.
 
     by_id: False if the corpus has no ids of its own, so that ids are not compared.
     """

@@ -1,5 +1,5 @@
-"""A reader's predictions: the answers to all records over all processes, their scores, and the
-files and page that show them.
+"""Predict the answers to all records over all processes, score them, and write them to files and a
+page.
 """
 import json
 import math
@@ -17,7 +17,7 @@ from records.reading import to_number
 from training.checkpoints import read_training_args
 from utils import InputError, gather_lists, progress_bar, shorten
 
-# characters that some program reads as the end of a line or of a table's cell, with spaces around
+# characters that some program reads as the end of a line or a cell, with the spaces around them
 BREAKS = re.compile(r"\s*[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 ANSWER_MAXLENGTH = 50  # most tokens of an answer, unless a flag or the checkpoint sets it
 # minFiD's defaults, for checkpoints that do not store the lengths of their training
@@ -100,7 +100,7 @@ class Prediction(NamedTuple):
     index: int              # of the record
     text: str
     em: object              # exact match, or None for a record without answers
-    f1: object              # the same
+    f1: object              # F1, or None for a record without answers
     context_scores: object  # the reader's score of each context, or None if not computed
     is_cut: bool = False    # the answer reached the limit of tokens without an end token
     n_best: object = None   # [(text, log probability)] of the best answers, or None
@@ -137,7 +137,7 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
         ids, *others = outputs if with_scores or n_best else (outputs,)
         scores = best_answers = [None] * len(ids)
         if with_scores:
-            # the slice is empty without contexts, where generate() scores the question alone
+            # drop the score of the question alone, which generate() gives without contexts
             scores = others[0][:, :num_contexts].tolist()
         if n_best:
             best_answers = list_best(tokenizer, ids, others[-1])
@@ -194,11 +194,11 @@ class AnswerCheck(NamedTuple):
     unspelled: int     # questions where the tokens of each answer decode to another answer
     example: tuple     # (such an answer, the text that its tokens decode to), or ()
     too_long: int      # questions where each answer has more tokens than are generated
-    needed: int        # the largest number of tokens that a question's shortest answer has
+    needed: int        # the most tokens of any question's shortest answer
 
 
 def check_answers(answer_lists, collator, room):
-    """Return the AnswerCheck of the first questions, with CHECKED answers in all.
+    """Return the AnswerCheck of the first questions, up to about CHECKED answers.
 
     answer_lists: the answers of each question. room: the most tokens of an answer that are
     generated. A question can be answered if the tokens of some answer decode to an exact match.

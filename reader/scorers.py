@@ -1,12 +1,12 @@
-"""How likely a passage makes an answer, by three kinds of models.
+"""Score how likely a passage makes an answer, with three kinds of models.
 
     CausalScorer     a causal language model, on texts filled into a template
     Seq2SeqScorer    a sequence-to-sequence model such as T5, on the same texts
     ReaderScorer     a reader of train_epoch.py, on the prompts that it was trained with
 
-Each has a `name` and two methods. texts(job) returns a list per key of a Job, and in it one Text
-(prompt, answer) per answer. score(families) takes a list of such lists, one per job, and returns
-log p(answer | prompt) of all their Texts in order, summed over the answer's tokens.
+Each has a `name` and two methods. texts(job) returns a Job's family: for each key, a list with one
+Text (prompt, answer) per answer. score(families) takes the families of several jobs and returns log
+p(answer | prompt) of all their Texts in order, summed over the answer's tokens.
 """
 import math
 from itertools import islice
@@ -29,11 +29,11 @@ class Template(NamedTuple):
     """Hold the text that a key, a question and an answer are filled into."""
     text: str                  # {key} once, {query}, {context}, and {answer} at the end
     is_stripped: bool = True   # key, question and answer lose the whitespace around them
-    joins_ids: bool = False    # a causal language model gets the ids of the fields side by side
+    joins_ids: bool = False    # for a causal language model, the ids of the fields are concatenated
 
 
 KNOWLEDGE = Template("Knowledge: {key}\n\nQuestion: {query}\n\nAnswer: {answer}")
-# by task; LLM-Embedder's, except for tool, which has no template there
+# {task: Template} of LLM-Embedder, which has no template for tool
 TASK_TEMPLATES = {
     "qa": KNOWLEDGE,
     "convsearch": KNOWLEDGE,
@@ -45,7 +45,7 @@ TASK_TEMPLATES = {
 
 
 class Job(NamedTuple):
-    """Hold a record's keys and the answers whose likelihood each key is scored by."""
+    """Hold a record's keys, and the answers by whose likelihood the keys are scored."""
     record: dict
     question: str
     keys: list          # texts, or passages {title, text} for a reader
@@ -54,7 +54,7 @@ class Job(NamedTuple):
     location: str
 
     def strip(self, text):
-        """Return the text of a field as the template has it."""
+        """Return the text of a field, stripped if the template requires it."""
         return text.strip() if self.template.is_stripped else text
 
     def context(self):
@@ -108,8 +108,8 @@ class CausalScorer:
         return make_causal_texts(self.tokenizer, prompts, answers, job.location)
 
     def join_ids(self, job, keys, answers):
-        """Return for each key a list of Texts as LLM-Embedder has them for lrlm: the ids of key,
-        context, question and answer side by side, without special tokens.
+        """Return for each key a list of Texts in LLM-Embedder's form for lrlm: the ids of key,
+        context, question and answer, concatenated without special tokens.
 
         If a text is too long, the context loses its oldest tokens.
         """
@@ -199,7 +199,7 @@ def decode_key(tokenizer, ids):
 # ---------------------------------------------------------------- sequence-to-sequence models
 
 class Seq2SeqScorer:
-    """Score with a sequence-to-sequence model: a T5, as a FiDT5, or any other of transformers."""
+    """Score with a T5, opened as a FiDT5, or another sequence-to-sequence model of transformers."""
 
     def __init__(self, model, tokenizer, device, limit, key_max_length, bf16=False):
         """Set the model; `limit` is the most tokens of an input."""
@@ -214,7 +214,7 @@ class Seq2SeqScorer:
     @torch.inference_mode()
     def score(self, families):
         """Return the log-likelihoods of the answers; a T5 encodes each prompt once."""
-        keys = [texts for family in families for texts in family]  # lists with the same prompt
+        keys = [texts for family in families for texts in family]  # each list shares a prompt
         order = sorted(range(len(keys)), key=lambda i: -len(keys[i][0].prompt))
         lengths = [len(keys[i][0].prompt) for i in order]
         values = [None] * len(keys)
@@ -269,7 +269,7 @@ class Seq2SeqScorer:
 class ReaderScorer:
     """Score with a reader, which reads one passage at a time in its own prompt.
 
-    The model computes as that of `scorer`, a CausalScorer or the Seq2SeqScorer of a T5.
+    The likelihoods are those of `scorer`, a CausalScorer or a T5's Seq2SeqScorer.
     """
 
     def __init__(self, scorer, max_length, prompts=None, num_positions=math.inf):

@@ -1,1 +1,1 @@
-"""Retrieval: corpora, indices, searches, and what their results are written as."""
+"""Retrieval: indices, searches, measures, and the files that results are written to."""

@@ -1,4 +1,4 @@
-"""Search with BM25 by bm25s: build the index of a corpus, store it in a folder, open and search it.
+"""Build, store, open and search BM25 indices with bm25s.
 """
 import os
 import sys
@@ -39,7 +39,7 @@ def open_words(stopwords, stemmer, rule):
     """Return the Words for the given settings. Raises InputError.
 
     stopwords: 'none', or one of bm25s's languages. stemmer: None, or one of PyStemmer's languages.
-    rule: of split_words.
+    rule: a rule of split_words.
     """
     is_turkish = stopwords in ("turkish", "tr") or stemmer in ("turkish", "tr")
     try:
@@ -165,7 +165,7 @@ class BM25Index(NamedTuple):
 
 
 def open_bm25(settings, corpus, world):
-    """Return the BM25Index of a SearchSettings (retrieval/search.py), made if it is missing."""
+    """Return the BM25Index of a SearchSettings (retrieval/search.py), built if it is missing."""
     bm25 = settings.bm25
     rule, share = bm25.bm25_words, None
     if rule == "auto":
@@ -176,7 +176,7 @@ def open_bm25(settings, corpus, world):
 
 
 def make_missing_index(settings, corpus, words, share, world):
-    """Make the index in settings.index unless it is there. Raises InputError for another index.
+    """Build the index in settings.index if it is missing. Raises InputError for another index.
 
     share: see log_words.
     """
@@ -206,7 +206,7 @@ def log_words(words, stopwords, share, log):
              "unicode": "Unicode letters with their marks, in pairs for scripts without spaces"}
     reason = ""
     if share is not None:
-        percent = float(f"{100 * share:.2g}")  # not 1e+02
+        percent = float(f"{100 * share:.2g}")  # prints 100, not 1e+02
         reason = f", chosen as {percent:g} % of the documents' characters need unicode"
     log(f"BM25: words are {kinds[words.rule]} (--bm25_words {words.rule}{reason}); stop words: "
         f"{stopwords} (--stopwords)")

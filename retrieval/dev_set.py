@@ -30,10 +30,10 @@ class DevSet(NamedTuple):
     method: str    # annotated, rank or retrieval
     queries: list  # texts
     tasks: list    # "" for no instruction
-    labels: list   # {doc index: label}; index_labels explains indices below -1; not for rank
+    labels: list   # {doc index: label}, below -1 if not in the corpus; not for rank
     answers: list  # gold answers; for retrieval only
     pools: list    # key texts, the positive first; for rank only
-    own: list = ()    # index of the query's own document, which is left out, or -1; () for none
+    own: list = ()    # index of the query's own document, to leave out, or -1; (): leave none out
     level: int = 1    # lowest label that counts as relevant
     is_regex: bool = False  # answers are regular expressions
 
@@ -67,8 +67,8 @@ def make_annotated_set(qrels, corpus, queries, group_size, source="the qrels", l
 def read_dev_set(path, corpus, metrics, template, log, exclude_self=False):
     """Return the DevSet of a file of records.
 
-    DPR's records are measured by average rank. So are, without a corpus, records that have
-    positives and negatives but neither pos_index nor answers. Other records, such as
+    DPR's records are measured by average rank. So are, if there is no corpus, records with
+    positives and negatives but without pos_index and answers. Other records, such as
     LLM-Embedder's, are measured by retrieval from the corpus. Raises InputError.
     """
     questions = read_questions(path)
@@ -154,10 +154,10 @@ class FirstDocuments:
 
 
 def sample_dev_set(dev, corpus, world):
-    """Return (DevSet, corpus, share of the whole work): a part to estimate an evaluation's time by.
+    """Return (DevSet, corpus, share of the whole work) of a part, to estimate an evaluation's time.
 
-    A search spends its time encoding the corpus, so its part has fewer documents. The other
-    methods' part has fewer queries.
+    For retrieval, which mostly encodes the corpus, the part has fewer documents. For the other
+    methods, it has fewer queries.
     """
     if dev.method == "retrieval":
         count = min(ENCODED_TEXTS * world.size, len(corpus))
@@ -267,7 +267,7 @@ def score_pools_by_pairs(model, dev, collator, corpus, part, pools):
 
 
 def score_pools_by_vectors(model, dev, collator, corpus, part, pools):
-    """Return the same scores from a bi-encoder. A document in several pools is encoded once."""
+    """Do as score_pools_by_pairs with a bi-encoder, which encodes each document once."""
     doc_indices = sorted({doc_index for pool in pools for doc_index in pool})
     columns = {doc_index: column for column, doc_index in enumerate(doc_indices)}
     texts = [corpus.text(doc_index) for doc_index in doc_indices]
@@ -339,9 +339,8 @@ def search_corpus(model, dev, collator, corpus, k, world):
     """Return, on every process, the doc indices of the k best documents of every query.
 
     Each process encodes and searches its part of the corpus for all queries. Documents are ranked
-    in the order of trec_ranking, in which retrieve.py measures a run. The search is at least DEPTH
-    deep, to give retrieve.py's figures: where it ends, the doc index decides which documents with
-    equal scores are found.
+    by trec_ranking, as retrieve.py measures a run. The search is at least DEPTH deep, as in
+    retrieve.py, because documents that tie at the last rank are chosen by doc index.
     """
     query_vectors = encode_texts(model, collator, "query", dev.queries, dev.tasks)
     # whole blocks, so that the shapes of matrix products do not depend on the number of processes

@@ -23,7 +23,7 @@ PART_UNIT = 65536
 def top_k(scores, k):
     """Return (values, columns), each (n, k'), of the k highest scores in each row of scores (n, K).
 
-    They are sorted; equal scores are ordered by rising column. k' is the smaller of k and K.
+    They are sorted; equal scores are ordered by ascending column. k' is the smaller of k and K.
     """
     width = scores.shape[1]
     k = min(k, width)
@@ -72,7 +72,7 @@ def search_blocks(query_vectors, blocks, k, metric="ip"):
 
 def score_block(query_vectors, vectors, metric):
     """Return the scores (Q, n) of float32 vectors (n, D) for query_vectors (Q, D)."""
-    # without autocast, because a model in bfloat16 is searched in float32, too
+    # without autocast: the vectors of a bfloat16 model are searched in float32, too
     with torch.autocast(query_vectors.device.type, enabled=False):
         scores = query_vectors @ vectors.T
     if metric == "l2":  # -|q - v|^2 = 2 q.v - |v|^2 - |q|^2
@@ -85,7 +85,7 @@ def score_block(query_vectors, vectors, metric):
 def search_vectors(vectors, query_vectors, first, last, k, metric, is_main=True):
     """Search vectors[first:last] of a memory-mapped array by search_blocks; return numpy arrays."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of a read-only mapping, which is only read
+        warnings.simplefilter("ignore")  # torch warns of a read-only array, but it is never written
         vectors = torch.from_numpy(vectors)
     starts = progress_bar(range(first, last, BLOCK), desc="searching", is_main=is_main)
     blocks = ((start, vectors[start:min(start + BLOCK, last)]) for start in starts)

@@ -24,14 +24,14 @@ def open_indices(folder, vectors, factory, metric, train_sample, seed, world):
 
     factory       faiss's string, such as IVF4096,PQ64
     metric        ip or l2
-    train_sample  most vectors to train a part on; None: 40 per list, at least 200,000
+    train_sample  largest number of vectors to train a part on; None: 40 per list, at least 200,000
 
     Raises InputError if faiss cannot build this factory for the vectors, or a file is broken.
     """
     if train_sample is None:
         train_sample = choose_train_sample(factory)
     stem = f"{factory.replace(',', '_')}.{train_sample}.{seed}"
-    # all processes use the number that the main process finds before any of them writes
+    # all processes use the number that the main process found before any process writes
     size = gather_lists([find_parts(folder, stem, len(vectors), world.size)], world)[0]
     indices = []
     for rank in range(world.rank, size, world.size):
@@ -113,7 +113,7 @@ def faiss_reason(error):
 def build_faiss_index(vectors, first, last, factory, metric, train_sample, seed, is_main):
     """Train a faiss index, add vectors[first:last] and return it. Raises InputError.
 
-    At most the training sample of the vectors is in memory.
+    Only the training sample, or ADDED vectors, are in memory as float32.
     """
     count, width = last - first, vectors.shape[1]
     flag = f"--faiss_index_factory {factory}"
@@ -160,7 +160,7 @@ def search_indices(indices, query_vectors, k, metric, settings):
     index does not have.
     """
     query_vectors = query_vectors.cpu().numpy()
-    # a process without a part has this to merge: no document for any query
+    # what a process without a part merges: no document for any query
     shape = (len(query_vectors), 1)
     results = [(np.full(shape, -1), np.zeros(shape, np.float32))]
     for first, index in indices:

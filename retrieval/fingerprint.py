@@ -16,7 +16,7 @@ def fingerprint(corpus, model, settings, world):
 
     Files are compared by size and content. model: a folder, a file, a hub name, or None for BM25.
     The main process hashes the model's files for all. Every process hashes windows of its own
-    corpus, because another machine may have another one.
+    corpus, because another machine may have a different file.
     """
     files = []
     for part in corpus.parts:  # names are left out, because a corpus may be renamed

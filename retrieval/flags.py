@@ -204,7 +204,7 @@ def name_index(args, method):
 
 
 def choose_hits(args):
-    """Return the number of documents per question; None takes all of a saved run."""
+    """Return the number of documents per question; None: all of a saved run."""
     if args.hits is None and args.retrieval_method != "run":
         return HITS
     return args.hits
@@ -347,7 +347,7 @@ def check_method(args):
 
 
 def check_collated(args):
-    """Raise InputError for collated files that cannot be written or would not fit their names."""
+    """Raise InputError for collated files that cannot be made with these flags."""
     if {*COLLATED} & {*args.metrics} and not args.eval_data:
         raise InputError("collated files are written next to --eval_data: give it")
     check_negatives(args)
@@ -364,7 +364,7 @@ def check_collated(args):
 
 
 def check_negatives(args):
-    """Raise InputError for limits of hard negatives that cannot hold."""
+    """Raise InputError for limits of hard negatives that are unused or that no hit can meet."""
     given = [name for name in ("neg_ranks", "neg_max_score", "neg_margin", "neg_relative_margin")
              if getattr(args, name) is not None]
     if given and not {"collate_neg", "collate_pos"} & set(args.metrics):

@@ -79,7 +79,7 @@ def index_labels(rows, corpus, log):
     found, as in trec_eval. Logs their number. Raises InputError if no labelled document is in the
     corpus.
     """
-    # each document once, in order
+    # each id once, in order
     ids = list(dict.fromkeys(document_id for row in rows for document_id in row))
     doc_indices = dict(zip(ids, corpus.indices(ids)))
     absent = [document_id for document_id, doc_index in doc_indices.items() if doc_index < 0]
@@ -97,9 +97,9 @@ def index_labels(rows, corpus, log):
 # ---------------------------------------------------------------- measuring
 
 def trec_ranking(doc_indices, scores, corpus):
-    """Return one query's document indices in trec_eval's order: by falling score, then falling id.
+    """Return one query's document indices in trec_eval's order: by descending score, then id.
 
-    Every ranked list is measured in this order, in whatever order it was found.
+    Every ranked list is put into this order before it is measured.
     """
     ids = doc_indices
     if len(set(scores)) < len(scores) and corpus:

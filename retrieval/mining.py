@@ -1,4 +1,4 @@
-"""Candidates in records, and collated files made from results, in LLM-Embedder's form.
+"""Candidates in records, and collated files: records with results, in LLM-Embedder's form.
 
 Collated files hold mined positives, mined negatives, keys or teacher scores. A candidate is
 identified by its position in the record; it may also be a document of the corpus.
@@ -51,8 +51,8 @@ def list_candidates(record, scored=False):
         history         history_index
         pos and neg     pos_index and neg_index
 
-    The indices are None unless every candidate has one. scored: return the candidates that
-    teacher_scores belong to in training, where `key` comes last.
+    The indices are None unless every candidate has one. scored: return the candidates of
+    teacher_scores in training, which are `key` only if there are no others.
     """
     has_others = has_keys(record)
     if record.get("key") is not None and not (scored and has_others):
@@ -76,7 +76,7 @@ def list_candidates(record, scored=False):
 
 
 def check_candidates(questions, corpus, template, need_indices, scored=False):
-    """Raise InputError for candidates that are not keys, or lack a document index they need."""
+    """Raise InputError for candidates that are not keys, or that lack a needed document index."""
     if questions and not any(question.record.get("key") or has_keys(question.record)
                              for question in questions):
         raise InputError("no question has candidates, in 'key', 'positive_ctxs', 'history', or "
@@ -95,7 +95,7 @@ def check_candidates(questions, corpus, template, need_indices, scored=False):
 
 
 def check_indices(question, doc_indices, corpus):
-    """Raise InputError for an index that no document of the corpus has."""
+    """Raise InputError for an index outside the corpus."""
     for doc_index in doc_indices:
         is_index = type(doc_index) is int and doc_index >= 0
         if not is_index or (corpus and doc_index >= len(corpus)):
@@ -116,7 +116,7 @@ def list_positives(record):
 
 
 def to_documents(questions, results):
-    """Return the Results of CandidateResults whose candidates all have a document index."""
+    """Convert CandidateResults, whose candidates all have a document index, to Results."""
     rows = []
     for i, question in enumerate(questions):
         positions, scores = results.row(i)
@@ -128,7 +128,7 @@ def to_documents(questions, results):
 # ---------------------------------------------------------------- limits of negatives
 
 class NegativeLimits(NamedTuple):
-    """Hold the limits of hard negatives. A positive's score is the score of its own hit."""
+    """Hold the limits of hard negatives. A positive's score is that of its hit in the search."""
     ranks: object = None            # (first, last) rank in the search's result, counted from 1
     max_score: object = None        # highest score of a negative
     margin: object = None           # a negative scores at least this much below the positive
@@ -188,7 +188,8 @@ def write_negatives(path, questions, results, corpus, labels, template, limits=N
     """Write collate_neg's file: records with the hits that are not positives as negatives.
 
     Old teacher_scores are dropped, and so are questions without hits. Logs how many questions get
-    no negative. labels: per question, {document index: label}. The others: see keep_negatives.
+    no negative. labels: per question, {document index: label}. limits, filter_answers, is_regex:
+    see keep_negatives.
     """
     without = []
     with new_file(path) as file:
@@ -288,7 +289,7 @@ def put_negatives(record, negatives, corpus):
 
 
 def dpr_context(doc_index, text, corpus):
-    """Return a hit in the form of DPR's files; a hit that is no document has its text alone."""
+    """Return a hit in the form of DPR's files; a hit that is not a document has only a text."""
     if doc_index is None or not corpus:
         return {"title": "", "text": text}
     return corpus_context(doc_index, corpus)
@@ -335,9 +336,9 @@ def holds_string(text, answers, is_regex):
 def find_positives(question, hits, corpus, labels, template):
     """Return, per hit (document index, text), True for a positive.
 
-    A hit is a positive by its text, its index in `pos_index`, its label, or its id under any
-    accepted name. So are copies of a positive in the corpus, and the `passage` of a reader's
-    record.
+    A hit is a positive by its text, its label, its index (`pos_index`), or its id (under any
+    accepted name). Copies of a positive in the corpus and the `passage` of a reader's record also
+    count as positives.
     """
     positives = list_positives(question.record)
     gold = gold_passages(question.record, question.location)
@@ -375,7 +376,7 @@ def plain_text(key):
 
 
 def spell_document(doc_index, text, corpus):
-    """Return {normalised text} of a hit: in the template, and without and with its title."""
+    """Return the set of a hit's normalised texts: formatted, without title, and with title."""
     spellings = {normalise(text)}
     if corpus and doc_index is not None:
         passage = corpus.passage(doc_index)

@@ -22,7 +22,7 @@ RRF_CONSTANT = 60    # of reciprocal rank fusion (Cormack et al., SIGIR 2009)
 
 class Results(NamedTuple):
     """Hold the documents of n questions by rank."""
-    indices: np.ndarray  # (n, k), indices of documents in the corpus; -1 pads questions with fewer
+    indices: np.ndarray  # (n, k), indices of documents in the corpus; -1 is padding
     scores: np.ndarray   # (n, k) float32
 
     def row(self, i):
@@ -34,7 +34,8 @@ class Results(NamedTuple):
 class CandidateResults(NamedTuple):
     """Hold the ranked candidates of n questions, which their records list.
 
-    A candidate may be no document of a corpus, so it is identified by its position in the record.
+    A candidate need not be a document of a corpus, so it is identified by its position in the
+    record.
     """
     positions: np.ndarray  # (n, k), positions in mining.list_candidates; -1 as in Results
     scores: np.ndarray     # (n, k) float32
@@ -86,7 +87,7 @@ def find_own(query_ids, corpus):
 
 
 def note_own(count, total, log):
-    """Log for how many of `total` queries --exclude_self removes their own document."""
+    """Log for how many of `total` queries --exclude_self removes the query's own document."""
     if count:
         log(f"--exclude_self: {count} of {total} queries have a document with their own id, which "
             "is left out")
@@ -183,8 +184,8 @@ def inspect_question(question, contexts, doc_indices, labels, level):
 # ---------------------------------------------------------------- reading back
 
 class IdTable:
-    """Replace a Corpus where only ids are needed. A new id gets the next index when it is looked
-    up.
+    """Stand in for a Corpus if only ids are needed. A new id gets the next index when it is first
+    looked up.
     """
     has_ids = True
 
@@ -307,7 +308,7 @@ def context_lines(path, texts):
             continue
         question = make_question(record, location, index)
         expected = texts.get(question.id, question.text)
-        if expected and question.text != expected:  # a saved run is measured without the texts
+        if expected and question.text != expected:  # "" for a saved run without texts
             raise InputError(f"{location}: question {shorten(question.id)} is "
                              f"{shorten(question.text)} here and {shorten(expected)} in the "
                              "questions; give a result of these questions")
@@ -351,7 +352,7 @@ def context_line(context, rank, query_id, location):
 # ---------------------------------------------------------------- fusing
 
 def fuse(results, how, weights, hits):
-    """Return one Results that merges several, weight by weight.
+    """Return the weighted fusion of several Results.
 
     how: rrf sums weight / (60 + rank); weighted sums weight * score, with scores scaled to 0 .. 1.
     """

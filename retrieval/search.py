@@ -79,8 +79,8 @@ class SearchSettings:
     fusion_weights: tuple = ()     # one per result; (): equal weights
     key_template: str = ""         # text of the records' own candidates
     needs_indices: bool = False    # rank: every candidate must have its index in the corpus
-    scores_all: bool = False       # rank: keep all candidates, those of teacher_scores in training
-    seed: int = 42                 # of random retrieval, and of faiss's training sample
+    scores_all: bool = False       # rank: score and keep all candidates of teacher_scores
+    seed: int = 42                 # for random retrieval and faiss's training sample
 
 
 # ---------------------------------------------------------------- any search
@@ -149,11 +149,11 @@ def search_bm25(settings, corpus, questions, world):
 
 class DenseIndex(NamedTuple):
     """Hold what dense retrieval opens once, before the first question."""
-    name: str            # of the query encoder
+    name: str            # the query encoder's
     model: BiEncoder
     collator: GroupCollator
     vectors: np.ndarray  # (N, D), memory-mapped
-    metric: str          # of the search: ip or l2
+    metric: str          # the search's: ip or l2
     parts: list          # the parts of a faiss index, see open_indices; None: the search is exact
 
 
@@ -353,7 +353,7 @@ def score_keys(model, collator, question, texts, bf16, device):
 # ---------------------------------------------------------------- other methods
 
 def search_random(settings, corpus, questions, world):
-    """Return documents drawn at random by seed and question, the baseline of every measure."""
+    """Return documents drawn at random by seed and question, a baseline for every measure."""
     count = min(settings.hits, len(corpus))
     rows = []
     for i in range(len(questions)):

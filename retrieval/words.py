@@ -12,13 +12,13 @@ THRESHOLD = 0.001     # `auto` chooses `unicode` if this share of their characte
 
 # bm25s's words: at least two letters, digits or underscores, but no combining marks
 PLAIN_WORD = re.compile(r"(?u)\b\w\w+\b")
-FIRST = rf"[[\p{{L}}\p{{N}}_]--[{UNSPACED}]]"       # characters of words with blanks around them
+FIRST = rf"[[\p{{L}}\p{{N}}_]--[{UNSPACED}]]"       # first characters of words between spaces
 OTHER = rf"[[\p{{L}}\p{{N}}\p{{M}}_]--[{UNSPACED}]]"
 WORD = regex.compile(rf"(?P<run>[{UNSPACED}][{UNSPACED}\p{{M}}]*)|{FIRST}{OTHER}+",
                      regex.VERSION1)
 GRAPHEME = regex.compile(r"\X")
-# Characters that may be left out of a word: vowel points of Hebrew and Arabic, the letter
-# stretcher, soft hyphens and joiners. Also the dot that lower() leaves behind in "İ".
+# Characters that may be left out of a word: vowel points of Hebrew and Arabic, the tatweel
+# (an Arabic letter stretcher), soft hyphens and joiners, and the dot that lower() leaves of "İ".
 OPTIONAL = ("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0640\u064b-\u0652\u0670"
             "\u00ad\u200c\u200d\u2060\ufeff]|(?<=i)\u0307")
 OPTIONAL_SIGN = re.compile(OPTIONAL)
@@ -66,7 +66,7 @@ def choose_rule(corpus):
     """Return (rule, share) for a corpus.
 
     `share` is the share of a sample's characters at which bm25s would split words wrongly. The rule
-    is `unicode` if it is at least THRESHOLD, else `bm25s`.
+    is `unicode` if the share is at least THRESHOLD, else `bm25s`.
     """
     count, num_special, total = min(RULE_SAMPLE, len(corpus)), 0, 0
     for i in range(count):

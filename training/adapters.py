@@ -16,7 +16,7 @@ from torch import nn
 from training.checkpoints import check_fit
 from utils import InputError, refusing
 
-# bitsandbytes, which peft imports, recommends on some CPUs a package that is not needed here
+# on some CPUs bitsandbytes, which peft imports, recommends a package that is not needed here
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -36,7 +36,7 @@ LORA_FLAGS = ("lora_alpha", "lora_dropout", "lora_targets", "frozen_bf16", "save
 
 
 def add_lora_flags(add, switch=None):
-    """Add the flags of LoRA with a group's add_argument; `switch` holds a switch's options."""
+    """Add the flags of LoRA with a group's add_argument; `switch`: options of boolean flags."""
     switch = switch or {"action": "store_true"}
     add("--lora", type=int, metavar="R",
         help="train LoRA adapters of rank R on frozen weights, merged when saved (needs the "
@@ -82,8 +82,8 @@ def read_lora_flags(flags):
 def prepare_lora(transformer, lora, device, bf16):
     """Return the frozen transformer with adapters, as the LoraSettings `lora` describe them.
 
-    With load_in_4bit the weights are quantised on the device, and products are computed in bfloat16
-    if `bf16`, else in float32. Raise InputError as pack_weights and add_lora.
+    With load_in_4bit the weights are quantised on the device, and matrix products are computed in
+    bfloat16 if `bf16`, else in float32. Raise InputError as pack_weights and add_lora do.
     """
     if lora.load_in_4bit:
         pack_weights(transformer, device, bf16)
@@ -93,7 +93,7 @@ def prepare_lora(transformer, lora, device, bf16):
 
 
 def freeze_in_bf16(transformer):
-    """Convert the weights of a transformer, which are not trained, to bfloat16."""
+    """Convert a transformer's weights to bfloat16, except those that must stay in float32."""
     kept = transformer._keep_in_fp32_modules or []
     for name, weight in transformer.named_parameters():
         if not any(part in kept for part in name.split(".")):
@@ -158,10 +158,10 @@ def pack_weights(transformer, device, bf16):
     """Quantise the weights of a transformer's linear layers to 4 bits (NF4 with double
     quantisation, QLoRA section 3); they are not trained.
 
-    The output layer stays as it is. So do layers that transformers keeps in float32, such as T5's
-    `wo`, because T5 converts its input to the type of the weight. Products are computed in bfloat16
-    or float32. Raise InputError without bitsandbytes, for a model without linear layers, and if
-    bitsandbytes does not support the device.
+    The output layer is not quantised, nor are layers that transformers keeps in float32, such as
+    T5's `wo`, because T5 converts its input to the type of the weight. Matrix products are computed
+    in bfloat16 or float32. Raise InputError without bitsandbytes, for a model without linear
+    layers, and if bitsandbytes does not support the device.
     """
     try:
         import bitsandbytes
@@ -191,18 +191,18 @@ def pack_weights(transformer, device, bf16):
 
 
 def is_packed(module):
-    """Return True if the module holds weights of 4 bits."""
+    """Return True if the module holds 4-bit weights."""
     return any(hasattr(parameter, "quant_state") for parameter in module.parameters())
 
 
 def copy_to_cpu(module):
-    """Return a copy of a module on the CPU, since a GPU may not have room for a second one; weights
-    of 4 bits are copied on their device.
+    """Return a copy of a module on the CPU, since a GPU may not have room for two; 4-bit weights
+    are copied on their own device.
     """
     tensors = [*module.parameters(), *module.buffers()]
     copies = {id(tensor): copy_tensor(tensor) for tensor in tensors
               if not hasattr(tensor, "quant_state")}
-    return copy.deepcopy(module, copies)  # deepcopy's memo: these are copied already
+    return copy.deepcopy(module, copies)  # copies is deepcopy's memo of finished copies
 
 
 def copy_tensor(tensor):
@@ -215,7 +215,7 @@ def copy_tensor(tensor):
 
 def unload_adapters(transformer):
     """Return the transformer that add_lora was given, with the adapters merged into its weights;
-    weights of 4 bits become float32 on the CPU.
+    4-bit weights become float32 on the CPU.
     """
     for name, layer in list(transformer.named_modules()):
         if hasattr(layer, "get_delta_weight") and is_packed(layer.base_layer):
@@ -224,8 +224,7 @@ def unload_adapters(transformer):
 
 
 def merge_packed(layer):
-    """Return a linear layer equal to a layer of 4 bits with its adapter."""
-
+    """Return a 4-bit layer and its adapter as one float32 linear layer on the CPU."""
     from bitsandbytes.functional import dequantize_4bit
     base = layer.base_layer
     weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float().cpu()

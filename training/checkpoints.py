@@ -1,5 +1,5 @@
-"""Finding, reading and writing checkpoints in every layout, for readers, retrievers, rankers and
-language models.
+"""Find, read and write checkpoints of readers, retrievers, rankers and language models, in all
+their layouts.
 """
 import argparse
 import math
@@ -19,7 +19,7 @@ from utils import InputError, first_line, log_on_main, refusing, shorten
 
 # upper bounds for layers and other values in config.json; anything larger would exhaust memory
 MOST_LAYERS, MOST = 1000, 10 ** 7
-FILE_BYTES = 5 * 10 ** 9  # of weights in one file, at most
+FILE_BYTES = 5 * 10 ** 9  # most bytes of weights in one file
 # files to download from the hub besides the weights: settings, vocabularies, and the layers of
 # sentence-transformers
 HUB_FILES = ["*.json", "*.model", "vocab*", "merges.txt", "*_Dense/*", "*_LayerNorm/*",
@@ -52,8 +52,8 @@ def find_model(path_or_name, with_weights=True):
     """Return (folder with the configuration, weights) of a folder, a file of minFiD, minDPR or DPR,
     or a hub name.
 
-    The weights are None if they are in the folder. Without `with_weights`, those of a hub name are
-    not downloaded. Raises InputError.
+    The weights are None if they are in the folder. Without `with_weights`, the weights of a hub
+    model are not downloaded. Raises InputError.
     """
     path = str(path_or_name)
     if os.path.isdir(path):
@@ -63,7 +63,7 @@ def find_model(path_or_name, with_weights=True):
         beside = os.path.join(os.path.dirname(path), name)
         if os.path.isdir(beside):
             return beside, weights
-        if os.path.isfile(name):  # it might name itself
+        if os.path.isfile(name):  # the file might name itself
             raise InputError(f"{path}: was trained from {shorten(name)}, which is a file; put "
                              "that model's folder next to it")
         return find_model(name, with_weights=False)[0], weights
@@ -135,7 +135,7 @@ def refuse_gguf(path):
 
 
 def find_args(path_or_name):
-    """Return the folder that may hold a model's args.json. Of a hub name, only that file is
+    """Return the folder that may hold a model's args.json. For a hub name, only that file is
     downloaded.
     """
     path = str(path_or_name)
@@ -144,7 +144,7 @@ def find_args(path_or_name):
     try:
         return os.path.dirname(hf_hub_download(path, "args.json"))
     except (OSError, ValueError, HfHubHTTPError):
-        return path  # not trained here; opening the model will report any error
+        return path  # a model that was not trained here; opening it reports errors
 
 
 def open_model_file(path):
@@ -197,8 +197,8 @@ def find_weights(folder, required=False):
     """Return the paths of a folder's weights (.safetensors or .bin, one file or shards), [] if
     there are none.
 
-    Raises InputError if weights are required and missing, or if there are weights in a format that
-    is not read; without the error, the model would start from random weights.
+    Raises InputError if weights are required and missing, or if the only weights are in a format
+    that is not read, because the model would then start from random weights.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = os.path.join(folder, name)
@@ -265,7 +265,7 @@ def check_weights(weights, path):
 
 def write_weights(folder, weights):
     """Write {name: weight} as model.safetensors or, above FILE_BYTES, as several files with an
-    index, as transformers does.
+    index in transformers' form.
     """
     parts = split_weights(weights)
     weight_map = {}
@@ -308,7 +308,7 @@ def load_tokenizer(path_or_name, fallback):
     Raises InputError.
     """
     folder = str(path_or_name)
-    if os.path.isfile(folder):  # the model that it was trained from may be next to it
+    if os.path.isfile(folder):  # its base model may be next to it
         folder = os.path.join(os.path.dirname(folder), fallback)
     else:
         folder = find_model(folder)[0]
@@ -331,8 +331,8 @@ def load_tokenizer(path_or_name, fallback):
 
 
 def check_words(tokenizer, folder):
-    """Raise InputError for a tokenizer without words. transformers opens a folder without a
-    vocabulary, but every word is unknown then.
+    """Raise InputError for a tokenizer without words. transformers also opens a folder without a
+    vocabulary, but then every word is unknown.
     """
     if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:
         raise InputError(f"{folder}: its tokenizer has no words; fetch the model's "
@@ -396,7 +396,7 @@ def refuse_quantised(config, source):
 
 
 def is_size(name, value):
-    """Return True if a configuration's entry of this name may have this integer as its value."""
+    """Return True if an integer is a plausible value of a configuration's entry of this name."""
     least = -MOST  # for example -1 if there is no padding token
     if name.startswith(("num_", "d_")):
         least = 0
@@ -454,14 +454,13 @@ def find_wrapper(names, expected):
                    for name in names)
     best = max(sorted(prefixes, key=len), key=count_known)
     covered = sum(name.startswith(best) for name in names)
-    # otherwise the prefix is that of a part of the model with other names in the file
+    # otherwise the prefix belongs to one part of the model, whose names differ in the file
     is_wrapper = covered == len(names) or 2 * count_known(best) >= covered
     return best if is_wrapper else ""
 
 
 def check_fit(missing, mismatched, unused, source, optional="", unused_is_fine=False):
-    """Raise InputError if weights of a file are missing, unused, or of the wrong shape; used for
-    readers, encoders, rankers and language models.
+    """Raise InputError if weights of a file are missing, unused, or of the wrong shape.
 
     missing, unused: names; mismatched: (name, shape in the file, shape by the configuration), as in
     transformers' loading info; for the other arguments see fit_weights.

@@ -1,4 +1,4 @@
-"""Estimates of what a training run will cost, from its first updates: hours, memory and disk."""
+"""Estimate a training run's hours, memory and disk space from its first updates."""
 import os
 import shutil
 from statistics import median
@@ -6,13 +6,14 @@ from statistics import median
 from training.adapters import is_packed
 from utils import format_seconds, gather_lists, peak_bytes
 
-COUNTED_UPDATES = 5  # updates that an estimate is made from; the first is slower and left out
+COUNTED_UPDATES = 5  # an estimate's updates; the first one is slower and left out
 
 
 def log_cost(run, seconds, evaluations=0, eval_seconds=0.0):
     """Log three lines: the hours that are left, the memory of each process, and the disk space.
 
-    seconds: of some updates; evaluations: how many are left; eval_seconds: of one evaluation.
+    seconds: the durations of some updates; evaluations: how many are left; eval_seconds: the
+    duration of one.
     """
     counted = seconds[1:] or seconds
     update_seconds = median(counted)

@@ -21,7 +21,7 @@ from training.cost import COUNTED_UPDATES, count_trained, log_cost
 from training.output_folder import versions
 from utils import InputError, World, gather_lists, peak_bytes, progress_bar, refusing
 
-# what a run reads; in a federation a client has no dev set, and the server has no training set
+# the sets that a run reads; in a federation, clients have no dev set, the server no training set
 BOTH_SETS = ("train", "dev")
 MOST_NAMED = 8  # records that an error names
 
@@ -51,8 +51,8 @@ class Progress:
     def keep_best(self, measures, best_at):
         """Return True, and remember the measures, if they are the best so far; higher is better.
 
-        measures: a tuple; the first decides, each further one breaks ties. Equal measures count as
-        better: among checkpoints without a right answer the first has hardly been trained.
+        measures: a tuple, compared in order. Equal measures count as better: while no checkpoint
+        answers anything right, the latest is the most trained.
         """
         is_best = measures >= self.best
         if is_best:
@@ -68,7 +68,7 @@ class Progress:
                 "loss_curve": [round(loss_sum / weight, 5) for loss_sum, weight in self.losses]}
 
     def start_report(self):
-        """Drop what the last report has written."""
+        """Reset the sums for the next report."""
         self.losses, self.examples, self.seconds = [], 0.0, 0.0
 
     def start_epoch(self):
@@ -120,8 +120,8 @@ class Run:
 # ---------------------------------------------------------------- one update
 
 def open_epoch(run, plan):
-    """Return (the updates of the current epoch's plan that are left, an iterator over their
-    batches). A resumed run continues inside its epoch.
+    """Return (the remaining updates of the current epoch's plan, an iterator over their batches). A
+    resumed run continues inside its epoch.
     """
     remaining = plan[run.progress.update:]
     run.train_set.epoch = run.progress.epoch
@@ -132,9 +132,9 @@ def open_epoch(run, plan):
 def step_optimizer(run, loss, losses, indices):
     """Clip the gradient and take an optimizer step.
 
-    loss: of the update over all processes; losses, indices: of this process's micro-batches, the
-    loss and the list of the records' indices. Raises InputError that names the records if the loss
-    or the gradient is not finite; the weights have not changed then.
+    loss: the update's loss over all processes; losses, indices: the loss and the records' indices
+    of each of this process's micro-batches. If the loss or the gradient is not finite, leaves the
+    weights unchanged and raises InputError naming the records.
     """
     parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
@@ -181,7 +181,7 @@ def log_update(run, bar, seconds):
 
 
 def measure_updates(run, plan, train_update):
-    """Return the seconds of the first few updates of an epoch's plan; they do train the model."""
+    """Train the model on the first few updates of an epoch's plan; return the seconds of each."""
     updates, batches = open_epoch(run, plan)
     seconds = []
     for update in progress_bar(updates[:COUNTED_UPDATES], desc="measuring", unit=" updates",
@@ -193,8 +193,8 @@ def measure_updates(run, plan, train_update):
 
 
 def epoch_bar(run, steps=None):
-    """Return a progress bar over the updates of the whole run, so that the time it shows is that of
-    the run, not of the epoch.
+    """Return a progress bar over the updates of the whole run, so that it shows the time left in
+    the run, not in the epoch.
 
     steps: see progress_bar.
     """
@@ -251,8 +251,8 @@ def freeze(model, pattern):
 
 
 def make_optimizer(model, lr, weight_decay, eps, warmup, updates, kind="adamw"):
-    """Return (optimizer over the weights that are trained, its schedule: linear warm-up, then
-    linear decay to 0 at the last update).
+    """Return (optimizer of the trained weights, its schedule). The schedule is a linear warm-up,
+    then a linear decay to 0 at the last update.
 
     kind: "adamw", or "sgd" for plain SGD.
     """
@@ -262,7 +262,7 @@ def make_optimizer(model, lr, weight_decay, eps, warmup, updates, kind="adamw"):
     else:
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, eps=eps,
                                       fused=True)
-    # transformers' schedule is equal; importing it takes 7 s if peft and bitsandbytes are installed
+    # equal to transformers' schedule, whose import takes 7 s with peft and bitsandbytes installed
     def share(update):
         if update < warmup:
             return update / max(warmup, 1)
@@ -274,16 +274,16 @@ def wrap_model(model, world):
     """Return the model, inside DistributedDataParallel if there are several processes."""
     if world.size == 1:
         return model
-    # no device_ids: the models move their inputs themselves; DDP would move each token list alone
+    # no device_ids, since the models move their inputs themselves; DDP would move lists one by one
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def log_start(run, data, unit, accumulate, updates, warmup):
     """Log the lines that every run starts with: machine, data and model, batch and schedule.
 
-    data: what is trained on, in words; unit: what batches consist of, for example "questions";
-    accumulate: mean or sum of micro-batches; updates: how many there are, in words; warmup: updates
-    of warm-up.
+    data: the training data, in words; unit: what batches consist of, for example "questions";
+    accumulate: mean or sum of micro-batches; updates: their number, in words; warmup: the number of
+    warm-up updates.
     """
     args, world, log = run.args, run.world, run.world.log
     parameters = sum(parameter.numel() for parameter in run.unwrapped.parameters())
@@ -324,8 +324,8 @@ class RunLog:
     """Write rows to a JSONL file and, optionally, to TensorBoard, from the main process."""
 
     def __init__(self, path, is_main, keep_rows=0, tensorboard=None):
-        """Open the log of a run. The first row that is written replaces the file's content after
-        its first `keep_rows` rows, which a resumed run has written before.
+        """Open the log of a run. The file's first `keep_rows` rows, written before a resume, are
+        kept; all others are dropped when the first new row is written.
 
         tensorboard: a folder, or None. Raises InputError if the package is missing.
         """

@@ -1,4 +1,4 @@
-"""The resume state OUT.state, from which a run ends with the weights of one that never stopped."""
+"""The resume state OUT.state: a resumed run ends with the weights of one that never stopped."""
 import math
 import os
 import random
@@ -95,8 +95,8 @@ def load_state(out, flags, world, free_flags, inputs):
                          "all of them share")
     if not any(exists):
         return None
-    # mmap on a GPU: weights go there one by one; the host's memory could not hold all of them once
-    # per process
+    # with a GPU, map the file and copy weights to the GPU one by one: the host's memory could not
+    # hold all weights once per process
     state = load_torch_file(path, mmap=world.device.type == "cuda")
     allow_no_inputs(state)
     check_form(state, STATE_PARTS, path)
@@ -117,7 +117,7 @@ def load_state(out, flags, world, free_flags, inputs):
 def refuse_other_flags(path, now, then, free_flags):
     """Raise InputError if a state is from a run with other flags; now, then: {name: value}.
 
-    A flag that did not exist then may be off now.
+    A flag that the state does not have must be off now.
     """
     with refusing(f"{path}: its flags cannot be compared", START_ANEW):
         changed = [name for name, value in now.items() if name not in free_flags
@@ -222,7 +222,7 @@ def load_optimizer(optimizer, saved):
 
 
 def load_scheduler(scheduler, saved, updates):
-    """Load the schedule. Raises ValueError if it is not the one after this many updates."""
+    """Load the schedule. Raises ValueError if it is at another number of updates."""
     own = scheduler.state_dict()
     if {name: type(value) for name, value in own.items()} != {name: type(value) for name, value
                                                               in saved.items()}:

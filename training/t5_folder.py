@@ -63,8 +63,8 @@ def open_t5_tokenizer(folder, vocab_size):
 
 
 def name_special_tokens(tokenizer):
-    """Set </s>, <pad> and <unk> where the tokenizer's files do not set such a token and its
-    vocabulary contains it.
+    """Set </s>, <pad> and <unk> if the tokenizer's vocabulary contains them and its files set no
+    such token.
     """
     vocabulary = tokenizer.get_vocab()
     for name, token in STANDARD.items():
@@ -92,15 +92,15 @@ class Pieces(NamedTuple):
     pieces: list          # (text, score, type)
     model_type: int
     byte_fallback: bool
-    charsmap: bytes       # of the normaliser
+    charsmap: bytes       # the normaliser's character map
     add_prefix: bool      # put a space before the text
 
 
 def read_sentencepiece(path, settings, vocab_size):
     """Return the tokenizer of a sentencepiece file, with the ids of transformers' T5Tokenizer.
 
-    Tokens are added as T5Tokenizer adds its sentinels, and as `settings`, those of
-    tokenizer_config.json, and added_tokens.json add theirs. Raise InputError if the file is not a
+    Sentinels are added as by T5Tokenizer, then the tokens of added_tokens.json and of `settings`,
+    the content of tokenizer_config.json. Raise InputError if the file is not a
     unigram model of sentencepiece.
     """
     with open(path, "rb") as file:
@@ -299,8 +299,8 @@ def settle_ids(start, ends, pad, tokenizer):
 
     start, ends, pad: the ids of config.json and generation_config.json. Targets end with the
     tokenizer's </s>, so answers end with it too, and with any id of `ends` that is a special token.
-    The decoder begins with `start`, as in its training, or the padding id if that is None. Raise
-    InputError if there is no end token.
+    The decoder begins with `start`, as in its training, or with the padding id if `start` is None.
+    Raise InputError if there is no end token.
     """
     special = set(tokenizer.all_special_ids)
     if tokenizer.eos_token_id is None:
@@ -341,9 +341,9 @@ def plain_key(key):
 def has_cross_bias(names, settings):
     """Return True if a checkpoint's position bias of the cross-attention is to be applied.
 
-    That is so for FiD's own files, which are recognised by the names of weights, and for readers
-    trained from them here, which are marked in `settings`, those of config.json (`passage_stride`
-    in older ones). T5's first releases contain a weight of that name, too, but no T5 uses it.
+    It is applied for FiD's own files, recognised by their weights' names, and for readers trained
+    from them here, whose config.json (`settings`) has CROSS_BIAS_MARK or, in older ones,
+    passage_stride. T5's first releases contain a weight of that name, too, but no T5 uses it.
     """
     if any(re.search(r"(^|\.)encoder\.encoder\.", name) for name in names):
         return True
@@ -351,10 +351,9 @@ def has_cross_bias(names, settings):
 
 
 def share_embeddings(weights):
-    """Return {name: weight} with all four EMBEDDINGS. Those that the file lacks or holds as copies
-    become the tensor of the first one, so that they are tied as in transformers.
+    """Return {name: weight} with all four EMBEDDINGS. Missing ones, and copies of the first one,
+    become the first one's tensor, so that they are tied as in transformers.
     """
-
     first = next((weights[name] for name in EMBEDDINGS if name in weights), torch.empty(0))
 
     def choose(name):
