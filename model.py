@@ -368,9 +368,9 @@ class FiDT5(Reader):
         """Return ids (B, <= max_length) by greedy or beam search, with the start token first and
         padding after </s>.
 
-        return_scores: a kind of crossattention_scores (True: logits); also return the scores (B, N)
-        of the passages. n_best: return ids (B, n_best, T) of the best answers in the order of beam
-        search, and their log probabilities (B, n_best) last.
+        return_scores: also return the passages' crossattention_scores (B, N) of this kind (True:
+        logits). n_best: return ids (B, n_best, T) of the best answers in the order of beam search,
+        and their log probabilities (B, n_best) last.
         """
         memory, others = self.encode(input_ids, attention_mask), []
         if return_scores:
@@ -494,9 +494,9 @@ class FiDT5(Reader):
         """Return the reader of a T5's folder or hub name, a folder written here, a released FiD
         reader or minFiD's file.
 
-        `dropout` replaces the configuration's rate. A folder without weights gives a reader with
-        random weights, and a note, unless it must be `trained`. Raise InputError for an unknown
-        name, an unreadable file, another architecture, or weights of other shapes.
+        `dropout` replaces the configuration's rate. For a folder without weights, log a note and
+        return a reader with random weights, unless it must be `trained`. Raise InputError for an
+        unknown name, an unreadable file, another architecture, or weights of other shapes.
         """
         folder, weights = find_model(path_or_name)
         config = read_config(folder)
@@ -546,7 +546,7 @@ class FiDT5(Reader):
         write_weights(folder, self.plain_weights())
         config = self.config.to_dict() | {"architectures": [type(self.t5).__name__],
                                           "tie_word_embeddings": self.is_tied, "dtype": "float32"}
-        if self.config.model_type == "t5":  # read as "scale the states" by T5, see __init__
+        if self.config.model_type == "t5":  # T5 reads it as "scale the states", see __init__
             config["tie_word_embeddings"] = self.config.scale_decoder_outputs
         if self.cross_bias is not None:
             config[CROSS_BIAS_MARK] = True

@@ -1,1 +1,1 @@
-"""The retriever: models and their folders, losses, training examples, evaluation."""
+"""The retriever: models and their folders, losses, training examples, batches."""

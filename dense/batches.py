@@ -21,8 +21,8 @@ def plan_batches(sizes, epoch, seed, shuffle, batch_size, accumulation, same_dat
                  world_size=1):
     """Return this process's part of an epoch, [update][micro-batch][(example index, is_real)].
 
-    The processes' micro-batches form one batch of batch_size * world_size examples, of which each
-    process takes every world_size-th. The batches do not depend on the number of processes. The
+    The processes' micro-batches form one batch of batch_size * world_size examples; each process
+    takes every world_size-th example. The batches do not depend on the number of processes. The
     last batch may be smaller. If it has no example left for a process, that process gets a dummy
     entry (is_real=False).
 
@@ -83,8 +83,8 @@ class Visit(NamedTuple):
 
 
 class GroupSet(torch.utils.data.Dataset):
-    """Give the visits of examples. Each epoch draws new groups, the same ones for any number of
-    processes.
+    """Turn entries of the plan into Visits. Each epoch draws new groups, which do not depend on the
+    number of processes.
     """
 
     def __init__(self, examples, group_rules, seed):
@@ -170,7 +170,7 @@ class GroupCollator:
     def queries(self, texts, tasks, instructions=None):
         """Return token ids of queries in the query template, after an instruction.
 
-        instructions: the records' own ones; None stands for the task's.
+        instructions: the records' own; None stands for the task's instruction.
         """
         prompted = []
         for text, task, own in zip(texts, tasks, instructions or [None] * len(texts)):
@@ -234,7 +234,7 @@ def identity(text):
 
 
 def tokenize(tokenizer, texts, max_length, append_eos=False):
-    """Return lists of token ids with the tokenizer's own special tokens, truncated on its own side.
+    """Return lists of token ids, truncated on the tokenizer's side, with its special tokens.
 
     append_eos: end each list with the end-of-sequence token if the tokenizer does not.
     """

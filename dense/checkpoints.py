@@ -68,7 +68,7 @@ ENCODER_CLASSES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5Enc
 OTHER_ENCODERS = ("blenderbot", "blenderbot-small", "m2m_100", "marian", "moonshine", "pegasus",
                   "pegasus_x", "prophetnet", "switch_transformers", "t5gemma", "t5gemma2", "udop",
                   "whisper")
-# vectors do not depend on it; checkpoints of sentence-transformers and DPR leave it out
+# vectors do not depend on the pooler; checkpoints of sentence-transformers and DPR leave it out
 POOLER = r"(^|\.)pooler\."
 # prefixes of weights' names: (minDPR's file, DPR's file), and DPR's two encoders on the hub
 QUERY_PREFIXES = ("query_encoder.encoder.", "question_model.")
@@ -170,8 +170,8 @@ def open_encoder(description, pooling=None, dropout=None, trained=False):
 def open_transformer(folder, dropout=None, trained=False):
     """Return the transformer of a folder in float32.
 
-    A folder without weights gives random ones, with a note, unless `trained` refuses it. Raises
-    InputError for a file that lacks weights of the transformer.
+    For a folder without weights, logs a note and uses random ones; with `trained`, raises
+    InputError. Also raises it for a file that lacks some of the transformer's weights.
     """
     config = read_config(folder, "encoder")
     if config.model_type in OTHER_ENCODERS:
@@ -435,8 +435,8 @@ def read_ranker_activation(folder, config):
     """Return the activation that sentence-transformers applies to a ranker's scores, as a torch
     layer, or None for the identity.
 
-    It is the folder's, else the sigmoid. Our own rankers are trained on the raw scores and have
-    none. Raises InputError for an unknown name.
+    The default is the sigmoid. Our own rankers are trained on raw scores and have none. Raises
+    InputError for an unknown name.
     """
     settings = read_settings(os.path.join(folder, "config_sentence_transformers.json"))
     stated = settings.get("activation_fn")

@@ -72,7 +72,7 @@ def to_doc_indices(qrels, corpus, queries, source="the qrels", log=print):
         absent = next(query_id for query_id in qrels if query_id not in queries)
         log(f"note: {source}: {len(qrels) - len(known)} of {len(qrels)} queries are in none of the "
             f"query files (first: {shorten(absent)}); they are dropped")
-    # one call for all documents: a call for each query's would take longer
+    # one call for all documents, because a call per query would take longer
     pairs = [(query_id, document_id) for query_id in known for document_id in qrels[query_id]]
     doc_indices = corpus.indices([document_id for _, document_id in pairs])
     indexed = {query_id: {} for query_id in known}
@@ -167,7 +167,7 @@ def make_example(record, location, source=NO_SOURCE):
     check_types(record, location)
     check_types(record, location, ["history", "ctxs"])
     if trains_on_contexts(record, source.reader_scores, source.distills):
-        pos = []  # none is labelled as right
+        pos = []  # no context is labelled as right
         neg, scores = find_scored_contexts(record, location, source.reader_scores)
     else:
         pos, neg = labelled_keys(record)
@@ -246,8 +246,8 @@ def unused_fields(record):
 # ---------------------------------------------------------------- triples
 
 def read_triples(path, source):
-    """Return [(record, location)] of a table of triples or with a header of these columns, or None
-    for another file.
+    """Return [(record, location)] of a table of triples, or of a table whose header names these
+    columns; None for any other file.
 
     A triple is query, positive and negative: texts or, with --queries and --corpus, ids as in MS
     MARCO. Raises InputError.
@@ -300,8 +300,8 @@ def make_triple(text, are_ids, source, location):
 # ---------------------------------------------------------------- contexts with a reader's scores
 
 def trains_on_contexts(record, reader_scores, distills):
-    """Return whether to train on a record's `ctxs`: it has no other keys, or a distillation finds a
-    reader's scores in the ctxs and no teacher_scores of the other keys.
+    """Return whether to train on a record's `ctxs`: if it has no other keys, or if the loss distils
+    and only the ctxs have scores.
     """
     if not record.get("ctxs"):
         return False

@@ -25,7 +25,7 @@ from utils import (
 def parse_retriever_flags(description, arguments=None, needs_output=True):
     """Return the flags as a Namespace, of the command line or of a list of arguments.
 
-    needs_output: refuse a command line without --output_dir; federate.py sets it by itself.
+    needs_output: whether --output_dir is required; federate.py sets the folder itself.
     """
     parser = Parser(description=description)
     add_data_flags(parser)
@@ -39,7 +39,7 @@ def parse_retriever_flags(description, arguments=None, needs_output=True):
 
 
 def add_data_flags(parser):
-    """Add the flags of what is trained on."""
+    """Add the flags of the training data."""
     add = parser.add_argument_group("data").add_argument
     add("--train_data", nargs="+", default=[], metavar="FILE",
         help="records of LLM-Embedder, DPR, Tevatron or FlagEmbedding, triplets, tables of "
@@ -69,7 +69,7 @@ def add_data_flags(parser):
 
 
 def add_evaluation_flags(parser):
-    """Add the flags of what to measure on, and how."""
+    """Add the flags of the dev set and its measures."""
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_data", metavar="FILE",
         help="records to measure on: DPR's records, or without --corpus any with positives and "
@@ -92,7 +92,7 @@ def add_evaluation_flags(parser):
 
 
 def add_text_flags(parser):
-    """Add the flags of what comes before texts, and how long they are."""
+    """Add the flags of templates, prompts and lengths of texts."""
     add = parser.add_argument_group("texts").add_argument
     add("--query_template", default="{query}", help="the text of a query")
     add("--key_template", default="{title} {text}",
@@ -252,7 +252,9 @@ def check_retriever_flags(args, sets=BOTH_SETS):
 
 
 class DataFiles(NamedTuple):
-    """Hold the files of the flags of the same names, without patterns and llm-embedder: paths."""
+    """Hold the files that the flags of the same names resolve to, from patterns and llm-embedder:
+    paths.
+    """
     train_data: list
     corpus: list | None
     eval_data: str | None
@@ -295,7 +297,7 @@ def check_metrics(args):
 
 
 def check_training_data(args, sets):
-    """Raise InputError for flags of data that lack another one, or exclude each other."""
+    """Raise InputError for data flags that need another flag, or that exclude each other."""
     if "train" in sets and not (args.train_data or args.positives or args.graded):
         raise InputError("nothing to train on: give --train_data, or --corpus, --queries and "
                          "--positives or --graded")
@@ -333,15 +335,15 @@ def check_evaluation(args):
 
 
 def pick_flags(args, settings):
-    """Return a dataclass of settings, such as TextSettings, with the values of the flags that its
-    fields are named like. Fields for which the script has no flag keep their default.
+    """Return an instance of a dataclass of settings, such as TextSettings, with each field set from
+    the flag of its name. Fields without a flag in the script keep their default.
     """
     names = [field.name for field in fields(settings) if field.name in args]
     return settings(**{name: getattr(args, name) for name in names})
 
 
 def add_encoder_prompt_flags(add):
-    """Add the prompts' flags; `add` is the function of a group of flags."""
+    """Add the flags of the prompts; `add` is an argument group's add_argument."""
     add("--query_prompt", metavar="TEXT",
         help="put TEXT before every query ('' for nothing); default: the checkpoint's prompt, else "
         "--version's instruction")
@@ -350,7 +352,7 @@ def add_encoder_prompt_flags(add):
 
 
 def add_measure_flags(add):
-    """Add the flags that change what a measure counts; `add` is the function of a group of flags.
+    """Add the flags that change what a measure counts; `add` is an argument group's add_argument.
     """
     add("--relevance_level", type=int, default=1, metavar="N",
         help="lowest label that counts as relevant (trec_eval's -l). nDCG still uses the labels "

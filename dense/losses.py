@@ -1,7 +1,7 @@
 """The losses of retriever training: pure functions of scores, each with the paper it comes from.
 
 Q queries; K keys of all queries side by side; G keys in a query's own group. K is Q * G, or less if
-some queries have a positive only. The scores are already divided by the temperature of the metric.
+some queries have only a positive. The scores are already divided by the temperature of the metric.
 Every loss is a scalar, the mean over the queries.
 """
 import torch
@@ -35,11 +35,11 @@ def distillation(scores, teacher_scores, teacher_temperature=1.0, student_temper
 
 def stable_distillation(scores, groups, teacher_scores, teacher_temperature=1.0):
     """Return LLM-Embedder's stabilized distillation (arXiv 2310.07554): a contrastive loss per
-    candidate, weighted by its teacher.
+    candidate, weighted by its teacher score.
 
-    A query's candidates come in falling order of their teacher scores. The i-th contrasts with all
-    keys except the candidates above it: -log(exp(s_i) / (sum of exp over candidates from i on + sum
-    of exp over all other keys)). scores (Q, K); groups (Q, G) the columns of each query's
+    A query's candidates come in falling order of their teacher scores. Candidate i contrasts with
+    all keys except the candidates above it: -log(exp(s_i) / (sum of exp over candidates from i on +
+    sum of exp over all other keys)). scores (Q, K); groups (Q, G) the columns of each query's
     candidates; teacher_scores (Q, G).
     """
     weights = torch.softmax(teacher_scores / teacher_temperature, -1)                   # (Q, G)

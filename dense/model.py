@@ -88,9 +88,9 @@ class BiEncoder(nn.Module):
         transformers', FiD's), or of minDPR's or DPR's file. key_name opens a second encoder for the
         keys.
 
-        Arguments that are None default to the checkpoint's values, else to sentence-transformers'
-        (cos; mean, or the last token of a causal language model), a temperature of 1 and the
-        checkpoint's dropout. A stored temperature counts only for the stored metric.
+        Arguments that are None take the checkpoint's values. If it stores none, the metric is cos,
+        the pooling mean (last token for a causal language model) and the temperature 1. A stored
+        temperature counts only for the stored metric.
 
         trained: refuse a folder without weights. Raises InputError.
         """
@@ -120,8 +120,7 @@ class CrossEncoder(nn.Module):
         self.activation = activation
 
     def predict(self, pairs):
-        """Return the scores (n) of n pairs that sentence-transformers' CrossEncoder.predict gives.
-        """
+        """Return the scores (n) of n pairs, as sentence-transformers' CrossEncoder.predict does."""
         scores = self(pairs)
         return scores if self.activation is None else self.activation(scores)
 
@@ -198,5 +197,5 @@ def count_positions(config):
     if not positions or positions < 0:
         return None
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= config.pad_token_id + 1  # their positions start after that of padding
+        positions -= config.pad_token_id + 1  # these models' positions start after the padding id
     return positions

@@ -172,7 +172,7 @@ def encode_bert(bert, ids, types, offsets, groups):
     """Return the last hidden states (S, D) of packed token ids (S), with their token types (S) and
     their offsets in their text (S).
 
-    It computes what BertModel does (arXiv 1810.04805), with its own modules;
+    The result is BertModel's (arXiv 1810.04805), computed with the model's own modules;
     tests/test_text_encoder.py compares the two.
     """
     config = bert.config

@@ -234,8 +234,8 @@ def lower_case(tokenizer):
 
 
 def lacked_end(name, tokenizer):
-    """Return whether an early version of train_dense.py, which appended the end token for
-    last-token pooling, wrote the folder, and its tokenizer does not append one.
+    """Return whether an early version of train_dense.py wrote the folder and its tokenizer appends
+    no end token. Those versions appended it themselves for last-token pooling.
     """
     retriever = read_args(find_path(name)).get("retriever")
     if not isinstance(retriever, dict) or "end_token" in retriever:
@@ -283,8 +283,9 @@ def find_own_length(tokenizer, folder):
 # ---------------------------------------------------------------- prompts and instructions
 
 def settle_version(texts, name, is_training):
-    """Set whose instructions are used, and whether they are: by flags, else by the checkpoint's
-    training, else by the model's name. Training starts with BGE's, as in LLM-Embedder.
+    """Set whose instructions to use, and whether to use them: from flags, else from the
+    checkpoint's training, else from the model's name. Training starts with BGE's, as in
+    LLM-Embedder.
     """
     flags = texts.settings
     trained = {} if is_training else read_trained_flags(name)
@@ -317,8 +318,8 @@ def settle_prompts(texts, name, log, is_training):
     if own["key"] is None and query.document_names and flags.key_prompt is None:
         log(f"note: {name}: its prompt {query.document_names[0]!r} is not used, as "
             "sentence-transformers' encode_document does not use it; --key_prompt sets one")
-    # an empty prompt in a folder of ours means that it was trained without any; in other folders it
-    # means nothing, since sentence-transformers always writes one
+    # an empty prompt in one of our folders means training without a prompt; in other folders it
+    # means nothing, because sentence-transformers always writes one
     was_trained_without = query.is_ours and own["query"] is not None and not is_training
     if flags.names_prompts or any(own.values()) or was_trained_without:
         texts.prompts = {role: given[role] if given[role] is not None else own[role] or ""

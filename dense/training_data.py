@@ -93,7 +93,7 @@ class DataSettings:
 
 
 class Target(Enum):
-    """Name what a dataset is trained towards."""
+    """Name the target of training on a dataset."""
     POSITIVES = "InfoNCE, alone or with distillation"
     TEACHER = "distillation alone: --loss kl or fid-kd"
     GRADED = "the labels of --graded"
@@ -248,7 +248,7 @@ def find_flaw(example, settings, target, rule, needs_no_negatives=False):
 
 
 def is_unlabelled(example, select_positive):
-    """Return whether none of an example's keys is a positive or is chosen as one by its score."""
+    """Return whether no key of an example is a positive or may become one by its score."""
     return not example.pos and select_positive != "teacher"
 
 
@@ -294,8 +294,8 @@ def choose_positive(example, select_positive, rng):
 
 
 def choose_negatives(candidates, scores, count, select_negative, rng):
-    """Return `count` of the candidates, which are indices of keys. If they are too few, each is
-    repeated as often as the others, give or take one.
+    """Return `count` of the candidates, which are indices of keys. If there are too few, they are
+    repeated evenly.
     """
     if not candidates:
         return []

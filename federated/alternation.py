@@ -4,8 +4,8 @@ Each client finds contexts in its own corpus with the global retriever, and the 
 them for some rounds. Then each client scores its contexts by the global reader's cross-attention,
 and the retriever is trained on the scores (FiD-KD, arXiv 2012.04584).
 
-Contexts and scores stay with the client. retrieve.py and test.py make them, in processes of their
-own, as on a user's command line.
+Contexts and scores stay with the client. retrieve.py and test.py make them, in separate processes,
+as if a user had called them.
 """
 import os
 import subprocess
@@ -27,7 +27,7 @@ CONTEXTS_FILE, SCORED_FILE = "contexts.jsonl", "scored.jsonl"
 # ---------------------------------------------------------------- turns
 
 def alternate(settings, tasks, open_server):
-    """Train both models for --turns turns, from where their states stand; return both Servers.
+    """Train both models for --turns turns, continuing from their states; return both Servers.
 
     open_server: a function (mode, **values of make_party_args) that returns a model's Server.
     """
@@ -70,7 +70,7 @@ def find_own_contexts(settings, eval_file, retriever, folder):
 
 
 def ask(server, turn, query):
-    """Ask all clients to retrieve or to score with the global model; query: which of the two."""
+    """Ask all clients to run a query (retrieve or score) with the global model."""
     def make_messages():
         arrays, layout = to_wire(server.weights)
         config = ConfigRecord({"mode": server.task.mode, "layout": layout})
@@ -84,9 +84,10 @@ def ask(server, turn, query):
 # ---------------------------------------------------------------- one party's files
 
 def save_model(task, args, party, weights):
-    """Write the global model of {name: tensor} to the folder that args name; return its path.
+    """Write the global model with these weights {name: tensor} to the folder in args; return its
+    path.
 
-    Raises InputError if the weights are of another model.
+    Raises InputError if the weights belong to another model.
     """
     run = task.open(args, name_party(start_processes(args.gpus), party), [])
     parameters = trained_parameters(run)
@@ -119,7 +120,7 @@ def score_with_reader(settings, reader, folder):
 
 
 def run_script_alone(script, *words):
-    """Run a script in a process of its own. Raises InputError with its error."""
+    """Run a script in a separate process. Raises InputError with the script's error."""
     done = subprocess.run([sys.executable, os.path.join(ROOT, script), *words],
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:

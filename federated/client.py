@@ -60,7 +60,7 @@ class Client:
     corpus: str = ""     # its own documents; default: those of the shared flags
     index: str = ""      # folder of the documents' vectors
     folder: str = ""     # where it writes; default: clients/NAME
-    flags: str = ""      # further flags of the training script, behind the shared ones
+    flags: str = ""      # further flags of the training script, after the shared ones
     processes: int = 1   # more than one: its local step runs under torchrun
 
     def own_values(self, task, settings):
@@ -77,7 +77,7 @@ class Client:
                 "corpus": self.corpus, "index": self.index}
 
     def records(self, task, settings):
-        """Return the file to train on: `data` or, in alternation, what was made of it."""
+        """Return the file to train on: `data` or, in alternation, the file made from it."""
         if settings.mode != "alternate":
             return self.data
         return os.path.join(self.folder,
@@ -133,7 +133,8 @@ def train_round(task, run, settings, step, received):
 
 
 def start_round(task, run, settings, number, rounds):
-    """Set optimizer, schedule, progress and seed to the start of a round. Return its updates.
+    """Set optimizer, schedule, progress and seed to the start of a round. Return its number of
+    updates.
 
     A client's updates of all rounds form one plan with one schedule. Round r starts where the
     client's round r - 1 ends, whether or not the client took part in that one.
@@ -145,7 +146,7 @@ def start_round(task, run, settings, number, rounds):
     run.optimizer, run.scheduler = make_optimizer(
         run.unwrapped, run.args.lr, run.args.weight_decay, getattr(run.args, "adam_eps", 1e-8),
         warmup, last_update, settings.local_optimizer)
-    run.optimizer.zero_grad()  # a refused update, of any client, leaves its gradient
+    run.optimizer.zero_grad()  # a refused update of any client leaves its gradient
     for group, lr, schedule in zip(run.optimizer.param_groups, run.scheduler.base_lrs,
                                    run.scheduler.lr_lambdas):
         group["lr"] = lr * schedule(done)
@@ -172,7 +173,7 @@ def add_proximal_term(run, mu):
 
 
 def train_updates(task, run, updates, number):
-    """Train on that many updates, across the ends of epochs."""
+    """Train for `updates` updates, across the ends of epochs."""
     bar = progress_bar(desc=f"round {number}, {run.world.party}", total=updates, unit=" updates",
                        is_main=run.world.is_main, always=run.args.tqdm)
     last_update = run.progress.total_updates + updates
@@ -199,8 +200,8 @@ def train_part(task, run, last_update, bar):
 # ---------------------------------------------------------------- messages
 
 def answer_train(message, settings, tasks, client):
-    """Return the content of the answer to a message of training: the weights that this client made
-    of the global ones, and its counts. Raises InputError.
+    """Return the content of the answer to a training message: the weights after this client's
+    updates, and its counts. Raises InputError.
     """
     config = message.content["config"]
     task = tasks[config["mode"]]
@@ -226,7 +227,7 @@ def answer_retrieve(message, settings, tasks, client):
     """
     args, model = save_global_model(message, settings, tasks["retriever"], client)
     retrieve_contexts(settings, model, client.data, args.corpus, client.folder, client.index)
-    RUNS.pop((client.name, "generator"), None)  # it holds the records of the turn before
+    RUNS.pop((client.name, "generator"), None)  # it holds the previous turn's records
     return RecordDict({"config": ConfigRecord({"name": client.name})})
 
 
@@ -242,7 +243,7 @@ def answer_score(message, settings, tasks, client):
 
 
 def save_global_model(message, settings, task, client):
-    """Write a message's model to the client's folder. Return (its flags, its path)."""
+    """Write a message's model to the client's folder. Return (the model's flags, its path)."""
     args = task.make_args(os.path.join(client.folder, task.mode),
                           **client.own_values(task, settings))
     weights = from_wire(message.content["arrays"], message.content["config"]["layout"])
@@ -284,7 +285,7 @@ def train_with_torchrun(task, settings, client, step, received):
     results there. Raises InputError with the processes' error.
     """
     for leftover in glob.glob(f"{glob.escape(client.folder)}.step-*"):
-        shutil.rmtree(leftover)  # of a client that was killed
+        shutil.rmtree(leftover)  # left by a client that was killed
     os.makedirs(os.path.dirname(client.folder) or ".", exist_ok=True)
     folder = tempfile.mkdtemp(prefix=f"{os.path.basename(client.folder)}.step-",
                               dir=os.path.dirname(client.folder) or ".")
@@ -300,7 +301,7 @@ def train_with_torchrun(task, settings, client, step, received):
         try:
             _, errors = process.communicate()
         finally:
-            # If this process is ended, torchrun must end its own processes. It can do so only after
+            # If this process is ended, torchrun must end its own processes, which it can do after
             # SIGTERM, not after SIGKILL.
             process.terminate()
         if process.returncode:

@@ -1,8 +1,8 @@
 """A client under Flower: it passes each message on to a worker that stays from round to round.
 
 Flower starts a program for every message. Importing torch, opening the model and reading the
-records would take that program longer than many a round takes. So this module imports none of it:
-the worker does (federated/worker.py), and the first message of a run starts it.
+records takes longer than many rounds do. So this module leaves them to a worker
+(federated/worker.py), which the first message of a run starts.
 """
 import json
 import os
@@ -82,7 +82,7 @@ def start_worker(path, supernode):
 
 
 def end_earlier_workers(path):
-    """End this client's workers of earlier runs, which hold memory and serve nothing."""
+    """End this client's workers of earlier runs, which only hold memory."""
     folder, name = os.path.split(path)
     for other in os.listdir(folder):
         if other.split("-")[0] != name.split("-")[0]:

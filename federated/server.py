@@ -59,7 +59,7 @@ class Server:
     run: Run                   # the global model, and what it is measured on
     strategy: object
     grid: object
-    simulated: bool            # then the same command gives the same result
+    simulated: bool            # True: the same command gives the same result
     noise_multiplier: float    # of --privacy
     flags: dict                # federate.py's, which a resumed run must have again
     inputs: dict = field(default_factory=dict)  # {path: size and hash}, see resume.hash_inputs
@@ -92,7 +92,7 @@ class Server:
 # ---------------------------------------------------------------- rounds
 
 def run_rounds(server, last):
-    """Train up to round `last`, from where the server stands."""
+    """Train up to round `last`, starting after the last completed round."""
     progress, first = server.run.progress, server.run.progress.total_updates + 1
     if not progress.rows:
         report_round(server, {"round": 0})
@@ -141,7 +141,9 @@ def make_messages(server, number):
 
 
 def aggregate(server, number, replies):
-    """Load the model that the strategy makes of the clients' weights. Raises InputError."""
+    """Aggregate the clients' weights with the strategy, and load the result into the global model.
+    Raises InputError.
+    """
     name = server.settings.strategy[0]
     count_replies(server.strategy, len(replies))
     with refusing(f"round {number}: {name} fails on {len(replies)} answers",
@@ -169,8 +171,8 @@ def ask_clients(server, what, make_messages, check):
     settings = server.settings
     for attempt in range(1, settings.attempts + 1):
         wait_for_clients(server)
-        # None takes a seed from the system: in a deployed run nobody may guess the noise, or which
-        # clients are asked
+        # None seeds from the system, so that nobody can guess a deployed run's noise, or the choice
+        # of clients
         seed = None
         if server.simulated:
             seed = zlib.crc32(f"{server.run.args.seed}/{what}/{attempt}".encode())
@@ -195,7 +197,7 @@ def ask_clients(server, what, make_messages, check):
 
 
 def wait_for_clients(server):
-    """Wait until --num_clients are online; once they were, until --min_clients are.
+    """Wait until --num_clients are online or, if they have been before, until --min_clients are.
 
     Raises InputError after --patience.
     """
@@ -220,7 +222,7 @@ def sort_replies(server, messages, replies, check):
     """
     good, left_out = [], []
     waiting = {message.metadata.dst_node_id for message in messages}
-    # the sender of Flower's own errors is its server; the message that they answer names the client
+    # Flower's server sends Flower's own errors, so the message that they answer gives the client
     asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages
              if message.metadata.message_id}
     for reply in replies:
@@ -255,8 +257,8 @@ def describe_error(server, node, error):
 
 
 def check_answer(server, reply):
-    """Check a client's answer; put its weights into the form of the strategies and the number of
-    bytes they came in into its metrics.
+    """Check a client's answer. Convert its weights to the form that strategies take, and add the
+    number of bytes received to its metrics.
 
     Raises InputError for weights of another model, and for any number that is not finite.
     """
@@ -338,7 +340,7 @@ def save_server_state(server):
 
 
 def restore_server_state(server):
-    """Set what save_server_state wrote, if --resume is given and OUT.state exists.
+    """Restore what save_server_state wrote, if --resume is given and OUT.state exists.
 
     Raises InputError for a state of other flags or of another model, and for a damaged one.
     """

@@ -1,4 +1,4 @@
-"""Dealing one file of records out to the clients of a simulation, each into a file of its own."""
+"""Split one file of records into one file per simulated client."""
 import json
 import os
 from collections import defaultdict

@@ -155,10 +155,10 @@ def count_replies(strategy, count):
 
 
 def epsilon(noise_multiplier, rounds, delta=PRIVACY_DELTA):
-    """Return the epsilon of so many Gaussian releases, if every client contributes to each.
+    """Return the epsilon of `rounds` Gaussian releases, if every client contributes to each.
 
-    By Renyi differential privacy (Mironov, arXiv 1702.07476): the releases cost alpha * rounds /
-    (2 * noise_multiplier^2) at any order alpha (corollary 3); this is the conversion to (epsilon,
+    By Renyi differential privacy (Mironov, arXiv 1702.07476): the releases cost alpha * rounds / (2
+    * noise_multiplier^2) at any order alpha (corollary 3); the result converts this to (epsilon,
     delta) at the best order (proposition 3). Infinite without noise.
     """
     if not noise_multiplier:

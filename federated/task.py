@@ -1,9 +1,9 @@
 """What a federation trains, and how: a retriever by train_dense.py's functions, a reader by
 train_epoch.py's.
 
-federate.py hands both scripts over, as modules. They have functions of the same names: check_args,
-set_up, plan_run, train_update, count_warmup, evaluate, keep_measures, save_best. Everything in
-which the two differ is in this file or in federate.py's make_party_args.
+federate.py passes in both scripts as modules. They use the same names: FREE_FLAGS, check_args,
+list_inputs, set_up, plan_run, train_update, count_warmup, evaluate, keep_measures, save_best. All
+their differences are handled in this file or in federate.py's make_party_args.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from utils import World
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold what federate.py's flags of the same names are set to; help texts are there."""
+    """Hold the values of federate.py's flags of the same names, which its help explains."""
     model: str            # OUT, without a slash at its end
     mode: str             # retriever, generator, or alternate for both in turns
     rounds: int           # in alternation, of each model in each turn
@@ -46,7 +46,7 @@ class Task:
     """Hold one model that is trained, and the script that trains it."""
     mode: str            # retriever or generator
     script: ModuleType   # train_dense or train_epoch
-    words: list          # the script's flags behind federate.py's `--`, which all parties share
+    words: list          # the script's flags after federate.py's `--`, which all parties share
     make_args: Callable  # make_args(out, ...) returns a party's flags, see make_party_args
 
     def open(self, args, world, sets):
@@ -59,7 +59,7 @@ class Task:
         return self.script.set_up(args, world, sets)
 
     def list_inputs(self):
-        """Return {path: whether all of it is hashed} of the files that the shared flags name.
+        """Return {path: whether to hash the whole file} for the files that the shared flags name.
 
         The reader's dev set with contexts, which alternation makes in each turn, is not among them.
         """
@@ -83,7 +83,9 @@ class Task:
 
 @dataclass
 class PartyWorld(World):
-    """Hold a World whose log lines start with a party's name: a process may have several."""
+    """Hold a World whose log lines start with a party's name, since a process may run several
+    parties.
+    """
     party: str = ""
 
     def log(self, text):

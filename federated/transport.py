@@ -1,7 +1,7 @@
 """The weights on their way between server and clients: one array of Flower's, float32 or bfloat16.
 
-In bfloat16 a client sends by how much it changed each weight. The weight itself would lose most of
-a small update to rounding.
+In bfloat16 a client sends the change of each weight, because rounding the weight itself would lose
+most of a small update.
 """
 import hashlib
 import json
@@ -34,7 +34,7 @@ def pack(tensors):
 
 
 def unpack(record):
-    """Return such an ArrayRecord as {name: float32 tensor}."""
+    """Return the ArrayRecord of pack as {name: float32 tensor}."""
     return {name: torch.from_numpy(array.numpy().astype(np.float32, copy=False))
             for name, array in record.items()}
 
@@ -114,8 +114,8 @@ def copy_weights(tensors, parameters):
 def digest_frozen(run):
     """Return a hash of the weights that are not trained, "" if all are trained.
 
-    All parties must have the same frozen weights. No round changes them, so that a model's are
-    hashed once, which takes 1 s for t5-base.
+    All parties must have the same frozen weights. No round changes them, so they are hashed once
+    per model, which takes 1 s for t5-base.
     """
     if run.unwrapped not in DIGESTS:
         DIGESTS[run.unwrapped] = hash_frozen(run)

@@ -1,8 +1,8 @@
 """The worker of a deployed client (federated/deployed.py): it holds the model and the records, and
 answers one message after another.
 
-federate.py starts it and hands the ClientApp in. A worker ends with its supernode, with the next
-run, or after half an hour without a message.
+deployed.py starts it as `federate.py --worker`, which passes in the ClientApp. A worker ends with
+its supernode, with the next run, or after half an hour without a message.
 """
 import os
 import signal
@@ -18,7 +18,7 @@ IDLE = 1800  # seconds without a message after which a worker ends; the next mes
 
 def run_worker(client_app, path, supernode):
     """Answer messages at a socket until the worker's end; supernode: a process id, or 0."""
-    # Also ends a local step, with its processes: the exit runs their `finally`.
+    # Also ends the processes of a local step: the exit runs the `finally` in train_with_torchrun.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if supernode:
         threading.Thread(target=end_with, args=[supernode], daemon=True).start()

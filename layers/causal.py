@@ -8,9 +8,9 @@ embedding waste nothing on padding. Texts with the same prefix share its rows:
     k n o w  c d e          a b
                             c d e
 
-A token attends to the tokens before it in its segment and to all tokens of the segments that come
-before that one in its text. Its position is counted in the whole text. Only the attention function
-and the position ids differ from a plain forward pass of the transformers model.
+A token attends to the earlier tokens of its segment and to all tokens of the segments before it in
+its text. Its position is counted in the whole text. Only the attention function and the position
+ids differ from a plain forward pass of the transformers model.
 """
 import inspect
 from typing import NamedTuple
@@ -39,8 +39,8 @@ class Text(NamedTuple):
 # ---------------------------------------------------------------- which models can be packed
 
 def why_not_packed(model, longest=None):
-    """Return the reason why a model cannot take packed texts of at most `longest` tokens, or None
-    if it can. In that case its attention is set to packed_causal_attention.
+    """Return the reason why a model cannot take packed texts of at most `longest` tokens. If it
+    can, set its attention to packed_causal_attention and return None.
     """
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or [])
@@ -88,9 +88,9 @@ def agrees_when_packed(model):
 # ---------------------------------------------------------------- packing
 
 class Segment(NamedTuple):
-    """Hold tokens that follow those of another segment in some text."""
+    """Hold tokens that follow another segment in one or more texts."""
     ids: list
-    parent: int | None  # index of that segment; None if a text begins here
+    parent: int | None  # index of the segment before; None if a text begins here
 
 
 class SegmentGroup(NamedTuple):
@@ -169,8 +169,8 @@ def common_prefix(texts):
 
 
 def place_segments(segments):
-    """Return (rows, order) of segments: for each an array of the rows of all tokens of its text up
-    to its end, and the order in which the segments are packed.
+    """Return (rows, order) of segments. rows: for each segment, an array of the rows of its text's
+    tokens up to the end of the segment. order: in which to pack the segments.
 
     Segments whose last tokens attend to equally many tokens are neighbours.
     """
@@ -192,7 +192,7 @@ def place_segments(segments):
 
 def group_segments(placed, device):
     """Return the SegmentGroups of [(number of own tokens, rows of the tokens they attend to)],
-    which is sorted by the number of rows, the largest first.
+    sorted by falling number of rows.
     """
     groups, start = [], 0
     placed = [(own, rows) for own, rows in placed if own]

@@ -29,7 +29,7 @@ class Group(NamedTuple):
     n: int
     L: int
     padded_rows: torch.Tensor     # (n * L) the group's row at each position; any row at padding
-    real_positions: torch.Tensor  # (end - start) those of the n * L positions with a real token
+    real_positions: torch.Tensor  # (end - start) positions in n * L that hold real tokens
     padding: torch.Tensor         # (n, 1, 1, L) float, -inf at padded keys
 
 
