@@ -6,8 +6,9 @@ r"""Ask: from one question and a corpus to an answer, with the passages that it 
 
 Without --question, questions are read from a pipe, one per line, or typed at a prompt until an
 empty line. The corpus is searched as in retrieve.py, with the same index, and the passages are read
-as in test.py; index and reader are opened once. Passages are printed by their share of the reader's
-attention as the answer begins, or for a causal language model of the answer's likelihood.
+as in test.py; index and reader are opened once. Passages are printed in the order of their share of
+the reader's attention at the first token of the answer or, for a causal language model, of the
+answer's likelihood.
 """
 import time
 
@@ -83,7 +84,7 @@ EMPTY = "(an empty answer)"
 NOTHING_FOUND = "no passage was found; the question was read alone"
 EXCERPT = 300        # characters of a passage on the terminal
 LONG_EXCERPT = 1500  # and on the page
-WIDEST = 100         # most columns of the terminal that are filled
+WIDEST = 100         # columns of the terminal to use at most
 BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[1;32m", "\033[2m", "\033[0m"
 
 
@@ -93,7 +94,7 @@ class Answer(NamedTuple):
     """Hold the answer to a question, and the passages that it was read from."""
     question: str
     text: str
-    contexts: list  # read, in the retriever's order: {id, title, text, score, share (per cent)}
+    contexts: list  # in the retriever's order: {id, title, text, score, share (per cent)}
     seconds: dict   # {part: seconds}
     n_best: object = None  # [(text, log probability)] of the best answers, or None
 
@@ -133,7 +134,7 @@ def search_contexts(settings, text, corpus, index, world, seconds):
 
 
 def note_unread(lengths, answer, model, tokenizer, is_first):
-    """Log that a question fills the reader's input or, for the first question, that long passages
+    """Log a note if a question fills the reader's input or, at the first question, if long passages
     are truncated.
     """
     collator = model.make_collator(tokenizer, lengths.num_contexts, lengths.max_length)
@@ -170,7 +171,7 @@ def load_reader(args, world):
 
 
 def open_search(settings, corpus, world):
-    """Return the BM25Index or DenseIndex of the settings, made if it is missing."""
+    """Return the BM25Index or DenseIndex of the settings; create it if it is missing."""
     if settings.method == "dense":
         return open_dense(settings, corpus, [settings.task], world)
     from retrieval.bm25 import open_bm25  # only here: loading bm25s takes seconds
@@ -301,7 +302,7 @@ def log(text):
 
 
 def log_times(rows):
-    """Log the first answer's time, and the median of all in total and by part.
+    """Log the time of the first answer, and the median times of all answers, in total and by part.
 
     rows: {part: seconds} per answer.
     """
@@ -331,7 +332,7 @@ PASSAGE = """<li>
 
 
 def write_answers_page(path, answers, footer, count):
-    """Write the answers, with `count` passages each, as one HTML page without other files."""
+    """Write the answers, with `count` passages each, as one self-contained HTML page."""
     sections = "\n".join(make_section(answer, count) for answer in answers)
     today = time.strftime("%Y-%m-%d")
     with new_file(path) as file:

@@ -1,5 +1,5 @@
-r"""Train a retriever or a reader that many parties share, while each keeps its records: the steps
-of train_dense.py and train_epoch.py, federated by Flower (https://flower.ai).
+r"""Train one retriever or reader over many parties, each of which keeps its records, with the
+training steps of train_dense.py or train_epoch.py and Flower (https://flower.ai).
 
     python federate.py OUT --mode retriever --simulate 4 --data train.json --split iid --rounds 10 \
         -- --query_encoder BAAI/bge-base-en --eval_data dev.json --corpus corpus.jsonl
@@ -7,10 +7,10 @@ of train_dense.py and train_epoch.py, federated by Flower (https://flower.ai).
         --client 'name=b data=b.json' --strategy FedProx proximal_mu=0.1 \
         -- --t5_name t5-base --eval_file dev.json --num_contexts 20
 
-All parties share the flags behind `--`, those of train_dense.py (retriever) or train_epoch.py
-(generator). Over several hosts the same flags are given to `flwr run`: docs/federated.md.
+All parties share the flags after `--`, which are those of train_dense.py (retriever) or
+train_epoch.py (generator). On several hosts, give the same flags to `flwr run` (docs/federated.md).
 
-Written: OUT (the best global model, as the training script writes it), OUT.jsonl (a row per round),
+Writes OUT (the best global model, as the training script writes it), OUT.jsonl (a row per round),
 OUT.state (for --resume), and in a simulation OUT.clients (the clients' records).
 """
 import argparse
@@ -24,7 +24,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import fields
 from functools import partial
 
-# must be set before Flower is imported: no telemetry is sent to its makers
+# must be set before Flower is imported, to stop it from sending telemetry
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 try:
@@ -170,8 +170,8 @@ server_app = ServerApp()  # pyproject.toml names it
 def serve(grid, context):
     """Run the server of a deployed federation, when Flower calls it.
 
-    Raises RuntimeError if the run fails. Flower would take an exit for a killed process: it would
-    wait for it for a minute, and show none of its lines.
+    Raises RuntimeError if the run fails. Flower treats an exit as a killed process: it waits for a
+    minute, and shows none of the output.
     """
     def start(_):
         args = read_run_config(context)
@@ -228,7 +228,7 @@ def answer_message(action, message, context):
     except InputError as error:
         print(f"error at {name}: {error}", file=sys.stderr, flush=True)
         reason = HIDDEN_REASON
-    except Exception as error:  # of any kind: the round of the other clients goes on
+    except Exception as error:  # whatever it is, the other clients' round continues
         traceback.print_exc()
         print(f"error at {name}: {first_line(error)}", file=sys.stderr, flush=True)
         reason = HIDDEN_REASON
@@ -246,7 +246,7 @@ def choose_clipping(settings):
 # ---------------------------------------------------------------- what is trained
 
 def make_tasks(args):
-    """Return {mode: Task} of the models to train. Raises InputError if flags behind -- are missing.
+    """Return {mode: Task} of the models to train. Raises InputError if flags after -- are missing.
     """
     modes = ["retriever", "generator"] if args.mode == "alternate" else [args.mode]
     if len(args.script_flags) != len(modes):
@@ -257,16 +257,16 @@ def make_tasks(args):
 
 
 def make_task(mode, words):
-    """Return the Task of a mode and the flags behind --."""
+    """Return the Task of a mode and the flags after --."""
     return Task(mode, SCRIPTS[mode], words, partial(make_party_args, mode, words))
 
 
 def make_party_args(mode, words, out, own_words=(), data="", corpus="", index="", dev=""):
     """Return the training script's flags of one party, as its parser would return them.
 
-    The user's words, shared ones first, are parsed; then the party's own values are set: the path
-    of its model, and what is not "" of its records (data), corpus, index and dev set. Raises
-    InputError for words that are not the script's flags.
+    Parses the user's words, shared ones first. Then sets the party's own values: the path of its
+    model and, unless they are "", its records (data), corpus, index and dev set. Raises InputError
+    for words that are not the script's flags.
     """
     words = [*words, *own_words]
     try:
@@ -286,7 +286,7 @@ def make_party_args(mode, words, out, own_words=(), data="", corpus="", index=""
     else:
         own = {"train_file": data, "corpus": corpus, "index": index, "eval_file": dev}
     own = {name: value for name, value in own.items() if value}
-    # a federation has a state of its own, so that a party neither resumes nor replaces a run
+    # the federation has its own state, so a party's script neither resumes nor replaces a run
     return argparse.Namespace(**vars(args) | own | {"output_dir": out, "resume": False,
                                                     "overwrite": False})
 
@@ -336,7 +336,8 @@ def list_clients(args, seed):
 def parse_command_line(arguments=None):
     """Return federate.py's flags as a Namespace.
 
-    `arguments` in it are all words of the command line, `script_flags` a list of words for each --.
+    Its `arguments` holds all words of the command line, its `script_flags` a list of words for each
+    --.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     own, *script_flags = split_list(arguments, "--")
@@ -472,8 +473,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # a client's own processes: its worker (federated/deployed.py), and torchrun's for a local step
-    # (federated/client.py)
+    # besides users, two modules start this script: federated/deployed.py starts a client's worker,
+    # and federated/client.py runs a local step under torchrun
     if sys.argv[1:2] == ["--worker"]:
         run_worker(make_client_app(), path=sys.argv[2], supernode=int(sys.argv[3]))
     elif sys.argv[1:2] == ["--local_step"]:

@@ -1,4 +1,4 @@
-r"""Score passages by how likely they make the answer to a language model.
+r"""Score passages by how likely a language model finds the answer, given the passage.
 
     python lm_score.py --eval_data train.json --model_name_or_path meta-llama/Llama-2-7b-chat-hf
     torchrun --nproc_per_node=8 lm_score.py --eval_data llm-embedder:qa/msmarco/train.json \
@@ -71,10 +71,10 @@ UNHASHED_FLAGS = {"gpus", "data_root", "eval_data", "model_name_or_path"}
 # ---------------------------------------------------------------- scores
 
 def score_batches(scorer, batches, journal, args, world):
-    """Score this process's share of the batches, lists of Jobs, that are not in the journal; return
+    """Score this process's share of the batches (lists of Jobs) that are not in the journal. Return
     the scores of all batches, on every process.
 
-    The numbers do not depend on the number of processes, because the batches do not. All jobs are
+    Scores do not depend on the number of processes, because the batches do not. All jobs are
     checked before the first is scored. Raise InputError for a job that cannot be scored.
     """
     remaining = [number for number in range(len(batches)) if number not in journal.done]
@@ -91,12 +91,12 @@ def score_batches(scorer, batches, journal, args, world):
 
 
 def check_jobs(scorer, jobs):
-    """Raise InputError for a job whose question and answers do not fit without a key. With its
-    keys, which are truncated, a job then fits too.
+    """Raise InputError for a job whose question and answers do not fit even without a key.
+    Otherwise its keys are truncated until it fits.
     """
     for job in jobs:
         key = ""
-        if job.keys and isinstance(job.keys[0], dict):  # of passages, titles are not truncated
+        if job.keys and isinstance(job.keys[0], dict):  # passages' titles are not truncated
             key = {"title": max((passage.get("title") or "" for passage in job.keys), key=len),
                    "text": ""}
         if job.keys:
@@ -112,7 +112,7 @@ def score_jobs(scorer, jobs, args):
     scores = []
     for job, family in zip(jobs, families):
         job_scores = []
-        for texts in family:  # of one key
+        for texts in family:  # the texts of one key, one per answer
             values = [next(remaining) for _ in texts]
             if args.likelihood == "mean":
                 values = [value / len(text.answer) for value, text in zip(values, texts)]
@@ -144,7 +144,7 @@ def read_jobs(paths, template, args, is_reader, world):
 
 
 def task_template(question):
-    """Return the Template of a record's task. Raise InputError for any other task."""
+    """Return the Template of a record's task. Raise InputError for a task without one."""
     task = question.task or "qa"
     if task not in TASK_TEMPLATES:
         raise InputError(f"{question.location}: there is no template for the task {shorten(task)}, "
@@ -177,8 +177,8 @@ def list_keys(question, corpus):
 
 
 def choose_answers(question, how):
-    """Return the answers to score: all, or with `how` "first" one. Raise InputError if there is no
-    answer.
+    """Return the answers to score: all, or only one if `how` is "first". Raise InputError if there
+    is no answer.
     """
     answers, target = gold_answers(question.record, question.location)
     own_target = question.record.get("target")
@@ -206,7 +206,7 @@ def write_scored(path, jobs, scores):
 class ScoringPaths(NamedTuple):
     """Hold the paths that the flags resolve to."""
     data: str
-    model: str    # or hub name
+    model: str    # folder, file or hub name
     corpus: list
     output: str
 
@@ -244,7 +244,7 @@ def open_scorer(args, name, is_reader, trained, config, world):
     """
     num_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     limit = min(args.context_max_length, num_positions)
-    prompt_limit = trained.get("max_length") or limit  # of a reader
+    prompt_limit = trained.get("max_length") or limit  # used for readers only
     is_t5 = config.model_type in CLASSES
     if args.chat_template and not is_reader and (is_t5 or config.is_encoder_decoder):
         raise InputError(f"--chat_template is for causal language models, but {name} is a "
@@ -315,7 +315,7 @@ def make_fingerprint(paths, template, args, world):
         files = model_files(folder)
         if find_base(folder) != folder:
             files += model_files(find_base(folder))
-        if os.path.isfile(paths.model):  # minFiD's, which holds the weights
+        if os.path.isfile(paths.model):  # minFiD's file, which holds the weights
             files.append(paths.model)
         flags = {name: value for name, value in vars(args).items() if name not in UNHASHED_FLAGS}
         flags |= {"corpus": paths.corpus, "template": template and template.text}

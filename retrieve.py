@@ -160,7 +160,9 @@ def write_measures(args, cutoffs, questions, results, corpus, labels, marks, log
 
 
 def write_html(args, hits, cutoffs, questions, results, corpus, labels, marks):
-    """Write the page of --html, with the measures of --metrics or else those that can be taken."""
+    """Write the page of --html, with the measures of --metrics or, without that flag, all that the
+    questions' labels and answers allow.
+    """
     names = list_measures(args)
     if not names:
         if any(labels):
@@ -201,8 +203,8 @@ def open_questions(args, qrels):
 
 
 def keep_judged(questions, qrels, log):
-    """Return the questions that the qrels judge, because BEIR's file holds the queries of all
-    splits. If none is judged, return all.
+    """Return the questions that the qrels judge: BEIR's file holds the queries of all splits. If
+    the qrels judge no question, return all.
     """
     kept = [question for question in questions if question.id in qrels]
     if not kept:
@@ -248,7 +250,8 @@ def check_records(questions, labels, corpus, args, template):
 
 
 def check_question_ids(questions, args):
-    """Raise InputError for repeated ids, if files refer to ids, or ids that do not fit a TREC run.
+    """Raise InputError for repeated ids if runs or qrels refer to them, and for ids that a TREC run
+    cannot hold.
     """
     seen = set()
     for question in questions:

@@ -122,8 +122,8 @@ def check_outputs(args, context_counts):
 
 
 def note_unanswerable(path, records, model, collator, answer_maxlength, log):
-    """Log how many questions of the file no prediction can answer, because of the tokenizer or of
-    --answer_maxlength.
+    """Log how many questions cannot be answered correctly, because the tokenizer cannot spell their
+    answers or --answer_maxlength cuts them.
     """
     room = model.count_answer_tokens(answer_maxlength)
     check = check_answers([record["answers"] for record in records], collator, room)
@@ -146,7 +146,7 @@ def parse_args():
     add("--max_length", type=int,
         help="maximum tokens per question and passage; default: the checkpoint's value, or 200")
     add("--match", choices=["string", "regex"], default="string",
-        help="string: answers are strings; regex: answers are regular expressions (CuratedTREC), a "
+        help="string: answers are strings; regex: answers are regular expressions (CuratedTREC); a "
         "prediction is correct if its beginning matches one of them, as in DrQA, and F1 equals EM")
     add("--num_workers", type=int, default=0, help="processes that tokenise")
     add = parser.add_argument_group("model").add_argument

@@ -82,15 +82,15 @@ class RetrieverRun(Run):
     """Hold a Run of a retriever or a ranker. Its model is a BiEncoder or a CrossEncoder."""
     corpus: Corpus
     task_settings: dict  # {task: the TaskSettings of its loss}
-    updates: int         # of the schedule; --early_exit_steps may end the run earlier
+    updates: int         # updates in the schedule; --early_exit_steps may end the run earlier
     chunk_size: int      # texts to encode at a time (GradCache); 0: all at once
 
 
 # ---------------------------------------------------------------- loss
 
 def compute_loss(run, batch):
-    """Return (loss over the queries of all processes, their number). Every process computes the
-    same loss, see dense/gather.py.
+    """Return (loss over the queries of all processes, number of these queries). Every process
+    computes the same loss, see dense/gather.py.
 
     Shapes: Q queries and K keys of all processes, groups of G keys.
     """
@@ -136,11 +136,11 @@ def gather_teacher(teacher, sizes):
 
 
 def score_with_retriever(run, batch, count, sizes):
-    """Return (scores (Q, K) of all queries and keys, groups (Q, G): the columns of each query's own
-    keys, zero).
+    """Return (scores (Q, K) of all queries and keys, groups (Q, G), zero). groups has the columns
+    of each query's own keys; the other queries' keys are its in-batch negatives. zero depends on
+    all weights, so that DDP's all-reduce works with a dummy batch, too.
 
-    sizes: of the queries' groups (Q), with sum K. The other queries' keys are in-batch negatives.
-    The zero depends on all weights, so that DDP's all-reduce works with a dummy batch, too.
+    sizes (Q): the sizes of the queries' groups, which add up to K.
     """
     queries, keys = run.model(batch["queries"], batch["keys"], run.chunk_size)
     all_queries = gather_rows(queries[:count])  # (Q, D)
@@ -170,7 +170,8 @@ def score_with_ranker(run, batch, count):
 
 
 def duplicate_mask(batch, count, positives):
-    """Return (Q, K) bool, True at copies of a query's positives except the one that it trains on.
+    """Return (Q, K) bool, True at copies of a query's positives, but not at the positive that it
+    trains on.
     """
     own_keys = int(batch["sizes"][:count].sum())
     identities = gather_rows(batch["identities"][:own_keys].to(positives.device))        # (K)
@@ -182,8 +183,8 @@ def duplicate_mask(batch, count, positives):
 def distillation_loss(settings, scores, groups, teacher, temperature):
     """Return the distillation loss of the queries that have teacher scores.
 
-    scores (Q, K), groups (Q, G): see score_with_retriever; teacher (Q, G); temperature: by which
-    the scores have been divided already.
+    scores (Q, K), groups (Q, G): see score_with_retriever; teacher (Q, G); temperature: what the
+    scores have already been divided by.
     """
     own_scores = scores.gather(1, groups)                                                # (Q, G)
     student_temperature = distill_temperature(settings, temperature) / temperature
@@ -210,8 +211,8 @@ def distill_temperature(settings, temperature):
 
 
 def combine_losses(weighted_losses):
-    """Return the weighted sum of losses, 0 without any. A single loss is not weighted, as in
-    LLM-Embedder.
+    """Return the weighted sum of losses, or 0 if there are none. A single loss is not weighted, as
+    in LLM-Embedder.
     """
     if len(weighted_losses) == 1:
         _, loss = weighted_losses[0]
@@ -224,8 +225,8 @@ def combine_losses(weighted_losses):
 def train_update(run, batches, micro_batches):
     """Take an optimizer step over micro-batches. Return (mean loss, 1, queries of all processes).
 
-    Raises InputError naming the records if the loss or the gradient is not finite; the weights have
-    not changed then.
+    If the loss or the gradient is not finite, leaves the weights unchanged and raises InputError
+    naming the records.
     """
     args, world = run.args, run.world
     losses, counts, indices = [], [], []
@@ -243,7 +244,7 @@ def train_update(run, batches, micro_batches):
         losses.append(loss.detach())
         indices.append(batch["indices"])
 
-    # from the mean of the micro-batches to the mean over their queries
+    # turn the mean over micro-batches into the mean over their queries
     scale = micro_batches * counts[0] / sum(counts)
     if scale != 1:
         for parameter in run.model.parameters():
@@ -261,7 +262,7 @@ def plan_run(run, epoch):
 
 
 def plan_updates(args, dataset_sizes, epoch, world):
-    """Return what plan_run returns, before there is a run."""
+    """Return what plan_run returns, from the flags alone: set_up needs it before there is a run."""
     return plan_batches(dataset_sizes, epoch, args.seed, not args.no_shuffle, args.batch_size,
                         args.grad_accumulation, args.inbatch_same_dataset, world.rank, world.size)
 
@@ -315,7 +316,7 @@ def evaluate(run):
 
 def make_dev_collator(run):
     """Return the GroupCollator of the dev set. If OUT will have prompts for all texts, they replace
-    the instructions of the questions' tasks, as when retrieve.py measures OUT.
+    the instructions by task, as they do when retrieve.py measures OUT.
     """
     prompts = sentence_transformers_prompts(run)
     if not prompts:
@@ -366,7 +367,7 @@ def report_progress(run, measures=None):
 
 
 def keep_measures(run, measures):
-    """Return True, and remember the measures, if they are the best so far by --best_metric."""
+    """If the measures are the best so far by --best_metric, keep them and return True."""
     name = best_metric(run.args, run.dev)
     value = -measures[name] if name == "rank" else measures[name]  # a lower rank is better
     return run.progress.keep_best((value,), f"{name} {measures[name]:.4f} at update "
@@ -396,7 +397,7 @@ def save_best(run):
 
 
 def describe_retriever(run):
-    """Return the content of args.json, with which retrieve.py uses the retriever as it was trained.
+    """Return the content of args.json, from which retrieve.py reads how the retriever was trained.
     """
     args, model, texts = run.args, run.unwrapped, run.collator.texts
     used = used_instructions(run)
@@ -529,7 +530,7 @@ def set_up(args, world, sets=BOTH_SETS):
     """Return the RetrieverRun of these flags with everything read and built, from the start or from
     OUT.state.
 
-    sets: what to read, of "train" and "dev". Raises InputError.
+    sets: which of "train" and "dev" to read. Raises InputError.
     """
     out, files = args.output_dir.rstrip("/"), find_data_files(args)
 
@@ -596,8 +597,8 @@ def check_lone_queries(data, args, world):
 
 
 def list_inputs(args):
-    """Return {path: whether to hash all of it} of the files that the weights depend on, except the
-    checkpoint, whose weights are in OUT.state.
+    """Return {path: whether to hash the whole file} for the files that the weights depend on,
+    except the checkpoint, whose weights are in OUT.state.
     """
     data = find_data_files(args)
     files = dict.fromkeys([*data.train_data, *args.queries], True)
@@ -609,8 +610,8 @@ def list_inputs(args):
 
 
 def check_own_prompts(data, texts):
-    """Raise InputError for records with a prompt of their own if the model leaves its prompt out of
-    the pooling, because that counts the tokens of one prompt for all texts.
+    """Raise InputError for records with their own prompts if the model leaves its prompt out of the
+    pooling, because it leaves out the same number of tokens in every text.
     """
     for example in data.examples:
         if texts.skip and example.instruction is not None:

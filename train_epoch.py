@@ -13,8 +13,8 @@ retrieved passages, and is evaluated on retrieved passages alone:
         --corpus documents.jsonl --num_retrieved 3
 
 Writes OUT (the best reader, a transformers folder), OUT.jsonl (a row per evaluation), OUT.state
-(from which --resume ends with the weights of a run that never stopped) and, with --retriever,
-OUT.retrieved (its passages).
+(--resume continues from it, and ends with the weights of a run that never stopped) and, with
+--retriever, OUT.retrieved (the retrieved passages).
 """
 import math
 import time
@@ -99,8 +99,8 @@ PATH_FLAGS = {"model": "output_dir", "data_train": "train_file", "data_val": "ev
 NUM_CONTEXTS, NUM_RETRIEVED = 5, 3  # defaults of the flags
 
 # federate.py trains with this script, too. It uses FREE_FLAGS, parse_args, check_args, list_inputs,
-# set_up, plan_run, train_update, count_warmup, evaluate, keep_measures and save_best, which
-# train_dense.py has under the same names.
+# set_up, plan_run, train_update, count_warmup, evaluate, keep_measures and save_best.
+# train_dense.py has the same names.
 
 
 class Paths(NamedTuple):
@@ -127,8 +127,8 @@ def train_update(run, batches, micro_batches):
 
     With --accumulate mean, the loss is summed over all target tokens of the update, on all
     processes, and divided by their number. With sum, the mean losses of micro-batches are added up,
-    as in FiD and minFiD. (DDP averages over processes in both.) Raises InputError naming the
-    records if the loss or the gradient is not finite; the weights have not changed then.
+    as in FiD and minFiD. In both cases DDP averages over processes. If the loss or the gradient is
+    not finite, leaves the weights unchanged and raises InputError naming the records.
     """
     args, world, device = run.args, run.world, run.world.device
     by_token = args.accumulate == "mean"
@@ -157,7 +157,7 @@ def train_update(run, batches, micro_batches):
     losses = torch.stack(losses).tolist()
     total, weight, questions = sum_over_processes([sum(losses), weight, questions], world)
 
-    # from DDP's mean over processes of summed losses to the mean over target tokens
+    # DDP has averaged the summed losses over processes; make it the mean over target tokens
     if by_token:
         for parameter in run.model.parameters():
             if parameter.grad is not None:
@@ -204,7 +204,7 @@ def train_epoch(run):
 
 def evaluate(run):
     """Return {dev_em, dev_f1, correct, count, cut, eval_seconds} of the reader as it is now; cut is
-    the number of answers that reached the limit of tokens. The reader returns to training mode.
+    the number of answers that reached the token limit. The reader returns to training mode.
     """
     start = time.time()
     summary = answer_records(run, run.unwrapped, run.dev)
@@ -248,7 +248,7 @@ def report_evaluation(run, measures):
 
 
 def keep_measures(run, measures):
-    """Return True, and remember the measures, if they are the best so far: EM decides, then F1."""
+    """If the measures are the best so far (by EM, then F1), keep them and return True."""
     return run.progress.keep_best((measures["dev_em"], measures["dev_f1"]),
                                   f"epoch {run.progress.epoch}, update "
                                   f"{run.progress.total_updates}")
@@ -275,8 +275,8 @@ def check_dev_answers(run):
 
 
 def note_unreachable(run):
-    """Log which targets the tokenizer cannot spell, and which dev answers it cannot spell or the
-    limit of tokens cuts.
+    """Log the targets that the tokenizer cannot spell, and the dev answers that it cannot spell or
+    that are longer than the token limit.
     """
     log = run.world.log
     room = run.unwrapped.count_answer_tokens(run.answer_limit)
@@ -306,7 +306,7 @@ def set_up(args, world, sets=BOTH_SETS):
     """Return the ReaderRun of these flags with everything read and built, from the start or from
     OUT.state.
 
-    sets: what to read, of "train" and "dev". Raises InputError.
+    sets: which of "train" and "dev" to read. Raises InputError.
     """
     paths, num_contexts = find_paths(args, sets), count_contexts(args)
     answer_limit = args.eval_answer_maxlength or ANSWER_MAXLENGTH
@@ -374,7 +374,7 @@ def set_up(args, world, sets=BOTH_SETS):
 def find_paths(args, sets=BOTH_SETS):
     """Return the Paths, from the three arguments or from their flags.
 
-    sets: see set_up. Raises InputError if both are given, or one that is needed is not.
+    sets: see set_up. Raises InputError if both are given, or if a needed one is missing.
     """
     given = [name for name in PATH_FLAGS if getattr(args, name) is not None]
     by_flag = {name: getattr(args, flag) for name, flag in PATH_FLAGS.items()}
@@ -392,21 +392,21 @@ def find_paths(args, sets=BOTH_SETS):
 
 
 def given_records(paths):
-    """Return {train, dev or test: file} of the files of records that the flags name."""
+    """Return {train, dev or test: file of records} for the files that the flags name."""
     files = {"train": paths.train, "dev": paths.dev, "test": paths.test}
     return {name: path for name, path in files.items() if path}
 
 
 def locate_records(paths, name, retriever):
-    """Return the file to read the records of this name from: the given one or, with a frozen
-    retriever, what retrieve_once has made of it.
+    """Return the file of the records `name` (train, dev or test): the given one or, with a frozen
+    retriever, the one that retrieve_once made from it.
     """
     return retrieved_path(paths.out, name) if retriever else given_records(paths)[name]
 
 
 def list_inputs(args):
-    """Return {path: whether to hash all of it} of the files that the weights depend on, except the
-    checkpoint, whose weights are in OUT.state.
+    """Return {path: whether to hash the whole file} for the files that the weights depend on,
+    except the checkpoint, whose weights are in OUT.state.
     """
     paths = find_paths(args, sets=())
     files = {path: True for name, path in given_records(paths).items() if name != "test"}
