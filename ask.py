@@ -84,7 +84,7 @@ EMPTY = "(an empty answer)"
 NOTHING_FOUND = "no passage was found; the question was read alone"
 EXCERPT = 300        # characters of a passage on the terminal
 LONG_EXCERPT = 1500  # and on the page
-WIDEST = 100         # columns of the terminal to use at most
+WIDEST = 100         # use at most this many columns of the terminal
 BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[1;32m", "\033[2m", "\033[0m"
 
 

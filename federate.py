@@ -160,7 +160,7 @@ def describe_federation(server):
                    f"and {settings.strategy[0]} does not average")
     if not server.run.dev:
         server.log("note: nothing is measured and the latest model is kept; give a held-out file "
-                   "behind --: --eval_data, --eval_qrels or --eval_file")
+                   "after --: --eval_data, --eval_qrels or --eval_file")
 
 
 server_app = ServerApp()  # pyproject.toml names it
@@ -251,7 +251,7 @@ def make_tasks(args):
     modes = ["retriever", "generator"] if args.mode == "alternate" else [args.mode]
     if len(args.script_flags) != len(modes):
         wanted = " ".join(f"-- FLAGS OF {SCRIPTS[mode].__name__}.py" for mode in modes)
-        raise InputError(f"--mode {args.mode} needs the training script's flags behind its own: "
+        raise InputError(f"--mode {args.mode} needs the training script's flags after its own: "
                          f"{wanted}")
     return {mode: make_task(mode, words) for mode, words in zip(modes, args.script_flags)}
 

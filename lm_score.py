@@ -1,4 +1,4 @@
-r"""Score passages by how likely a language model finds the answer, given the passage.
+r"""Score each passage by the likelihood of the answer given it, under a language model.
 
     python lm_score.py --eval_data train.json --model_name_or_path meta-llama/Llama-2-7b-chat-hf
     torchrun --nproc_per_node=8 lm_score.py --eval_data llm-embedder:qa/msmarco/train.json \

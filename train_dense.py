@@ -262,7 +262,7 @@ def plan_run(run, epoch):
 
 
 def plan_updates(args, dataset_sizes, epoch, world):
-    """Return what plan_run returns, from the flags alone: set_up needs it before there is a run."""
+    """Return what plan_run returns; set_up needs it before there is a run."""
     return plan_batches(dataset_sizes, epoch, args.seed, not args.no_shuffle, args.batch_size,
                         args.grad_accumulation, args.inbatch_same_dataset, world.rank, world.size)
 
@@ -367,7 +367,7 @@ def report_progress(run, measures=None):
 
 
 def keep_measures(run, measures):
-    """If the measures are the best so far by --best_metric, keep them and return True."""
+    """Keep the measures if they are the best so far by --best_metric; return whether they are."""
     name = best_metric(run.args, run.dev)
     value = -measures[name] if name == "rank" else measures[name]  # a lower rank is better
     return run.progress.keep_best((value,), f"{name} {measures[name]:.4f} at update "

@@ -248,7 +248,8 @@ def report_evaluation(run, measures):
 
 
 def keep_measures(run, measures):
-    """If the measures are the best so far (by EM, then F1), keep them and return True."""
+    """Keep the measures if they are the best so far, by EM and then by F1; return whether they are.
+    """
     return run.progress.keep_best((measures["dev_em"], measures["dev_f1"]),
                                   f"epoch {run.progress.epoch}, update "
                                   f"{run.progress.total_updates}")
@@ -550,7 +551,7 @@ def parse_args(arguments=None):
     add("--clip", type=float, default=1.0, help="maximum gradient norm")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=42,
-        help="seed of the order, the answers and (plus the rank) dropout")
+        help="seed of the order and the choice of answers; seed + rank is the seed of dropout")
     add("--eval_every", type=int, default=0,
         help="also evaluate every N updates; 0: only at the end of epochs")
     add("--save_every", type=int, default=0,

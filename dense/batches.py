@@ -116,7 +116,7 @@ class GroupCollator:
     task        the first example's; its settings hold for the batch
     queries     token ids of B queries
     keys        token ids of K keys, group after group
-    pairs       (K) of (token ids, types), for a ranker, instead of queries and keys
+    pairs       K pairs (token ids, types) for a ranker, instead of queries and keys
     sizes       groups' sizes (B) int64, with sum K: G, or 1 for an example without negatives
     teacher     scores (B, G), where G is the largest size; nan for examples without scores and
                 after the keys of a smaller group

@@ -300,8 +300,8 @@ def make_triple(text, are_ids, source, location):
 # ---------------------------------------------------------------- contexts with a reader's scores
 
 def trains_on_contexts(record, reader_scores, distills):
-    """Return whether to train on a record's `ctxs`: if it has no other keys, or if the loss distils
-    and only the ctxs have scores.
+    """Return True to train on a record's `ctxs`: it has no other keys, or the loss distils and only
+    the ctxs have scores.
     """
     if not record.get("ctxs"):
         return False

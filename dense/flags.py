@@ -72,8 +72,8 @@ def add_evaluation_flags(parser):
     """Add the flags of the dev set and its measures."""
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_data", metavar="FILE",
-        help="records to measure on: DPR's records, or without --corpus any with positives and "
-        "negatives, by average rank; others by retrieval from --corpus")
+        help="records to measure on: DPR's, or any with positives and negatives if there is no "
+        "--corpus, are measured by average rank; all others by retrieval from --corpus")
     add("--eval_qrels", action="append", default=[], metavar="qrels=FILE",
         help="qrels to measure on; repeatable")
     add("--eval_method", choices=["annotated", "retrieval"], default="annotated",
@@ -204,8 +204,7 @@ def add_optimisation_flags(parser):
     add("--bf16", default=False, help="bfloat16 autocast; weights and optimizer stay float32",
         **SWITCH)
     add("--deepspeed", metavar="FILE",
-        help="ignored; accepted because LLM-Embedder's commands have it. Its stage 0 is what DDP "
-        "does")
+        help="ignored; accepted because LLM-Embedder's commands have it. Its stage 0 equals DDP")
 
 
 def add_run_flags(parser, needs_output):
@@ -221,7 +220,7 @@ def add_run_flags(parser, needs_output):
         help="print the loss every N updates; without a terminal, progress is printed about every "
         "minute, too")
     add("--seed", type=int, default=42,
-        help="seed of the order and the groups; seed + rank: of dropout")
+        help="seed of the order and the groups; seed + rank is the seed of dropout")
     add("--resume", action="store_true",
         help="continue from OUT.state; start from scratch if there is no such file")
     add("--overwrite", action="store_true",

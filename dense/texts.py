@@ -62,8 +62,8 @@ class Texts:
                   whether texts of a task get an instruction
     prompts       {query, key} put before every text; None: instructions depend on the task
     instructions  {task: (before a query, before a key)}, see INSTRUCTIONS
-    appends_end   append the end token if the tokenizer does not. Early versions of train_dense.py
-                  trained last-token pooling so
+    appends_end   append the end token if the tokenizer does not, as early versions of
+                  train_dense.py did to train last-token pooling
     skip          {query, key}: tokens of the prompt that the pooling leaves out
     sources       {query, key, prompts, version, pooling, metric: the flag or file that sets it}
     descriptions  {query, key: Description}, empty for a ranker
@@ -155,7 +155,7 @@ def share_length(lengths, total):
         lengths["key"] = max(total - lengths["query"], 3)
 
 
-# ---------------------------------------------------------------- the flags of a training
+# ---------------------------------------------------------------- the flags of the training
 
 def read_trained_flags(name):
     """Return the training flags that a checkpoint's args.json stores, {} without such a file.

@@ -725,7 +725,7 @@ def test_what_is_missing_is_said(files, tmp_path):
     assert "give --simulate K --data FILE, or a --client for each" in stderr
     _, stderr = run("federate.py", tmp_path / "out", "--mode", "retriever", "--simulate", "2",
                     "--data", files / "a.json", code=1)
-    assert "--mode retriever needs the training script's flags behind its own: -- FLAGS" in stderr
+    assert "--mode retriever needs the training script's flags after its own: -- FLAGS" in stderr
     _, stderr = federate(tmp_path / "out", "--simulate", "2", "--data", files / "a.json",
                          flags=["--no_such_flag"], code=1)
     assert "train_dense.py does not take these flags" in stderr
