@@ -367,8 +367,8 @@ def parse_args():
         help="log-likelihood of the answer: mean over its tokens (LLM-Embedder), or their sum "
         "(REPLUG)")
     add("--answer", choices=["first", "best", "mean"], default="first",
-        help="score of a record with several answers: that of its target, or of its first answer; "
-        "that of the most likely answer; or the mean of all scores")
+        help="score of a record with several answers. first: that of its target, else of its first "
+        "answer; best: that of the most likely answer; mean: the mean of all scores")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", "--lm_batch_size", type=int, default=8,
         help="questions per batch; the model's batches are sized by tokens to suit the device")

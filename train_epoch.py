@@ -498,7 +498,7 @@ def parse_args(arguments=None):
     add("--max_length", type=int, default=250,
         help="tokens per question and passage, truncated on the right")
     add("--answer_maxlength", type=int, default=-1,
-        help="stop if a training target has more tokens; -1 allows any length")
+        help="stop with an error if a training target has more tokens; -1 allows any length")
     add("--eval_answer_maxlength", type=int, metavar="N",
         help="most tokens to generate for an answer in evaluation, and in test.py and ask.py "
         f"unless they are given another limit; default: {ANSWER_MAXLENGTH}")
