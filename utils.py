@@ -124,7 +124,7 @@ class Parser(argparse.ArgumentParser):
                          "with torchrun, which sets LOCAL_RANK\n")
         for flag in unknown:
             for likely in get_close_matches(flag, self._option_string_actions, 1):
-                hint += f"; for {flag} is {likely} meant?"
+                hint += f"; did you mean {likely} instead of {flag}?"
         self.exit(2, f"error: {message}{hint} (-h explains the flags)\n")
 
 

@@ -1,4 +1,4 @@
-"""Split the tokens of a text into those of its prompt and those of its answer.
+"""Split the tokens of a text into prompt tokens and answer tokens.
 
 Prompt and answer are tokenised as one text, because a token may span the border: ":" and a line end
 are one token in Llama-3's tokenizer, a space and the word after it in most tokenizers.
@@ -99,8 +99,8 @@ def chat_frame(tokenizer):
                                                add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(question + answer, tokenize=False)
     if prompt.count(QUESTION_MARK) != 1:
-        raise InputError(f"--chat_template: the chat template of {name} does not show the user's "
-                         "turn once; leave the flag out")
+        raise InputError(f"--chat_template: the chat template of {name} must contain the "
+                         "user's turn exactly once; leave the flag out")
     before, after = prompt.split(QUESTION_MARK)
     # whitespace that the template puts before an answer, such as Llama-2's space
     gap = whole.removeprefix(prompt).partition(ANSWER_MARK)[0]

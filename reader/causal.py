@@ -58,7 +58,7 @@ class Prompts(NamedTuple):
 def choose_prompts(given, stated, source):
     """Return the Prompts of {name: value} of the flags, else of the checkpoint, else the defaults.
 
-    given, stated: the values of the flags, and those in the args.json of the checkpoint `source`.
+    given: the flags' values; stated: the values in the args.json of the checkpoint `source`.
     Raise InputError for a value that is out of range.
     """
     if not isinstance(stated, dict):
@@ -129,7 +129,7 @@ def cut_passage(ids, offsets, span, max_length):
     """Return the ids of a prompt with the passage truncated on the right, so that at most
     max_length remain if the passage is long enough.
 
-    offsets: (start, end) of each token; the passage's tokens are those that end within the span.
+    offsets: (start, end) of each token; a token belongs to the passage if it ends within the span.
     """
     excess = len(ids) - max_length
     if excess <= 0:
@@ -334,7 +334,7 @@ class CausalReader(Reader):
         self.base = base
 
     def check_tokenizer(self, tokenizer):
-        """Add the tokenizer's end-of-sequence token to those that end an answer.
+        """Add the tokenizer's end-of-sequence token to the tokens that end an answer.
 
         Raise InputError for a tokenizer that does not fit the model, is slow, or has no such token.
         """
@@ -356,8 +356,8 @@ class CausalReader(Reader):
 
     @property
     def end_tokens(self):
-        """Return the ids that end an answer: those of config.json and generation_config.json (chat
-        models have several), and last the tokenizer's.
+        """Return the ids that end an answer: the end ids of config.json and generation_config.json
+        (chat models have several), then the tokenizer's.
         """
         ends = [*list_ids(self.config.get_text_config().eos_token_id),
                 *list_ids(self.config.eos_token_id),
@@ -387,7 +387,7 @@ class CausalReader(Reader):
             except ValueError:
                 raise InputError(f"{path}: record {shorten(record['id'])} has a context without a "
                                  "finite 'score', which --passage_weights score needs; retrieve.py "
-                                 "writes them, --passage_weights equal does without") from None
+                                 "writes scores, --passage_weights equal needs none") from None
         if self.longest and self.max_length:
             collator = self.make_collator(self.tokenizer, num_contexts, self.max_length)
             for record in records:

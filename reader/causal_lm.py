@@ -84,7 +84,7 @@ def set_lm_dropout(config, rate):
 def build_lm(kind, config, weights, source, dtype):
     """Return a model of the class `kind` with this configuration and these weights.
 
-    transformers converts weights that it stores in another form, such as those of experts. Raise
+    transformers converts weights that it stores in another form, such as experts' weights. Raise
     InputError, which names `source`, if names or shapes differ.
     """
     with torch.device("meta"):  # takes no memory; a wrong configuration could need any amount
@@ -198,7 +198,7 @@ def probe_ids(config):
 
 
 def differs(logits, expected):
-    """Return True if logits differ from those expected by more than rounding.
+    """Return True if logits differ from the expected ones by more than rounding errors.
 
     If the expected logits are not finite, return False: scoring and training report that.
     """

@@ -34,7 +34,7 @@ SPARSE = 0.9
 
 def add_causal_flags(parser):
     """Add the flags of causal language models. Their defaults are the checkpoint's values, else
-    those in the help.
+    the values in the help.
     """
     add = parser.add_argument_group("causal language models").add_argument
     add("--prompt_template", metavar="TEXT",
@@ -78,7 +78,7 @@ def open_with_tokenizer(path_or_name, log, chosen=None, fallback=None, dropout=N
 def open_reader(path_or_name, dropout=None, prompt_flags=None, trained=False, trains=False):
     """Return the reader of a checkpoint: a FiDT5 or CausalReader, by its config.json.
 
-    dropout: replaces the configuration's rates. prompt_flags: {name: value}, of which the flags of
+    dropout: replaces the configuration's rates. prompt_flags: {name: value}; only the flags of
     add_causal_flags are used. trained: refuse a checkpoint without weights. trains: the reader will
     be trained, so its answers end only with an end token. Raise InputError for other models, and
     for a checkpoint that the reader's class refuses.

@@ -74,7 +74,7 @@ class Lengths(NamedTuple):
 def choose_lengths(path, log, num_contexts=None, max_length=None, answer_maxlength=None):
     """Return the Lengths: as given, else as in the checkpoint's training, else minFiD's defaults.
 
-    num_contexts may be a list. Log values that differ from those in training, and values that the
+    num_contexts may be a list. Log values that differ from training, and values that the
     checkpoint does not store. Raise InputError for a broken args.json.
     """
     trained_args = read_training_args(path)
@@ -97,7 +97,7 @@ def choose_lengths(path, log, num_contexts=None, max_length=None, answer_maxleng
 
 class Prediction(NamedTuple):
     """Hold a reader's answer to a record."""
-    index: int              # of the record
+    index: int              # the record's index
     text: str
     em: object              # exact match, or None for a record without answers
     f1: object              # F1, or None for a record without answers
@@ -137,7 +137,7 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
         ids, *others = outputs if with_scores or n_best else (outputs,)
         scores = best_answers = [None] * len(ids)
         if with_scores:
-            # drop the score of the question alone, which generate() gives without contexts
+            # with num_contexts 0, this drops the score of the question alone
             scores = others[0][:, :num_contexts].tolist()
         if n_best:
             best_answers = list_best(tokenizer, ids, others[-1])
@@ -230,7 +230,7 @@ def note_unspelled(check, what, log):
     why = f"the tokenizer turns {answer} into tokens that decode to {text}"
     if check.unspelled == check.checked:
         log(f"WARNING: NONE of the {check.checked} {what} can be answered right: {why}; EM will be "
-            "0 however long the training: take a checkpoint whose vocabulary has these characters, "
+            "0 however long the training: use a checkpoint whose vocabulary has these characters, "
             "such as mT5 or ByT5")
     else:
         log(f"warning: {check.unspelled} of {check.checked} {what} cannot be answered right: "
@@ -317,7 +317,7 @@ def count_best_with_answer(predictions, records, is_regex=False):
 
 
 def write_scores(path, predictions, records):
-    """Write the records with the reader's scores of their contexts, in the same order.
+    """Write the records with the reader's scores of their contexts, which keep their order.
 
     A context that was read gets the reader's score as `score` and the retriever's as
     `retrieval_score`. A context that was not read gets no `score`, so that sorting puts it last.

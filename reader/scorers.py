@@ -61,7 +61,7 @@ class Job(NamedTuple):
         """Return the text before an lrlm record's question. Raise InputError for anything else."""
         context = self.record.get("context") or ""
         if not isinstance(context, str):
-            raise InputError(f"{self.location}: 'context' must be a text, it is {shorten(context)}")
+            raise InputError(f"{self.location}: 'context' must be a text, got {shorten(context)}")
         return context
 
     def prompt(self, key):
@@ -89,7 +89,7 @@ class CausalScorer:
         """Return the job's Texts. Raise InputError if a text does not fit."""
         if job.template.joins_ids and any(self.frame):
             raise InputError(f"{job.location}: the parts of an lrlm text continue each other and "
-                             "are no conversation; leave --chat_template out, or give --template")
+                             "form no conversation; leave --chat_template out, or give --template")
         return fit_keys(self, job)
 
     def score(self, families):
@@ -159,8 +159,8 @@ def make_text(tokenizer, prompt, answer, location):
         start = tokenizer.bos_token_id
         start = tokenizer.eos_token_id if start is None else start
         if start is None:
-            raise InputError(f"{location}: nothing stands before the answer, and the tokenizer has "
-                             "no start token; begin --template with some text")
+            raise InputError(f"{location}: no text before the answer, and the tokenizer has no "
+                             "start token; begin --template with some text")
         prompt = [start]
     return Text(prompt, answer)
 

@@ -80,7 +80,7 @@ def format_key(key, template, location):
                f"{shorten(sorted(key))}")
     other = find_name(key, TEXT_NAMES)
     if other:
-        message += f"; --key_template '{{title}} {{{other}}}' is for '{other}'"
+        message += f"; for '{other}', give --key_template '{{title}} {{{other}}}'"
     raise InputError(message)
 
 

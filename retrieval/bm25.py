@@ -207,7 +207,7 @@ def log_words(words, stopwords, share, log):
     reason = ""
     if share is not None:
         percent = float(f"{100 * share:.2g}")  # prints 100, not 1e+02
-        reason = f", chosen as {percent:g} % of the documents' characters need unicode"
+        reason = f", chosen because {percent:g} % of the documents' characters need unicode"
     log(f"BM25: words are {kinds[words.rule]} (--bm25_words {words.rule}{reason}); stop words: "
         f"{stopwords} (--stopwords)")
 

@@ -132,7 +132,7 @@ class NegativeLimits(NamedTuple):
     ranks: object = None            # (first, last) rank in the search's result, counted from 1
     max_score: object = None        # highest score of a negative
     margin: object = None           # a negative scores at least this much below the positive
-    relative_margin: object = None  # the same as a share of the positive's score
+    relative_margin: object = None  # like margin, as a share of the positive's score
 
     def allow(self, rank, score, positive_score):
         """Return True for a hit within the limits.
@@ -214,7 +214,7 @@ def write_positives(path, questions, results, corpus, marks, limits=NO_LIMITS, m
     """Write collate_pos's file: training records in DPR's form, made as DPR's were (sections 3.2
     and 4.2).
 
-    The highest hit that contains an answer is the positive. The highest hits that contain none are
+    The highest hit that contains an answer is the positive. The highest hits without an answer are
     the hard negatives, within the limits. Questions without a positive are dropped and counted in
     the log; earlier positives, negatives and teacher scores are replaced. marks: what
     measures.mark_answers returns.

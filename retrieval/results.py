@@ -17,7 +17,7 @@ from records.reading import decode_line, holds_scores, read_json, read_lines, to
 from utils import InputError, shorten
 
 RUN_LINES = 2 ** 20  # lines of a run whose documents are looked up in the corpus at once
-RRF_CONSTANT = 60    # of reciprocal rank fusion (Cormack et al., SIGIR 2009)
+RRF_CONSTANT = 60    # the constant in reciprocal rank fusion (Cormack et al., SIGIR 2009)
 
 
 class Results(NamedTuple):

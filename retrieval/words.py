@@ -32,7 +32,7 @@ def split_words(text, rule, stopwords=()):
     """Return the words of a lower-case text, by a rule.
 
     bm25s     two or more letters, digits or underscores, as in bm25s
-    unicode   the same, with combining marks as well. In scripts without spaces, the words are the
+    unicode   as bm25s, and with combining marks. In scripts without spaces, the words are the
               pairs of adjacent letters of a run, or its single letter; a run that is a stop word is
               left out.
 

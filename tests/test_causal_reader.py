@@ -362,7 +362,7 @@ def test_bad_checkpoints_are_one_clear_line(folders, tiny, tmp_path):
     save_file(load_file(f"{folders['llama']}/model.safetensors"), tmp_path / "model.safetensors")
     refuse("down_proj.weight is (32, 48) in the file, (32, 40) by", intermediate_size=40)
     refuse("missing in the file", num_hidden_layers=3)
-    refuse("unknown by the configuration", num_hidden_layers=1)
+    refuse("unknown to the configuration", num_hidden_layers=1)
     refuse("config.json sets num_hidden_layers 5000", num_hidden_layers=5000)
     refuse("weights do not match config.json", hidden_size=10 ** 6)  # at once, without the memory
     refuse("is a bert model; the reader needs T5", model_type="bert")

@@ -161,7 +161,7 @@ def test_a_table_needs_the_columns_of_the_template(tmp_path):
     with pytest.raises(InputError) as error:
         Corpus(path, "{title} {text}")
     assert "no column 'text'" in str(error.value)
-    assert "--key_template '{title} {contents}' is for 'contents'" in str(error.value)
+    assert "for 'contents', give --key_template '{title} {contents}'" in str(error.value)
     assert not (tmp_path / "c.csv.lines").exists()
     corpus = Corpus(path, "{title} {contents}")
     assert corpus.passage(1) == {"id": "1", "title": "", "text": "more"}

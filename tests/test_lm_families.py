@@ -169,7 +169,7 @@ def test_weights_that_are_missing_or_unused_are_named(folders, name, tmp_path, c
 
     norm = next(key for key in sorted(weights) if "norm" in key)
     refuse(f"{norm} is missing in the file", **{norm: None})
-    refuse("other.weight is unknown by the configuration", **{"model.other.weight": torch.ones(3)})
+    refuse("other.weight is unknown to the configuration", **{"model.other.weight": torch.ones(3)})
     refuse(rf"{norm} is \(3,\) in the file, \(32,\) by", **{norm: torch.ones(3)})
     # a wrapper's prefix is left out, and the weights are those of the file
     save_file({f"module.{key}": value for key, value in weights.items()},

@@ -74,7 +74,7 @@ def test_a_wrong_flag_is_one_line_that_names_the_likely_one(capsys):
     parser = Parser(allow_abbrev=False)
     parser.add_argument("--num_contexts", type=int)
     for arguments, message in ((["--num_context", "3"], "unrecognized arguments: --num_context 3; "
-                                "for --num_context is --num_contexts meant?"),
+                                "did you mean --num_contexts instead of --num_context?"),
                                (["--num_contexts", "x"], "argument --num_contexts: invalid int "
                                 "value: 'x'")):
         with pytest.raises(SystemExit) as end:

@@ -24,7 +24,7 @@ class LoraSettings(NamedTuple):
     """Hold how the adapters are made and how the frozen weights are stored."""
     rank: int
     alpha: float | None    # the adapters' output is scaled by alpha / rank; None: twice the rank
-    dropout: float | None  # of the adapters' input; None: 0
+    dropout: float | None  # rate for the adapters' input; None: 0
     targets: list | None   # ends of layers' names; None: all linear layers except the output layer
     load_in_4bit: bool
     frozen_bf16: bool

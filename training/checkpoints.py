@@ -302,8 +302,8 @@ def announce_random_start(name):
 
 
 def load_tokenizer(path_or_name, fallback):
-    """Return a model's own tokenizer or, if it has none (the released FiD readers and minFiD), that
-    of the model `fallback`.
+    """Return a model's tokenizer or, if it has none (the released FiD readers and minFiD), the
+    tokenizer of the model `fallback`.
 
     Raises InputError.
     """
@@ -471,7 +471,7 @@ def check_fit(missing, mismatched, unused, source, optional="", unused_is_fine=F
     problems += [(name, f"is {given} in the file, {expected} by the configuration")
                  for name, given, expected in sorted(mismatched)]
     if not unused_is_fine:
-        problems += [(name, "is unknown by the configuration") for name in sorted(unused)]
+        problems += [(name, "is unknown to the configuration") for name in sorted(unused)]
     if problems:
         name, problem = problems[0]
         others = f" ({len(problems) - 1} others do not fit either)" if len(problems) > 1 else ""

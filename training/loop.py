@@ -92,7 +92,7 @@ class Run:
     tokenizer: object
     train_set: torch.utils.data.Dataset
     dataset_sizes: list        # the number of training examples of each dataset
-    dev: object                # what the best checkpoint is chosen on, or None
+    dev: object                # the dev set that chooses the best checkpoint, or None
     collator: object
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
