@@ -57,7 +57,7 @@ def test_questions_find_their_documents(language, tmp_path, capsys):
     assert json.load(open(tmp_path / "m.json"))["mrr@3"] == 1
     logged = capsys.readouterr().out
     rule = "bm25s" if "German" in language else "unicode"  # German only needs NFC
-    assert f"(--bm25_words {rule}, chosen as " in logged and "find no document" not in logged
+    assert f"(--bm25_words {rule}, chosen because " in logged and "find no document" not in logged
 
 
 def test_latin_texts_have_the_words_of_bm25s():
