@@ -35,6 +35,7 @@ from dense.description import (
     POOLING_FLAGS,
     SIMILARITY,
     find_path,
+    first_architecture,
     read_description,
     read_descriptions,
 )
@@ -379,7 +380,7 @@ def open_ranker(name, dropout=None, trained=False):
     folder = find_model(name)[0]
     check_ranker(folder)
     config = read_config(folder, "ranker or encoder")
-    architecture = (config.architectures or [""])[0]
+    architecture = first_architecture(config.architectures)
     is_ranker = architecture.endswith("ForSequenceClassification")
     if is_ranker and config.num_labels != 1:
         raise InputError(f"{folder}: num_labels must be 1, one score per pair, got "

@@ -155,9 +155,15 @@ def read_plain(folder):
     if config.get("model_type") == "dpr":
         return Description(folder, "cls", metric="ip",
                            sources=dict.fromkeys(("pooling", "metric"), path))
-    architecture = (config.get("architectures") or [""])[0]
+    architecture = first_architecture(config.get("architectures"))
     is_causal = architecture.endswith("ForCausalLM") and config.get("is_causal", True)
     return Description(folder, "last" if is_causal else "mean")
+
+
+def first_architecture(names):
+    """Return the first of a config.json's `architectures`, "" if it names none."""
+    is_named = isinstance(names, list) and names and isinstance(names[0], str)
+    return names[0] if is_named else ""
 
 
 # ---------------------------------------------------------------- sentence-transformers' files

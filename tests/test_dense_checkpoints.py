@@ -96,6 +96,15 @@ def test_a_reader_is_no_retriever(tmp_path):
         BiEncoder.open(folder)
 
 
+@pytest.mark.parametrize("names", [[None], [], "BertModel"])
+def test_a_config_without_the_name_of_an_architecture_opens(names, tmp_path):
+    folder = Path(make_bert(tmp_path / "bert"))
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert BiEncoder.open(folder).query_encoder.pooling == "mean"
+    CrossEncoder.open(folder)
+
+
 def test_ranker_folder_opens_in_sentence_transformers(tmp_path):
     from sentence_transformers import CrossEncoder as Theirs
     folder = make_bert(tmp_path / "bert")
