@@ -318,7 +318,8 @@ def check_corpus(args):
     if args.retrieval_method != "rank" or args.results:
         raise InputError(f"--retrieval_method {args.retrieval_method} needs --corpus")
     needs_texts = args.output or args.html or "nq" in args.metrics
-    if needs_texts or args.trec or args.qrels or args.exclude_self:
+    excludes = args.exclude_self and "collate_score" not in args.metrics
+    if needs_texts or args.trec or args.qrels or excludes:
         raise InputError("--output, --trec, --html, --qrels, --exclude_self and the metric nq need "
                          "the passages: give --corpus")
 

@@ -218,10 +218,10 @@ def test_minilm_measures_equal_sentence_transformers_exact_search(world_files, t
 
 
 def test_ranking_scoring_random_and_fusion(bert, ranker, world_files, tmp_path):
-    # the records' own candidates
+    # the records' own candidates, all of which get a score
     run("retrieve.py", "--eval_data", world_files / "records.json", "--query_encoder", bert,
         "--retrieval_method", "rank", "--metrics", "collate_score", "--save_name", "x",
-        "--hits", 2)
+        "--hits", 2, "--exclude_self")
     for line in open(world_files / "records.scored.x.json"):
         teacher_scores = json.loads(line)["teacher_scores"]
         assert len(teacher_scores) == 4 and teacher_scores != [1, 2, 3, 4]
