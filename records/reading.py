@@ -187,12 +187,14 @@ def open_json(path):
 
 def find_wrong_byte(path):
     """Return the InputError that names the first line that is not UTF-8."""
-    with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-        for line_number, line in enumerate(file, 1):
-            try:
+    try:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            for line_number, line in enumerate(file, 1):
                 decode_line(line, path, line_number)
-            except InputError as error:
-                return error
+    except InputError as error:
+        return error
+    except (OSError, EOFError, zlib.error):
+        pass  # a truncated gzip file, whose last line is wrong
     return InputError(f"{path}: is not UTF-8; save the file in UTF-8")
 
 

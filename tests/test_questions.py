@@ -19,6 +19,15 @@ from utils import InputError
 CONTEXT = {"title": "T", "text": "some text"}
 
 
+@pytest.mark.parametrize("text", [b'{"question": "\xe9', b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["r.json.gz", "r.jsonl.gz"])
+def test_a_truncated_gzip_file_that_is_not_utf8_is_one_line(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text * 100)[:-8])
+    with pytest.raises(InputError, match=f"{name}.*UTF-8"):
+        read_records(path)
+
+
 @pytest.mark.parametrize("name", ["r.json", "r.jsonl", "r.json.gz", "r.jsonl.gz"])
 def test_reads_all_forms(tmp_path, name):
     records = [{"question": "q0", "answers": ["a"], "ctxs": [CONTEXT], "extra": 7},
