@@ -1,4 +1,5 @@
 """README.md and docs/: their links, the files and functions they name, and their picture."""
+import importlib
 import json
 import re
 import sys
@@ -101,6 +102,13 @@ def test_functions_of_the_reading_page_exist():
         for name in filter(None, names):
             source = (ROOT / path).read_text()
             assert re.search(rf"\b(def|class) {name.split('.')[-1]}\b", source), f"{name} in {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_imports_of_the_pages_commands_work(page):
+    for module, names in re.findall(r"^from ([\w.]+) import (.+)$", page.read_text(), re.MULTILINE):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"from {module} import {name}"
 
 
 def test_every_module_is_on_the_map():
