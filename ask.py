@@ -412,7 +412,7 @@ def check_ask_flags(args, method):
                          "one from a folder of texts)")
     for question in args.question or []:
         check_question(question, "--question")
-    check_search_flags(args, method)
+    check_search_flags(args)
     check_at_least(args, {"num_contexts": 1, "max_length": 1, "answer_maxlength": 2, "show": 0})
     choose_beams(args.num_beams, args.n_best)  # raises InputError
     check_page(args.html)

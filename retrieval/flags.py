@@ -212,12 +212,14 @@ def choose_hits(args):
 
 def settle_templates(args, method):
     """Return {query_template, key_template}: given by flags, else used in the encoder's training,
-    else the defaults. Raises InputError for a broken args.json.
+    else the defaults. Raises InputError for a broken args.json or a template that cannot be used.
     """
     given = {name: getattr(args, name) for name in TEMPLATES}
     trained = read_trained_flags(args.query_encoder) if method in ("dense", "rank") else {}
-    return {name: trained.get(name, default) if given[name] is None else given[name]
-            for name, default in TEMPLATES.items()}
+    templates = {name: trained.get(name, default) if given[name] is None else given[name]
+                 for name, default in TEMPLATES.items()}
+    check_templates(**templates)
+    return templates
 
 
 def read_dense_settings(args, templates):
@@ -230,7 +232,7 @@ def read_dense_settings(args, templates):
 
 def check_retrieve_flags(args):
     """Raise InputError for flags that do not fit together, before anything is read."""
-    check_search_flags(args, args.retrieval_method)
+    check_search_flags(args)
     check_at_least(args, {"hits": 1, "max_neg_num": 1, "relevance_level": 1})
     if not all(map(math.isfinite, args.fusion_weights or [])):
         raise InputError("--fusion_weights must be finite numbers, got "
@@ -254,9 +256,8 @@ def check_retrieve_flags(args):
                           args.key_encoder])
 
 
-def check_search_flags(args, method):
+def check_search_flags(args):
     """Raise InputError for flags of corpus and search that cannot be used."""
-    check_templates(**settle_templates(args, method))
     check_at_least(args, dict.fromkeys(("train_sample", "nprobe", "efSearch", "truncate_dim"), 1))
     check_at_least(args, {"query_max_length": 3, "key_max_length": 3, "num_workers": 0, "k1": 0,
                           "b": 0})
