@@ -59,6 +59,8 @@ from federated.worker import run_worker
 from training.output_folder import claim_folder
 from training.resume import hash_inputs
 from utils import (
+    OVERWRITE,
+    RESUME,
     InputError,
     Parser,
     call_main,
@@ -395,10 +397,8 @@ def parse_command_line(arguments=None):
     add("--timeout", type=float, default=3600, help="seconds that a round waits for results")
     add("--patience", type=float, default=600, help="seconds to wait for clients to be online")
     add = parser.add_argument_group("run").add_argument
-    add("--resume", action="store_true",
-        help="continue from OUT.state; start from scratch if there is no such file")
-    add("--overwrite", action="store_true",
-        help="replace the OUT of an earlier run, and start from scratch")
+    add("--resume", **RESUME)
+    add("--overwrite", **OVERWRITE)
     add("--verbose", action="store_true", help="also show Flower's own messages")
     return parser.parse_args(own)
 

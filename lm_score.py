@@ -47,6 +47,7 @@ from training.checkpoints import (
     read_training_args,
 )
 from utils import (
+    GPUS,
     LONG_PATIENCE,
     SWITCH,
     InputError,
@@ -372,8 +373,7 @@ def parse_args():
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", "--lm_batch_size", type=int, default=8,
         help="questions per batch; the model's batches are sized by tokens to suit the device")
-    add("--gpus", default="",
-        help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
+    add("--gpus", **GPUS)
     return parser.parse_args()
 
 

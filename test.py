@@ -34,7 +34,7 @@ from records.files import check_paths, is_stream, write_json
 from records.questions import TABLE_ENDINGS
 from records.reader_records import note_contexts, read_records
 from retrieval.measures import note_patterns
-from utils import InputError, Parser, check_at_least, run_script, start_processes
+from utils import GPUS, InputError, Parser, check_at_least, run_script, start_processes
 
 # ---------------------------------------------------------------- the evaluation
 
@@ -174,8 +174,7 @@ def parse_args():
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
     add("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
-    add("--gpus", default="",
-        help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
+    add("--gpus", **GPUS)
     return parser.parse_args()
 
 

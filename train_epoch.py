@@ -79,8 +79,12 @@ from training.resume import (
     save_state,
 )
 from utils import (
+    GPUS,
     LONG_PATIENCE,
+    OVERWRITE,
     PATIENCE,
+    RESUME,
+    TQDM,
     InputError,
     Parser,
     check_at_least,
@@ -556,10 +560,8 @@ def parse_args(arguments=None):
         help="also evaluate every N updates; 0: only at the end of epochs")
     add("--save_every", type=int, default=0,
         help="also save OUT.state every N updates; 0: only after evaluations")
-    add("--resume", action="store_true",
-        help="continue from OUT.state; start from scratch if there is no such file")
-    add("--overwrite", action="store_true",
-        help="replace the OUT of an earlier run, and start from scratch")
+    add("--resume", **RESUME)
+    add("--overwrite", **OVERWRITE)
     add("--logging_steps", type=int, metavar="N",
         help="print progress every N updates if the output is not a terminal; default: about "
         "every minute")
@@ -568,10 +570,8 @@ def parse_args(arguments=None):
     add("--plan", action="store_true",
         help="estimate the cost of the run (hours, memory, disk) from a few updates, and stop; "
         "nothing is written except, with --retriever, OUT.retrieved and the index")
-    add("--tqdm", action="store_true",
-        help="show progress bars even if the output is not a terminal")
-    add("--gpus", default="",
-        help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
+    add("--tqdm", **TQDM)
+    add("--gpus", **GPUS)
     return parser.parse_intermixed_args(arguments)
 
 

@@ -138,6 +138,15 @@ def parse_boolean(text):
 # add("--bf16", default=False, **SWITCH) accepts --bf16, --bf16 true and --bf16 false
 SWITCH = {"type": parse_boolean, "nargs": "?", "const": True, "metavar": "true|false"}
 
+# flags that several scripts have: add("--gpus", **GPUS)
+GPUS = {"default": "",
+        "help": "CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU"}
+RESUME = {"action": "store_true",
+          "help": "continue from OUT.state; start from scratch if there is no such file"}
+OVERWRITE = {"action": "store_true",
+             "help": "replace the OUT of an earlier run, and start from scratch"}
+TQDM = {"action": "store_true", "help": "show progress bars even if the output is not a terminal"}
+
 
 def check_at_least(args, least_values):
     """Raise InputError for a flag that is below its minimum, infinite or nan.

@@ -11,7 +11,11 @@ from records.templates import INSTRUCTIONS, check_templates
 from training.adapters import add_lora_flags, read_lora_flags
 from training.loop import BOTH_SETS, check_rates
 from utils import (
+    GPUS,
+    OVERWRITE,
+    RESUME,
     SWITCH,
+    TQDM,
     InputError,
     Parser,
     check_at_least,
@@ -221,17 +225,13 @@ def add_run_flags(parser, needs_output):
         "minute, too")
     add("--seed", type=int, default=42,
         help="seed of the order and the groups; seed + rank is the seed of dropout")
-    add("--resume", action="store_true",
-        help="continue from OUT.state; start from scratch if there is no such file")
-    add("--overwrite", action="store_true",
-        help="replace the OUT of an earlier run, and start from scratch")
+    add("--resume", **RESUME)
+    add("--overwrite", **OVERWRITE)
     add("--plan", action="store_true",
         help="estimate the cost of the run (hours, memory, disk) from a few updates, and stop; "
         "OUT is not touched")
-    add("--tqdm", action="store_true",
-        help="show progress bars even if the output is not a terminal")
-    add("--gpus", default="",
-        help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
+    add("--tqdm", **TQDM)
+    add("--gpus", **GPUS)
 
 
 # ---------------------------------------------------------------- checks

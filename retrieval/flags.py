@@ -15,6 +15,7 @@ from retrieval.mining import COLLATED, collated_path
 from retrieval.search import SEARCHES, BM25Settings, DenseSettings, SearchSettings
 from retrieval.words import RULES
 from utils import (
+    GPUS,
     SWITCH,
     InputError,
     Parser,
@@ -185,8 +186,7 @@ def add_machine_flags(parser):
     add("--num_workers", type=int, default=0, help="processes that read and tokenise")
     add("--bf16", default=False, help="encode in bfloat16", **SWITCH)
     add("--seed", type=int, default=42, help="seed of random retrieval and of the training sample")
-    add("--gpus", default="",
-        help="CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU")
+    add("--gpus", **GPUS)
 
 
 # ---------------------------------------------------------------- settings
