@@ -3,9 +3,12 @@ epoch (which process reads which records).
 """
 import random
 from itertools import chain, islice
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from layers.packing import ALIGN, PackedTexts, pack_texts
 from records.fields import history_turns
 from training.loop import make_loader
 from utils import InputError, shorten
@@ -117,22 +120,22 @@ class Collator:
     """Turn (index, record, target) samples into a batch of tensors.
 
     Inputs have at most `max_length` tokens (see encode_inputs) and no </s>, as in FiD (under
-    transformers 3.0.2) and minFiD. They are padded to the longest input of the batch. Targets end
-    with exactly one </s>. A batch is {indices, inputs, labels (B, T), or None without targets},
-    where inputs is {input_ids (B, N, L), attention_mask (B, N, L) bool}.
+    transformers 3.0.2) and minFiD. Targets end with exactly one </s>. A batch is {indices, inputs,
+    labels (B, T), or None without targets}, where inputs is {passages: PackedPassages}, packed for
+    this type of device.
     """
 
-    def __init__(self, tokenizer, num_contexts, max_length):
+    def __init__(self, tokenizer, num_contexts, max_length, device_type="cpu"):
         self.tokenizer, self.num_contexts, self.max_length = tokenizer, num_contexts, max_length
+        self.device_type = device_type
         if tokenizer.pad_token_id is None:
             raise InputError("the tokenizer has no padding token; use the tokenizer of a T5 model")
 
     def __call__(self, samples):
         records = [record for _, record, _ in samples]
         questions = encode_inputs(self.tokenizer, records, self.num_contexts, self.max_length)
-        input_ids, attention_mask = pad_passages(questions, self.tokenizer.pad_token_id)
-        return {"indices": [index for index, _, _ in samples],
-                "inputs": {"input_ids": input_ids, "attention_mask": attention_mask},
+        passages = pack_passages(questions, self.tokenizer.pad_token_id, self.device_type)
+        return {"indices": [index for index, _, _ in samples], "inputs": {"passages": passages},
                 "labels": pad_labels([target for _, _, target in samples], self.target_ids)}
 
     def texts(self, record):
@@ -144,6 +147,68 @@ class Collator:
         eos = self.tokenizer.eos_token_id
         ids = self.tokenizer(target, add_special_tokens=False)["input_ids"]
         return [token for token in ids if token != eos] + [eos]
+
+
+class PackedPassages(NamedTuple):
+    """Hold the passages of B questions, N each, as rows of one matrix.
+
+    M is the largest number of tokens that any question has in all its passages.
+    """
+    texts: PackedTexts         # the passages
+    counts: torch.Tensor       # (B, N) number of tokens of each passage
+    memory_rows: torch.Tensor  # (B, M) row of each token, in passage order; S at padding
+    passages: torch.Tensor     # (B, M) index of each token's passage
+    positions: torch.Tensor    # (B, M) position of each token in its passage
+    longest: int               # tokens of the longest passage
+
+
+def pack_passages(questions, padding_id, device_type="cpu"):
+    """Return PackedPassages, on the CPU, of [question][passage][token] ids, with the ALIGN of the
+    device that they are for.
+
+    Two questions, whose passages have [3, 1] and [2, 0] tokens (B = 2, N = 2, M = 4), with ALIGN 2:
+
+        passages          packed, longest passage first    memory_rows
+        a1 a2 a3 | b1     a1 a2 a3 --  c1 c2  b1 --        0 1 2 6     of a1 a2 a3 b1
+        c1 c2    |         0  1  2  3   4  5   6  7        4 5 8 8        c1 c2 -- --
+    """
+    B, N = len(questions), max(len(passages) for passages in questions)
+    texts = []
+    for passages in questions:
+        texts += passages + [[]] * (N - len(passages))
+    packed = pack_texts(texts, padding_id, ALIGN[device_type])
+    counts = packed.lengths.view(B, N)
+
+    # the tokens in reading order: passage by passage, question by question
+    lengths = packed.lengths.numpy()                                                # (B * N)
+    text = np.repeat(np.arange(B * N), lengths)
+    position = np.arange(len(text)) - np.repeat(lengths.cumsum() - lengths, lengths)
+    totals = counts.sum(1).numpy()                                                  # (B)
+    column = np.arange(len(text)) - np.repeat(totals.cumsum() - totals, totals)
+
+    question = text // N
+    M = max(1, int(totals.max()))
+    rows = np.full((B, M), len(packed.ids))
+    passage_indices, positions = np.zeros((2, B, M), dtype=np.int64)
+    rows[question, column] = packed.starts.numpy()[text] + position
+    passage_indices[question, column] = text % N
+    positions[question, column] = position
+    rows, passage_indices, positions = map(torch.from_numpy, (rows, passage_indices, positions))
+    return PackedPassages(packed, counts, rows, passage_indices, positions, int(counts.max()))
+
+
+def pack_padded(input_ids, attention_mask, device_type="cpu"):
+    """Return PackedPassages of padded passages (B, N, L), as FiD's code has them.
+
+    Raise ValueError if a passage does not have its real tokens first.
+    """
+    mask = attention_mask.bool()
+    if not (mask[..., 1:] <= mask[..., :-1]).all():
+        raise ValueError("attention_mask must have each passage's real tokens first and its "
+                         "padding after them")
+    questions = [[ids[real].tolist() for ids, real in zip(*question)]
+                 for question in zip(input_ids, mask)]
+    return pack_passages(questions, 0, device_type)._replace(longest=mask.shape[2])
 
 
 def pad_passages(questions, pad_token, side="right"):

@@ -2,11 +2,11 @@
 
 The encoder reads each passage separately; the decoder attends to all passages at once:
 
-    input_ids (B, N, L) -> EncoderWrapper -> memory (B, M, D) -> decoder -> logits (B, T, V)
+    passages -> pack_passages -> EncoderWrapper -> memory (B, M, D) -> decoder -> logits (B, T, V)
 
 There are B questions with N passages each, of at most L tokens. M is the largest number of real
 tokens (no padding) that any question has in all its passages. plain_fid is the paper in a few
-lines; FiDT5 computes the same result without padding.
+lines; FiDT5 computes the same result with hardly any padding.
 """
 import json
 import os
@@ -25,8 +25,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from data import Collator
-from layers.packed_attention import CHUNK_TOKENS, group_texts, split_by_length
-from layers.t5 import decode, encode
+from layers.packing import split_chunks
+from layers.t5 import decode, encode, encode_block
 from reader.base import Reader
 from records.reading import read_settings
 from training.checkpoints import (
@@ -58,7 +58,6 @@ from training.t5_folder import (
 )
 from utils import InputError, first_line, refusing, shorten
 
-BY_BLOCK = {"cpu": False, "cuda": True}  # see CheckpointWrapper
 # by model_type of config.json, which is "t5" for T5 v1.1, Flan-T5 and ByT5 too
 CLASSES = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration,
            "umt5": UMT5ForConditionalGeneration}
@@ -85,108 +84,59 @@ class Memory(NamedTuple):
     """Hold what the decoder attends to: the real tokens of each question's passages in a row, in
     passage order.
     """
-    states: torch.Tensor   # (B, M, D)
-    mask: torch.Tensor     # (B, M) bool, False at padding
+    states: torch.Tensor    # (B, M, D)
+    mask: torch.Tensor      # (B, M) bool, False at padding
+    passages: torch.Tensor  # (B, M) index of each token's passage
     # (B, M) position of token l of passage n in FiD's padded concatenation: n * stride + l
     offsets: torch.Tensor
 
 
 class CheckpointWrapper(nn.Module):
-    """Run the encoder on chunks of passages; use_checkpoint turns activation checkpointing on.
+    """Run a block of the encoder; use_checkpoint turns activation checkpointing on.
 
-    Checkpointing keeps only the result of a chunk. The backward pass computes the chunk again with
-    the same random state, so that dropout drops the same units (arXiv 1604.06174). On a GPU
-    (BY_BLOCK) chunks are larger, and the activations of all blocks on one chunk would not fit into
-    memory. There all chunks pass one block before the next, and the inputs of each block are kept.
+    Checkpointing keeps only the block's input. The backward pass computes the block again with the
+    same random state, so that dropout drops the same units (arXiv 1604.06174).
     """
 
-    def __init__(self, module):
+    def __init__(self, block):
         super().__init__()
-        self.module = module
+        self.module = block
         self.use_checkpoint = False
 
-    def forward(self, chunks):
-        """Return the states [(S, D)] of chunks [(ids, groups)], see encode in layers/t5.py."""
-        use_checkpoint = self.use_checkpoint and self.training
-        if BY_BLOCK[self.module.embed_tokens.weight.device.type]:
-            return encode(self.module, chunks, use_checkpoint)
-        if use_checkpoint:
-            return [checkpoint(encode, self.module, [chunk], use_reentrant=False)[0]
-                    for chunk in chunks]
-        return [encode(self.module, [chunk])[0] for chunk in chunks]
+    def forward(self, x, groups, p):
+        """Return the states (S, D) after the block, see encode_block in layers/t5.py."""
+        if self.use_checkpoint and self.training:
+            return checkpoint(encode_block, self.module, x, groups, p, use_reentrant=False)
+        return encode_block(self.module, x, groups, p)
 
 
 class EncoderWrapper(nn.Module):
-    """Encode (B, N, L) passages separately and concatenate their real tokens for the decoder (FiD
-    section 3).
+    """Encode passages separately and concatenate their real tokens for the decoder (FiD section 3).
 
-    Passages are sorted by length and packed without padding into chunks of at most CHUNK_TOKENS
-    tokens. The result equals that of the padded batch with its padding masked. An example with two
-    questions, whose passages have [3, 1] and [2, 0] tokens (B = 2, N = 2, L = 3):
-
-        input_ids           packed, longest passage first       memory (M = 4)
-        a1 a2 a3 | b1 - -
-        c1 c2 -  | -  - -   a1 a2 a3  c1 c2  b1                 a1 a2 a3 b1
-                            rows of the flattened memory:       c1 c2 -  -
-                            0  1  2   4  5   3
+    The passages are packed (pack_passages in data.py). The result equals that of a batch that is
+    padded, with its padding masked.
     """
     main_input_name = "input_ids"  # read by transformers' generate()
 
     def __init__(self, encoder):
         super().__init__()
-        self.encoder = CheckpointWrapper(encoder)
+        self.encoder = encoder
+        encoder.block = nn.ModuleList(CheckpointWrapper(block) for block in encoder.block)
 
-    def forward(self, input_ids, attention_mask, stride=None):
-        """Return the Memory of the passages.
-
-        attention_mask (B, N, L) has the real tokens first. The offsets count every passage as
-        `stride` tokens, or as L if that is more.
+    def forward(self, packed, stride=None):
+        """Return the Memory of PackedPassages. The offsets count every passage as `stride` tokens,
+        or as the longest passage if that is more.
         """
-        B, N, L = input_ids.shape
-        device, mask = input_ids.device, attention_mask.bool().contiguous()
-        if not (mask[..., 1:] <= mask[..., :-1]).all():
-            raise ValueError("attention_mask must have each passage's real tokens first and its "
-                             "padding after them")
-
-        # pack: the real tokens of all passages in one row, longest passage first
-        lengths, order = mask.sum(2).flatten().sort(descending=True, stable=True)   # (B * N) both
-        positions = torch.arange(B * N * L, device=device).view(B * N, L)
-        packed = positions[order][mask.view(B * N, L)[order]]   # (S) positions of the real tokens
-
-        # where each token goes: into its question's row, after the real tokens before it
-        question_lengths = mask.sum((1, 2))                                         # (B)
-        M = max(1, int(question_lengths.max()))
-        columns = mask.view(B, N * L).cumsum(1) - 1                                 # (B, N * L)
-        # (B, N * L) indices into the flattened memory
-        rows = M * torch.arange(B, device=device)[:, None] + columns
-        memory_rows = rows.flatten()[packed]                                        # (S)
-
-        # encode, and copy each token's state to its row; index_put keeps no second copy of them
-        ids = input_ids.flatten()[packed]                                           # (S)
-        states = self.encode_chunks(ids, lengths[lengths > 0].tolist())             # (S, D)
-        memory = states.new_zeros(B * M, states.shape[1]).index_put((memory_rows,), states)
-        memory_mask = torch.arange(M, device=device) < question_lengths[:, None]    # (B, M)
-
-        # the offset of each token if every passage were padded to the stride
-        passage, token = packed % (N * L) // L, packed % L                          # (S) both
-        offsets = torch.zeros(B * M, dtype=torch.long, device=device)
-        offsets[memory_rows] = passage * max(stride or 0, L) + token
-        return Memory(memory.view(B, M, -1), memory_mask, offsets.view(B, M))
-
-    def encode_chunks(self, ids, lengths):
-        """Return the states (S, D) of packed token ids (S), computed chunk by chunk.
-
-        lengths: the numbers of tokens of the passages, in falling order.
-        """
-        chunks, start = [], 0
-        for first, last in split_by_length(lengths, CHUNK_TOKENS[ids.device.type]):
-            chunk_lengths = lengths[first:last]
-            end = start + sum(chunk_lengths)
-            chunks.append((ids[start:end], group_texts(chunk_lengths, ids.device)))
-            start = end
-        # torch.cat needs a tensor even if no passage has a token
-        no_states = torch.zeros(0, self.encoder.module.config.d_model, device=ids.device)
-        return torch.cat([no_states, *self.encoder(chunks)])
+        B, M = packed.memory_rows.shape
+        states = [encode(self.encoder, *chunk) for chunk in split_chunks(packed.texts)]
+        D = self.encoder.config.d_model
+        zeros = torch.zeros(1, D, device=packed.memory_rows.device)      # the row of padding
+        states = torch.cat([*states, zeros])                             # (S + 1, D)
+        memory = states.index_select(0, packed.memory_rows.flatten()).view(B, M, D)
+        lengths = packed.counts.sum(1, keepdim=True)                     # (B, 1)
+        mask = torch.arange(M, device=lengths.device) < lengths          # (B, M)
+        offsets = packed.passages * max(stride or 0, packed.longest) + packed.positions
+        return Memory(memory, mask, packed.passages, offsets)
 
 
 # ---------------------------------------------------------------- decoder
@@ -274,8 +224,10 @@ class FiDT5(Reader):
         return max_length - 1
 
     def set_checkpoint(self, use_checkpoint):
-        """Turn activation checkpointing of the encoder and of the cross-attention on or off."""
-        self.use_checkpoint = self.t5.encoder.encoder.use_checkpoint = use_checkpoint
+        """Turn activation checkpointing of all blocks on or off."""
+        self.use_checkpoint = use_checkpoint
+        for block in self.t5.encoder.encoder.block:
+            block.use_checkpoint = use_checkpoint
 
     def check_tokenizer(self, tokenizer):
         """Take over the tokenizer's start, end and padding ids, see settle_ids.
@@ -313,17 +265,20 @@ class FiDT5(Reader):
         self.config.passage_stride = max_length
 
     def make_collator(self, tokenizer, num_contexts, max_length):
-        """Return a Collator, which tokenises each passage with the question."""
-        return Collator(tokenizer, num_contexts, max_length)
+        """Return a Collator, which tokenises each passage with the question, and packs the passages
+        for the device of the reader.
+        """
+        return Collator(tokenizer, num_contexts, max_length, self.t5.device.type)
 
     # ---------------------------------------------------------------- training
 
-    def forward(self, input_ids, attention_mask, labels, reduction="mean"):
-        """Return (loss, logits (B, T, V)) of labels (B, T), where -100 is padding.
+    def forward(self, passages, labels, reduction="mean"):
+        """Return (loss, logits (B, T, V)) of labels (B, T), where -100 is padding, given
+        PackedPassages.
 
         The loss is the cross-entropy of the labels, their mean or (reduction "sum") their sum.
         """
-        memory = self.encode(input_ids, attention_mask)
+        memory = self.encode(passages)
         logits = self.decode(self.t5._shift_right(labels), memory)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100,
                                reduction="sum")
@@ -331,11 +286,10 @@ class FiDT5(Reader):
             loss = loss / labels.ne(-100).sum().clamp(min=1)
         return loss, logits
 
-    def encode(self, input_ids, attention_mask):
-        """Return the Memory of (B, N, L) passages."""
-        memory = self.t5.encoder(input_ids, attention_mask,
-                                 getattr(self.config, "passage_stride", None))
-        device_type = input_ids.device.type
+    def encode(self, passages):
+        """Return the Memory of PackedPassages."""
+        memory = self.t5.encoder(passages, getattr(self.config, "passage_stride", None))
+        device_type = memory.states.device.type
         if torch.is_autocast_enabled(device_type):  # once here, not in each decoder block
             dtype = torch.get_autocast_dtype(device_type)
             memory = memory._replace(states=memory.states.to(dtype))
@@ -363,25 +317,24 @@ class FiDT5(Reader):
     # ---------------------------------------------------------------- generation
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask, max_length=50, num_beams=1, return_scores=False,
-                 n_best=None):
+    def generate(self, passages, max_length=50, num_beams=1, return_scores=False, n_best=None):
         """Return ids (B, <= max_length) by greedy or beam search, with the start token first and
-        padding after </s>.
+        padding after </s>, given PackedPassages.
 
         return_scores: also return the passages' crossattention_scores (B, N) of this kind (True:
         logits). n_best: return ids (B, n_best, T) of the best answers in the order of beam search,
         and their log probabilities (B, n_best) last.
         """
-        memory, others = self.encode(input_ids, attention_mask), []
+        memory, others = self.encode(passages), []
         if return_scores:
             kind = "logits" if return_scores is True else return_scores
-            others.append(self.crossattention_scores(memory, attention_mask, kind))
+            others.append(self.crossattention_scores(memory, passages.counts, kind))
         if num_beams == 1 and not self.is_steered:
             ids = self.greedy(memory, max_length)
         else:
             ids = self.search_beams(memory, max_length, num_beams, n_best or 1)
         if n_best:
-            ids = ids.view(len(input_ids), n_best, -1)                   # (B * n, T) -> (B, n, T)
+            ids = ids.unflatten(0, (-1, n_best))                         # (B * n, T) -> (B, n, T)
             others.append(self.log_probabilities(ids, memory))
         return (ids, *others) if others else ids
 
@@ -455,8 +408,9 @@ class FiDT5(Reader):
                 cache = [(k[alive], v[alive]) for k, v in cache]
         return ids
 
-    def crossattention_scores(self, memory, attention_mask, kind="logits"):
-        """Return scores (B, N) of the passages by the cross-attention of the FIRST decoded token.
+    def crossattention_scores(self, memory, counts, kind="logits"):
+        """Return scores (B, N) of the passages by the cross-attention of the FIRST decoded token,
+        given the passages' numbers of tokens, counts (B, N).
 
             kind       score of a passage
             logits     mean over layers, heads and its tokens of the scores before the softmax
@@ -466,7 +420,7 @@ class FiDT5(Reader):
         Retriever", arXiv 2012.04584, section 3.2, and FiD's get_crossattention_scores; attention
         follows Atlas (arXiv 2208.03299, section 2.2), without its norms of the values.
         """
-        B, N, L = attention_mask.shape
+        B, N = counts.shape
         start = torch.full((B, 1), self.start_token, device=memory.mask.device)
         layer_scores = []  # [(B, H, 1, M)]
         self.decode(start, memory, raw_scores=layer_scores)
@@ -477,10 +431,7 @@ class FiDT5(Reader):
             is_padding = ~memory.mask[:, None, None]                                 # (B, 1, 1, M)
             scores = torch.softmax(scores.masked_fill(is_padding, float("-inf")), -1)
         token_scores = scores.mean((0, 2, 3)).masked_fill(~memory.mask, 0)               # (B, M)
-        stride = max(getattr(self.config, "passage_stride", None) or 0, L)
-        passage = memory.offsets // stride  # (B, M) index of each token's passage
-        sums = token_scores.new_zeros(B, N).scatter_add(1, passage, token_scores)
-        counts = attention_mask.sum(2)                                                   # (B, N)
+        sums = token_scores.new_zeros(B, N).scatter_add(1, memory.passages, token_scores)
         if kind == "attention":
             passage_scores = sums.clamp(min=1e-30).log()  # the log of 0 would be -inf
         else:

@@ -16,6 +16,7 @@ import time
 import transformers
 
 from dense.flags import pick_flags
+from layers.regions import compile_on_gpu
 from records.corpus import open_corpus
 from records.fields import gold_passages
 from records.files import write_json
@@ -303,6 +304,7 @@ def main(args):
     check_retrieve_flags(args)
     templates = settle_templates(args, args.retrieval_method)
     world = start_processes(args.gpus, LONG_PATIENCE)
+    compile_on_gpu(not args.no_compile)
     transformers.utils.logging.disable_progress_bar()
 
     # bad questions, labels and corpora are rejected before the search starts

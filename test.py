@@ -13,6 +13,7 @@ import os
 import time
 
 from data import note_long_passages
+from layers.regions import compile_on_gpu
 from pages.page import check_page
 from reader.open import add_causal_flags, open_with_tokenizer
 from reader.predict import (
@@ -34,7 +35,7 @@ from records.files import check_paths, is_stream, write_json
 from records.questions import TABLE_ENDINGS
 from records.reader_records import note_contexts, read_records
 from retrieval.measures import note_patterns
-from utils import GPUS, InputError, Parser, check_at_least, run_script, start_processes
+from utils import GPUS, NO_COMPILE, InputError, Parser, check_at_least, run_script, start_processes
 
 # ---------------------------------------------------------------- the evaluation
 
@@ -174,12 +175,14 @@ def parse_args():
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=int, default=16, help="questions per batch and process")
     add("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
+    add("--no_compile", **NO_COMPILE)
     add("--gpus", **GPUS)
     return parser.parse_args()
 
 
 def main(args):
     world = start_processes(args.gpus)
+    compile_on_gpu(not args.no_compile)
     check_at_least(args, {"max_length": 1, "batch_size": 1, "num_workers": 0,
                           "answer_maxlength": 2})
     if args.num_contexts and min(args.num_contexts) < 0:

@@ -36,6 +36,7 @@ from dense.gather import gather_rows
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from dense.texts import TextSettings, describe_texts, settle_texts
 from dense.training_data import DataSettings, TaskSettings, TrainingData, read_training
+from layers.regions import compile_on_gpu
 from records.corpus import Corpus, open_corpus
 from records.qrels import list_qrels_files, merge_qrels
 from records.questions import read_queries
@@ -56,6 +57,7 @@ from training.loop import (
     make_optimizer,
     measure_updates,
     open_epoch,
+    scale_gradients,
     set_seed,
     step_optimizer,
     wrap_model,
@@ -71,7 +73,7 @@ from training.resume import (
 from utils import InputError, run_script, start_processes
 
 # flags that may differ between a run and its resumption, because they do not change the weights
-FREE_FLAGS = {"resume", "overwrite", "num_workers", "gpus", "tqdm", "logging_steps",
+FREE_FLAGS = {"resume", "overwrite", "num_workers", "gpus", "no_compile", "tqdm", "logging_steps",
               "early_exit_steps", "plan"}
 
 # federate.py trains with this script, too; train_epoch.py lists the names that it uses
@@ -247,12 +249,9 @@ def train_update(run, batches, micro_batches):
     # turn the mean over micro-batches into the mean over their queries
     scale = micro_batches * counts[0] / sum(counts)
     if scale != 1:
-        for parameter in run.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-    losses = torch.stack(losses)
-    mean_loss = losses.mean().item() * scale
-    step_optimizer(run, mean_loss, losses, indices)
+        scale_gradients(run.model, scale)
+    losses = torch.stack(losses).double()
+    mean_loss, = step_optimizer(run, losses.mean()[None] * scale, losses, indices)
     return mean_loss, 1, sum(counts)
 
 
@@ -551,6 +550,7 @@ def set_up(args, world, sets=BOTH_SETS):
                          world.log, is_training=True)
     check_own_prompts(data, texts)
     model = open_model(args, texts, world.device)
+    compile_on_gpu(not args.no_compile)
     model.use_texts(texts)
     texts = replace(texts, max_lengths=limit_lengths(texts.max_lengths, model, world.log))
     inputs = hash_inputs(list_inputs(args), world)

@@ -32,6 +32,7 @@ from data import (
     note_long_passages,
     plan_epoch,
 )
+from layers.regions import compile_on_gpu
 from reader.frozen import note_reach, put_gold_first, retrieve_once, retrieved_path
 from reader.open import (
     add_causal_flags,
@@ -66,6 +67,7 @@ from training.loop import (
     make_optimizer,
     measure_updates,
     open_epoch,
+    scale_gradients,
     set_seed,
     step_optimizer,
     wrap_model,
@@ -81,23 +83,25 @@ from training.resume import (
 from utils import (
     GPUS,
     LONG_PATIENCE,
+    NO_COMPILE,
     OVERWRITE,
     PATIENCE,
     RESUME,
     TQDM,
     InputError,
     Parser,
+    add_over_processes,
     check_at_least,
     check_positive,
     check_seed,
+    copy_to_device,
     run_script,
     start_processes,
-    sum_over_processes,
 )
 
 # flags that may differ between a run and its resumption, because they do not change the weights
 FREE_FLAGS = {"resume", "overwrite", "num_workers", "save_every", "logging_steps", "gpus",
-              "data_test", "batch_size_val", "tensorboard", "tqdm", "index", "plan"}
+              "no_compile", "data_test", "batch_size_val", "tensorboard", "tqdm", "index", "plan"}
 # {argument: the flag that may replace it}
 PATH_FLAGS = {"model": "output_dir", "data_train": "train_file", "data_val": "eval_file"}
 NUM_CONTEXTS, NUM_RETRIEVED = 5, 3  # defaults of the flags
@@ -139,7 +143,7 @@ def train_update(run, batches, micro_batches):
     losses, weight, questions, indices = [], 0, 0, []
     for i in range(micro_batches):
         batch = next(batches)
-        inputs = {name: tensor.to(device) for name, tensor in batch["inputs"].items()}
+        inputs = copy_to_device(batch["inputs"], device)
         labels = batch["labels"]
         is_real = labels is not None  # a dummy batch only takes part in DDP's all-reduce
         if not is_real:
@@ -148,7 +152,7 @@ def train_update(run, batches, micro_batches):
         # forward and backward pass; gradients add up in the weights' .grad
         with run.sync_gradients(is_last=i == micro_batches - 1):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss, _ = run.model(**inputs, labels=labels.to(device),
+                loss, _ = run.model(**inputs, labels=copy_to_device(labels, device),
                                     reduction="sum" if by_token else "mean")
             loss.backward()
 
@@ -158,17 +162,14 @@ def train_update(run, batches, micro_batches):
             weight += int(labels.ne(-100).sum()) if by_token else 1
             questions += len(batch["indices"])
 
-    losses = torch.stack(losses).tolist()
-    total, weight, questions = sum_over_processes([sum(losses), weight, questions], world)
+    losses = torch.stack(losses).double()
+    counts = copy_to_device(torch.tensor([weight, questions], dtype=torch.float64), device)
+    totals = add_over_processes(torch.cat([losses.sum()[None], counts]), world)
 
     # DDP has averaged the summed losses over processes; make it the mean over target tokens
     if by_token:
-        for parameter in run.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(world.size / weight)
-
-    step_optimizer(run, total, losses, indices)
-    return total, weight, questions
+        scale_gradients(run.model, world.size / totals[1])
+    return step_optimizer(run, totals, losses, indices)
 
 
 def plan_run(run, epoch):
@@ -351,6 +352,7 @@ def set_up(args, world, sets=BOTH_SETS):
     if args.freeze:
         freeze(reader, args.freeze)
     reader.to(world.device).train()
+    compile_on_gpu(not args.no_compile)
 
     # optimizer and schedule
     update_size = args.batch_size * args.grad_accumulation * world.size
@@ -571,6 +573,7 @@ def parse_args(arguments=None):
         help="estimate the cost of the run (hours, memory, disk) from a few updates, and stop; "
         "nothing is written except, with --retriever, OUT.retrieved and the index")
     add("--tqdm", **TQDM)
+    add("--no_compile", **NO_COMPILE)
     add("--gpus", **GPUS)
     return parser.parse_intermixed_args(arguments)
 

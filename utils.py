@@ -139,6 +139,9 @@ def parse_boolean(text):
 SWITCH = {"type": parse_boolean, "nargs": "?", "const": True, "metavar": "true|false"}
 
 # flags that several scripts have: add("--gpus", **GPUS)
+NO_COMPILE = {"action": "store_true",
+              "help": "on a GPU, run the layers without torch.compile, which is slower, but saves "
+              "the first minute, in which they are compiled"}
 GPUS = {"default": "",
         "help": "CUDA_VISIBLE_DEVICES, for example 0,1; default: none, which runs on the CPU"}
 RESUME = {"action": "store_true",
@@ -245,6 +248,8 @@ def start_processes(gpus, patience=PATIENCE):
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+        # see KERNELS in layers/packed_attention.py; this is for the attention of transformers
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if size > 1:
         join_processes("nccl" if use_cuda else "gloo", rank, size, patience)
     return World(rank, local_rank, size, device)
@@ -328,12 +333,49 @@ def log_on_main(text):
         print(text, flush=True)
 
 
+def copy_to_device(item, device):
+    """Return a copy of a tensor, or of a nested batch of tensors, on the device.
+
+    A copy from pinned memory to a GPU does not wait for the GPU. Everything but tensors, dicts and
+    tuples is kept as it is.
+    """
+    if isinstance(item, torch.Tensor):
+        if device.type == "cuda" and item.device.type == "cpu":
+            item = item.pin_memory()
+        return item.to(device, non_blocking=True)
+    if isinstance(item, dict):
+        return {name: copy_to_device(value, device) for name, value in item.items()}
+    if isinstance(item, tuple):
+        values = [copy_to_device(value, device) for value in item]
+        return type(item)(*values) if hasattr(item, "_fields") else tuple(values)  # NamedTuples
+    return item
+
+
+def start_copy_to_host(tensor):
+    """Start the copy of a tensor to the CPU; return a function that waits for it and returns it."""
+    copy = tensor.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+    if not tensor.is_cuda:
+        return lambda: copy
+    event = torch.cuda.Event()
+    event.record()
+
+    def fetch():
+        event.synchronize()
+        return copy
+    return fetch
+
+
+def add_over_processes(totals, world):
+    """Return the element-wise sums of a tensor over all processes, without waiting for a GPU."""
+    if world.size > 1:
+        dist.all_reduce(totals)
+    return totals
+
+
 def sum_over_processes(values, world):
     """Return the element-wise sums of a list of numbers over all processes, as floats."""
     totals = torch.tensor(values, dtype=torch.float64, device=world.device)
-    if world.size > 1:
-        dist.all_reduce(totals)
-    return totals.tolist()
+    return add_over_processes(totals, world).tolist()
 
 
 def gather_lists(items, world):

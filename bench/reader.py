@@ -5,10 +5,13 @@
     python bench/reader.py --gpus 0 --shapes base large --contexts 100 --batch_size 4
     python bench/reader.py --contexts 10 --modes train --readers ours "torch's dropout" \
         "plain cross-attention"      # what the two tricks gain
+    python bench/reader.py --gpus 0 --shapes base --batch_size 2 --contexts 100 \
+        --readers "padded SDPA" "padded SDPA, compiled" ours "ours, not compiled"
 
 Texts are random: a question has N passages of 170 tokens on average (100 to 240, max_length 250)
 and a target of 6 tokens. A training step is the forward and backward pass of a micro-batch;
-evaluation encodes and decodes 8 greedy tokens. All readers run the same batches.
+evaluation encodes and decodes 8 greedy tokens. All readers run the same batches. The packing, which
+the loader's workers do in a run, is not in the times; the last lines print it.
 """
 import argparse
 import ctypes
@@ -32,23 +35,32 @@ from transformers.modeling_outputs import BaseModelOutput
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from data import Collator
-from layers import packed_attention
+from data import Collator, pack_padded
+from layers import packed_attention, regions
 from layers import t5 as layers
 from layers.dropout import dropout
 from model import FiDT5
 from training.checkpoints import load_tokenizer
-from utils import InputError, Parser, progress_bar, run_script, start_processes
+from utils import (
+    InputError,
+    Parser,
+    copy_to_device,
+    progress_bar,
+    run_script,
+    start_processes,
+)
 
 SHAPES = {"small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
           "base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
           "large": {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16}}
 VOCABULARY, D_KV = 32128, 64      # the same for every shape
 READERS = ("padded eager", "padded SDPA", "ours")
+COMPILED = "padded SDPA, compiled"
 # our reader with one trick replaced by the plain form: [(module, name, replacement)]
 ABLATIONS = {"torch's dropout": [(layers, "dropout", F.dropout),
                                  (packed_attention, "dropout", F.dropout)],
-             "plain cross-attention": [(layers, "cross_attention", layers.plain_cross_attention)]}
+             "plain cross-attention": [(layers, "cross_attention", layers.plain_cross_attention)],
+             "ours, not compiled": [(regions, "IS_COMPILED", {"cpu": False, "cuda": False})]}
 BASELINE = "padded SDPA"          # the reader that our ratios compare with
 MAX_LENGTH, TARGET, GENERATED = 250, 6, 8  # tokens: most of a passage, of a target, of an answer
 
@@ -72,8 +84,9 @@ def parse_args():
         help="bfloat16 is autocast")
     add("--modes", nargs="+", choices=["train", "eval"], default=["train", "eval"],
         help="what to time")
-    add("--readers", nargs="+", choices=[*READERS, *ABLATIONS], default=list(READERS),
-        help=f"readers to run; ratios are against {BASELINE}, for the last two ours against theirs")
+    add("--readers", nargs="+", choices=[*READERS, COMPILED, *ABLATIONS], default=list(READERS),
+        help=f"readers to run; ratios are against {BASELINE}, for the last {len(ABLATIONS)} ours "
+        "against theirs")
     add("--use_checkpoint", action="store_true",
         help="recompute activations in the backward pass (all readers)")
     add("--passage_tokens", type=int, help="tokens of every passage; default: 100 to 240")
@@ -91,8 +104,10 @@ def parse_args():
 
 # ---------------------------------------------------------------- batches
 
-def make_batch(args, num_contexts, seed, device):
-    """Return (input_ids (B, N, L), attention_mask (B, N, L) bool, labels (B, T)), random tokens."""
+def make_batch(args, num_contexts, seed):
+    """Return (input_ids (B, N, L), attention_mask (B, N, L) bool, labels (B, T)), random tokens on
+    the CPU.
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(100, 241, (args.batch_size, num_contexts), generator=generator)
     if args.passage_tokens:
@@ -101,7 +116,7 @@ def make_batch(args, num_contexts, seed, device):
     mask = torch.arange(L) < lengths[..., None]  # (B, N, L)
     ids = torch.randint(3, 32000, mask.shape, generator=generator) * mask
     labels = torch.randint(3, 32000, (args.batch_size, TARGET), generator=generator)
-    return ids.to(device), mask.to(device), labels.to(device)
+    return ids, mask, labels
 
 
 # ---------------------------------------------------------------- readers
@@ -110,27 +125,35 @@ class Padded:
     """Run the plain reader: transformers' T5 over passages padded to max_length, as in FiD."""
     replacements = ()
 
-    def __init__(self, t5, use_checkpoint, attention):
+    def __init__(self, t5, use_checkpoint, attention, compiled=False):
         self.t5 = t5
         self.t5.set_attn_implementation(attention)
+        self.encoder, self.train_decoder = t5.encoder, t5
+        if compiled:
+            self.encoder, self.train_decoder = torch.compile(t5.encoder), torch.compile(t5)
         self.t5.generation_config.eos_token_id = None  # no answer ends early
         if use_checkpoint:
             self.t5.encoder.gradient_checkpointing_enable()
 
-    def encode(self, ids, mask):
+    def prepare(self, ids, mask):
+        """Return the passages as this reader gets them, on the CPU."""
+        return {"ids": ids, "mask": mask}
+
+    def encode(self, passages):
         """Return the decoder's input: the states of all passages of a question, concatenated."""
+        ids, mask = passages["ids"], passages["mask"]
         B, N, L = ids.shape
         ids, mask = ids.view(B * N, L), mask.view(B * N, L)    # (B, N, L) -> (B * N, L)
-        states = self.t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         states = states.view(B, N * L, -1)                     # (B * N, L, D) -> (B, N * L, D)
         return {"encoder_outputs": BaseModelOutput(states), "attention_mask": mask.view(B, N * L)}
 
-    def loss(self, ids, mask, labels):
-        return self.t5(**self.encode(ids, mask), labels=labels).loss
+    def loss(self, passages, labels):
+        return self.train_decoder(**self.encode(passages), labels=labels).loss
 
     @torch.no_grad()
-    def generate(self, ids, mask):
-        return self.t5.generate(**self.encode(ids, mask), max_new_tokens=GENERATED, do_sample=False)
+    def generate(self, passages):
+        return self.t5.generate(**self.encode(passages), max_new_tokens=GENERATED, do_sample=False)
 
 
 class Ours:
@@ -142,11 +165,14 @@ class Ours:
         self.t5.set_checkpoint(use_checkpoint)
         self.t5.config.eos_token_id = -1  # no answer ends early
 
-    def loss(self, ids, mask, labels):
-        return self.t5(ids, mask, labels)[0]
+    def prepare(self, ids, mask):
+        return pack_padded(ids, mask, self.t5.t5.device.type)
 
-    def generate(self, ids, mask):
-        return self.t5.generate(ids, mask, 1 + GENERATED)
+    def loss(self, passages, labels):
+        return self.t5(passages, labels)[0]
+
+    def generate(self, passages):
+        return self.t5.generate(passages, 1 + GENERATED)
 
 
 def make_reader(name, shape, args, device):
@@ -157,8 +183,8 @@ def make_reader(name, shape, args, device):
     t5 = T5ForConditionalGeneration(config).to(device)
     if name == "ours" or name in ABLATIONS:
         return Ours(t5, args.use_checkpoint, ABLATIONS.get(name, ()))
-    attention = {"padded eager": "eager", "padded SDPA": "sdpa"}[name]
-    return Padded(t5, args.use_checkpoint, attention)
+    attention = "eager" if name == "padded eager" else "sdpa"
+    return Padded(t5, args.use_checkpoint, attention, name == COMPILED)
 
 
 def check_losses(readers, batch):
@@ -169,7 +195,7 @@ def check_losses(readers, batch):
     losses, gradients = [], []
     for reader in readers.values():
         reader.t5.eval().zero_grad()
-        loss = reader.loss(*batch)
+        loss = reader.loss(*inputs_of(reader, batch))
         loss.backward()
         losses.append(loss.item())
         gradients.append(value_gradient(reader.t5))
@@ -194,22 +220,30 @@ def value_gradient(t5):
 
 def run_once(reader, batch, mode, precision):
     """Run one training step or one evaluation; return its seconds."""
-    ids, mask, labels = batch
+    passages, labels = inputs_of(reader, batch)
+    device = labels.device
     reader.t5.train(mode == "train").zero_grad(set_to_none=True)
     with ExitStack() as stack:
         for module, name, replacement in reader.replacements:
             stack.enter_context(mock.patch.object(module, name, replacement))
-        wait_for(ids.device)
+        wait_for(device)
         start = time.perf_counter()
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             if mode == "train":
-                loss = reader.loss(ids, mask, labels)
+                loss = reader.loss(passages, labels)
             else:
-                reader.generate(ids, mask)
+                reader.generate(passages)
         if mode == "train":
             loss.backward()
-        wait_for(ids.device)
+        wait_for(device)
         return time.perf_counter() - start
+
+
+def inputs_of(reader, batch):
+    """Return (passages, labels) of a batch on the reader's device."""
+    ids, mask, labels = batch
+    device = next(reader.t5.parameters()).device
+    return copy_to_device((reader.prepare(ids, mask), labels), device)
 
 
 def wait_for(device):
@@ -259,7 +293,7 @@ def matmul_peak(device, dtype):
 
 
 def pipeline_seconds(num_contexts):
-    """Return the seconds to format, tokenise and pad a question with passages of 170 tokens."""
+    """Return the seconds to format, tokenise and pack a question with passages of 170 tokens."""
     tokenizer = load_tokenizer(os.path.join(ROOT, "toy", "t5-tiny"), "")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, len(tokenizer), (num_contexts, 140), generator=generator)
@@ -269,9 +303,9 @@ def pipeline_seconds(num_contexts):
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        mask = collator([(0, record, "an answer")])["inputs"]["attention_mask"]
+        counts = collator([(0, record, "an answer")])["inputs"]["passages"].counts
         seconds = time.perf_counter() - start
-        mean_tokens = int(mask.sum()) / num_contexts
+        mean_tokens = int(counts.sum()) / num_contexts
         times.append(seconds * 170 / mean_tokens)
     return statistics.median(times)
 
@@ -297,7 +331,7 @@ def peak_memory(args, name, cell, device):
     """
     if device.type == "cuda":
         reader = make_reader(name, cell.shape, args, device)
-        batch = make_batch(args, cell.contexts, 0, device)
+        batch = make_batch(args, cell.contexts, 0)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run_once(reader, batch, cell.mode, cell.precision)
@@ -322,7 +356,7 @@ def peak_memory(args, name, cell, device):
 def print_peak(args, device):
     """Print the bytes that peak_memory reads, in its process."""
     reader = make_reader(args.peak_of, args.shapes[0], args, device)
-    batch = make_batch(args, args.contexts[0], 0, device)
+    batch = make_batch(args, args.contexts[0], 0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak
     before = resident("VmRSS")
@@ -349,7 +383,8 @@ def measure(args, device):
     rows = []
     for shape in args.shapes:
         readers = {name: make_reader(name, shape, args, device) for name in args.readers}
-        agreement = check_losses(readers, make_batch(args, 3, 0, device))
+        plain = {name: reader for name, reader in readers.items() if name != COMPILED}
+        agreement = check_losses(plain, make_batch(args, 3, 0))
         print(f"{shape}: without dropout, float32, {agreement}", flush=True)
         cells = [Cell(shape, num_contexts, mode, precision) for num_contexts in args.contexts
                  for mode in args.modes for precision in args.precisions]
@@ -363,8 +398,8 @@ def measure(args, device):
 def measure_cell(args, readers, cell, peak, device):
     """Yield one cell's row of every reader; the readers take turns on each batch."""
     for reader in readers.values():  # warm up on a small batch
-        run_once(reader, make_batch(args, 4, 0, device), cell.mode, cell.precision)
-    batches = [make_batch(args, cell.contexts, seed, device) for seed in range(args.rounds)]
+        run_once(reader, make_batch(args, 4, 0), cell.mode, cell.precision)
+    batches = [make_batch(args, cell.contexts, seed) for seed in range(args.rounds)]
     times = {name: [] for name in readers}
     for batch in progress_bar(batches, desc=" ".join(map(str, cell))):
         for name, reader in readers.items():
@@ -459,6 +494,7 @@ def main(args):
                "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
                "transformers": transformers.__version__, "python": platform.python_version()}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    regions.compile_on_gpu(True)
     rows, peaks = measure(args, device)
     for row in rows:
         if row["reader"] == "ours" and row["mode"] == "train":

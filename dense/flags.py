@@ -12,6 +12,7 @@ from training.adapters import add_lora_flags, read_lora_flags
 from training.loop import BOTH_SETS, check_rates
 from utils import (
     GPUS,
+    NO_COMPILE,
     OVERWRITE,
     RESUME,
     SWITCH,
@@ -231,6 +232,7 @@ def add_run_flags(parser, needs_output):
         help="estimate the cost of the run (hours, memory, disk) from a few updates, and stop; "
         "OUT is not touched")
     add("--tqdm", **TQDM)
+    add("--no_compile", **NO_COMPILE)
     add("--gpus", **GPUS)
 
 

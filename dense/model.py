@@ -2,10 +2,12 @@
 query and key). dense/checkpoints.py opens and saves their folders.
 """
 import os
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dense.checkpoints import open_encoders, open_ranker, save_encoder
 from layers.grad_cache import run_in_chunks
@@ -107,6 +109,13 @@ class BiEncoder(nn.Module):
         return model
 
 
+class PaddedPairs(NamedTuple):
+    """Hold pairs of query and key as the model's inputs, padded to the longest, L."""
+    input_ids: torch.Tensor       # (n, L)
+    attention_mask: torch.Tensor  # (n, L)
+    token_type_ids: torch.Tensor  # (n, L)
+
+
 class CrossEncoder(nn.Module):
     """Score a query and a key that a transformer reads together: a ranker.
 
@@ -134,22 +143,24 @@ class CrossEncoder(nn.Module):
         pad = self.model.config.pad_token_id
 
         def make_inputs(indices):
-            ids = [torch.tensor(pairs[index][0]) for index in indices]
-            types = [torch.tensor(pairs[index][1]) for index in indices]
-            ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)   # (n, L)
-            types = nn.utils.rnn.pad_sequence(types, batch_first=True)                  # (n, L)
-            return [ids.to(device), types.to(device)]
+            ids, types = [], []
+            for index in indices:
+                pair_ids, pair_types = pairs[index]
+                ids.append(torch.tensor(pair_ids))
+                types.append(torch.tensor(pair_types))
+            mask = [torch.ones_like(pair_ids) for pair_ids in ids]
+            return PaddedPairs(pad_sequence(ids, batch_first=True, padding_value=pad),
+                               pad_sequence(mask, batch_first=True),
+                               pad_sequence(types, batch_first=True))
 
         lengths = [len(ids) for ids, _ in pairs]
         return run_in_chunks(self.score_chunk, make_inputs, lengths, chunk_size, device)
 
-    def score_chunk(self, ids, types, lengths):
-        """Return scores (n) of padded ids and types (n, L) of pairs of these lengths."""
-        lengths = torch.tensor(lengths, device=ids.device)
-        is_real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]      # (n, L)
-        inputs = {"input_ids": ids, "attention_mask": is_real.long()}
-        if getattr(self.model.config, "type_vocab_size", 1) > 1:
-            inputs["token_type_ids"] = types
+    def score_chunk(self, padded):
+        """Return scores (n) of PaddedPairs."""
+        inputs = padded._asdict()
+        if getattr(self.model.config, "type_vocab_size", 1) <= 1:
+            inputs.pop("token_type_ids")
         return self.model(**inputs).logits[:, 0].float()
 
     def use_texts(self, texts):

@@ -1,13 +1,11 @@
 """Text encoders without padding: a transformer's states of packed tokens, pooled to one vector per
 text.
 
-Packed: the tokens of all texts of a chunk are the rows of one (S, D) matrix, see
-layers/packed_attention.py. BERT-shaped models (BERT, DPR, BGE, E5, Contriever, MiniLM, the FiD-KD
-retriever) run packed. Every other architecture runs in transformers, with texts sorted by length
-and padded within a chunk.
+Packed: the tokens of all texts of a chunk are the rows of one (S, D) matrix, see layers/packing.py.
+BERT-shaped models (BERT, DPR, BGE, E5, Contriever, MiniLM, the FiD-KD retriever) run packed. Every
+other architecture runs in transformers, with texts sorted by length and padded within a chunk.
 """
 from inspect import signature
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,9 @@ from torch import nn
 
 from layers.dropout import dropout
 from layers.grad_cache import run_in_chunks
-from layers.packed_attention import group_texts, packed_attention
+from layers.packed_attention import make_groups, packed_attention
+from layers.packing import ALIGN, GROUP_ROWS, cut_shapes, pack_texts
+from layers.regions import region
 
 
 class Normalize(nn.Module):
@@ -104,19 +104,21 @@ class TextEncoder(nn.Module):
         fill_to = self.pad_to.get(role, 0)
         pad = self.model.config.pad_token_id
         texts = [text + [pad] * (fill_to - len(text)) for text in texts]
-        is_empty = torch.tensor([not text for text in texts], device=device)            # (n)
+        is_empty = [not text for text in texts]
         texts = [text or [pad or 0] for text in texts]
-        lengths = [len(text) for text in texts]
         skip = self.skip.get(role, 0)
 
         def make_inputs(indices):
-            token_ids = chain.from_iterable(texts[index] for index in indices)
-            return [torch.tensor(list(token_ids), device=device)]                      # (S)
+            chunk = [texts[index] for index in indices]
+            longest = max(map(len, chunk))
+            align = ALIGN[device.type] if is_packable(self.model) else longest
+            return pack_texts(chunk, pad or 0, align)
 
-        def encode(ids, lengths):
-            return self.encode_chunk(ids, lengths, skip)
-        vectors = run_in_chunks(encode, make_inputs, lengths, chunk_size, device)
-        if is_empty.any():
+        def encode(packed):
+            return self.encode_chunk(packed, skip)
+        vectors = run_in_chunks(encode, make_inputs, list(map(len, texts)), chunk_size, device)
+        if any(is_empty):
+            is_empty = torch.tensor(is_empty, device=device)                            # (n)
             vectors = torch.where(is_empty[:, None], self.vector_of_nothing(device), vectors)
         return vectors[:, :self.truncate_dim]
 
@@ -127,32 +129,30 @@ class TextEncoder(nn.Module):
             return pooled.new_zeros(1, self.dimension)
         return self.head(pooled).float()
 
-    def encode_chunk(self, ids, lengths, skip=0):
-        """Return vectors (n, D) of n texts of falling lengths from their packed token ids (S). The
-        pooling leaves out the first `skip` tokens of each text.
+    def encode_chunk(self, packed, skip=0):
+        """Return vectors (n, D) of PackedTexts; the pooling leaves out the first `skip` tokens of
+        each text.
         """
-        lengths_tensor = torch.tensor(lengths, device=ids.device)                      # (n)
-        starts = lengths_tensor.cumsum(0) - lengths_tensor                             # (n)
-        types = self.token_types(ids, starts, lengths_tensor)
+        positions = torch.arange(len(packed.ids), device=packed.ids.device)
+        positions = positions - packed.starts[packed.texts]                             # (S)
+        types = self.token_types(packed)
         if is_packable(self.model):
-            offsets = torch.arange(len(ids),
-                                   device=ids.device) - starts.repeat_interleave(lengths_tensor)
-            states = encode_bert(self.model, ids, types, offsets, group_texts(lengths, ids.device))
+            states = encode_bert(self.model, packed, types, positions)
         else:
-            types = types if self.gives_types or types.any() else None
-            states = encode_padded(self.model, ids, types, lengths_tensor)
+            types = types if self.gives_types or self.separator is not None else None
+            states = encode_padded(self.model, packed, types)
         if self.head_first:
-            return pool(self.head(states), starts, lengths_tensor, self.pooling)
-        return self.head(pool(states, starts, lengths_tensor, self.pooling, skip)).float()
+            return pool(self.head(states), packed, positions, self.pooling)
+        return self.head(pool(states, packed, positions, self.pooling, skip)).float()
 
-    def token_types(self, ids, starts, lengths):
+    def token_types(self, packed):
         """Return token types (S): 1 after a text's first separator, else 0."""
         if self.separator is None:
-            return torch.zeros_like(ids)
-        is_separator = (ids == self.separator).long()
+            return torch.zeros_like(packed.ids)
+        is_separator = (packed.ids == self.separator).long()
         # how many separators come before each token, in all texts so far
         seen_before = is_separator.cumsum(0) - is_separator
-        seen_before_text = seen_before[starts].repeat_interleave(lengths)
+        seen_before_text = seen_before[packed.starts][packed.texts]
         return (seen_before > seen_before_text).long()
 
 
@@ -168,9 +168,9 @@ def is_packable(model):
     return type(model.encoder.layer[0].attention.self.query) is nn.Linear
 
 
-def encode_bert(bert, ids, types, offsets, groups):
-    """Return the last hidden states (S, D) of packed token ids (S), with their token types (S) and
-    their offsets in their text (S).
+def encode_bert(bert, packed, types, positions):
+    """Return the last hidden states (S, D) of PackedTexts, with the types (S) of their tokens and
+    the positions (S) of the tokens in their texts.
 
     The result is BertModel's (arXiv 1810.04805), computed with the model's own modules;
     tests/test_text_encoder.py compares the two.
@@ -178,81 +178,100 @@ def encode_bert(bert, ids, types, offsets, groups):
     config = bert.config
     p = config.hidden_dropout_prob if bert.training else 0.0
     p_attention = config.attention_probs_dropout_prob if bert.training else 0.0
-    H = config.num_attention_heads
-    d = config.hidden_size // H
+    scale = (config.hidden_size // config.num_attention_heads) ** -0.5
+    shapes = cut_shapes(packed.shapes, GROUP_ROWS[packed.ids.device.type])
+    groups = make_groups(shapes, packed.is_real)
 
     embeddings = bert.embeddings
-    x = embeddings.word_embeddings(ids) + embeddings.token_type_embeddings(types)
-    x = x + embeddings.position_embeddings(offsets)
+    x = embeddings.word_embeddings(packed.ids) + embeddings.token_type_embeddings(types)
+    # padding may lie behind the last position that the model has
+    x = x + embeddings.position_embeddings(positions * packed.is_real)
     x = dropout(embeddings.LayerNorm(x), p)
     for layer in bert.encoder.layer:
-        attention = layer.attention.self
-        q, k, v = (project(x).unflatten(1, (H, d))  # (S, D) -> (S, H, d)
-                   for project in (attention.query, attention.key, attention.value))
-        y = packed_attention(q, k, v, groups, p=p_attention, scale=d ** -0.5)          # (S, D)
-        y = layer.attention.output.dense(y)
-        x = layer.attention.output.LayerNorm(x + dropout(y, p))
-        h = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x))
-        h = layer.output.dense(h)
-        x = layer.output.LayerNorm(x + dropout(h, p))
+        qkv = project_bert(layer, x)
+        y = packed_attention(qkv, groups, p_attention, scale)                           # (S, D)
+        x = finish_bert(layer, x, y, p)
     return x
 
 
-def encode_padded(model, ids, types, lengths):
-    """Return token states (S, D) of any model of transformers, with texts padded to the first one,
-    which is the longest. types: None if the tokenizer gives none.
+@region
+def project_bert(layer, x):
+    """Return the queries, keys and values (S, 3, H, d) of a layer of BERT, by one matrix product of
+    the packed states x (S, D).
     """
-    is_real = torch.arange(int(lengths[0]), device=ids.device) < lengths[:, None]       # (n, L)
-    padded = torch.full(is_real.shape, model.config.pad_token_id or 0, device=ids.device)
-    inputs = {"input_ids": padded.masked_scatter(is_real, ids), "attention_mask": is_real.long()}
+    attention = layer.attention.self
+    linears = attention.query, attention.key, attention.value
+    weights = torch.cat([linear.weight for linear in linears])
+    biases = torch.cat([linear.bias for linear in linears])
+    return F.linear(x, weights, biases).unflatten(-1, (3, attention.num_attention_heads, -1))
+
+
+@region
+def finish_bert(layer, x, y, p):
+    """Return the states (S, D) after a layer of BERT, from those before it and the result of its
+    attention y (S, D).
+    """
+    y = layer.attention.output.dense(y)
+    x = layer.attention.output.LayerNorm(x + dropout(y, p))
+    h = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x))
+    h = layer.output.dense(h)
+    return layer.output.LayerNorm(x + dropout(h, p))
+
+
+def encode_padded(model, packed, types):
+    """Return token states (S, D) of any model of transformers, for texts that all have the rows of
+    the longest one. types: (S), or None if the tokenizer gives none.
+    """
+    shape, = packed.shapes
+    size = shape.n, shape.L
+    inputs = {"input_ids": packed.ids.view(size),
+              "attention_mask": packed.is_real.view(size).long()}
     if types is not None and "token_type_ids" in signature(model.forward).parameters:
-        inputs["token_type_ids"] = torch.zeros_like(padded).masked_scatter(is_real, types)
-    return model(**inputs).last_hidden_state[is_real]  # (n, L, D) -> (S, D)
+        inputs["token_type_ids"] = types.view(size)
+    return model(**inputs).last_hidden_state.flatten(0, 1)  # (n, L, D) -> (S, D)
 
 
-def pool(states, starts, lengths, pooling, skip=0):
+def pool(states, packed, positions, pooling, skip=0):
     """Return vectors (n, D) float32 of packed states (S, D), pooled over each text's tokens after
     its first `skip` ones.
 
-    pooling: see TextEncoder. A text with no such token gets zeros, or with cls its first token.
+    positions (S): the tokens' positions in their texts; pooling: see TextEncoder. A text with no
+    such token gets zeros, or with cls its first token.
     """
-    tokens = lengths - skip                                                             # (n)
+    starts, lengths = packed.starts, packed.lengths
+    is_left = lengths > skip                                                            # (n)
     pooled = []
     for name in pooling.split("+"):
         if name == "cls":
-            pooled.append(states[torch.where(tokens > 0, starts + skip, starts)].float())
+            first = torch.where(is_left, starts + skip, starts)
+            pooled.append(states.index_select(0, first).float())
         elif name == "last":
-            last = states[starts + lengths - 1].float()
-            pooled.append(last * (tokens > 0)[:, None])
+            last = states.index_select(0, starts + lengths - 1).float()
+            pooled.append(last * is_left[:, None])
         else:
-            pooled.append(pool_all(states, starts, lengths, name, skip))
+            pooled.append(pool_all(states, packed, positions, name, skip))
     return torch.cat(pooled, 1)
 
 
-def pool_all(states, starts, lengths, name, skip):
+def pool_all(states, packed, positions, name, skip):
     """Return vectors (n, D) float32 pooled over all tokens after the first `skip` ones.
 
     name: max, mean, mean_sqrt_len (the sum divided by the root of the number of tokens) or
     weighted_mean (a token's weight is its position in its text, from 1).
     """
-    # (S)
-    text_of_token = torch.arange(len(lengths), device=states.device).repeat_interleave(lengths)
-    positions = torch.arange(1, len(states) + 1, device=states.device) - starts[text_of_token]
-    is_pooled = positions > skip
-    if name == "max":
-        floor = torch.full((len(lengths), states.shape[1]), float("-inf"), device=states.device)
-        values = states.float().masked_fill(~is_pooled[:, None], float("-inf"))
-        highest = floor.scatter_reduce(0, text_of_token[:, None].expand_as(values), values, "amax")
-        return torch.where((lengths > skip)[:, None], highest, torch.zeros_like(highest))
-    weights = positions if name == "weighted_mean" else torch.ones_like(positions)
-    weights = weights.float()
+    n, D = len(packed.lengths), states.shape[1]
+    is_pooled = packed.is_real & (positions >= skip)                                    # (S)
     values = states.float()
-    if name == "weighted_mean" or skip:
-        weights = weights * is_pooled
-        values = values * weights[:, None]
-    zeros = torch.zeros(len(lengths), states.shape[1], device=states.device)
-    sums = zeros.index_add(0, text_of_token, values)
-    totals = zeros[:, 0].index_add(0, text_of_token, weights)
+    if name == "max":
+        floor = torch.full((n, D), float("-inf"), device=states.device)
+        values = values.masked_fill(~is_pooled[:, None], float("-inf"))
+        highest = floor.scatter_reduce(0, packed.texts[:, None].expand_as(values), values, "amax")
+        is_left = packed.lengths > skip
+        return torch.where(is_left[:, None], highest, torch.zeros_like(highest))
+    weights = is_pooled * (positions + 1.0 if name == "weighted_mean" else 1.0)
+    zeros = torch.zeros(n, D, device=states.device)
+    sums = zeros.index_add(0, packed.texts, values * weights[:, None])
+    totals = zeros[:, 0].index_add(0, packed.texts, weights)
     if name == "mean_sqrt_len":
         totals = totals.sqrt()
     return sums / totals.clamp(min=1e-9)[:, None]

@@ -20,11 +20,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from layers.packed_attention import GROUP_TOKENS, attention, split_by_length
+from layers.packed_attention import attention
+from layers.packing import split_by_length
 
 PACKED = "packed_causal"  # the name of packed_causal_attention among transformers' attentions
 # tokens per forward pass: many enough to keep the device busy, few enough that the logits fit
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
+# tokens, padding included, whose attention is computed at a time; a CPU's cache holds 1024
+GROUP_TOKENS = {"cpu": 1024, "cuda": 16384}
 # layer_types in config.json that can be packed; others, such as "linear_attention", carry a state
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 PROBE = [[[5, 6, 7, 8], [5, 6, 9]], [[10, 11]], [[5, 6, 7, 12, 13]]]  # token ids

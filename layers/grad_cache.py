@@ -19,28 +19,29 @@ dropout drops the same units in both passes.
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from layers.packed_attention import CHUNK_TOKENS, split_by_length
+from layers.packing import CHUNK_ROWS, split_by_length
+from utils import copy_to_device
 
 
 def run_in_chunks(compute, make_inputs, lengths, chunk_size, device):
     """Return one row per text, (n, ...), in the order of the texts, computed in chunks of texts of
     similar length.
 
-    compute(*make_inputs(indices), lengths) returns the rows of the texts with these indices, in
-    falling order of their lengths; make_inputs returns tensors. A chunk has at most chunk_size
-    texts, and the backward pass computes it again, so that memory does not grow with the number of
-    texts. chunk_size 0 sets no such limit and keeps all activations.
+    compute(make_inputs(indices)) returns the rows of the texts with these indices, which are in
+    falling order of their lengths; make_inputs returns a NamedTuple of tensors on the CPU, and
+    compute gets it on the device. A chunk has at most chunk_size texts, and the backward pass
+    computes it again, so that memory does not grow with the number of texts. chunk_size 0 sets no
+    such limit and keeps all activations.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     sorted_lengths = [lengths[index] for index in order]
     rows = []
     most_texts = chunk_size or None
-    for first, last in split_by_length(sorted_lengths, CHUNK_TOKENS[device.type], most_texts):
-        inputs = make_inputs(order[first:last])
-        chunk_lengths = sorted_lengths[first:last]
+    for first, last in split_by_length(sorted_lengths, CHUNK_ROWS[device.type], most_texts):
+        inputs = copy_to_device(make_inputs(order[first:last]), device)
         if chunk_size and torch.is_grad_enabled():
-            rows.append(checkpoint(compute, *inputs, chunk_lengths, use_reentrant=False))
+            rows.append(checkpoint(compute, inputs, use_reentrant=False))
         else:
-            rows.append(compute(*inputs, chunk_lengths))
-    ranks = torch.tensor(order, device=device).argsort()  # each text's position in the sorted order
-    return torch.cat(rows)[ranks]
+            rows.append(compute(inputs))
+    ranks = torch.tensor(order).argsort()  # each text's position in the sorted order
+    return torch.cat(rows).index_select(0, copy_to_device(ranks, device))

@@ -1,106 +1,68 @@
-"""Self-attention over packed texts, for the encoders of the reader and of the retriever.
+"""Self-attention over packed texts (layers/packing.py), for the encoders of the reader and of the
+retriever.
 
-Packed means that the real tokens of all texts are the rows of one (S, D) matrix, so linear layers,
-norms and dropout waste nothing on padding. Only attention depends on where texts begin: a few
-neighbouring texts of similar length are padded to a small batch, and attention is computed there.
-
-    lengths [3, 2]      rows of the packed matrix   a1 a2 a3 b1 b2
-    one group           (n = 2, L = 3)              a1 a2 a3
-                                                    b1 b2 --   the padding's score is -inf
+The rows of a group are a batch (n, L), so the attention of all texts is a few ordinary attentions,
+of views of the packed matrix.
 """
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layers.dropout import dropout
 
-# tokens, padding included, whose attention is computed at a time; a CPU's cache holds 1024
-GROUP_TOKENS = {"cpu": 1024, "cuda": 16384}
-CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # tokens, padding included, encoded at a time
+# All kernels but cuDNN's. From torch 2.11 on, recent GPUs would take it for a mask that needs no
+# gradient, and NaN gradients (pytorch issue 196678) and wrong numbers (191612) are reported for it.
+# Flash attention refuses masks on a GPU, so the memory-efficient kernel computes them.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Group(NamedTuple):
-    """Describe n neighbouring texts of similar length, whose attention is computed as one batch
-    padded to L tokens. Without padding the three tensors are None.
-    """
-    start: int                    # the group has rows start .. end of the packed matrix
-    end: int
+    """Describe n neighbouring texts of L rows each."""
     n: int
     L: int
-    padded_rows: torch.Tensor     # (n * L) the group's row at each position; any row at padding
-    real_positions: torch.Tensor  # (end - start) positions in n * L that hold real tokens
-    padding: torch.Tensor         # (n, 1, 1, L) float, -inf at padded keys
+    # (1 or n, 1 or H, 1 or L, L), added to the scores: relative positions, and -inf at padded keys;
+    # None: neither
+    bias: torch.Tensor
 
 
-def split_by_length(lengths, most_tokens, most_texts=None):
-    """Yield (first, last) of consecutive runs of texts, whose lengths are given in falling order.
+def make_groups(shapes, is_real, position_bias=None):
+    """Return the Groups of these Shapes. They serve all layers that have this position_bias.
 
-    A run, padded to its longest text, has at most `most_tokens` tokens, unless it is a single text,
-    and at most `most_texts` texts.
+    is_real: (S) bool, False at padding. position_bias: (H, L, L) for the longest text, or None.
     """
-    first = 0
-    while first < len(lengths):
-        n = max(1, most_tokens // max(1, lengths[first]))
-        if most_texts is not None:
-            n = min(n, most_texts)
-        last = min(first + n, len(lengths))
-        yield first, last
-        first = last
-
-
-def group_texts(lengths, device):
-    """Return Groups of at most GROUP_TOKENS tokens; lengths of texts are in falling order."""
-    groups, start = [], 0
-    for first, last in split_by_length(lengths, GROUP_TOKENS[device.type]):
-        group_lengths = lengths[first:last]
-        n, L, end = len(group_lengths), group_lengths[0], start + sum(group_lengths)
-        padded_rows = real_positions = padding = None
-        if group_lengths[-1] < L:
-            limits = torch.tensor(group_lengths, device=device)[:, None]             # (n, 1)
-            is_real = torch.arange(L, device=device) < limits                        # (n, L)
-            padded_rows = is_real.flatten().cumsum(0) - 1
-            real_positions = is_real.flatten().nonzero().squeeze(1)
-            padding = torch.zeros(n, L, device=device).masked_fill(~is_real, float("-inf"))
-            padding = padding[:, None, None]                             # (n, L) -> (n, 1, 1, L)
-        groups.append(Group(start, end, n, L, padded_rows, real_positions, padding))
-        start = end
+    dtype = torch.float32
+    if is_real.is_cuda and torch.is_autocast_enabled("cuda"):  # the type of queries and keys
+        dtype = torch.get_autocast_dtype("cuda")
+    if position_bias is not None:
+        position_bias = position_bias.to(dtype)
+    groups = []
+    sizes = [shape.n * shape.L for shape in shapes]
+    for (n, L, is_padded), real_rows in zip(shapes, is_real.split(sizes)):
+        bias = None if position_bias is None else position_bias[None, :, :L, :L]
+        if is_padded:
+            padding = torch.zeros(n, 1, 1, L, dtype=dtype, device=is_real.device)
+            padding = padding.masked_fill(~real_rows.view(n, 1, 1, L), float("-inf"))
+            bias = padding if bias is None else bias + padding              # (n, 1 or H, 1 or L, L)
+        groups.append(Group(n, L, bias))
     return groups
 
 
-def packed_attention(q, k, v, groups, bias=None, p=0.0, scale=1.0):
+def packed_attention(qkv, groups, p=0.0, scale=1.0):
     """Return the self-attention (S, H * d) of packed texts, computed group by group.
 
-    q, k, v: (S, H, d). bias: (H, L, L) of relative positions, or None. p: the probability of
-    dropping an attention weight.
+    qkv: (S, 3, H, d) queries, keys and values. p: the probability of dropping an attention weight.
     """
     outputs = []
-    for group in groups:
-        group_bias = group.padding
-        if bias is not None:
-            group_bias = bias[None, :, :group.L, :group.L]
-            if group.padding is not None:
-                group_bias = group_bias + group.padding  # (n, H, L, L)
-        # (n, H, L, d)
-        y = attention(pad(q, group), pad(k, group), pad(v, group), group_bias, p, scale)
-        outputs.append(unpad(y, group))
+    rows = [group.n * group.L for group in groups]
+    q, k, v = (x.split(rows) for x in qkv.unbind(1))
+    for group, *parts in zip(groups, q, k, v):
+        # (n * L, H, d) -> (n, H, L, d)
+        parts = [x.unflatten(0, (group.n, group.L)).transpose(1, 2) for x in parts]
+        y = attention(*parts, group.bias, p, scale)
+        outputs.append(y.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).flatten(1)
-
-
-def pad(packed, group):
-    """Return the padded batch (n, H, L, d) of a group of packed rows (S, H, d)."""
-    rows = packed[group.start:group.end]
-    if group.padded_rows is not None:
-        rows = rows.index_select(0, group.padded_rows)
-    return rows.view(group.n, group.L, *rows.shape[1:]).transpose(1, 2)
-
-
-def unpad(y, group):
-    """Return the real rows (end - start, H, d) of a group's padded batch (n, H, L, d)."""
-    rows = y.transpose(1, 2).flatten(0, 1)
-    if group.real_positions is not None:
-        rows = rows.index_select(0, group.real_positions)
-    return rows
 
 
 def attention(q, k, v, bias, p, scale):
@@ -126,4 +88,5 @@ def fused_attention(q, k, v, bias, p, scale):
     """Compute attention by torch's scaled_dot_product_attention."""
     n, H, L, _ = q.shape
     mask = None if bias is None else bias.to(q.dtype).expand(n, H, L, k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
+    with sdpa_kernel(KERNELS):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)

@@ -15,7 +15,7 @@ from records.files import new_file
 from records.reader_records import retrieval_score
 from records.reading import to_number
 from training.checkpoints import read_training_args
-from utils import InputError, gather_lists, progress_bar, shorten
+from utils import InputError, copy_to_device, gather_lists, progress_bar, shorten
 
 # characters that some program reads as the end of a line or a cell, with the spaces around them
 BREAKS = re.compile(r"\s*[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
@@ -130,7 +130,7 @@ def predict(model, records, tokenizer, world, *, num_contexts, max_length, batch
     predictions = []
     for batch in progress_bar(loader, desc=f"answering, {num_contexts} contexts",
                               is_main=world.is_main):
-        inputs = {name: tensor.to(world.device) for name, tensor in batch["inputs"].items()}
+        inputs = copy_to_device(batch["inputs"], world.device)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
             outputs = model.generate(**inputs, max_length=answer_maxlength, num_beams=num_beams,
                                      return_scores=with_scores, n_best=n_best)

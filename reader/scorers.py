@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from data import Collator, encode_inputs, input_texts
+from data import Collator, encode_inputs, input_texts, pack_passages
 from layers.causal import Text, log_likelihoods, score_answers, sum_by_text
-from layers.packed_attention import split_by_length
+from layers.packing import split_by_length
 from model import FiDT5, Memory
 from reader.borders import add_start, encode_pairs, start_tokens
 from reader.causal import PromptCollator
-from utils import InputError, shorten
+from utils import InputError, copy_to_device, shorten
 
 SEQ2SEQ_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens of prompts per batch, with padding
 
@@ -222,11 +222,10 @@ class Seq2SeqScorer:
             part = [keys[i] for i in order[first:last]]
             texts = [text for key in part for text in key]
             owners = [i for i, key in enumerate(part) for _ in key]  # index of each answer's prompt
-            prompts = self.pad([key[0].prompt for key in part], 0)                     # (b, L)
-            is_real = self.pad([[1] * len(key[0].prompt) for key in part], 0)          # (b, L)
+            prompts = [key[0].prompt for key in part]
             labels = self.pad([text.answer for text in texts], -100)                   # (B, T)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                logits = self.answer_logits(prompts, is_real, labels, owners)          # (B, T, V)
+                logits = self.answer_logits(prompts, labels, owners)                   # (B, T, V)
             targets = [token for text in texts for token in text.answer]
             sums = iter(sum_by_text(log_likelihoods(logits[labels != -100], targets), texts))
             for i, key in zip(order[first:last], part):
@@ -239,17 +238,19 @@ class Seq2SeqScorer:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True,
                                                padding_value=padding).to(self.device)
 
-    def answer_logits(self, prompts, is_real, labels, owners):
-        """Return the logits (B, T, V) of labels (B, T), given prompts (b, L); owners (B) holds the
-        row of each label's prompt.
+    def answer_logits(self, prompts, labels, owners):
+        """Return the logits (B, T, V) of labels (B, T), given lists of token ids; owners (B) holds
+        the index of each label's prompt.
         """
         model = self.model
-        if not isinstance(model, FiDT5):
-            return model(input_ids=prompts[owners], attention_mask=is_real[owners],
-                         labels=labels).logits
-        memory = model.encode(prompts[:, None], is_real[:, None])  # (b, L) -> (b, 1, L)
-        memory = Memory(*(tensor[owners] for tensor in memory))    # each prompt is encoded once
-        return model.decode(model.t5._shift_right(labels), memory)
+        if isinstance(model, FiDT5):
+            passages = pack_passages([[prompt] for prompt in prompts], 0, self.device.type)
+            memory = model.encode(copy_to_device(passages, self.device))
+            memory = Memory(*(tensor[owners] for tensor in memory))    # each prompt is encoded once
+            return model.decode(model.t5._shift_right(labels), memory)
+        ids = self.pad(prompts, 0)[owners]                                             # (B, L)
+        is_real = self.pad([[1] * len(prompt) for prompt in prompts], 0)[owners]       # (B, L)
+        return model(input_ids=ids, attention_mask=is_real, labels=labels).logits
 
     def make_texts(self, job, keys):
         """Return for each key a list of Texts, one per answer."""

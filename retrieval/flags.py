@@ -16,6 +16,7 @@ from retrieval.search import SEARCHES, BM25Settings, DenseSettings, SearchSettin
 from retrieval.words import RULES
 from utils import (
     GPUS,
+    NO_COMPILE,
     SWITCH,
     InputError,
     Parser,
@@ -186,6 +187,7 @@ def add_machine_flags(parser):
     add("--num_workers", type=int, default=0, help="processes that read and tokenise")
     add("--bf16", default=False, help="encode in bfloat16", **SWITCH)
     add("--seed", type=int, default=42, help="seed of random retrieval and of the training sample")
+    add("--no_compile", **NO_COMPILE)
     add("--gpus", **GPUS)
 
 

@@ -5,6 +5,7 @@ An index folder holds vectors.npy (N, D), done.npy (a mark per block of document
 """
 import math
 import os
+from collections import deque
 from contextlib import nullcontext
 
 import numpy as np
@@ -19,6 +20,7 @@ from utils import (
     progress_bar,
     refusing,
     shorten,
+    start_copy_to_host,
     sum_over_processes,
     wait_for_all,
 )
@@ -101,17 +103,28 @@ def encode_missing(model, token_blocks, max_length, folder, dtype, world, num_wo
     bar = progress_bar(total=len(share) * DONE_BLOCK, unit=" documents", desc="encoding",
                        is_main=world.is_main)
     num_long, num_encoded, all_empty = 0, 0, []
+    # a GPU encodes the next block while this one is written
+    most_waiting = 1 if world.device.type == "cuda" else 0
+    waiting = deque()
+
+    def write_oldest():
+        block, fetch = waiting.popleft()
+        rows = fetch().numpy().astype(dtype)
+        check_finite(rows, block * DONE_BLOCK, dtype)
+        write_rows(vectors, block * DONE_BLOCK, rows)
+        write_rows(done, block, np.ones(1, np.uint8))  # only what is on disk counts as done
+        bar.update(len(rows))
     for block, token_ids, empty in loader:
         all_empty += empty
         num_long += sum(len(ids) >= max_length for ids in token_ids)
         num_encoded += len(token_ids)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
             rows = model.encode(token_ids, "key")
-        rows = rows.float().cpu().numpy().astype(dtype)
-        check_finite(rows, block * DONE_BLOCK, dtype)
-        write_rows(vectors, block * DONE_BLOCK, rows)
-        write_rows(done, block, np.ones(1, np.uint8))  # only what is on disk counts as done
-        bar.update(len(rows))
+        waiting.append((block, start_copy_to_host(rows.float())))
+        if len(waiting) > most_waiting:
+            write_oldest()
+    while waiting:
+        write_oldest()
     bar.close()
     wait_for_all(world)
     return [num_long, num_encoded, all_empty]

@@ -95,6 +95,17 @@ def make_records(count, contexts=3, seed=0):
     return world.make_records(rng, "r", entities, ranker, count, top_k=contexts)
 
 
+def pad_packed(passages):
+    """Return (input_ids, attention_mask), both (B, N, L), of PackedPassages."""
+    (B, N), L = passages.counts.shape, int(passages.counts.max())
+    ids, mask = torch.zeros(B * N, L, dtype=torch.long), torch.zeros(B * N, L, dtype=torch.bool)
+    texts = passages.texts
+    for text, (start, length) in enumerate(zip(texts.starts.tolist(), texts.lengths.tolist())):
+        ids[text, :length] = texts.ids[start:start + length]
+        mask[text, :length] = True
+    return ids.view(B, N, L), mask.view(B, N, L)
+
+
 @pytest.fixture(scope="session")
 def records_file(tmp_path_factory):
     """A file of eleven records."""

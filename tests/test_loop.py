@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import T5ForConditionalGeneration
 
 from conftest import ROOT, make_bert, make_records, make_t5, run, stages_run
+from data import pack_padded
 from model import FiDT5
 from test_loop_recipes import small_world  # noqa: F401
 
@@ -25,7 +26,7 @@ def test_attention_scores_are_the_logs_of_the_shares_of_the_passages(tmp_path):
         for n, length in enumerate(lengths[b]):
             ids[b, n, :length] = torch.randint(3, 500, (length,))
             mask[b, n, :length] = True
-    _, scores = reader.generate(ids, mask, 3, return_scores="attention")
+    _, scores = reader.generate(pack_padded(ids, mask), 3, return_scores="attention")
 
     # the padded T5's attention probabilities
     t5 = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5", attn_implementation="eager")
@@ -39,7 +40,7 @@ def test_attention_scores_are_the_logs_of_the_shares_of_the_passages(tmp_path):
     assert torch.allclose(scores.exp()[mask.any(-1)], shares[mask.any(-1)], atol=1e-5)
     assert scores[1, 1] == float("-inf")
     assert torch.allclose(scores.exp().sum(1), torch.ones(2), atol=1e-5)
-    _, logits = reader.generate(ids, mask, 3, return_scores=True)
+    _, logits = reader.generate(pack_padded(ids, mask), 3, return_scores=True)
     assert not torch.allclose(logits[0], scores[0])
 
 

@@ -29,6 +29,7 @@ import fid_data
 import lm_score
 import retrieval.flags
 import train_epoch
+from data import pack_passages
 from dense.model import BiEncoder, CrossEncoder
 from dense.texts import Texts, read_trained_flags
 from dense.training_data import DataSettings, TaskSettings, read_training
@@ -589,8 +590,7 @@ def open_reader(path):
     tokenizer = load_tokenizer(path, "tokenizer")
     reader.check_tokenizer(tokenizer)
     read_training_args(path)
-    ids = torch.tensor(tokenizer(["the a"])["input_ids"])[None]
-    reader.generate(ids, torch.ones_like(ids), 3)
+    reader.generate(pack_passages([tokenizer(["the a"])["input_ids"]], 0), 3)
 
 
 def make_causal_reader(folder):

@@ -18,9 +18,11 @@ from transformers import (
     UMT5ForConditionalGeneration,
     get_linear_schedule_with_warmup,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
-import model as model_file
 from conftest import ROOT, TOKENIZER, make_t5
+from data import pack_padded
+from layers import packing
 from model import CROSS_BIAS, FiDT5, plain_fid, plain_key
 from training.checkpoints import load_tokenizer, read_training_args
 from utils import InputError
@@ -80,13 +82,13 @@ def peer(request, golden, tmp_path_factory):
 @pytest.mark.parametrize("chunk_tokens", [4096, 30])
 def test_golden_outputs_and_gradients(peer, chunk_tokens, monkeypatch):
     name, path, want, (ids, mask, labels) = peer
-    monkeypatch.setitem(model_file.CHUNK_TOKENS, "cpu", chunk_tokens)
+    monkeypatch.setitem(packing.CHUNK_ROWS, "cpu", chunk_tokens)
     reader = FiDT5.from_pretrained(path).train()
     assert (reader.cross_bias is not None) == (name == "fid")
-    memory = reader.encode(ids, mask)
+    memory = reader.encode(pack_padded(ids, mask))
     np.testing.assert_allclose(memory.states[memory.mask].detach(), want["encoder_output"],
                                atol=3e-5)
-    loss, logits = reader(ids, mask, labels)
+    loss, logits = reader(pack_padded(ids, mask), labels)
     np.testing.assert_allclose(logits.detach(), want["logits"], atol=1e-4)
     assert abs(loss.item() - want["loss_train"]) < 1e-5
     loss.backward()
@@ -100,8 +102,8 @@ def test_golden_outputs_and_gradients(peer, chunk_tokens, monkeypatch):
 def test_golden_generation(peer):
     _, path, want, (ids, mask, _) = peer
     reader = FiDT5.from_pretrained(path).eval()
-    assert np.array_equal(reader.generate(ids, mask, 50), want["generated_ids"])
-    generated, scores = reader.generate(ids, mask, 50, return_scores=True)
+    assert np.array_equal(reader.generate(pack_padded(ids, mask), 50), want["generated_ids"])
+    generated, scores = reader.generate(pack_padded(ids, mask), 50, return_scores=True)
     assert np.array_equal(generated, want["generated_ids"])  # scoring changes no answer
     if "crossattention_scores" in want:
         np.testing.assert_allclose(scores, want["crossattention_scores"], atol=1e-5)
@@ -113,15 +115,15 @@ def test_the_position_bias_keeps_no_state(golden, tmp_path):
     """
     reader = FiDT5.from_pretrained(released_folder(golden, tmp_path / "r")).eval()
     ids, mask = (torch.from_numpy(golden[key]) for key in ("input_ids", "attention_mask"))
-    first_tokens = reader.generate(ids, mask, 2)[:, 1]
+    first_tokens = reader.generate(pack_padded(ids, mask), 2)[:, 1]
     assert len(first_tokens.unique()) > 1
     reader.config.eos_token_id = int(first_tokens[0])  # the first question ends at once
     with torch.no_grad():
-        memory = reader.encode(ids, mask)
+        memory = reader.encode(pack_padded(ids, mask))
         before = reader.decode(ids[:, 0, :3], memory)
         reader.greedy(memory, 4)
         assert torch.equal(reader.decode(ids[:, 0, :3], memory), before)
-    reader.generate(ids, mask, 4, num_beams=2)
+    reader.generate(pack_padded(ids, mask), 4, num_beams=2)
     assert reader.cross_bias.beam_offsets is None
 
 
@@ -132,7 +134,7 @@ def test_golden_training_curve(peer):
     scheduler = get_linear_schedule_with_warmup(optimizer, 2, 20)
     for step in range(10):
         assert scheduler.get_last_lr()[0] == pytest.approx(want["lr"][step])
-        loss, _ = reader(ids, mask, labels)
+        loss, _ = reader(pack_padded(ids, mask), labels)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         assert abs(loss.item() - want["loss_before"][step]) < 1e-4
@@ -150,10 +152,10 @@ def test_bias_counts_the_originals_padded_offsets(golden, tmp_path):
     # 35 targets: later ones see the second passage's offsets with stride 24
     labels = labels.clamp(min=3).repeat(1, 5)
     padded = [torch.nn.functional.pad(x, (0, 30)) for x in (ids, mask)]
-    want = reader(*padded, labels)[1]
-    assert (reader(ids, mask, labels)[1] - want).abs().max() > 1e-3
+    want = reader(pack_padded(*padded), labels)[1]
+    assert (reader(pack_padded(ids, mask), labels)[1] - want).abs().max() > 1e-3
     reader.config.passage_stride = 54
-    torch.testing.assert_close(reader(ids, mask, labels)[1], want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(reader(pack_padded(ids, mask), labels)[1], want, atol=1e-4, rtol=0)
 
 
 def random_batch(seed=0, vocab=300):
@@ -206,7 +208,7 @@ def test_families_equal_a_plain_padded_t5_and_survive_saving(name, tmp_path):
     reader = FiDT5.from_pretrained(folder).eval()
     reader.save_pretrained(tmp_path / "ours")
     for candidate in (reader, FiDT5.from_pretrained(tmp_path / "ours").eval()):
-        loss, logits = candidate(ids, mask, labels)
+        loss, logits = candidate(pack_padded(ids, mask), labels)
         torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=0)
         torch.testing.assert_close(loss, want_loss, atol=1e-5, rtol=0)
     again = kind.from_pretrained(tmp_path / "ours").eval()  # what an ecosystem user opens
@@ -216,10 +218,10 @@ def test_families_equal_a_plain_padded_t5_and_survive_saving(name, tmp_path):
     states = plain.encoder(input_ids=ids.view(9, 12),
                            attention_mask=mask.view(9, 12)).last_hidden_state.view(3, 36, -1)
     for beams in (1, 3):
-        want = plain.generate(encoder_outputs=model_file.BaseModelOutput(states),
+        want = plain.generate(encoder_outputs=BaseModelOutput(states),
                               attention_mask=mask.view(3, 36), max_length=12, num_beams=beams,
                               do_sample=False)
-        assert torch.equal(reader.generate(ids, mask, 12, beams), want)
+        assert torch.equal(reader.generate(pack_padded(ids, mask), 12, beams), want)
 
 
 @pytest.mark.parametrize("beams, max_length", [(1, 12), (3, 12), (1, 2), (3, 3)])
@@ -232,19 +234,20 @@ def test_probabilities_equal_those_of_transformers(beams, max_length):
     plain = T5ForConditionalGeneration.from_pretrained(TOKENIZER).eval()
     states = plain.encoder(input_ids=ids.view(9, 12),
                            attention_mask=mask.view(9, 12)).last_hidden_state.view(3, 36, -1)
-    want = plain.generate(encoder_outputs=model_file.BaseModelOutput(states),
+    want = plain.generate(encoder_outputs=BaseModelOutput(states),
                           attention_mask=mask.view(3, 36), max_length=max_length, num_beams=beams,
                           do_sample=False, num_return_sequences=beams, output_scores=True,
                           return_dict_in_generate=True)
     steps = plain.compute_transition_scores(want.sequences, want.scores,
                                             want.get("beam_indices"), normalize_logits=beams == 1)
     steps = steps.masked_fill(want.sequences[:, 1:1 + steps.shape[1]] == 0, 0)  # padding
-    answers, log_probabilities = reader.generate(ids, mask, max_length, beams, n_best=beams)
+    answers, log_probabilities = reader.generate(pack_padded(ids, mask), max_length, beams,
+                                                 n_best=beams)
     assert torch.equal(answers.flatten(0, 1), want.sequences)
     torch.testing.assert_close(log_probabilities.flatten().float(), steps.sum(1), atol=1e-4, rtol=0)
     is_cut = ~(answers == reader.config.eos_token_id).any(2)
     assert is_cut.any() if max_length < 4 else not is_cut.all()
-    assert torch.equal(reader.generate(ids, mask, max_length, beams), answers[:, 0])
+    assert torch.equal(reader.generate(pack_padded(ids, mask), max_length, beams), answers[:, 0])
 
 
 def test_checkpointing_replays_dropout(tiny):
@@ -254,10 +257,10 @@ def test_checkpointing_replays_dropout(tiny):
         reader = FiDT5.from_pretrained(tiny, dropout=0.3).train()
         reader.set_checkpoint(use_checkpoint)
         torch.manual_seed(5)
-        reader(ids, mask, labels)[0].backward()
+        reader(pack_padded(ids, mask), labels)[0].backward()
         grads.append([p.grad for p in reader.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
-    assert reader.t5.encoder.encoder.module.block[0].layer[0].dropout.p == 0.3
+    assert reader.t5.encoder.encoder.block[0].module.layer[0].dropout.p == 0.3
 
 
 def test_checkpointing_keeps_less(tiny):
@@ -271,7 +274,7 @@ def test_checkpointing_keeps_less(tiny):
             total.append(x.numel() * x.element_size())
             return x
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            reader(ids, torch.ones_like(ids), torch.full((2, 4), 5))
+            reader(pack_padded(ids, torch.ones_like(ids)), torch.full((2, 4), 5))
         return sum(total)
     assert saved_bytes(True) < 0.6 * saved_bytes(False)
 
@@ -280,12 +283,12 @@ def test_an_empty_question_is_finite(tiny):
     ids, mask, labels = random_batch()
     mask[1] = False
     reader = FiDT5.from_pretrained(tiny).train()
-    loss, logits = reader(ids, mask, labels)
+    loss, logits = reader(pack_padded(ids, mask), labels)
     loss.backward()
     assert logits.isfinite().all() and all(p.grad.isfinite().all() for p in reader.parameters()
                                            if p.grad is not None)
-    assert reader(ids, torch.zeros_like(mask), labels)[1].isfinite().all()
-    _, scores = reader.eval().generate(ids, mask, 5, return_scores=True)
+    assert reader(pack_padded(ids, torch.zeros_like(mask)), labels)[1].isfinite().all()
+    _, scores = reader.eval().generate(pack_padded(ids, mask), 5, return_scores=True)
     assert scores[1].tolist() == [float("-inf")] * 3 and scores[0].isfinite().all()
 
 
@@ -293,7 +296,7 @@ def test_attention_shares_are_sums_of_transformers_attentions(tiny):
     ids, mask, _ = random_batch()
     mask[0, 1, 4:] = False
     reader = FiDT5.from_pretrained(tiny).eval()
-    _, log_shares = reader.generate(ids, mask, 5, return_scores="attention")
+    _, log_shares = reader.generate(pack_padded(ids, mask), 5, return_scores="attention")
     t5 = T5ForConditionalGeneration.from_pretrained(tiny, attn_implementation="eager").eval()
     B, N, L = ids.shape
     with torch.no_grad():
@@ -308,8 +311,8 @@ def test_attention_shares_are_sums_of_transformers_attentions(tiny):
 def test_passages_do_not_see_each_other(tiny):
     ids, mask, _ = random_batch()
     reader = FiDT5.from_pretrained(tiny).eval()
-    together = reader.encode(ids, mask)
-    alone = reader.encode(ids[:1, 2:], mask[:1, 2:])
+    together = reader.encode(pack_padded(ids, mask))
+    alone = reader.encode(pack_padded(ids[:1, 2:], mask[:1, 2:]))
     torch.testing.assert_close(together.states[0, 12:24], alone.states[0], atol=1e-5, rtol=0)
 
 
@@ -317,7 +320,7 @@ def test_no_weights_starts_at_random_and_says_so(tiny, tmp_path, capsys):
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes(open(f"{tiny}/{file}", "rb").read())
     ids, mask, labels = random_batch()
-    assert FiDT5.from_pretrained(tmp_path)(ids, mask, labels)[0].isfinite()
+    assert FiDT5.from_pretrained(tmp_path)(pack_padded(ids, mask), labels)[0].isfinite()
     assert "starting from random initialisation" in capsys.readouterr().out
 
 

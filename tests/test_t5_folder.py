@@ -18,8 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import ask
 import lm_score
-from conftest import ROOT, TOKENIZER, make_records, make_t5
-from data import Collator, encode_inputs
+from conftest import ROOT, TOKENIZER, make_records, make_t5, pad_packed
+from data import Collator, encode_inputs, pack_padded
 from model import CROSS_BIAS, FiDT5, plain_fid
 from reader.open import open_reader, open_reader_tokenizer, open_with_tokenizer
 from reader.predict import decode_answers, predict
@@ -125,11 +125,12 @@ def test_own_special_ids_agree(beams, copy, toy, tmp_path):  # A1
     other = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     assert other.generation_config.eos_token_id == other.config.eos_token_id == 2
     assert other.config.pad_token_id == 3 and other.config.decoder_start_token_id == 0
-    want_loss, want_logits = plain_fid(other, **batch["inputs"], labels=batch["labels"])
+    padded = pad_packed(batch["inputs"]["passages"])
+    want_loss, want_logits = plain_fid(other, *padded, batch["labels"])
     loss, logits = reader(**batch["inputs"], labels=batch["labels"])
     torch.testing.assert_close(loss, want_loss, atol=1e-5, rtol=0)
     torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=0)
-    want = generate(other, batch["inputs"], num_beams=beams)
+    want = generate(other, *padded, num_beams=beams)
     got = reader.generate(**batch["inputs"], max_length=12, num_beams=beams)
     assert torch.equal(got, want) and 2 in got
     again, _, line = open_pair(tmp_path / "out")
@@ -137,9 +138,8 @@ def test_own_special_ids_agree(beams, copy, toy, tmp_path):  # A1
         again.generate(**batch["inputs"], max_length=12, num_beams=beams), want)
 
 
-def generate(t5, inputs, **options):
+def generate(t5, ids, mask, **options):
     """Return transformers' ids for passages (B, N, L), padded."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     B, N, L = ids.shape
     with torch.no_grad():
         states = t5.encoder(input_ids=ids.view(B * N, L), attention_mask=mask.view(B * N, L))
@@ -173,10 +173,9 @@ def test_generation_settings_are_transformers(name, tiny, tmp_path):
     t5.generation_config.update(num_return_sequences=1, return_dict_in_generate=False)
     reader = FiDT5.from_pretrained(folder).eval()
     ids, mask, _ = random_batch()
-    inputs = {"input_ids": ids, "attention_mask": mask}
     for beams in (1, 3):
-        want = generate(t5, inputs, num_beams=beams)
-        assert torch.equal(reader.generate(ids, mask, 12, beams), want)
+        want = generate(t5, ids, mask, num_beams=beams)
+        assert torch.equal(reader.generate(pack_padded(ids, mask), 12, beams), want)
     settings = reader.forget_generation()
     assert not reader.is_steered and all(SETTINGS[name][key] == settings[key] for key in settings)
     line = open_pair(folder)[2]
@@ -440,17 +439,18 @@ def test_tokenizers_read_as_transformers_does(name, toy, tmp_path):
     text = "question: {} title: {} context: {}".format(
         records[0]["question"], records[0]["ctxs"][0]["title"], records[0]["ctxs"][0]["text"])
     want = oracle(text, add_special_tokens=False).input_ids[:30]
-    assert batch["inputs"]["input_ids"][0, 0].tolist() == want
+    assert pad_packed(batch["inputs"]["passages"])[0][0, 0].tolist() == want
     assert batch["labels"][0][:len(oracle(targets[0]).input_ids)].tolist() == oracle(
         targets[0]).input_ids
 
     t5 = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5").eval()
-    want_loss, want_logits = plain_fid(t5, **batch["inputs"], labels=batch["labels"])
+    padded = pad_packed(batch["inputs"]["passages"])
+    want_loss, want_logits = plain_fid(t5, *padded, batch["labels"])
     loss, logits = reader(**batch["inputs"], labels=batch["labels"])
     torch.testing.assert_close(loss, want_loss, atol=1e-5, rtol=0)
     torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=0)
     for beams in (1, 2):
-        want = generate(t5, batch["inputs"], num_beams=beams)
+        want = generate(t5, *padded, num_beams=beams)
         got = reader.generate(**batch["inputs"], max_length=12, num_beams=beams)
         assert torch.equal(got, want)
         texts = tokenizer.batch_decode(got, skip_special_tokens=True)
@@ -575,12 +575,12 @@ def test_own_embeddings_are_kept(name, tie, tiny, tmp_path):  # A13
     reader = FiDT5.from_pretrained(folder).eval()
     reader.save_pretrained(tmp_path / "out")
     again = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
-    for got_loss, got_logits in (reader(ids, mask, labels), plain_fid(again, ids, mask, labels),
-                                 FiDT5.from_pretrained(tmp_path / "out").eval()(ids, mask, labels)):
+    packed = pack_padded(ids, mask)
+    for got_loss, got_logits in (reader(packed, labels), plain_fid(again, ids, mask, labels),
+                                 FiDT5.from_pretrained(tmp_path / "out").eval()(packed, labels)):
         torch.testing.assert_close(got_logits, want_logits, atol=1e-3, rtol=1e-5)
         torch.testing.assert_close(got_loss, want_loss, atol=1e-4, rtol=1e-5)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    assert torch.equal(reader.generate(ids, mask, 12), generate(t5, inputs))
+    assert torch.equal(reader.generate(packed, 12), generate(t5, ids, mask))
     count = sum(parameter.numel() for parameter in t5.parameters())
     assert sum(parameter.numel() for parameter in reader.parameters()) == count
 
@@ -595,7 +595,7 @@ def test_the_leftover_of_t5s_first_release_is_left_out(tiny, tmp_path, capsys): 
     want = plain_fid(T5ForConditionalGeneration.from_pretrained(tiny).eval(), ids, mask, labels)[1]
     reader = FiDT5.from_pretrained(folder).eval()
     assert "relative_attention_bias.weight is left out" in capsys.readouterr().out
-    torch.testing.assert_close(reader(ids, mask, labels)[1], want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(reader(pack_padded(ids, mask), labels)[1], want, atol=1e-4, rtol=0)
     reader.set_lengths(12, 5)
     reader.save_pretrained(tmp_path / "out")
     assert "passage_stride" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -603,11 +603,11 @@ def test_the_leftover_of_t5s_first_release_is_left_out(tiny, tmp_path, capsys): 
 
     edit_json(folder / "config.json", passage_stride=12)  # as readers were saved before
     reader = FiDT5.from_pretrained(folder).eval()
-    logits = reader(ids, mask, labels)[1]
+    logits = reader(pack_padded(ids, mask), labels)[1]
     assert reader.cross_bias is not None and (logits - want).abs().max() > 1e-2
     reader.save_pretrained(tmp_path / "fid")
     again = FiDT5.from_pretrained(tmp_path / "fid").eval()
-    assert torch.equal(again(ids, mask, labels)[1], logits)
+    assert torch.equal(again(pack_padded(ids, mask), labels)[1], logits)
     assert json.loads((tmp_path / "fid" / "config.json").read_text())["fid_cross_attention_bias"]
     edit_weights(tmp_path / "fid", lambda weights: {
         name: weight for name, weight in weights.items() if name != CROSS_BIAS})

@@ -9,6 +9,7 @@ from dense.model import BiEncoder
 from dense.text_encoder import TextEncoder
 from golden_retrievers import CONFIG
 from layers import grad_cache, packed_attention
+from layers.packing import pack_texts
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
@@ -24,7 +25,7 @@ def test_packed_encoder_equals_padded_model(pooling, way, monkeypatch):
         monkeypatch.setattr(packed_attention, "plain_attention", fused)
     if way == "transformers":
         monkeypatch.setattr(text_encoder, "is_packable", lambda model: False)
-    monkeypatch.setitem(grad_cache.CHUNK_TOKENS, "cpu", 40)
+    monkeypatch.setitem(grad_cache.CHUNK_ROWS, "cpu", 40)
     texts = [torch.randint(3, 120, (n,)).tolist() for n in (5, 17, 1, 30, 8, 8, 2)]
     vectors = encoder(texts)
     vectors.square().sum().backward()
@@ -68,9 +69,10 @@ def test_bfloat16_vectors_are_close_and_float32(tmp_path):
 def test_token_types_behind_the_first_separator(tmp_path):
     encoder = BiEncoder.open(make_bert(tmp_path / "bert")).query_encoder
     encoder.separator = 3
-    ids = torch.tensor([2, 7, 3, 8, 3, 2, 9, 3])  # texts of 5 and 3 tokens
-    types = encoder.token_types(ids, torch.tensor([0, 5]), torch.tensor([5, 3]))
-    assert types.tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+    texts = [[2, 9, 3], [2, 7, 3, 8, 3]]  # the longer one comes first
+    assert encoder.token_types(pack_texts(texts, 0, 1)).tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+    types = encoder.token_types(pack_texts(texts, 0, 4))
+    assert types[[0, 1, 2, 3, 4, 8, 9, 10]].tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
 
 
 def test_other_architectures_run_in_transformers(tmp_path):

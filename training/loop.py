@@ -129,22 +129,35 @@ def open_epoch(run, plan):
     return remaining, iter(make_loader(run.train_set, batches, run.collator, run.args.num_workers))
 
 
-def step_optimizer(run, loss, losses, indices):
-    """Clip the gradient and take an optimizer step.
+def scale_gradients(model, factor):
+    """Multiply all gradients by a number or a tensor."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if isinstance(factor, torch.Tensor):
+        factor = factor.to(gradients[0].dtype)
+    torch._foreach_mul_(gradients, factor)
 
-    loss: the update's loss over all processes; losses, indices: the loss and the records' indices
-    of each of this process's micro-batches. If the loss or the gradient is not finite, leaves the
-    weights unchanged and raises InputError naming the records.
+
+def step_optimizer(run, totals, losses, indices):
+    """Clip the gradient, take an optimizer step, and return the totals as floats.
+
+    totals: a tensor that begins with the update's loss over all processes; losses (micro-batches),
+    indices: the loss and the records' indices of each of this process's micro-batches. If the loss
+    or the gradient is not finite, leaves the weights unchanged and raises InputError naming the
+    records.
     """
     parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.clip)
-    if not math.isfinite(loss):
+    # all figures come in one copy, because each copy waits until the GPU has finished its work
+    norm, *figures = torch.cat([norm.double()[None], totals, losses]).tolist()
+    totals, losses = figures[:len(totals)], figures[len(totals):]
+    if not math.isfinite(totals[0]):
         refuse_update(run, "loss", losses, indices)
     if not math.isfinite(norm):
         refuse_update(run, "gradient", losses, indices)
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad()
+    return totals
 
 
 def refuse_update(run, not_finite, losses, indices):
