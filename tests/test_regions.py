@@ -1,16 +1,19 @@
 """Compiled regions against the functions as they are written; what a GPU must not wait for; how
 many operations a layer starts.
 """
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
+from conftest import ROOT, make_records, run
 from data import pack_passages
 from dense.text_encoder import TextEncoder
 from golden_retrievers import CONFIG
@@ -299,3 +302,38 @@ def test_a_layer_starts_few_kernels(monkeypatch):
         layers.finish_block(block, x, y, 0.0).sum().backward()
     assert len(groups) == 9
     assert whole.count - regions_alone.count <= 153 // 2
+
+
+# ---------------------------------------------------------------- several processes
+
+COMPILED_TRAINING = """
+import sys
+sys.path.insert(0, {root!r})
+import train_epoch
+from layers import packed_attention, regions
+from utils import run_script
+regions.BACKEND = "aot_eager"
+regions.IS_COMPILED["cpu"] = True
+packed_attention.attention = packed_attention.fused_attention
+run_script(train_epoch.main, train_epoch.parse_args())
+"""
+
+
+def test_compiled_regions_under_ddp(tiny, tmp_path):
+    """Check that two compiled processes train the weights of a plain one, with uneven numbers of
+    micro-batches: of seven records the second update has three, two of them for one process.
+    """
+    (tmp_path / "records.json").write_text(json.dumps(make_records(7)))
+    script = tmp_path / "compiled.py"
+    script.write_text(COMPILED_TRAINING.format(root=str(ROOT)))
+    flags = ["records.json", "records.json", "--t5_name", tiny, "--num_contexts", 3,
+             "--max_length", 20, "--dropout", 0, "--epochs", 1, "--lr", 1e-2, "--use_checkpoint",
+             "--num_warmup_steps", 0, "--eval_answer_maxlength", 2]
+    run("train_epoch.py", "plain", *flags, "--batch_size", 4, cwd=tmp_path)
+    out, _ = run(script, "compiled", *flags, "--batch_size", 1, "--grad_accumulation", 2,
+                 processes=2, cwd=tmp_path)
+    assert "torch.compile failed" not in out
+    expected = load_file(tmp_path / "plain" / "model.safetensors")
+    got = load_file(tmp_path / "compiled" / "model.safetensors")
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight, atol=1e-4, rtol=1e-3)

@@ -79,3 +79,16 @@ def test_plan_bench(monkeypatch, capsys):
     assert re.search(r"FiD base: 1 M parameters, an update .*; 18,555 updates .* h", output)
     assert re.search(r"DPR: 2 M parameters, .*; 18,400 updates .* h", output)
     assert re.search(r"encoding: [\d,]+ passages a second; 21,015,324 in .* h on one", output)
+
+
+def test_gpu_bench(tmp_path):
+    """Check the parts that a CPU can run in a short time."""
+    output = run_bench("gpu.py", "--shape", "small", "--contexts", 2, "--batch_size", 1,
+                       "--rounds", 1, "--parts", "machine", "numbers", "attention", "readers",
+                       "--output", tmp_path / "gpu.txt")
+    assert (tmp_path / "gpu.txt").read_text() in output
+    assert "Error" not in output
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    errors = [row["worst"] for row in rows if row["part"] == "numbers"]
+    assert len(errors) == 2 and max(errors) < 1e-4
+    assert {row["mode"] for row in rows if row["part"] == "readers"} == {"train", "eval"}
