@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -144,14 +145,20 @@ def run_and_kill(script, *args, at, processes=1):
     assert code == -signal.SIGKILL, stdout + stderr
 
 
+def run_in_background(script, *args):
+    """Start a script in the working directory; return its BackgroundRun."""
+    return start_server().start(script, args, os.getcwd())
+
+
 # A process that has imported what the scripts need, which takes 5 s, and forks for each run. A
 # request is a line of JSON, the reply the exit code and the seconds that the run took. A run of
 # several processes gets what torchrun sets, and ends as under it: when one of them fails, the
 # others are told to end. All of a run is killed after `kill_after` seconds, or just before change
 # number `kill_at` of its folder: a file is opened for writing, renamed, removed, a folder made. A
-# run ends without taking its interpreter apart, which takes 1.3 s with these libraries.
+# run ends without taking its interpreter apart, which takes 1.3 s with these libraries. The reply
+# to a run in the `background`, which has one process, is its id: it goes on while others run.
 SERVER = """
-import atexit, json, os, random, runpy, signal, socket, sys, time, traceback
+import atexit, importlib, json, os, random, runpy, signal, socket, sys, time, traceback
 import bm25s, numpy, faiss, torch, torch.distributed, torch.utils.data, transformers
 from transformers import AutoModel, AutoTokenizer, BertModel, T5ForConditionalGeneration
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # as federate.py does
@@ -159,6 +166,8 @@ try:
     import flwr.app, flwr.clientapp.mod, flwr.serverapp.strategy
 except ImportError:
     pass  # the tests of it are skipped
+# what runs with a flag need, which takes 4 s: imported before the first of them
+LIBRARIES = {"--lora": "peft.tuners.lora", "--load_in_4bit": "bitsandbytes"}
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.utime")
 changes = 0
@@ -202,7 +211,7 @@ def run_script(request):
     atexit._run_exitfuncs()
     if os.environ.get("RANK", "0") == "0":
         with open(request["stdin"] + ".changes", "w") as file:
-            file.write(str(changes))
+            file.write(f"{changes} {code}")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -217,8 +226,9 @@ def become(request, rank, group, port):
                        "WORLD_SIZE": str(request["processes"]), "MASTER_PORT": str(port),
                        "LOCAL_WORLD_SIZE": str(request["processes"])}
     os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
+    how = os.O_WRONLY | (os.O_APPEND if request["processes"] > 1 else 0)  # one: as a shell's >
     for number, path in ((1, request["stdout"]), (2, request["stderr"])):
-        os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), number)
+        os.dup2(os.open(path, how), number)
     os.chdir(request["cwd"])
     sys.argv = [request["script"], *request["args"]]
     sys.path.insert(0, os.path.dirname(request["script"]))
@@ -259,10 +269,22 @@ def wait(children, kill_at):
             time.sleep(0.001)
     return code
 
+background = []
 replies = os.fdopen(os.dup(1), "w")
 while line := sys.stdin.readline():
     request, begin = json.loads(line), time.monotonic()
+    for flag, library in LIBRARIES.items():
+        if flag in request["args"]:
+            try:
+                importlib.import_module(library)
+            except ImportError:
+                pass  # the run tells it
+    background = [child for child in background if not os.waitpid(child, os.WNOHANG)[0]]
     children = start(request)
+    if request["background"]:
+        background += children
+        print(json.dumps(children[0]), file=replies, flush=True)
+        continue
     seconds = request["kill_after"]
     code = wait(children, None if seconds is None else begin + seconds)
     print(json.dumps([code, time.monotonic() - begin]), file=replies, flush=True)
@@ -279,6 +301,7 @@ class ScriptServer:
         self.folder = tempfile.TemporaryDirectory()
         self.seconds = 0.0  # that the last run took
         self.changes = 0  # that it made to its folder, if it was not killed
+        self.started = 0  # runs in the background
 
     def run(self, script, args, cwd, stdin="", processes=1, **kill):
         """(exit code, stdout, stderr) of a script; `stdin` is what it can read there, a text.
@@ -291,12 +314,62 @@ class ScriptServer:
             Path(path).write_text(stdin if name == "stdin" else "")
         request = {"script": str(ROOT / script), "args": [str(arg) for arg in args],
                    "cwd": str(cwd), "processes": processes, "kill_after": None, "kill_at": 0,
-                   **paths, **kill}
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        code, self.seconds = json.loads(self.process.stdout.readline())
+                   "background": False, **paths, **kill}
+        code, self.seconds = self.ask(request)
         if code != -signal.SIGKILL:
-            self.changes = int(Path(paths["stdin"] + ".changes").read_text())
+            self.changes = int(Path(paths["stdin"] + ".changes").read_text().split()[0])
         return code, Path(paths["stdout"]).read_text(), Path(paths["stderr"]).read_text()
+
+    def start(self, script, args, cwd):
+        """Return a BackgroundRun of a script."""
+        self.started += 1
+        paths = {name: os.path.join(self.folder.name, f"{name}{self.started}")
+                 for name in ("stdin", "stdout", "stderr")}
+        for path in paths.values():
+            Path(path).write_text("")
+        request = {"script": str(ROOT / script), "args": [str(arg) for arg in args],
+                   "cwd": str(cwd), "processes": 1, "kill_at": 0, "background": True, **paths}
+        return BackgroundRun(self.ask(request), paths)
+
+    def ask(self, request):
+        """Return the server's reply."""
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+
+class BackgroundRun:
+    """A run of the ScriptServer that goes on beside the test, much as a Popen."""
+
+    def __init__(self, pid, paths):
+        self.pid, self.paths = pid, paths
+
+    def poll(self):
+        """Return the exit code, None while the script runs."""
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            state = "Z"
+        if state != "Z":
+            return None
+        end = Path(self.paths["stdin"] + ".changes")  # written by a run that was not killed
+        return int(end.read_text().split()[1]) if end.exists() else -signal.SIGKILL
+
+    def wait(self, seconds=120):
+        """Return the exit code; fail the test after so many seconds."""
+        deadline = time.time() + seconds
+        while (code := self.poll()) is None:
+            assert time.time() < deadline, f"not done in {seconds} s: {self.output()}"
+            time.sleep(0.02)
+        return code
+
+    def kill(self):
+        """Kill the script, and wait for its end."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def output(self):
+        """Return what the script has written to stdout and stderr so far."""
+        return "".join(Path(self.paths[name]).read_text() for name in ("stdout", "stderr"))
 
 
 @functools.cache

@@ -1,10 +1,7 @@
 """lm_score.py as a user runs it: numbers of a plain loop, cuts, processes, resuming, errors."""
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from argparse import Namespace
 
 import pytest
@@ -19,7 +16,7 @@ from transformers import (
 
 import lm_score
 from causal_helpers import make_causal, make_tokenizer
-from conftest import ENVIRONMENT, command, make_records, make_t5, run
+from conftest import make_records, make_t5, run, run_in_background
 from data import input_texts
 from lm_score import choose_answers
 from reader.open import open_reader
@@ -307,13 +304,10 @@ def test_goes_on_after_kill(models, tmp_path):
     flags = ["--eval_data", path, "--model_name_or_path", models["gpt2"], "--save_name", "x",
              "--batch_size", 2]
     journal = tmp_path / "r.scored.x.jsonl.journal.0"
-    process = subprocess.Popen(command("lm_score.py", *flags), env=os.environ | ENVIRONMENT,
-                               stdout=subprocess.DEVNULL)
-    deadline = time.time() + 120
+    process = run_in_background("lm_score.py", *flags)
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
-        assert time.time() < deadline and process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        assert process.poll() is None, process.output()
+    process.kill()
     assert not (tmp_path / "r.scored.x.jsonl").exists()
     done = journal.read_bytes().count(b"\n") - 1
     with open(journal, "ab") as file:

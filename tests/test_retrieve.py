@@ -5,8 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import time
 
 import numpy as np
@@ -14,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from conftest import ROOT, WORDS, command, make_bert, run
+from conftest import ROOT, WORDS, make_bert, run, run_in_background
 from records.corpus import Corpus
 from records.questions import read_questions
 from retrieval_helpers import make_flags, make_questions, write_corpus, write_rows
@@ -339,13 +337,12 @@ def test_killed_encoding_goes_on(bert, world_files, tmp_path, monkeypatch):
     flags = ["--corpus", many, "--eval_data", world_files / "records.json", "--query_encoder", bert,
              "--hits", 3, "--trec"]
     run("retrieve.py", *flags, tmp_path / "whole", "--index", tmp_path / "i1")
-    cut_command = command("retrieve.py", *flags, tmp_path / "cut", "--index", tmp_path / "i2")
-    process = subprocess.Popen(cut_command, stdout=subprocess.DEVNULL)
+    process = run_in_background("retrieve.py", *flags, tmp_path / "cut", "--index", tmp_path / "i2")
     done = tmp_path / "i2" / "done.npy"
     while not done.exists() or not np.load(done).any():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        assert process.poll() is None, process.output()
+        time.sleep(0.005)
+    process.kill()
     vectors = np.load(tmp_path / "i2" / "vectors.npy", mmap_mode="r+")
     marks = np.load(done)
     assert 0 < marks.sum() < len(marks) and not (tmp_path / "cut").exists()
@@ -389,15 +386,14 @@ def test_of_two_that_start_at_once_one_makes_the_index(method, bert, world_files
     with open(tmp_path / "index" / ".lock", "w") as held:
         # so that both come while it is being made
         fcntl.flock(held, fcntl.LOCK_EX)
-        both = []
-        for name in ("one", "two"):
-            start = command("retrieve.py", *common, tmp_path / name)
-            both.append(subprocess.Popen(start, stdout=subprocess.PIPE, text=True))
+        both = [run_in_background("retrieve.py", *common, tmp_path / name)
+                for name in ("one", "two")]
         for process in both:
-            while "waiting" not in process.stdout.readline():
-                assert process.poll() is None
+            while "waiting" not in process.output():
+                assert process.poll() is None, process.output()
+                time.sleep(0.02)
         assert not (tmp_path / "index" / "index.json").exists()
-    assert [process.wait(120) for process in both] == [0, 0]
+    assert [process.wait() for process in both] == [0, 0]
     assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
 
 
