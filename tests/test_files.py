@@ -23,10 +23,13 @@ with new_file(sys.argv[1]) as file:
 """
 
 
-def start_writer(path):
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
-    assert writer.stdout.readline() == b"writing\n"
-    return writer
+def start_writers(path, count):
+    """Return so many processes that have begun to write the file."""
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
+               for _ in range(count)]
+    for writer in writers:
+        assert writer.stdout.readline() == b"writing\n"
+    return writers
 
 
 def write(path, text="new"):
@@ -37,7 +40,7 @@ def write(path, text="new"):
 def test_what_a_killed_writer_left_is_removed_and_a_live_ones_file_is_not(tmp_path):
     path = tmp_path / "run.state"
     path.write_text("old")
-    dead, live = start_writer(path), start_writer(path)
+    dead, live = start_writers(path, 2)
     dead.send_signal(signal.SIGKILL)
     dead.wait()
     assert path.read_text() == "old"
