@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from layers.packing import ALIGN, PackedTexts, pack_texts
+from layers.packing import PackedTexts, pack_texts
 from records.fields import history_turns
 from training.loop import make_loader
 from utils import InputError, shorten
@@ -176,17 +176,14 @@ def pack_passages(questions, padding_id, device_type="cpu"):
     texts = []
     for passages in questions:
         texts += passages + [[]] * (N - len(passages))
-    packed = pack_texts(texts, padding_id, ALIGN[device_type])
+    packed = pack_texts(texts, padding_id, device_type)
     counts = packed.lengths.view(B, N)
 
     # the tokens in reading order: passage by passage, question by question
-    lengths = packed.lengths.numpy()                                                # (B * N)
+    lengths, totals = packed.lengths.numpy(), counts.sum(1).numpy()                 # (B * N), (B)
     text = np.repeat(np.arange(B * N), lengths)
-    position = np.arange(len(text)) - np.repeat(lengths.cumsum() - lengths, lengths)
-    totals = counts.sum(1).numpy()                                                  # (B)
-    column = np.arange(len(text)) - np.repeat(totals.cumsum() - totals, totals)
-
     question = text // N
+    position, column = count_up(lengths), count_up(totals)
     M = max(1, int(totals.max()))
     rows = np.full((B, M), len(packed.ids))
     passage_indices, positions = np.zeros((2, B, M), dtype=np.int64)
@@ -195,6 +192,11 @@ def pack_passages(questions, padding_id, device_type="cpu"):
     positions[question, column] = position
     rows, passage_indices, positions = map(torch.from_numpy, (rows, passage_indices, positions))
     return PackedPassages(packed, counts, rows, passage_indices, positions, int(counts.max()))
+
+
+def count_up(lengths):
+    """Return 0 .. length - 1 for each of the lengths, one after another."""
+    return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
 
 
 def pack_padded(input_ids, attention_mask, device_type="cpu"):
@@ -209,23 +211,6 @@ def pack_padded(input_ids, attention_mask, device_type="cpu"):
     questions = [[ids[real].tolist() for ids, real in zip(*question)]
                  for question in zip(input_ids, mask)]
     return pack_passages(questions, 0, device_type)._replace(longest=mask.shape[2])
-
-
-def pad_passages(questions, pad_token, side="right"):
-    """Return (input_ids, attention_mask), both (B, N, L), of [question][passage][token] ids.
-
-    side: the side of the padding, "right" or "left".
-    """
-    B, N = len(questions), max(len(passages) for passages in questions)
-    L = max(1, max(len(ids) for passages in questions for ids in passages))
-    input_ids = torch.full((B, N, L), pad_token)
-    attention_mask = torch.zeros((B, N, L), dtype=torch.bool)
-    for b, passages in enumerate(questions):
-        for n, ids in enumerate(passages):
-            columns = slice(len(ids)) if side == "right" else slice(L - len(ids), L)
-            input_ids[b, n, columns] = torch.tensor(ids, dtype=torch.long)
-            attention_mask[b, n, columns] = True
-    return input_ids, attention_mask
 
 
 def pad_labels(targets, target_ids):

@@ -20,14 +20,14 @@ Shares are of the peak that the same command measured.
 """
 import argparse
 import json
+import math
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 import transformers
@@ -39,28 +39,28 @@ sys.path.insert(0, ROOT)
 from bench.reader import (
     BASELINE,
     COMPILED,
+    NOT_COMPILED,
     Cell,
+    gpu_peak,
     inputs_of,
     make_batch,
     make_reader,
     matmul_peak,
+    replaced,
     run_once,
     useful_flops,
-    wait_for,
 )
+from bench.timing import time_calls, time_limit
 from dense.text_encoder import TextEncoder
-from layers import packing, regions
+from layers import regions
 from layers.packed_attention import make_groups, packed_attention
+from layers.packing import pack_texts
+from training.t5_folder import plain_key
 from utils import Parser, first_line, run_script, start_processes
 
-PLAIN = "ours, not compiled"
 # {part: the most seconds it may take out of 480}
 LIMITS = {"machine": 20, "numbers": 70, "attention": 30, "readers": 180, "profile": 40,
           "encoding": 60, "settings": 80}
-
-
-class TimeUpError(Exception):
-    """Say that a part has used up its time."""
 
 
 class Report:
@@ -102,31 +102,9 @@ def precision_of(device):
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-@contextmanager
-def time_limit(seconds):
-    """Raise TimeUpError in the block after so many seconds."""
-    def stop(*_):
-        raise TimeUpError(f"stopped after {seconds:.0f} s")
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def time_calls(call, device, rounds, warm_ups=2):
-    """Return the median seconds of a call, after warm-ups."""
-    seconds = []
-    for round_index in range(warm_ups + rounds):
-        wait_for(device)
-        start = time.perf_counter()
-        call()
-        wait_for(device)
-        if round_index >= warm_ups:
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def share_of_peak(work, seconds, found):
+    """Return the share of the measured peak at which so many operations took these seconds."""
+    return work / seconds / found["peak"] if "peak" in found else math.nan
 
 
 # ---------------------------------------------------------------- the parts
@@ -163,9 +141,9 @@ def check_numbers(args, report, device, found):
     torch.backends.cuda.matmul.allow_tf32 = False
     batch = make_batch(args, 3, 0)
     exact = gradients_of(make_reader(BASELINE, "small", args, device), batch)
-    for name in (PLAIN, "ours"):
-        found_gradients = gradients_of(make_reader(name, "small", args, device), batch)
-        worst = worst_error(found_gradients, exact)
+    for name in (NOT_COMPILED, "ours"):
+        gradients = gradients_of(make_reader(name, "small", args, device), batch)
+        worst = worst_error(gradients, exact)
         report.line(f"float32, {name}: largest error of a gradient {worst:.1e} of its norm")
         report.row("numbers", reader=name, precision="float32", worst=worst)
         if name == "ours" and worst > 1e-3:
@@ -179,9 +157,9 @@ def check_numbers(args, report, device, found):
     for length in (64, 192):
         args.passage_tokens = length
         reader = make_reader("ours", "small", args, device)
-        found_gradients = gradients_of(reader, make_batch(args, 3, 0), device.type == "cuda")
+        gradients = gradients_of(reader, make_batch(args, 3, 0), device.type == "cuda")
         args.passage_tokens = None
-        are_finite = all(gradient.isfinite().all() for gradient in found_gradients.values())
+        are_finite = all(gradient.isfinite().all() for gradient in gradients.values())
         report.line(f"passages of {length} tokens: gradients finite: {are_finite}")
 
 
@@ -189,33 +167,19 @@ def gradients_of(reader, batch, bf16=False):
     """Return {T5's name of a weight: gradient} of the loss without dropout."""
     reader.t5.eval().zero_grad()
     passages, labels = inputs_of(reader, batch)
-    with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16), one_form(reader):
+    with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16), replaced(reader):
         loss = reader.loss(passages, labels)
         loss.backward()
-    found = getattr(reader.t5, "t5", reader.t5)
-    return {name.replace(".encoder.encoder.", ".encoder.").replace("encoder.encoder.", "encoder.")
-            .replace(".module.", "."): weight.grad
-            for name, weight in found.named_parameters() if weight.grad is not None}
+    t5 = getattr(reader.t5, "t5", reader.t5)
+    return {plain_key(name): weight.grad
+            for name, weight in t5.named_parameters() if weight.grad is not None}
 
 
-@contextmanager
-def one_form(reader):
-    """Apply the replacements of a reader of bench/reader.py."""
-    kept = [(module, name, getattr(module, name)) for module, name, _ in reader.replacements]
-    for module, name, replacement in reader.replacements:
-        setattr(module, name, replacement)
-    try:
-        yield
-    finally:
-        for module, name, value in kept:
-            setattr(module, name, value)
-
-
-def worst_error(found, exact):
+def worst_error(gradients, exact):
     """Return the largest relative error of a gradient by its norm."""
-    if found.keys() != exact.keys():
-        raise ValueError(f"gradients of {sorted(found.keys() ^ exact.keys())[:3]} are missing")
-    return max(float((found[name] - want).norm() / want.norm().clamp(min=1e-12))
+    if gradients.keys() != exact.keys():
+        raise ValueError(f"gradients of {sorted(gradients.keys() ^ exact.keys())[:3]} are missing")
+    return max(float((gradients[name] - want).norm() / want.norm().clamp(min=1e-12))
                for name, want in exact.items())
 
 
@@ -227,7 +191,7 @@ def measure_attention(args, report, device, found):
     heads, width = config.num_heads, config.d_kv
     dtype = getattr(torch, precision_of(device))
     for align in (8, 16, 32):
-        packed = packing.pack_texts([[5] * length for length in lengths], 0, align)
+        packed = pack_texts([[5] * length for length in lengths], 0, device.type, align)
         bias = torch.randn(heads, 256, 256, device=device, requires_grad=True)
         qkv = torch.randn(len(packed.ids), 3, heads, width, device=device, dtype=dtype,
                           requires_grad=True)
@@ -245,7 +209,9 @@ def measure_attention(args, report, device, found):
 
 def measure_readers(args, report, device, found):
     """Report the speed and memory of all readers, in turns, in training and evaluation."""
-    names = [BASELINE, COMPILED, "ours", PLAIN] if device.type == "cuda" else [BASELINE, "ours"]
+    names = [BASELINE, "ours"]
+    if device.type == "cuda":
+        names += [COMPILED, NOT_COMPILED]
     for mode in ("train", "eval"):
         compare_readers(args, report, device, found, names, mode)
 
@@ -261,11 +227,7 @@ def compare_readers(args, report, device, found, names, mode, note=""):
         try:
             for batch in (make_batch(args, args.contexts, 1000), batches[0]):
                 run_once(reader, batch, mode, precision)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            before = allocated(device)
-            run_once(reader, batches[0], mode, precision)
-            memory[name] = peak_allocated(device) - before
+            memory[name] = gpu_peak(reader, batches[0], cell) if device.type == "cuda" else math.nan
             readers[name], times[name] = reader, []
         except (RuntimeError, torch.OutOfMemoryError) as error:
             report.line(f"{mode} {name}: {first_line(error)}")
@@ -275,7 +237,7 @@ def compare_readers(args, report, device, found, names, mode, note=""):
     for name, seconds in times.items():
         work = statistics.mean(useful_flops(args.shape, mask, mode) for _, mask, _ in batches)
         median = statistics.median(seconds)
-        share = work / median / found["peak"] if "peak" in found else float("nan")
+        share = share_of_peak(work, median, found)
         ratios = {other: statistics.median(a / b for a, b in zip(times[other], seconds))
                   for other in times if other != name}
         against = ", ".join(f"{value:.2f}x {other}" for other, value in ratios.items())
@@ -285,14 +247,6 @@ def compare_readers(args, report, device, found, names, mode, note=""):
                     + (f"; {against}" if against else ""))
         report.row("readers", **cell._asdict(), reader=name, batch_size=args.batch_size, note=note,
                    seconds=seconds, share=share, memory=memory[name], ratios=ratios)
-
-
-def allocated(device):
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def peak_allocated(device):
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
 def measure_profile(args, report, device, found):
@@ -349,7 +303,7 @@ def measure_encoding(args, report, device, found):
     for name, call in (("padded", encode_padded), ("ours", encode_packed)):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             seconds = time_calls(call, device, 3)
-        share = work / seconds / found["peak"] if "peak" in found else float("nan")
+        share = share_of_peak(work, seconds, found)
         report.line(f"encoding, BERT-base, {name}: {count / seconds:,.0f} passages/s, "
                     f"{100 * share:.1f} % of the peak")
         report.row("encoding", name=name, passages_per_second=count / seconds, share=share)
@@ -382,7 +336,7 @@ def main(args):
         limit = min(LIMITS[name] * args.seconds / sum(LIMITS.values()), left)
         try:
             if left < 1:
-                raise TimeUpError("no time is left")
+                raise TimeoutError("no time is left")
             with time_limit(limit):
                 PARTS[name](args, report, device, found)
         # a part that fails must not end the others: the machine may not come back

@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 from unittest import mock
 
@@ -35,6 +35,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from bench.timing import wait_for
 from data import Collator, pack_padded
 from layers import packed_attention, regions
 from layers import t5 as layers
@@ -55,12 +56,12 @@ SHAPES = {"small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 
           "large": {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16}}
 VOCABULARY, D_KV = 32128, 64      # the same for every shape
 READERS = ("padded eager", "padded SDPA", "ours")
-COMPILED = "padded SDPA, compiled"
+COMPILED, NOT_COMPILED = "padded SDPA, compiled", "ours, not compiled"
 # our reader with one trick replaced by the plain form: [(module, name, replacement)]
 ABLATIONS = {"torch's dropout": [(layers, "dropout", F.dropout),
                                  (packed_attention, "dropout", F.dropout)],
              "plain cross-attention": [(layers, "cross_attention", layers.plain_cross_attention)],
-             "ours, not compiled": [(regions, "IS_COMPILED", {"cpu": False, "cuda": False})]}
+             NOT_COMPILED: [(regions, "IS_COMPILED", {"cpu": False, "cuda": False})]}
 BASELINE = "padded SDPA"          # the reader that our ratios compare with
 MAX_LENGTH, TARGET, GENERATED = 250, 6, 8  # tokens: most of a passage, of a target, of an answer
 
@@ -223,9 +224,7 @@ def run_once(reader, batch, mode, precision):
     passages, labels = inputs_of(reader, batch)
     device = labels.device
     reader.t5.train(mode == "train").zero_grad(set_to_none=True)
-    with ExitStack() as stack:
-        for module, name, replacement in reader.replacements:
-            stack.enter_context(mock.patch.object(module, name, replacement))
+    with replaced(reader):
         wait_for(device)
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -239,17 +238,20 @@ def run_once(reader, batch, mode, precision):
         return time.perf_counter() - start
 
 
+@contextmanager
+def replaced(reader):
+    """Apply the replacements of a reader; see ABLATIONS."""
+    with ExitStack() as stack:
+        for module, name, replacement in reader.replacements:
+            stack.enter_context(mock.patch.object(module, name, replacement))
+        yield
+
+
 def inputs_of(reader, batch):
     """Return (passages, labels) of a batch on the reader's device."""
     ids, mask, labels = batch
     device = next(reader.t5.parameters()).device
     return copy_to_device((reader.prepare(ids, mask), labels), device)
-
-
-def wait_for(device):
-    """Wait until a GPU has done all its work; calls on a CPU have waited already."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def useful_flops(shape, mask, mode):
@@ -331,11 +333,7 @@ def peak_memory(args, name, cell, device):
     """
     if device.type == "cuda":
         reader = make_reader(name, cell.shape, args, device)
-        batch = make_batch(args, cell.contexts, 0)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run_once(reader, batch, cell.mode, cell.precision)
-        return torch.cuda.max_memory_allocated() - before
+        return gpu_peak(reader, make_batch(args, cell.contexts, 0), cell)
     flags = ["--peak_of", name, "--shapes", cell.shape, "--contexts", cell.contexts,
              "--modes", cell.mode, "--precisions", cell.precision,
              "--batch_size", args.batch_size, "--dropout", args.dropout]
@@ -351,6 +349,14 @@ def peak_memory(args, name, cell, device):
         raise InputError(f"measuring the memory of {name} failed (killed because memory ran out?): "
                          f"{process.stderr.strip()[-200:]}")
     return int(process.stdout.split()[-1])
+
+
+def gpu_peak(reader, batch, cell):
+    """Return the bytes of the GPU above those in use before, at the peak of one step."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run_once(reader, batch, cell.mode, cell.precision)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def print_peak(args, device):

@@ -1,5 +1,4 @@
-"""Text encoders without padding: a transformer's states of packed tokens, pooled to one vector per
-text.
+"""Text encoders: a transformer's states of packed tokens, pooled to one vector per text.
 
 Packed: the tokens of all texts of a chunk are the rows of one (S, D) matrix, see layers/packing.py.
 BERT-shaped models (BERT, DPR, BGE, E5, Contriever, MiniLM, the FiD-KD retriever) run packed. Every
@@ -14,7 +13,7 @@ from torch import nn
 from layers.dropout import dropout
 from layers.grad_cache import run_in_chunks
 from layers.packed_attention import make_groups, packed_attention
-from layers.packing import ALIGN, GROUP_ROWS, cut_shapes, pack_texts
+from layers.packing import pack_texts
 from layers.regions import region
 
 
@@ -111,8 +110,8 @@ class TextEncoder(nn.Module):
         def make_inputs(indices):
             chunk = [texts[index] for index in indices]
             longest = max(map(len, chunk))
-            align = ALIGN[device.type] if is_packable(self.model) else longest
-            return pack_texts(chunk, pad or 0, align)
+            align = None if is_packable(self.model) else longest
+            return pack_texts(chunk, pad or 0, device.type, align)
 
         def encode(packed):
             return self.encode_chunk(packed, skip)
@@ -179,8 +178,7 @@ def encode_bert(bert, packed, types, positions):
     p = config.hidden_dropout_prob if bert.training else 0.0
     p_attention = config.attention_probs_dropout_prob if bert.training else 0.0
     scale = (config.hidden_size // config.num_attention_heads) ** -0.5
-    shapes = cut_shapes(packed.shapes, GROUP_ROWS[packed.ids.device.type])
-    groups = make_groups(shapes, packed.is_real)
+    groups = make_groups(packed.shapes, packed.is_real)
 
     embeddings = bert.embeddings
     x = embeddings.word_embeddings(packed.ids) + embeddings.token_type_embeddings(types)
@@ -222,8 +220,7 @@ def encode_padded(model, packed, types):
     """Return token states (S, D) of any model of transformers, for texts that all have the rows of
     the longest one. types: (S), or None if the tokenizer gives none.
     """
-    shape, = packed.shapes
-    size = shape.n, shape.L
+    size = len(packed.lengths), -1                                                     # (n, L)
     inputs = {"input_ids": packed.ids.view(size),
               "attention_mask": packed.is_real.view(size).long()}
     if types is not None and "token_type_ids" in signature(model.forward).parameters:

@@ -78,7 +78,7 @@ def agrees_when_packed(model):
         for ids in texts])
     try:
         model.set_attn_implementation(PACKED)
-        packed = pack_texts(PROBE, model.device)
+        packed = pack_families(PROBE, model.device)
         logits = packed_logits(model, packed, [rows[-1] for rows in packed.rows])
     except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError):
         return False  # the model has only its own attention, or does not pass `groups` on to ours
@@ -118,7 +118,7 @@ class Packed(NamedTuple):
     rows: list                  # for each text, in the order given, an array of its tokens' rows
 
 
-def pack_texts(families, device):
+def pack_families(families, device):
     """Return texts as Packed. A family is a text (a list of ids), or a list of families; the common
     prefix of a family's texts is one segment.
     """
@@ -277,7 +277,7 @@ def score_answers(model, families, is_packed=True):
     scores = []
     for part in split_families(families, PASS_TOKENS[model.device.type]):
         texts = [text for family in part for text in list_leaves(family)]
-        packed = pack_texts([to_ids(family) for family in part], model.device)
+        packed = pack_families([to_ids(family) for family in part], model.device)
         rows, targets = [], []
         for text, text_rows in zip(texts, packed.rows):
             rows.append(text_rows[len(text.prompt) - 1:])

@@ -45,10 +45,12 @@ class PackedTexts(NamedTuple):
     shapes: list           # Shapes of the groups, in the order of the rows
 
 
-def pack_texts(texts, padding_id, align):
-    """Return lists of token ids as PackedTexts on the CPU; a text has a multiple of `align` rows,
-    or none if it has no token.
+def pack_texts(texts, padding_id, device_type="cpu", align=None):
+    """Return lists of token ids as PackedTexts, on the CPU, arranged for a type of device.
+
+    A text has a multiple of `align` rows (default: ALIGN), or none if it has no token.
     """
+    align = align or ALIGN[device_type]
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))            # (n)
     rows = -(-lengths // align) * align
     order = np.argsort(-lengths, kind="stable")
@@ -62,7 +64,8 @@ def pack_texts(texts, padding_id, align):
     sorted_texts = (texts[index] for index in order)
     ids[is_real] = np.fromiter(chain.from_iterable(sorted_texts), np.int64, int(lengths.sum()))
     arrays = map(torch.from_numpy, (ids, is_real, text_of_row, starts, lengths))
-    return PackedTexts(*arrays, list_shapes(lengths[order].tolist(), rows[order].tolist()))
+    shapes = list_shapes(lengths[order].tolist(), rows[order].tolist())
+    return PackedTexts(*arrays, cut_shapes(shapes, GROUP_ROWS[device_type]))
 
 
 def list_shapes(lengths, rows):
@@ -91,11 +94,11 @@ def split_chunks(packed):
     """Return [(ids (S), is_real (S), Shapes)] of runs of groups with at most CHUNK_ROWS rows, or of
     a single group.
     """
-    device_type = packed.ids.device.type
+    most_rows = CHUNK_ROWS[packed.ids.device.type]
     chunks, sizes = [], []
-    for shape in cut_shapes(packed.shapes, GROUP_ROWS[device_type]):
+    for shape in packed.shapes:
         rows = shape.n * shape.L
-        if not chunks or sizes[-1] + rows > CHUNK_ROWS[device_type]:
+        if not chunks or sizes[-1] + rows > most_rows:
             chunks.append([])
             sizes.append(0)
         chunks[-1].append(shape)

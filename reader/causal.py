@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import list_targets, pad_labels, pad_passages
+from data import list_targets, pad_labels
 from reader.base import Reader
 from reader.borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
 from reader.causal_lm import differs, list_ids, open_lm, probe_ids
@@ -189,7 +189,7 @@ class PromptCollator:
         prompts = self.prompt_ids(records)
         labels = pad_labels([target for _, _, target in samples], self.target_ids)
         self.check_lengths(records, prompts, labels)
-        input_ids, attention_mask = pad_passages(prompts, self.tokenizer.eos_token_id, "left")
+        input_ids, attention_mask = pad_prompts(prompts, self.tokenizer.eos_token_id)
         weights = [self.log_weights(record) for record in records]
         weights = nn.utils.rnn.pad_sequence(weights, batch_first=True, padding_value=-torch.inf)
         return {"indices": [index for index, _, _ in samples],
@@ -283,6 +283,21 @@ class PromptCollator:
             return self.after
         end = re.split(r"\{\w+\}", self.template)[-1]
         return end if end.strip() else ANCHOR + end
+
+
+def pad_prompts(prompts, padding_id):
+    """Return (input_ids, attention_mask), both (B, N, L), of [question][prompt][token] ids, padded
+    on the left.
+    """
+    B, N = len(prompts), max(map(len, prompts))
+    L = max(1, max(len(ids) for question in prompts for ids in question))
+    input_ids = torch.full((B, N, L), padding_id)
+    attention_mask = torch.zeros((B, N, L), dtype=torch.bool)
+    for b, question in enumerate(prompts):
+        for n, ids in enumerate(question):
+            input_ids[b, n, L - len(ids):] = torch.tensor(ids, dtype=torch.long)
+            attention_mask[b, n, L - len(ids):] = True
+    return input_ids, attention_mask
 
 
 # ---------------------------------------------------------------- the reader

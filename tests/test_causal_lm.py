@@ -18,7 +18,7 @@ from layers.causal import (
     Text,
     list_leaves,
     log_likelihoods,
-    pack_texts,
+    pack_families,
     packed_logits,
     score_answers,
     to_ids,
@@ -126,7 +126,7 @@ def test_gradients_equal_those_of_single_passes():
 
     model.zero_grad()
     assert why_not_packed(model) is None
-    packed = pack_texts([to_ids(family) for family in families], model.device)
+    packed = pack_families([to_ids(family) for family in families], model.device)
     rows, targets = [], []
     for text, text_rows in zip(texts, packed.rows):
         rows += text_rows[len(text.prompt) - 1:].tolist()
@@ -137,7 +137,7 @@ def test_gradients_equal_those_of_single_passes():
 
 
 def test_beginnings_are_computed_once():
-    packed = pack_texts([[[1, 2, 3, 4], [1, 2, 5]], [[1, 2], [1, 2]], [[7]]], "cpu")
+    packed = pack_families([[[1, 2, 3, 4], [1, 2, 5]], [[1, 2], [1, 2]], [[7]]], "cpu")
     assert packed.input_ids.shape == (1, 5 + 2 + 1)
     texts = [packed.input_ids[0, rows].tolist() for rows in packed.rows]
     assert texts == [[1, 2, 3, 4], [1, 2, 5], [1, 2], [1, 2], [7]]
@@ -147,7 +147,7 @@ def test_beginnings_are_computed_once():
 
 def test_three_levels_share_beginnings():
     answers = [[1, 2, 3, 8], [1, 2, 3, 9]]  # of one key
-    packed = pack_texts([[answers, [[1, 4, 8], [1, 4, 9]]]], "cpu")
+    packed = pack_families([[answers, [[1, 4, 8], [1, 4, 9]]]], "cpu")
     assert packed.input_ids.shape == (1, 1 + 2 + 2 + 1 + 2)
 
 

@@ -8,10 +8,8 @@ import json
 import os
 import random
 import shutil
-import signal
 from argparse import Namespace
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +27,7 @@ import fid_data
 import lm_score
 import retrieval.flags
 import train_epoch
+from bench.timing import time_limit
 from data import pack_passages
 from dense.model import BiEncoder, CrossEncoder
 from dense.texts import Texts, read_trained_flags
@@ -167,20 +166,6 @@ def mangle(content, rng, is_json=False):
 
 
 # ---------------------------------------------------------------- outcomes
-
-@contextmanager
-def time_limit(seconds):
-    """Raise TimeoutError inside the block after this many seconds."""
-    def stop(*_):
-        raise TimeoutError(f"takes more than {seconds} s")
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
 
 def complain(read, path, name, least, outcomes=None):
     """Return (kind, message) of a fault in how a function reads a file, or None.

@@ -18,7 +18,7 @@ P = 0.25
 def test_packed_attention_with_a_replayed_mask(lengths, with_bias, align, monkeypatch):
     torch.manual_seed(0)
     H, d, L = 2, 4, 8
-    packed = pack_texts([[5] * length for length in lengths], 0, align)
+    packed = pack_texts([[5] * length for length in lengths], 0, align=align)
     keep = torch.rand(3, H, L, L) >= P
     keeps = iter(keep) if align == 1 and lengths[0] != lengths[1] else iter([keep])
 
@@ -50,22 +50,22 @@ def test_packed_attention_with_a_replayed_mask(lengths, with_bias, align, monkey
 
 
 def test_texts_are_packed_longest_first():
-    packed = pack_texts([[1, 2, 3], [], [4, 5, 6, 7, 8], [9], [10, 11]], 0, 4)
+    packed = pack_texts([[1, 2, 3], [], [4, 5, 6, 7, 8], [9], [10, 11]], 0, align=4)
     assert packed.ids.tolist() == [4, 5, 6, 7, 8, 0, 0, 0, 1, 2, 3, 0, 10, 11, 0, 0, 9, 0, 0, 0]
     assert packed.is_real.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 12, 13, 16]
     assert packed.texts.tolist() == [2] * 8 + [0] * 4 + [4] * 4 + [3] * 4
     assert packed.starts[[0, 2, 3, 4]].tolist() == [8, 0, 16, 12]
     assert packed.lengths.tolist() == [3, 0, 5, 1, 2]
     assert packed.shapes == [Shape(1, 8, True), Shape(3, 4, True)]
-    tight = pack_texts([[1], [2, 3]], 0, 1)
+    tight = pack_texts([[1], [2, 3]], 0, align=1)
     assert tight.ids.tolist() == [2, 3, 1] and tight.is_real.all()
-    assert pack_texts([[], []], 0, 4).shapes == []
+    assert pack_texts([[], []], 0, align=4).shapes == []
 
 
 def test_groups_and_chunks_have_the_rows_they_may(monkeypatch):
     assert cut_shapes([Shape(5, 8, True), Shape(1, 4, False)], 16) == [
         Shape(2, 8, True), Shape(2, 8, True), Shape(1, 8, True), Shape(1, 4, False)]
-    packed = pack_texts([[7] * n for n in (900, 400, 400, 3000, 200, 200, 100, 3, 1)], 0, 1)
+    packed = pack_texts([[7] * n for n in (900, 400, 400, 3000, 200, 200, 100, 3, 1)], 0, align=1)
     chunks = split_chunks(packed)
     assert torch.equal(torch.cat([ids for ids, _, _ in chunks]), packed.ids)
     for ids, is_real, shapes in chunks:

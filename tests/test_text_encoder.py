@@ -70,8 +70,8 @@ def test_token_types_behind_the_first_separator(tmp_path):
     encoder = BiEncoder.open(make_bert(tmp_path / "bert")).query_encoder
     encoder.separator = 3
     texts = [[2, 9, 3], [2, 7, 3, 8, 3]]  # the longer one comes first
-    assert encoder.token_types(pack_texts(texts, 0, 1)).tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
-    types = encoder.token_types(pack_texts(texts, 0, 4))
+    assert encoder.token_types(pack_texts(texts, 0, align=1)).tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+    types = encoder.token_types(pack_texts(texts, 0, align=4))
     assert types[[0, 1, 2, 3, 4, 8, 9, 10]].tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
 
 
