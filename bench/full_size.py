@@ -5,9 +5,9 @@
     python bench/full_size.py --vectors    # exact search and IVF-PQ over 21,015,324 x 768
     python bench/full_size.py --loader     # how many questions one worker tokenises
 
-All texts and vectors are made up: words are drawn by Zipf's law, vectors by a random generator. They
-are written to --folder and deleted at the end (--keep: not). If a stage is killed, the same command
-goes on with what is finished.
+All texts and vectors are made up: words are drawn by Zipf's law, vectors by a random generator.
+They are written to --folder and deleted at the end (--keep: not). If a stage is killed, the same
+command goes on with what is finished.
 """
 import os
 import platform
