@@ -3,6 +3,7 @@ import math
 import random
 from collections import defaultdict
 
+from records.json_values import parse_json
 from records.names import (
     PAIR_DOCUMENT_NAMES,
     PAIR_QUERY_NAMES,
@@ -15,7 +16,6 @@ from records.reading import (
     choose_delimiter,
     decode_line,
     holds_scores,
-    parse_json,
     read_cells,
     read_lines,
     to_number,

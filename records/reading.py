@@ -4,20 +4,15 @@ import csv
 import gzip
 import json
 import os
-import re
 import shlex
 import zlib
 from contextlib import contextmanager
-from itertools import chain
 
+from records.json_values import JsonStream, parse_json
 from utils import InputError, first_line, shorten
 
-# Matches every escape of a JSON text, from left to right. The group matches a lone surrogate, half
-# of a character: no text file can hold it, and no tokenizer accepts it.
-ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)")
 CELL_LIMIT = 2 ** 24  # characters: an unclosed quote must not swallow a file of gigabytes
 LARGEST = 3.4e38      # about float32's largest number; scores are computed in float32
-BLANKS = re.compile(r"\s*")
 
 # the first bytes of files in other formats, with the command that converts them to JSON lines
 PARQUET = ('python -c "import json, sys, pyarrow.parquet as p; [print(json.dumps(r, default=str)) '
@@ -53,40 +48,74 @@ def read_json(path):
 
 
 def iterate_json(path):
-    """Yield (object, location) of each record of a JSON file.
+    """Yield (object, location) of each record of a JSON file (scan_json). Raises InputError."""
+    for item, location, _ in scan_json(path):
+        yield item, location
+
+
+def scan_json(path):
+    """Yield (object, location, (first byte, byte after it)) of each record of a JSON file.
 
     The file is a list of objects, or one object per line; .json files may be either. Objects may
-    also span several lines, and one object may hold all records as its values, as pyserini writes
-    runs. Lines are read one at a time. A location is 'FILE:LINE' or 'FILE, record N'. Raises
-    InputError for a missing, unreadable, empty or malformed file.
+    also span several lines. The file is read piece by piece. One object may also hold all records
+    as its values, as pyserini writes runs; the bytes of these are given as None. A location is
+    'FILE:LINE' or 'FILE, record N'. Raises InputError for a missing, unreadable, empty or malformed
+    file.
     """
     path = str(path)
     with open_json(path) as file:
-        lines = enumerate(file, 1)
-        line_number, line = next(((number, line) for number, line in lines if line.strip()),
-                                 (1, ""))
-        beginning = line.lstrip()[:1]
-        is_lines = path.removesuffix(".gz").endswith(".jsonl") and beginning != "["
-        if is_lines or beginning == "{":  # LLM-Embedder's .json files hold lines
-            for number, text in chain([(line_number, line)], lines):
-                if is_unfinished_object(text):
-                    yield from iterate_objects(text + file.read(), path, number)
-                    return
-                item = parse_json(text.rstrip("\n"), path, number) if text.strip() else None
-                if number == line_number and holds_records(item):
-                    yield from iterate_records(item, path)
-                elif text.strip():
-                    yield item, f"{path}:{number}"
+        offset, line_number = skip_blanks(file)
+        beginning = file.peek(1)[:1]
+        is_lines = path.removesuffix(".gz").endswith(".jsonl") and beginning != b"["
+        if is_lines or beginning == b"{":  # LLM-Embedder's .json files hold lines
+            yield from scan_lines(file, path, offset, line_number)
             return
-        text = line + file.read()
-    if not beginning:
-        raise InputError(f"{path}: the file is empty; it must hold a list of records")
-    objects = parse_json(text, path, line_number)
-    if not isinstance(objects, list):
-        raise InputError(f"{path}: holds one {type(objects).__name__}, not a list of records or "
-                         "one record per line")
-    for index, item in enumerate(objects):
-        yield item, f"{path}, record {index}"
+        if not beginning:
+            raise InputError(f"{path}: the file is empty; it must hold a list of records")
+        stream = JsonStream(path, file, offset, line_number)
+        if beginning != b"[":
+            value, *_ = stream.value()
+            raise InputError(f"{path}: holds one {type(value).__name__}, not a list of records or "
+                             "one record per line")
+        for index, (item, start, end, _) in enumerate(stream.items()):
+            yield item, f"{path}, record {index}", (start, end)
+
+
+def skip_blanks(file):
+    """Move an open binary file on to its first character that is not a blank, past a byte order
+    mark. Returns (number of bytes passed, line number).
+    """
+    offset, line_number = 0, 1
+    if file.peek(3).startswith(codecs.BOM_UTF8):
+        offset = len(file.read(3))
+    while file.peek(1)[:1].isspace():
+        line_number += file.read(1) == b"\n"
+        offset += 1
+    return offset, line_number
+
+
+def scan_lines(file, path, offset, line_number):
+    """Yield what scan_json does for a file of objects, from its first object on, which begins at
+    this byte and line. Raises InputError.
+    """
+    first_line = line_number
+    for content in file:
+        # a bare carriage return (old Macs) also ends a line
+        lines = content.splitlines(True) if b"\r" in content else [content]
+        for index, line in enumerate(lines):
+            text = line.decode()
+            if is_unfinished_object(text):
+                stream = JsonStream(path, file, offset, line_number, b"".join(lines[index:]))
+                yield from scan_objects(stream, path)
+                return
+            item = parse_json(text.rstrip("\r\n"), path, line_number) if text.strip() else None
+            if line_number == first_line and holds_records(item):
+                for record, location in iterate_records(item, path):
+                    yield record, location, None
+            elif text.strip():
+                yield item, f"{path}:{line_number}", (offset, offset + len(line))
+            offset += len(line)
+            line_number += 1
 
 
 def is_unfinished_object(line):
@@ -111,27 +140,18 @@ def is_not_one_record(line):
         return False
 
 
-def iterate_objects(text, path, first_line):
-    """Yield (object, 'FILE:LINE') of consecutive JSON objects that span several lines.
+def scan_objects(stream, path):
+    """Yield what scan_json does for consecutive JSON objects that span several lines.
 
     Raises InputError.
     """
-    decoder = json.JSONDecoder()
-    offset = 0
-    while True:
-        begin = BLANKS.match(text, offset).end()
-        if begin == len(text):
-            return
-        line_number = first_line + text.count("\n", 0, begin)
-        try:
-            _, offset = decoder.raw_decode(text, begin)
-        except (ValueError, RecursionError):
-            offset = len(text)  # parse_json raises the error
-        item = parse_json(text[begin:offset], path, line_number)
+    while stream.peek():
+        item, start, end, line_number = stream.value()
         if holds_records(item):
-            yield from iterate_records(item, path)
+            for record, location in iterate_records(item, path):
+                yield record, location, None
         else:
-            yield item, f"{path}:{line_number}"
+            yield item, f"{path}:{line_number}", (start, end)
 
 
 def holds_records(item):
@@ -171,10 +191,12 @@ def iterate_records(item, path):
 
 @contextmanager
 def open_json(path):
-    """Yield a text file object for a JSON file. Raises InputError if it cannot be read."""
+    """Yield a binary file object for a JSON file, decompressed. Raises InputError if the file
+    cannot be read, and for bytes that the block cannot decode.
+    """
     refuse_other_formats(path)
     try:
-        with open_text(path) as file:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
@@ -226,7 +248,7 @@ def read_settings(path, kind=dict):
     if not os.path.exists(path):
         return kind()
     with open_json(path) as file:
-        text = file.read()
+        text = file.read().removeprefix(codecs.BOM_UTF8).decode()
     settings = parse_json(text, path, 1)
     if not isinstance(settings, kind):
         raise InputError(f"{path}: must hold a JSON {'list' if kind is list else 'object'}, got a "
@@ -237,46 +259,6 @@ def read_settings(path, kind=dict):
 def read_args(folder):
     """Return the content of a checkpoint's args.json, or {} without one. Raises InputError."""
     return read_settings(os.path.join(str(folder), "args.json"))
-
-
-def parse_json(text, path, line_number):
-    """Return the object of a JSON text that begins at this line.
-
-    Raises InputError, which names file, line and column, if the text is malformed, nested too
-    deeply, or holds a number or an escape that cannot be used.
-    """
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = line_number + error.lineno - 1
-        raise InputError(f"{path}:{line}: not valid JSON at column {error.colno} ({error.msg}); "
-                         f"{choose_json_remedy(text, error)}") from None
-    except RecursionError:
-        raise InputError(f"{path}:{line_number}: the JSON that begins here is nested a thousand "
-                         "levels deep; fix it") from None
-    except ValueError:  # Python's limit: 4,300 digits
-        raise InputError(f"{path}:{line_number}: the JSON that begins here holds an integer of "
-                         "thousands of digits; fix it") from None
-    if "\\ud" in text or "\\uD" in text:
-        check_escapes(text, path, line_number)
-    return value
-
-
-def choose_json_remedy(text, error):
-    """Return the remedy for a malformed JSON text, which is either truncated or wrong."""
-    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
-        return "the file may be cut off there: download it again or correct the line"
-    return ("correct the line: JSON needs double quotes around texts, and none around null, true "
-            "and false")
-
-
-def check_escapes(text, path, line_number):
-    """Raise InputError if a JSON text escapes half of a character (a lone surrogate)."""
-    for escape in ESCAPE.finditer(text):
-        if escape[1]:
-            line = line_number + text.count("\n", 0, escape.start())
-            raise InputError(f"{path}:{line}: \\{escape[1]} is half of a character, a lone "
-                             "surrogate; remove it, or write the whole character")
 
 
 def decode_line(line, path, line_number, keep_end=False):

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from records.files import new_file
+from records.json_values import parse_json
 from records.names import DOCUMENT_ID_NAMES, TEXT_NAMES, TITLE_NAMES, find_name, fold
 from records.reading import (
     check_quotes,
@@ -20,7 +21,6 @@ from records.reading import (
     decode_line,
     is_not_one_record,
     name_cells,
-    parse_json,
     read_cells,
     read_lines,
     refuse_other_formats,
