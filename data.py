@@ -10,6 +10,7 @@ import torch
 
 from layers.packing import PackedTexts, pack_texts
 from records.fields import history_turns
+from records.reader_records import read_facts
 from training.loop import make_loader
 from utils import InputError, shorten
 
@@ -78,7 +79,9 @@ def keep_newest(head, pieces, room):
 
 
 def list_targets(record):
-    """Return the texts that a record may be trained on: its `target`, else its answers."""
+    """Return the texts that a record, or the facts about it, name as targets: its `target`, else
+    its answers.
+    """
     return [record["target"]] if record.get("target") is not None else record["answers"]
 
 
@@ -86,16 +89,16 @@ def check_targets(records, tokenizer, max_length, path):
     """Raise InputError for a training record without a target, or with a target of more than
     max_length tokens (0: no limit).
     """
-    for record in records:
-        targets = list_targets(record)
+    for facts in read_facts(records):
+        targets = list_targets(facts)
         if not targets:
-            raise InputError(f"{path}: record {shorten(record['id'])} has neither 'target' nor "
+            raise InputError(f"{path}: record {shorten(facts['id'])} has neither 'target' nor "
                              "'answers'; drop it from the training file")
         if max_length <= 0:
             continue
         for target, ids in zip(targets, tokenizer(targets)["input_ids"]):
             if len(ids) > max_length:
-                raise InputError(f"{path}: record {shorten(record['id'])}: {shorten(target)} "
+                raise InputError(f"{path}: record {shorten(facts['id'])}: {shorten(target)} "
                                  f"takes {len(ids)} tokens, --answer_maxlength allows "
                                  f"{max_length}; raise it or shorten the answer")
 
@@ -253,6 +256,17 @@ class TrainSet(torch.utils.data.Dataset):
         return index, record, random.Random(f"{self.seed}/{self.epoch}/{index}").choice(targets)
 
 
+class EvalSet(torch.utils.data.Dataset):
+    """Return records without targets."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def __getitem__(self, index):
+        """Return (index, record, None)."""
+        return index, self.records[index], None
+
+
 def plan_epoch(num_records, epoch, seed, shuffle, batch_size, accumulation, rank=0, world_size=1):
     """Return this process's part of an epoch: [update][micro-batch][(index, is_real)].
 
@@ -277,7 +291,6 @@ def eval_loader(records, batch_size, collator, num_workers, rank=0, world_size=1
     """Return a loader of batches of consecutive records, strided over the processes. Each record
     is read once, in the same batch for any number of processes.
     """
-    samples = [(index, record, None) for index, record in enumerate(records)]
     batches = [range(first, min(first + batch_size, len(records)))
                for first in range(0, len(records), batch_size)]
-    return make_loader(samples, batches[rank::world_size], collator, num_workers)
+    return make_loader(EvalSet(records), batches[rank::world_size], collator, num_workers)

@@ -31,9 +31,10 @@ from reader.scorers import TASK_TEMPLATES, CausalScorer, Job, ReaderScorer, Seq2
 from records.corpus import open_corpus
 from records.fields import check_types, gold_answers, has_keys, has_text, is_context, labelled_keys
 from records.files import check_paths, new_file
-from records.hashes import hash_file, hash_windows, model_files
+from records.hashes import hash_windows, model_files
 from records.journal import Journal
 from records.questions import read_questions, refuse_table
+from records.record_file import hash_record_file
 from records.templates import check_template, format_key
 from retrieval.mining import check_indices, collated_path
 from training.checkpoints import (
@@ -320,7 +321,7 @@ def make_fingerprint(paths, template, args, world):
             files.append(paths.model)
         flags = {name: value for name, value in vars(args).items() if name not in UNHASHED_FLAGS}
         flags |= {"corpus": paths.corpus, "template": template and template.text}
-        fingerprint = [{**flags, "data": hash_file(paths.data),
+        fingerprint = [{**flags, "data": hash_record_file(paths.data),
                         "model": [hash_windows(path, FILE_WINDOWS) for path in files],
                         "documents": [hash_windows(path, FILE_WINDOWS) for path in paths.corpus]}]
     return gather_lists(fingerprint, world)[0]

@@ -33,7 +33,7 @@ from reader.predict import (
 )
 from records.files import check_paths, is_stream, write_json
 from records.questions import TABLE_ENDINGS
-from records.reader_records import note_contexts, read_records
+from records.reader_records import count_unscored, note_contexts, read_facts, read_records
 from retrieval.measures import note_patterns
 from utils import GPUS, NO_COMPILE, InputError, Parser, check_at_least, run_script, start_processes
 
@@ -127,7 +127,7 @@ def note_unanswerable(path, records, model, collator, answer_maxlength, log):
     answers or --answer_maxlength cuts them.
     """
     room = model.count_answer_tokens(answer_maxlength)
-    check = check_answers([record["answers"] for record in records], collator, room)
+    check = check_answers((facts["answers"] for facts in read_facts(records)), collator, room)
     what = f"questions of {path}"
     note_unspelled(check, what, log)
     note_too_long(check, what, answer_maxlength, room, "answer_maxlength", log)
@@ -198,9 +198,9 @@ def main(args):
     records = read_records(args.data)
     is_regex = args.match == "regex"
     if is_regex:
-        note_patterns([record["answers"] for record in records],
+        note_patterns([facts["answers"] for facts in read_facts(records)],
                       [f"record {index}" for index in range(len(records))], world.log)
-    unscored = sum(not record["answers"] for record in records)
+    unscored = count_unscored(records)
     if args.measures and unscored == len(records):
         raise InputError(f"--measures: no record of {args.data} has answers to be measured by")
 
@@ -231,7 +231,7 @@ def main(args):
                       f"{100 * best / answerable:.1f} %")
     if not world.is_main:
         return
-    if args.html:  # before write_scores, which replaces the retriever's scores
+    if args.html:
         remark = f"{len(records):,} questions{note}; at most {num_contexts} passages of each read"
         write_predictions_page(args.html, f"{args.model} on {args.data}", remark, table,
                                predictions, records, num_contexts,

@@ -42,7 +42,6 @@ from reader.open import (
 )
 from reader.predict import (
     ANSWER_MAXLENGTH,
-    CHECKED,
     check_answers,
     note_too_long,
     note_unspelled,
@@ -50,7 +49,13 @@ from reader.predict import (
     summarize,
 )
 from records.hashes import model_files
-from records.reader_records import note_files, note_unscored, read_records
+from records.reader_records import (
+    count_unscored,
+    note_files,
+    note_unscored,
+    read_facts,
+    read_records,
+)
 from training.adapters import add_lora_flags, read_lora_flags
 from training.checkpoints import find_model
 from training.cost import log_cost
@@ -277,7 +282,7 @@ def save_best(run):
 def check_dev_answers(run):
     """Return the AnswerCheck of the dev questions."""
     room = run.unwrapped.count_answer_tokens(run.answer_limit)
-    return check_answers([record["answers"] for record in run.dev], run.collator, room)
+    return check_answers((facts["answers"] for facts in read_facts(run.dev)), run.collator, room)
 
 
 def note_unreachable(run):
@@ -286,8 +291,8 @@ def note_unreachable(run):
     """
     log = run.world.log
     room = run.unwrapped.count_answer_tokens(run.answer_limit)
-    targets = [[target] for record in run.train_set.records[:CHECKED]
-               for target in list_targets(record)]
+    targets = ([target] for facts in read_facts(run.train_set.records)
+               for target in list_targets(facts))
     note_unspelled(check_answers(targets, run.collator, room), f"targets of {run.paths.train}", log)
     check, what = check_dev_answers(run), f"questions of {run.paths.dev}"
     note_unspelled(check, what, log)
@@ -332,7 +337,7 @@ def set_up(args, world, sets=BOTH_SETS):
         dev = read_records(locate_records(paths, "dev", args.retriever), num_contexts)
     if args.retriever:
         put_gold_first(paths.out, train, num_contexts, paths.train, world.log)
-    if "dev" in sets and not any(record["answers"] for record in dev):
+    if "dev" in sets and count_unscored(dev) == len(dev):
         raise InputError(f"{paths.dev}: no record has 'answers', so they cannot choose a "
                          "checkpoint; give records with answers")
     note_unscored(dev, paths.dev, world.log)
@@ -648,7 +653,7 @@ def main(args):
     if dev_em == 0:
         world.log("warning: no dev question was answered right; the checkpoint was chosen by F1 or "
                   f"is the last one: {explain_zero(run)}")
-    if test and any(record["answers"] for record in test):
+    if test and count_unscored(test) < len(test):
         best_reader = open_reader(run.out, trained=True).to(world.device)
         best_reader.check_tokenizer(run.tokenizer)
         summary = answer_records(run, best_reader, test)

@@ -25,7 +25,7 @@ from reader.base import Reader
 from reader.borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
 from reader.causal_lm import differs, list_ids, open_lm, probe_ids
 from records.fields import history_turns
-from records.reader_records import retrieval_score
+from records.reader_records import read_facts, retrieval_score
 from records.reading import to_number
 from training.adapters import (
     copy_to_cpu,
@@ -246,12 +246,12 @@ class PromptCollator:
         ids = cut_passage(pair.prompt, pair.offsets, span, self.max_length - num_start)
         return self.start[:num_start] + ids
 
-    def count_fixed_bytes(self, record):
-        """Return the most bytes that a prompt of the record can have besides a passage's text."""
-        titles = [context.get("title") or "" for context in record["ctxs"][:self.num_contexts]]
-        texts = [self.before, self.template, self.after, record["question"],
-                 max(titles, key=len, default="")]
-        return sum(len(text.encode()) for text in texts) + len(self.start) + 8
+    def count_fixed_bytes(self, num_bytes):
+        """Return the most bytes that a prompt can have besides a passage's text, with this number
+        of bytes in the question and the title.
+        """
+        texts = [self.before, self.template, self.after]
+        return sum(len(text.encode()) for text in texts) + num_bytes + len(self.start) + 8
 
     def check_lengths(self, records, prompts, labels):
         """Raise InputError if a prompt with its target has more tokens than the model can read."""
@@ -396,25 +396,36 @@ class CausalReader(Reader):
 
         trains: the lengths of the records' own answers count, instead of answer_maxlength.
         """
-        for record in records:
-            try:
-                read_context_scores(record["ctxs"][:num_contexts], self.prompts)
-            except ValueError:
-                raise InputError(f"{path}: record {shorten(record['id'])} has a context without a "
-                                 "finite 'score', which --passage_weights score needs; retrieve.py "
-                                 "writes scores, --passage_weights equal needs none") from None
+        collator = None
         if self.longest and self.max_length:
             collator = self.make_collator(self.tokenizer, num_contexts, self.max_length)
-            for record in records:
-                self.check_length(record, collator, path, trains)
+        for index, facts in enumerate(read_facts(records)):
+            if self.prompts.passage_weights == "score" and facts["num_unscored"]:
+                self.check_scores(records[index], num_contexts, path)
+            if collator and not self.is_short(facts, collator, trains):
+                self.check_length(records[index], collator, path, trains)
+
+    def check_scores(self, record, num_contexts, path):
+        """Raise InputError for a record with a context that cannot be weighted by its score."""
+        try:
+            read_context_scores(record["ctxs"][:num_contexts], self.prompts)
+        except ValueError:
+            raise InputError(f"{path}: record {shorten(record['id'])} has a context without a "
+                             "finite 'score', which --passage_weights score needs; retrieve.py "
+                             "writes scores, --passage_weights equal needs none") from None
+
+    def is_short(self, facts, collator, trains):
+        """Return True if the facts about a record show that the model reads all its tokens: a text
+        has at most as many tokens as bytes.
+        """
+        targets = list_targets(facts) if trains else []
+        most = max((len(target.encode()) + 8 for target in targets), default=self.answer_maxlength)
+        fixed = collator.count_fixed_bytes(facts["num_bytes"])
+        return max(self.max_length, fixed) + most <= self.longest
 
     def check_length(self, record, collator, path, trains):
         """Raise InputError for a record that takes more tokens than the model reads."""
         targets = list_targets(record) if trains else []
-        # a text has at most as many tokens as bytes, so most records need not be tokenised
-        most = max((len(target.encode()) + 8 for target in targets), default=self.answer_maxlength)
-        if max(self.max_length, collator.count_fixed_bytes(record)) + most <= self.longest:
-            return
         answer = max((len(collator.target_ids(target)) for target in targets),
                      default=self.answer_maxlength)
         tokens = max(map(len, collator.prompt_ids([record])[0]))

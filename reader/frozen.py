@@ -9,6 +9,7 @@ import json
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import transformers
@@ -19,7 +20,7 @@ from records.fields import gold_passages
 from records.files import write_json
 from records.names import DOCUMENT_ID_NAMES, find_value
 from records.questions import Question
-from records.reader_records import read_records
+from records.reader_records import change_contexts, read_facts, read_records
 from records.reading import read_settings
 from retrieval.fingerprint import fingerprint
 from retrieval.measures import mark_answers
@@ -42,8 +43,7 @@ def retrieve_once(out, paths, retriever, corpus_file, num_retrieved, world, *, i
     folder = retrieved_folder(out)
     records = {}
     for name, path in paths.items():
-        records[name] = read_records(path, keep_contexts=1)
-        drop_contexts(records[name], path, world.log)
+        records[name] = drop_contexts(read_records(path), path, world.log)
     settings = frozen_settings(retriever, corpus_file, num_retrieved, index, num_workers)
     corpus = open_corpus([corpus_file], settings.key_template, world)
     settings = replace(settings, hits=min(settings.hits, len(corpus)))
@@ -111,13 +111,12 @@ def make_questions(records, path):
 
 
 def drop_contexts(records, path, log):
-    """Remove the records' own contexts, and log how many records had some."""
-    given = sum(bool(record["ctxs"]) for record in records)
+    """Return the records without their own contexts, and log how many records had some."""
+    given = sum(facts["num_contexts"] > 0 for facts in read_facts(records))
     if given:
         log(f"note: {given} of {len(records)} records of {path} have ctxs; the retrieved passages "
             "replace them")
-    for record in records:
-        record["ctxs"] = []
+    return [record | {"ctxs": []} for record in records]
 
 
 # ---------------------------------------------------------------- kept results
@@ -191,18 +190,20 @@ def put_gold_first(out, records, num_contexts, path, log):
     Logs how many records of the file have no such passage, or more than num_contexts of them.
     """
     by_id = read_settings(os.path.join(retrieved_folder(out), "made_of.json"))["has_ids"]
-    without, too_many = 0, 0
-    for record in records:
-        gold = gold_passages(record)
-        without += not gold
-        too_many += len(gold) > num_contexts
-        record["ctxs"] = merge_passages(gold, record["ctxs"], by_id)[:num_contexts]
+    counts = [facts["num_gold"] for facts in read_facts(records)]
+    without, too_many = counts.count(0), sum(count > num_contexts for count in counts)
+    change_contexts(records, partial(choose_passages, num_contexts=num_contexts, by_id=by_id))
     if without:
         log(f"note: {without} of {len(records)} records of {path} have no 'passage'; they are "
             "trained on with retrieved passages alone")
     if too_many:
         log(f"note: {too_many} of {len(records)} records of {path} have more than {num_contexts} "
             f"ground-truth passages; the first {num_contexts} are read (--num_retrieved)")
+
+
+def choose_passages(record, num_contexts, by_id):
+    """Return the first num_contexts of a record's ground-truth and retrieved passages."""
+    return merge_passages(gold_passages(record), record["ctxs"], by_id)[:num_contexts]
 
 
 def merge_passages(gold, retrieved, by_id):

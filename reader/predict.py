@@ -322,22 +322,32 @@ def write_scores(path, predictions, records):
     A context that was read gets the reader's score as `score` and the retriever's as
     `retrieval_score`. A context that was not read gets no `score`, so that sorting puts it last.
     """
-    for prediction in predictions:
-        contexts = records[prediction.index]["ctxs"]
-        scores = prediction.context_scores[:len(contexts)]
-        for context, score in zip(contexts, scores):
-            context["retrieval_score"] = retrieval_score(context)
-            context["score"] = score
-        for context in contexts[len(scores):]:
-            if "score" in context:
-                context["retrieval_score"] = retrieval_score(context)
-                del context["score"]
     with new_file(path) as file:
         if is_json_lines(path):
-            for record in records:
+            for prediction in predictions:
+                record = replace_scores(records[prediction.index], prediction.context_scores)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        else:
-            json.dump(records, file, ensure_ascii=False, indent=1)
+            return
+        for position, prediction in enumerate(predictions):
+            record = replace_scores(records[prediction.index], prediction.context_scores)
+            text = json.dumps(record, ensure_ascii=False, indent=1).replace("\n", "\n ")
+            file.write(("[\n " if position == 0 else ",\n ") + text)
+        file.write("\n]")
+
+
+def replace_scores(record, reader_scores):
+    """Return a record with the reader's scores of its first contexts, see write_scores."""
+    contexts = []
+    for context in record["ctxs"][:len(reader_scores)]:
+        contexts.append(context | {"retrieval_score": retrieval_score(context)})
+    for context, score in zip(contexts, reader_scores):
+        context["score"] = score
+    for context in record["ctxs"][len(reader_scores):]:
+        if "score" in context:
+            context = context | {"retrieval_score": retrieval_score(context)}
+            del context["score"]
+        contexts.append(context)
+    return record | {"ctxs": contexts}
 
 
 # ---------------------------------------------------------------- the page

@@ -10,7 +10,8 @@ from utils import InputError
 ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)")
 BLANKS = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
-CHUNK = 2 ** 22  # bytes that a stream reads at a time
+CHUNK = 2 ** 22     # bytes that a stream reads at a time
+LONGEST_TOKEN = 12  # at least the characters of \\uXXXX and -Infinity, which a chunk may cut
 
 
 def parse_json(text, path, line_number):
@@ -128,8 +129,7 @@ class JsonStream:
             try:
                 value, end = DECODER.raw_decode(self.text, self.index)
             except (ValueError, RecursionError) as error:
-                if self.is_whole or not (isinstance(error, json.JSONDecodeError)
-                                         and is_cut_off(self.text, error)):
+                if self.is_whole or not self.may_go_on(error):
                     raise self.refuse(error) from None
             else:
                 if end < len(self.text) or self.is_whole:  # else a number may continue
@@ -140,6 +140,13 @@ class JsonStream:
         if "\\ud" in text or "\\uD" in text:
             check_escapes(text, self.path, line_number)
         return value, start, self.offset, line_number
+
+    def may_go_on(self, error):
+        """Return True if an error of json may be due to a value that the text does not end."""
+        if not isinstance(error, json.JSONDecodeError):
+            return False
+        is_near_end = error.pos >= len(self.text) - LONGEST_TOKEN
+        return is_near_end or error.msg.startswith("Unterminated string")
 
     def refuse(self, error):
         """Return the InputError for an error of json in the text that begins at text[index]."""

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from conftest import TOKENIZER, command, make_records, run, run_and_kill
 from data import Collator
+from records.record_file import LARGE
 
 FAST = ("--num_contexts", 3, "--max_length", 60, "--num_warmup_steps", 2, "--lr", "1e-3")
 
@@ -65,6 +66,25 @@ def test_memorises_then_evaluates_equally_with_one_and_two_processes(tiny, tmp_p
     assert [line[0] for line in lines] == list("01234")
     assert lines[1][2:] == ["[]", "nan"] and lines[0][3] == "1.0"
     assert lines[0][2] == str(records[0]["answers"])
+
+
+def test_records_on_disk_train_as_those_in_memory(tiny, tmp_path):
+    records = json.dumps(make_records(5))
+    # enough blanks for the file to be large
+    for name, text in (("small", records), ("large", records + " " * LARGE)):
+        data = tmp_path / f"{name}.json"
+        data.write_text(text)
+        out, _ = run("train_epoch.py", tmp_path / name, data, data, *FAST, "--t5_name", tiny,
+                     "--epochs", 2, "--batch_size", 2, "--num_workers", 1, "--data_test", data,
+                     processes=2)
+        assert "5 training and 5 dev questions" in out
+        run("test.py", tmp_path / name, data, "--scores", tmp_path / f"{name}.scores.json",
+            "--pred", tmp_path / f"{name}.jsonl")
+    assert (tmp_path / "large.json.records").is_dir()
+    assert not (tmp_path / "small.json.records").exists()
+    assert_same_run(tmp_path / "small", tmp_path / "large")
+    for kind in (".scores.json", ".jsonl"):
+        assert (tmp_path / f"small{kind}").read_text() == (tmp_path / f"large{kind}").read_text()
 
 
 def test_three_processes_with_more_batches_than_records(tiny, tmp_path):

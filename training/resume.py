@@ -7,7 +7,8 @@ from dataclasses import asdict
 import torch
 
 from records.files import new_file
-from records.hashes import CORPUS_WINDOWS, hash_file, hash_windows
+from records.hashes import CORPUS_WINDOWS, hash_windows
+from records.record_file import hash_record_file
 from training.adapters import is_packed
 from training.checkpoints import check_weights, load_torch_file
 from training.loop import Progress
@@ -133,15 +134,15 @@ def hash_inputs(files, world):
     """Return {path: size and hash} of a run's input files, on every process. Pipes and missing
     files are left out.
 
-    files: {path: whether to hash all of it}. Files of records are hashed whole, in a fraction of
-    the time that reading them takes. A corpus or a model may have many gigabytes, so 256 windows of
+    files: {path: whether to hash all of it}. Files of records are hashed whole, large ones only in
+    the first run. A corpus or a model may have many gigabytes, so 256 windows of
     64 KiB are hashed, as for an index.
     """
     hashes = []
     if world.is_main:
         for path, is_whole in files.items():
             if os.path.isfile(path):
-                digest = hash_file(path) if is_whole else hash_windows(path, CORPUS_WINDOWS)
+                digest = hash_record_file(path) if is_whole else hash_windows(path, CORPUS_WINDOWS)
                 hashes.append((path, f"{os.path.getsize(path)}:{digest}"))
     return dict(gather_lists(hashes, world))
 
