@@ -12,6 +12,7 @@ from layers.packing import PackedTexts, pack_texts
 from records.fields import history_turns
 from records.reader_records import read_facts
 from training.loop import make_loader
+from training.token_ids import encode_texts
 from utils import InputError, shorten
 
 LENGTH_SAMPLE = 1000  # passages that note_long_passages tokenises, in a fraction of a second
@@ -42,8 +43,7 @@ def encode_inputs(tokenizer, records, num_contexts, max_length):
     for record, turns in zip(records, histories):
         blank = " " if turns else ""  # between history and question; most tokenizers add it anyway
         texts.append([blank + text for text in input_texts(record, num_contexts)])
-    rows = tokenizer(list(chain.from_iterable(texts)), add_special_tokens=False,
-                     verbose=False)["input_ids"]
+    rows = encode_texts(tokenizer, list(chain.from_iterable(texts)), add_special_tokens=False)
     rows = (ids[:max_length] for ids in rows)  # the tokenizer may truncate on the left
     inputs = [list(islice(rows, len(record_texts))) for record_texts in texts]
     for index, turns in enumerate(histories):
@@ -58,8 +58,8 @@ def encode_history(tokenizer, turns):
     """Return (ids of "history:", [ids of each piece, oldest first]). Pieces are dropped whole. Each
     turn is a piece or, if there is only one turn, each of its tokens.
     """
-    head, *pieces = tokenizer(["history:", *(" " + turn for turn in turns)],
-                              add_special_tokens=False, verbose=False)["input_ids"]
+    head, *pieces = encode_texts(tokenizer, ["history:", *(" " + turn for turn in turns)],
+                                 add_special_tokens=False)
     if len(pieces) == 1:
         pieces = [[token] for token in pieces[0]]
     return head, pieces

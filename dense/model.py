@@ -39,7 +39,7 @@ class BiEncoder(nn.Module):
         return {"": self.query_encoder}
 
     def encode(self, texts, role, chunk_size=0):
-        """Return vectors (n, D) of n lists of token ids.
+        """Return vectors (n, D) of n lists or arrays of token ids.
 
         role: query or key; chunk_size: see layers/grad_cache.py.
         """
@@ -50,7 +50,7 @@ class BiEncoder(nn.Module):
         return vectors
 
     def forward(self, queries, keys, chunk_size=0):
-        """Return vectors (Q, D) and (K, D) of lists of token ids."""
+        """Return vectors (Q, D) and (K, D) of lists or arrays of token ids."""
         return self.encode(queries, "query", chunk_size), self.encode(keys, "key", chunk_size)
 
     def score(self, queries, keys):

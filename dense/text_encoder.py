@@ -93,25 +93,24 @@ class TextEncoder(nn.Module):
                 and self.truncate_dim is None)
 
     def forward(self, texts, role="query", chunk_size=0):
-        """Return vectors (n, D) float32 of n texts given as lists of token ids.
+        """Return vectors (n, D) float32 of n texts given as lists or arrays of token ids.
 
         role: query or key; chunk_size: see layers/grad_cache.py.
         """
         device = next(self.parameters()).device
         if not texts:
             return torch.zeros(0, self.dimension, device=device)
-        fill_to = self.pad_to.get(role, 0)
-        pad = self.model.config.pad_token_id
-        texts = [text + [pad] * (fill_to - len(text)) for text in texts]
-        is_empty = [not text for text in texts]
-        texts = [text or [pad or 0] for text in texts]
+        pad = self.model.config.pad_token_id or 0
+        texts = fill_up(texts, self.pad_to.get(role, 0), pad)
+        is_empty = [len(text) == 0 for text in texts]
+        texts = fill_up(texts, 1, pad)
         skip = self.skip.get(role, 0)
 
         def make_inputs(indices):
             chunk = [texts[index] for index in indices]
             longest = max(map(len, chunk))
             align = None if is_packable(self.model) else longest
-            return pack_texts(chunk, pad or 0, device.type, align)
+            return pack_texts(chunk, pad, device.type, align)
 
         def encode(packed):
             return self.encode_chunk(packed, skip)
@@ -153,6 +152,12 @@ class TextEncoder(nn.Module):
         seen_before = is_separator.cumsum(0) - is_separator
         seen_before_text = seen_before[packed.starts][packed.texts]
         return (seen_before > seen_before_text).long()
+
+
+def fill_up(texts, length, pad):
+    """Return token ids of texts, the shorter ones padded to a length."""
+    return [text if len(text) >= length else [*text, *[pad] * (length - len(text))]
+            for text in texts]
 
 
 def is_packable(model):

@@ -13,7 +13,7 @@ rows are a batch (n, L) without any copying. With ALIGN 4:
 Everything here follows from lengths that are known on the CPU, so that no step has to wait until a
 GPU has computed a size.
 """
-from itertools import chain, groupby
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +46,8 @@ class PackedTexts(NamedTuple):
 
 
 def pack_texts(texts, padding_id, device_type="cpu", align=None):
-    """Return lists of token ids as PackedTexts, on the CPU, arranged for a type of device.
+    """Return texts, lists or arrays of token ids, as PackedTexts on the CPU, arranged for a type of
+    device.
 
     A text has a multiple of `align` rows (default: ALIGN), or none if it has no token.
     """
@@ -61,8 +62,9 @@ def pack_texts(texts, padding_id, device_type="cpu", align=None):
     text_of_row = np.repeat(order, rows[order])                                         # (S)
     is_real = np.arange(S) - starts[text_of_row] < lengths[text_of_row]                 # (S)
     ids = np.full(S, padding_id, dtype=np.int64)
-    sorted_texts = (texts[index] for index in order)
-    ids[is_real] = np.fromiter(chain.from_iterable(sorted_texts), np.int64, int(lengths.sum()))
+    sorted_texts = [texts[index] for index in order]
+    # an empty list becomes an array of floats, so the type is forced
+    ids[is_real] = np.concatenate(sorted_texts, dtype=np.int64, casting="unsafe")
     arrays = map(torch.from_numpy, (ids, is_real, text_of_row, starts, lengths))
     shapes = list_shapes(lengths[order].tolist(), rows[order].tolist())
     return PackedTexts(*arrays, cut_shapes(shapes, GROUP_ROWS[device_type]))
