@@ -35,7 +35,7 @@ from dense.flags import parse_retriever_flags as parse_args
 from dense.gather import gather_rows
 from dense.model import BiEncoder, CrossEncoder, limit_lengths
 from dense.texts import TextSettings, describe_texts, settle_texts
-from dense.training_data import DataSettings, TaskSettings, TrainingData, read_training
+from dense.training_data import DataSettings, TaskSettings, no_training_data, read_training
 from layers.regions import compile_on_gpu
 from records.corpus import Corpus, open_corpus
 from records.qrels import list_qrels_files, merge_qrels
@@ -430,7 +430,7 @@ def sentence_transformers_prompts(run):
     if len(instructions) != 1:
         return {}
     before_query, before_key = instructions.pop()
-    own = {example.instruction for example in run.train_set.examples}
+    own = {outline.instruction for outline in run.train_set.examples.outlines()}
     if own != {None}:
         before_query = own.pop() if len(own) == 1 else ""
     return {"query": before_query, "document": before_key}
@@ -538,7 +538,7 @@ def set_up(args, world, sets=BOTH_SETS):
     if args.positives or args.negatives or args.graded or args.eval_qrels:
         corpus.require_ids("training from qrels")
     queries = read_queries(args.queries)
-    data = TrainingData([], [], [], {})
+    data = no_training_data()
     if "train" in sets:
         settings = replace(pick_flags(args, DataSettings), train_data=files.train_data)
         data = read_training(settings, pick_flags(args, TaskSettings), corpus, queries, world.log)
@@ -590,9 +590,9 @@ def check_lone_queries(data, args, world):
     """
     if args.batch_size * world.size > 1 or args.train_group_size == 1:
         return
-    for example, rule in zip(data.examples, data.group_rules):
-        if example.pos and not example.neg and rule.group_size > 1:
-            raise InputError(f"{example.location}: has no negatives, and a batch of one query has "
+    for outline, rule in zip(data.examples.outlines(), data.group_rules):
+        if outline.num_pos and not outline.num_neg and rule.group_size > 1:
+            raise InputError(f"{outline.location}: has no negatives, and a batch of one query has "
                              "no in-batch negatives; give --batch_size 2 or more, or mine some")
 
 
@@ -613,9 +613,9 @@ def check_own_prompts(data, texts):
     """Raise InputError for records with their own prompts if the model leaves its prompt out of the
     pooling, because it leaves out the same number of tokens in every text.
     """
-    for example in data.examples:
-        if texts.skip and example.instruction is not None:
-            raise InputError(f"{example.location}: has a 'prompt' of its own, but the model leaves "
+    for outline in data.examples.outlines():
+        if texts.skip and outline.instruction is not None:
+            raise InputError(f"{outline.location}: has a 'prompt' of its own, but the model leaves "
                              "its one prompt out of the pooling (include_prompt); remove it from "
                              "the records, and give --query_prompt")
 
@@ -672,7 +672,8 @@ def describe_retriever_run(run):
 def note_prompts(run):
     """Log how a `prompt` of the records is used."""
     examples = run.train_set.examples
-    own = [example.instruction for example in examples if example.instruction is not None]
+    own = [outline.instruction for outline in examples.outlines()
+           if outline.instruction is not None]
     if own and run.args.ranker:
         run.world.log(f"note: 'prompt' of {len(own)} records is not used: a ranker has no prompts")
     elif own:

@@ -5,7 +5,9 @@ positive_ctxs, hard_negative_ctxs, negative_ctxs), a reader's records with score
 a corpus, queries and TREC or BEIR qrels with Trove's filters. A key is a text, a dictionary for the
 key template, or the index of a document, whose text stays in the corpus's file.
 """
+import os
 from collections import Counter
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -35,6 +37,7 @@ from records.reading import (
     read_lines,
     to_number,
 )
+from records.record_file import describe_version, is_large, open_record_file
 from records.templates import format_key
 from utils import InputError, first_line, shorten
 
@@ -54,6 +57,55 @@ class Example(NamedTuple):
     task: str = ""
     location: str = ""
     instruction: str | None = None  # the record's own text before its query, if it has one
+
+
+class Outline(NamedTuple):
+    """Hold what is known of an example before it is read, to choose the examples to train on."""
+    num_pos: int
+    num_neg: int
+    best: int | None       # index of the key with the highest score; None without scores
+    highest: float | None  # the highest and the lowest score
+    lowest: float | None
+    task: str
+    location: str
+    instruction: str | None
+
+
+def outline_example(example):
+    """Return the Outline of an Example."""
+    scores = example.scores or None
+    best = scores and max(range(len(scores)), key=lambda index: scores[index])
+    return Outline(len(example.pos), len(example.neg), best, scores and max(scores),
+                   scores and min(scores), example.task, example.location, example.instruction)
+
+
+class ExamplesOnDisk:
+    """Hold the examples of a large file as a sequence. An example is made each time it is asked
+    for.
+    """
+
+    def __init__(self, file, source):
+        """file: a RecordFile of the table `retriever`."""
+        self.file, self.source = file, source
+
+    def __len__(self):
+        return len(self.file)
+
+    def __getitem__(self, index):
+        record, location = self.file[index]
+        return make_example(record, location, self.source)
+
+    def outlines(self):
+        """Yield the Outline of each example, without reading it."""
+        for facts in self.file.facts():
+            yield Outline(*facts["outline"])
+
+
+def read_outlines(examples):
+    """Yield the Outline of each of the examples, ExamplesOnDisk or a list."""
+    if isinstance(examples, ExamplesOnDisk):
+        return examples.outlines()
+    return map(outline_example, examples)
 
 
 # ---------------------------------------------------------------- qrels
@@ -137,28 +189,53 @@ NO_SOURCE = Source()
 
 def read_examples(path, source=NO_SOURCE, log=print):
     """Return the examples of a file of records (LLM-Embedder's, DPR's, Tevatron's, a reader's with
-    scores), of triplets, or of a table of triples; log which fields are not used.
+    scores), of triplets, or of a table of triples; log which fields are not used. They are a list,
+    or ExamplesOnDisk of a large file of records.
 
     Raises InputError with the location of a wrong field, or of a key that lacks a column of the
     template.
     """
     triples = read_triples(path, source)
-    if triples is not None:
-        rows = triples
-    else:
+    if triples is None:
         refuse_table(path, MAKE_POSITIVES)
-        rows = iterate_json(path)
-    examples, unused = [], Counter()
-    for record, location in rows:
+        if is_large(path):
+            file = open_record_file(path, "retriever", partial(inspect_example, source=source),
+                                    describe_source(source))
+            if file is not None:
+                note_unused((facts["unused"] for facts in file.facts()), path, log)
+                return ExamplesOnDisk(file, source)
+    examples, unused = [], []
+    for record, location in iterate_json(path) if triples is None else triples:
         examples.append(make_example(record, location, source))
-        unused.update(unused_fields(record))
+        unused.append(unused_fields(record))
     if not examples:
         raise InputError(f"{path}: holds no records")
-    if unused:
-        fields = ", ".join(f"'{name}' ({count})" for name, count in unused.items())
+    note_unused(unused, path, log)
+    return examples
+
+
+def inspect_example(record, location, index, source):
+    """Check a record, and return the facts about it that ExamplesOnDisk needs. Raises InputError.
+    """
+    example = make_example(record, location, source)
+    return {"outline": outline_example(example), "unused": unused_fields(record)}
+
+
+def describe_source(source):
+    """Return what the facts of inspect_example depend on, besides the record, for JSON."""
+    parts = source.corpus.parts if source.corpus else []
+    return {"template": source.template, "reader_scores": source.reader_scores,
+            "distills": source.distills,
+            "corpus": [[part.path, *describe_version(os.stat(part.path))] for part in parts]}
+
+
+def note_unused(unused, path, log):
+    """Log the unused_fields of all records of a file, with the number of records that have them."""
+    counts = Counter(chain.from_iterable(unused))
+    if counts:
+        fields = ", ".join(f"'{name}' ({count})" for name, count in counts.items())
         log(f"note: {path}: fields that training does not use, and the records that have them: "
             f"{fields}")
-    return examples
 
 
 def make_example(record, location, source=NO_SOURCE):

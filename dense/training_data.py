@@ -8,9 +8,12 @@ keys.
     Target.GRADED       labels                       any of its keys
 """
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
+
+import numpy as np
 
 from dense.examples import (
     MAKE_POSITIVES,
@@ -19,6 +22,7 @@ from dense.examples import (
     graded_examples,
     qrels_examples,
     read_examples,
+    read_outlines,
 )
 from records.qrels import merge_qrels
 from utils import InputError
@@ -107,12 +111,50 @@ class GroupRule(NamedTuple):
     stable: bool
 
 
+class TrainingExamples:
+    """Hold the examples to train on, dataset after dataset, as a sequence."""
+
+    def __init__(self):
+        self.datasets = []  # (examples, the indices of those to train on)
+        self.ends = []      # how many examples there are up to the end of each dataset
+
+    def add(self, examples, indices):
+        """Add the examples of a dataset at these indices."""
+        self.datasets.append((examples, np.array(indices)))
+        self.ends.append(len(self) + len(indices))
+
+    def __len__(self):
+        return self.ends[-1] if self.ends else 0
+
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index):
+        """Return an Example."""
+        index = range(len(self))[index]  # raises IndexError
+        number = bisect_right(self.ends, index)
+        examples, indices = self.datasets[number]
+        return examples[indices[index - self.ends[number]]]  # counted from the dataset's end
+
+    def outlines(self):
+        """Yield the Outline of each example."""
+        for examples, indices in self.datasets:
+            outlines = list(read_outlines(examples))
+            for index in indices:
+                yield outlines[index]
+
+
 class TrainingData(NamedTuple):
     """Hold all examples, dataset after dataset, and the settings of their training."""
-    examples: list
+    examples: TrainingExamples
     group_rules: list     # a GroupRule per example
     dataset_sizes: list   # the number of examples of each dataset
     task_settings: dict   # {task: the TaskSettings of its loss}
+
+
+def no_training_data():
+    """Return TrainingData without datasets."""
+    return TrainingData(TrainingExamples(), [], [], {})
 
 
 # ---------------------------------------------------------------- datasets
@@ -122,29 +164,32 @@ def read_training(data, task_settings, corpus, queries, log):
 
     Raises InputError if a dataset has nothing to train on.
     """
-    datasets = read_datasets(data, task_settings, corpus, queries, log)
-    tasks = {examples[0].task for _, examples in datasets if examples}
+    datasets = []
+    for name, examples in read_datasets(data, task_settings, corpus, queries, log):
+        datasets.append((name, examples, list(read_outlines(examples))))
+    tasks = {outlines[0].task for _, _, outlines in datasets if outlines}
     if data.use_train_config and len(tasks) > 1 and data.inbatch_same_dataset is None:
         raise InputError("--use_train_config with several tasks needs --inbatch_same_dataset epoch")
 
-    training = TrainingData([], [], [], {})
-    for source, examples in datasets:
+    training = no_training_data()
+    for name, examples, outlines in datasets:
         settings = task_settings
         if data.use_train_config:
-            settings = use_train_config(settings, examples[0].task if examples else "")
+            settings = use_train_config(settings, outlines[0].task if outlines else "")
         if data.graded and not settings.loss:
             settings = replace(settings, loss="kl")
         target = choose_target(data, settings)
         rule = make_group_rule(data, settings, target)
-        kept = examples
+        indices = list(range(len(outlines)))
         if target is not Target.GRADED:
-            kept = keep_examples(examples, settings, target, rule, not data.ranker, log)
-        kept = kept[:settings.max_sample_num]
-        check_any_left(source, examples, kept, settings, target)
-        training.examples.extend(kept)
+            indices = choose_examples(outlines, settings, target, rule, not data.ranker, log)
+        indices = indices[:settings.max_sample_num]
+        kept = [outlines[index] for index in indices]
+        check_any_left(name, outlines, kept, settings, target)
+        training.examples.add(examples, indices)
         training.group_rules.extend([rule] * len(kept))
         training.dataset_sizes.append(len(kept))
-        training.task_settings.update({example.task: settings for example in kept})
+        training.task_settings.update({outline.task: settings for outline in kept})
     return training
 
 
@@ -184,72 +229,77 @@ def make_group_rule(data, settings, target):
                      settings.select_negative, settings.stable_distill)
 
 
-def check_any_left(source, examples, kept, settings, target):
-    """Raise InputError if no example of a dataset is left, or if distillation finds no scores."""
+def check_any_left(name, outlines, kept, settings, target):
+    """Raise InputError if no example of a dataset is left, or if distillation finds no scores.
+
+    outlines: of all its examples; kept: of those that are left.
+    """
     is_distilled = target is Target.TEACHER or not (settings.loss or settings.contrastive_weight)
-    if is_distilled and not any(example.scores for example in kept or examples):
-        raise InputError(f"{source}: no record has teacher scores; {MAKE_SCORES}; without them "
+    if is_distilled and all(outline.best is None for outline in kept or outlines):
+        raise InputError(f"{name}: no record has teacher scores; {MAKE_SCORES}; without them "
                          "only InfoNCE can be trained: give --loss infonce")
-    if not kept and not any(example.pos or example.scores for example in examples):
-        raise InputError(f"{source}: no record has a positive ('pos', 'positive_ctxs', or "
+    if not kept and not any(outline.num_pos or outline.best is not None for outline in outlines):
+        raise InputError(f"{name}: no record has a positive ('pos', 'positive_ctxs', or "
                          f"'history' with teacher_scores); {MAKE_POSITIVES}")
     if not kept:
-        raise InputError(f"{source}: no example is left to train on")
+        raise InputError(f"{name}: no example is left to train on")
 
 
 # ---------------------------------------------------------------- examples that are kept
 
-def keep_examples(examples, settings, target, rule, has_others, log):
-    """Return the examples of a dataset that can be trained on; log why others are dropped.
+def choose_examples(outlines, settings, target, rule, has_others, log):
+    """Return the indices of a dataset's examples that can be trained on; log why others are
+    dropped.
 
     has_others: whether the model compares a query with other queries' keys, as a retriever does and
     a ranker does not. InfoNCE then needs no hard negatives (DPR, section 3.2).
     """
     kept, dropped = [], {}
-    for example in examples:
-        reason = find_flaw(example, settings, target, rule, settings.contrasts and has_others)
+    for index, outline in enumerate(outlines):
+        reason = find_flaw(outline, settings, target, rule, settings.contrasts and has_others)
         if reason is None:
-            kept.append(example)
+            kept.append(index)
         else:
-            count, first_location = dropped.get(reason, (0, example.location))
+            count, first_location = dropped.get(reason, (0, outline.location))
             dropped[reason] = (count + 1, first_location)
     for reason, (count, first_location) in dropped.items():
         log(f"{count} records dropped: {reason}, first {first_location}")
-    lone = [example for example in kept if example.pos and not example.neg]
+    lone = [outlines[index] for index in kept
+            if outlines[index].num_pos and not outlines[index].num_neg]
     if lone and rule.group_size > 1:
         log(f"note: records without negatives: {len(lone)} of {len(kept)}, first "
             f"{lone[0].location}; other questions' passages are their negatives")
     return kept
 
 
-def find_flaw(example, settings, target, rule, needs_no_negatives=False):
+def find_flaw(outline, settings, target, rule, needs_no_negatives=False):
     """Return why an example cannot be trained on, or None if it can, by LLM-Embedder's rules."""
-    scores = example.scores
-    if target is Target.TEACHER and is_unlabelled(example, rule.select_positive):
-        if not scores:
+    has_scores = outline.best is not None
+    if target is Target.TEACHER and is_unlabelled(outline.num_pos, rule.select_positive):
+        if not has_scores:
             return "no teacher scores"
-        if len(example.neg) < rule.group_size:
+        if outline.num_neg < rule.group_size:
             return "fewer scored keys than --train_group_size"
     else:
         # a negative with the highest score may become the positive
-        may_swap = bool(rule.select_positive == "teacher" and scores and example.neg)
-        if not example.pos and not may_swap:
+        may_swap = rule.select_positive == "teacher" and has_scores and outline.num_neg > 0
+        if not outline.num_pos and not may_swap:
             return "no positive"
-        swaps = may_swap and choose_positive(example, "teacher", None) >= len(example.pos)
+        swaps = may_swap and outline.best >= outline.num_pos
         needed = 2 if swaps else 1
-        if rule.group_size > 1 and not needs_no_negatives and len(example.neg) < needed:
+        if rule.group_size > 1 and not needs_no_negatives and outline.num_neg < needed:
             return "no negative"
     least, margin = settings.teacher_scores_min, settings.teacher_scores_margin
-    if scores and least is not None and max(scores) < least:
+    if has_scores and least is not None and outline.highest < least:
         return "highest teacher score below --teacher_scores_min"
-    if scores and margin is not None and max(scores) - min(scores) < margin:
+    if has_scores and margin is not None and outline.highest - outline.lowest < margin:
         return "teacher scores closer than --teacher_scores_margin"
     return None
 
 
-def is_unlabelled(example, select_positive):
+def is_unlabelled(num_pos, select_positive):
     """Return whether no key of an example is a positive or may become one by its score."""
-    return not example.pos and select_positive != "teacher"
+    return num_pos == 0 and select_positive != "teacher"
 
 
 # ---------------------------------------------------------------- the group of one visit
@@ -266,7 +316,7 @@ def choose_group(example, rule, rng):
     """
     keys = example.pos + example.neg
     scores = example.scores
-    if is_unlabelled(example, rule.select_positive):
+    if is_unlabelled(len(example.pos), rule.select_positive):
         group = []
         candidates = list(range(len(keys)))
     else:

@@ -8,20 +8,23 @@ import pytest
 
 from dense.examples import (
     Example,
+    ExamplesOnDisk,
     find_scored_contexts,
     graded_examples,
     qrels_examples,
     read_examples,
+    read_outlines,
 )
 from dense.training_data import (
     DataSettings,
     GroupRule,
     Target,
     TaskSettings,
+    choose_examples,
     choose_group,
-    keep_examples,
     read_training,
 )
+from records import record_file
 from records.corpus import Corpus
 from records.qrels import select_qrels
 from utils import InputError
@@ -98,8 +101,37 @@ def keep(examples, group_size, select_positive="first", **settings):
     logged = []
     settings = TaskSettings(select_positive=select_positive, **settings)
     rule = GroupRule(group_size, select_positive, "random", False)
-    kept = keep_examples(examples, settings, Target.POSITIVES, rule, False, logged.append)
-    return kept, logged
+    kept = choose_examples(list(read_outlines(examples)), settings, Target.POSITIVES, rule, False,
+                           logged.append)
+    return [examples[index] for index in kept], logged
+
+
+def test_examples_on_disk_are_those_in_memory(tmp_path, monkeypatch):
+    passage = {"title": "T", "text": "x"}
+    dpr = [{"question": "q", "positive_ctxs": [passage, passage], "hard_negative_ctxs": [passage],
+            "negative_ctxs": [passage]}, {"question": "r", "positive_ctxs": []}]
+    scored = [{"query": "q", "pos": ["a"], "neg": ["b", "c"], "teacher_scores": [0.25, 3, 1.5]},
+              {"query": "s", "pos": ["a"], "neg": ["d"], "prompt": "find: ", "neg_scores": [1]},
+              {"query": "r", "history": ["a", "b"], "teacher_scores": [0, 1], "task": "chat"}]
+    paths = [lines(tmp_path / "scored.jsonl", scored), str(tmp_path / "dpr.json")]
+    (tmp_path / "dpr.json").write_text(json.dumps(dpr))
+    settings = {"select_positive": "teacher", "loss": "infonce"}
+    logged, stored_logged = [], []
+    listed = read_data(*paths, log=logged.append, **settings)
+    monkeypatch.setattr(record_file, "LARGE", 0)
+    for _ in range(2):  # with the tables and without them
+        stored = read_data(*paths, log=stored_logged.append, **settings)
+        assert isinstance(stored.examples.datasets[1][0], ExamplesOnDisk)
+        assert list(stored.examples) == list(listed.examples)
+        assert len(listed.examples) == 4
+        assert list(stored.examples.outlines()) == list(listed.examples.outlines())
+        assert stored[1:] == listed[1:]
+    assert stored_logged == logged * 2
+    with pytest.raises(InputError, match="r.jsonl:1: .*no column 'body' for --key_template"):
+        read_data(lines(tmp_path / "r.jsonl", [{"query": "q", "pos": [passage], "neg": [passage]}]),
+                  key_template="{body}")
+    with pytest.raises(InputError, match="dpr.json, record 0: .*no column 'body' for --key_template"):
+        read_data(paths[1], key_template="{body}")  # another template needs another table
 
 
 def test_filters_by_teacher_scores():
