@@ -149,7 +149,8 @@ def parse_args():
     add("--match", choices=["string", "regex"], default="string",
         help="string: answers are strings; regex: answers are regular expressions (CuratedTREC); a "
         "prediction is correct if its beginning matches one of them, as in DrQA, and F1 equals EM")
-    add("--num_workers", type=int, default=0, help="processes that tokenise")
+    add("--num_workers", type=int, default=0,
+        help="processes that tokenise, for each GPU; 2 or 3 keep up with a fast one")
     add = parser.add_argument_group("model").add_argument
     add_answer_flags(add)
     add_causal_flags(parser)

@@ -513,7 +513,8 @@ def parse_args(arguments=None):
     add("--eval_answer_maxlength", type=int, metavar="N",
         help="most tokens to generate for an answer in evaluation, and in test.py and ask.py "
         f"unless they are given another limit; default: {ANSWER_MAXLENGTH}")
-    add("--num_workers", type=int, default=0, help="processes that tokenise")
+    add("--num_workers", type=int, default=0,
+        help="processes that tokenise, for each GPU; 2 or 3 keep up with a fast one")
     add("--no_shuffle", action="store_true",
         help="keep the file's order and each record's first answer")
     add = parser.add_argument_group("frozen retriever").add_argument

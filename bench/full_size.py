@@ -12,6 +12,7 @@ command goes on with what is finished.
 import importlib.resources
 import os
 import platform
+import resource
 import shutil
 import statistics
 import sys
@@ -195,18 +196,23 @@ def measure_questions(name, tokenizer, questions):
     ids = encode_plainly(questions[0])
     times = time_in_turns(calls | {"packing": lambda _: pack(ids)}, questions)
 
-    samples = [(index, question, None) for index, question in enumerate(questions)]
-    loader = iter(make_loader(samples, [[index] for index in range(len(samples))], collator, 1))
-    next(loader)  # the worker has started
-    start = time.perf_counter()
-    count = sum(1 for _ in loader)
-    rate = count / (time.perf_counter() - start)
+    seconds = time_worker(questions, collator)
     print(f"{name}, {num_contexts} passages of {tokens:.0f} tokens: {1 / times['plain']:.1f} "
           f"questions/s by tokenizer(texts), {1 / times['now']:.1f} now "
-          f"({times['plain'] / times['now']:.2f}x), packing takes "
-          f"{100 * times['packing'] / times['now']:.0f} %; a loader with one worker: {rate:.1f} "
-          f"questions/s; {GPU_QUESTIONS} need {GPU_QUESTIONS * times['now']:.1f} workers",
-          flush=True)
+          f"({times['plain'] / times['now']:.2f}x), {100 * times['packing'] / times['now']:.0f} % "
+          f"of it packing; a worker with its sending {1 / seconds:.1f}; "
+          f"{GPU_QUESTIONS} questions/s need {GPU_QUESTIONS * seconds:.1f} workers", flush=True)
+
+
+def time_worker(questions, collator):
+    """Return the CPU seconds that a loader's worker takes for a question, its sending included."""
+    samples = [(index, question, None) for index, question in enumerate(questions)]
+    batches = [[index] for index in range(len(samples))]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in make_loader(samples, batches, collator, 1):
+        pass
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of workers that have ended
+    return (after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime) / len(questions)
 
 
 def measure_documents(name, tokenizer, documents):

@@ -236,7 +236,7 @@ def identity(text):
 
 def tokenize(tokenizer, texts, max_length, append_eos=False):
     """Return an array of token ids for each text, truncated on the tokenizer's side, with its
-    special tokens. The main process reads and packs arrays five times as fast as lists.
+    special tokens. The main process reads and packs arrays faster than lists.
 
     append_eos: end each array with the end-of-sequence token if the tokenizer does not.
     """

@@ -69,7 +69,8 @@ def add_data_flags(parser):
     add("--inbatch_same_dataset", choices=["epoch", "random"],
         help="draw each batch from one dataset: epoch uses every example once, random draws "
         "datasets by size; default: mix datasets")
-    add("--num_workers", type=int, default=0, help="processes that tokenise")
+    add("--num_workers", type=int, default=0,
+        help="processes that tokenise, for each GPU; 2 or 3 keep up with a fast one")
     add("--no_shuffle", action="store_true", help="keep the order of the examples")
 
 

@@ -184,7 +184,8 @@ def add_output_flags(parser):
 def add_machine_flags(parser):
     """Add the flags of workers, precision, seed and GPUs."""
     add = parser.add_argument_group("run").add_argument
-    add("--num_workers", type=int, default=0, help="processes that read and tokenise")
+    add("--num_workers", type=int, default=0,
+        help="processes that read and tokenise, for each GPU; 2 or 3 keep up with a fast one")
     add("--bf16", default=False, help="encode in bfloat16", **SWITCH)
     add("--seed", type=int, default=42, help="seed of random retrieval and of the training sample")
     add("--no_compile", **NO_COMPILE)

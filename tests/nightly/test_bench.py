@@ -92,3 +92,10 @@ def test_gpu_bench(tmp_path):
     errors = [row["worst"] for row in rows if row["part"] == "numbers"]
     assert len(errors) == 2 and max(errors) < 1e-4
     assert {row["mode"] for row in rows if row["part"] == "readers"} == {"train", "eval"}
+
+
+def test_full_size_loader(tmp_path):
+    output = run_bench("full_size.py", "--loader", "--questions", 2, "--contexts", 3,
+                       "--passages", 50, "--folder", tmp_path)
+    assert output.count("questions/s by tokenizer(texts)") == 2
+    assert "MiniLM's, 50 documents:" in output
