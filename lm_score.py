@@ -72,22 +72,24 @@ UNHASHED_FLAGS = {"gpus", "data_root", "eval_data", "model_name_or_path"}
 
 # ---------------------------------------------------------------- scores
 
-def score_batches(scorer, batches, journal, args, world):
-    """Score this process's share of the batches (lists of Jobs) that are not in the journal. Return
-    the scores of all batches, on every process.
+def score_batches(scorer, jobs, batches, journal, args, world):
+    """Score this process's share of the batches that are not in the journal. Return the scores of
+    all batches, on every process.
 
-    Scores do not depend on the number of processes, because the batches do not. All jobs are
-    checked before the first is scored. Raise InputError for a job that cannot be scored.
+    batches: ranges of indices of jobs. Scores do not depend on the number of processes, because the
+    batches do not. All jobs are checked before the first is scored. Raise InputError for a job that
+    cannot be scored.
     """
     remaining = [number for number in range(len(batches)) if number not in journal.done]
     own = remaining[world.rank::world.size]
     for number in own:
-        check_jobs(scorer, batches[number])
+        check_jobs(scorer, [jobs[index] for index in batches[number]])
     with progress_bar(total=sum(len(batches[number]) for number in own), desc="scoring",
                       unit=" questions", is_main=world.is_main) as bar:
         for number in own:
-            journal.add(number, score_jobs(scorer, batches[number], args))
-            bar.update(len(batches[number]))
+            batch = [jobs[index] for index in batches[number]]
+            journal.add(number, score_jobs(scorer, batch, args))
+            bar.update(len(batch))
     done = dict(gather_lists(journal.done.items(), world))
     return [done[number] for number in range(len(batches))]
 
@@ -129,20 +131,42 @@ def score_jobs(scorer, jobs, args):
 
 # ---------------------------------------------------------------- records
 
+class Jobs:
+    """Hold a Job per question as a sequence; each is made when it is asked for, because a large
+    file's records are on disk.
+    """
+
+    def __init__(self, questions, corpus, template, args, is_reader):
+        self.questions, self.corpus, self.template = questions, corpus, template
+        self.args, self.is_reader = args, is_reader
+
+    def __len__(self):
+        return len(self.questions)
+
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index):
+        """Return a Job. Raise InputError for a record that cannot be scored."""
+        question = self.questions[index].read()
+        keys = [key if self.is_reader and is_context(key)
+                else format_key(key, self.args.key_template, question.location)
+                for key in list_keys(question, self.corpus)]
+        if self.is_reader:
+            keys = [{"text": key} if isinstance(key, str) else key for key in keys]
+        return Job(question.record, question.text, keys, choose_answers(question, self.args.answer),
+                   self.template or task_template(question), question.location)
+
+
 def read_jobs(paths, template, args, is_reader, world):
-    """Return a Job per record. Raise InputError for a record that cannot be scored."""
+    """Return the Jobs of the records, and the number of their keys. Raise InputError for a record
+    that cannot be scored.
+    """
     refuse_table(paths.data, "a table has no keys; run retrieve.py --output FILE.jsonl first")
     corpus = open_corpus(paths.corpus, args.key_template, world) if paths.corpus else None
-    jobs = []
-    for question in read_questions(paths.data):
-        keys = [key if is_reader and is_context(key)
-                else format_key(key, args.key_template, question.location)
-                for key in list_keys(question, corpus)]
-        if is_reader:
-            keys = [{"text": key} if isinstance(key, str) else key for key in keys]
-        jobs.append(Job(question.record, question.text, keys, choose_answers(question, args.answer),
-                        template or task_template(question), question.location))
-    return jobs
+    jobs = Jobs(read_questions(paths.data), corpus, template, args, is_reader)
+    checked = progress_bar(jobs, desc="checking", unit=" questions", is_main=world.is_main)
+    return jobs, sum(len(job.keys) for job in checked)
 
 
 def task_template(question):
@@ -387,19 +411,18 @@ def main(args):
     config = read_config(find_base(find_model(paths.model)[0]), "language")
     trained = read_training_args(paths.model)
     is_reader = args.reader or "num_contexts" in trained
-    jobs = read_jobs(paths, template, args, is_reader, world)
+    jobs, num_keys = read_jobs(paths, template, args, is_reader, world)
     scorer = open_scorer(args, paths.model, is_reader, trained, config, world)
     journal = Journal(paths.output, make_fingerprint(paths, template, args, world), world)
 
-    batches = [jobs[first:first + args.batch_size]
+    batches = [range(first, min(first + args.batch_size, len(jobs)))
                for first in range(0, len(jobs), args.batch_size)]
-    num_keys = sum(len(job.keys) for job in jobs)
     world.log(f"{len(jobs)} questions with {num_keys} keys; {scorer.name} on {world.size} x "
               f"{world.device.type}")
     num_done = sum(len(batches[number]) for number in journal.done)
     if num_done:
         world.log(f"resuming from {paths.output}.journal.*: {num_done} questions are done")
-    scores = score_batches(scorer, batches, journal, args, world)
+    scores = score_batches(scorer, jobs, batches, journal, args, world)
 
     if world.is_main:
         write_scored(paths.output, jobs, [job_scores for batch in scores for job_scores in batch])

@@ -244,10 +244,11 @@ def check_records(questions, labels, corpus, args, template):
     by_pos_index = not args.qrels and any(name != "nq" for name in list_measures(args))
     for question in questions:
         if mines:
+            question = question.read()
             key_texts(question, list_positives(question.record), template)
             gold_passages(question.record, question.location)
         if mines or by_pos_index:
-            check_indices(question, question.record.get("pos_index") or [], corpus)
+            check_indices(question, question.pos_index or [], corpus)
 
 
 def check_question_ids(questions, args):

@@ -24,19 +24,42 @@ from records.names import (
 )
 from records.question_tables import read_table
 from records.reading import read_json, read_lines
+from records.record_file import RecordFile, is_large, open_record_file
 from utils import InputError, shorten
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt")
 
 
+class RecordOnDisk(NamedTuple):
+    """Name a record of a large file, which is read whenever it is asked for."""
+    file: RecordFile
+    index: int
+
+    def read(self):
+        """Return the record as it is in the file."""
+        record, _ = self.file[self.index]
+        return record
+
+
 class Question(NamedTuple):
     """Hold a question for the retriever."""
-    record: dict   # as it was read
+    source: dict   # its record as it was read, or a RecordOnDisk
     id: str        # its index in the file if the record has no id
     text: str
     task: str      # chooses the instruction
     answers: list  # gold answers
     location: str  # FILE:LINE
+    has_id: bool = True
+    pos_index: list | None = None  # the record's positives, as documents' indices
+
+    @property
+    def record(self):
+        """Return the record as it is in the file."""
+        return self.source.read() if isinstance(self.source, RecordOnDisk) else self.source
+
+    def read(self):
+        """Return this Question with its record in memory, to use it more than once."""
+        return self._replace(source=self.record)
 
 
 def make_question(record, location, index, task=""):
@@ -47,19 +70,26 @@ def make_question(record, location, index, task=""):
     text = question_text(record, location)
     check_types(record, location)
     identifier = record_id(record, location)
-    if identifier is None:
-        identifier = index
+    has_id = identifier is not None
     answers, _ = gold_answers(record, location)
-    return Question(record, spell_id(identifier), text, record.get("task") or task, answers,
-                    location)
+    return Question(record, spell_id(identifier if has_id else index), text,
+                    record.get("task") or task, answers, location, has_id, record.get("pos_index"))
 
 
 def read_questions(path, task=""):
-    """Return the Questions of a file, whose first line decides how it is read.
+    """Return the Questions of a file, whose first line decides how it is read. The records of a
+    large JSON file stay on disk.
 
     `task` is the default for questions without a task. Raises InputError.
     """
-    rows = read_json(path) if holds_json(path) else read_table(path)
+    if holds_json(path):
+        if is_large(path):
+            file = open_record_file(path, "questions", inspect_question)
+            if file is not None:
+                return find_questions(file, task)
+        rows = read_json(path)
+    else:
+        rows = read_table(path)
     if not rows:
         raise InputError(f"{path}: holds no questions")
     questions = []
@@ -68,10 +98,23 @@ def read_questions(path, task=""):
     return questions
 
 
+def inspect_question(record, location, index):
+    """Check a record, and return its Question's fields after `source`. Raises InputError."""
+    return make_question(record, location, index)[1:]
+
+
+def find_questions(file, task):
+    """Return the Questions of a RecordFile of the table `questions`."""
+    questions = []
+    for index, facts in enumerate(file.facts()):
+        question = Question(RecordOnDisk(file, index), *facts)
+        questions.append(question._replace(task=question.task or task))
+    return questions
+
+
 def own_ids(questions):
     """Return each question's id as text, or None if its record has no id."""
-    return [None if record_id(question.record, question.location) is None else question.id
-            for question in questions]
+    return [question.id if question.has_id else None for question in questions]
 
 
 def holds_json(path):
@@ -96,8 +139,7 @@ def require_ids(questions, needed_by, log):
     needed_by: the flag that matches questions by their ids. If no question has an id, log that
     positions are used.
     """
-    without = [question for question in questions
-               if record_id(question.record, question.location) is None]
+    without = [question for question in questions if not question.has_id]
     if not without:
         note_ids(questions[0], log)
         return
@@ -133,7 +175,7 @@ def read_unique_questions(paths, task=""):
     questions = {}
     for path in paths:
         for question in read_questions(path, task):
-            if record_id(question.record, question.location) is None:
+            if not question.has_id:
                 raise InputError(f"{question.location}: a query of the qrels needs an id; its "
                                  f"fields are {shorten(sorted(question.record))}; rename the field "
                                  "with the id to 'id', or add one")

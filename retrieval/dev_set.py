@@ -80,25 +80,24 @@ def read_dev_set(path, corpus, metrics, template, log, exclude_self=False):
         raise InputError(f"{path}: its queries are measured by retrieval, which needs --corpus")
     dev = DevSet("retrieval", [], [], [], [], [])
     for question in questions:
-        pos_index = question.record.get("pos_index")
-        check_labels(question, pos_index, metrics, len(corpus))
+        check_labels(question, metrics, len(corpus))
         dev.queries.append(question.text)
         dev.tasks.append(question.task)
-        dev.labels.append({doc_index: 1 for doc_index in pos_index or []})
+        dev.labels.append({doc_index: 1 for doc_index in question.pos_index or []})
         dev.answers.append(question.answers)
     return dev._replace(own=find_own(own_ids(questions), corpus)) if exclude_self else dev
 
 
-def check_labels(question, pos_index, metrics, corpus_size):
+def check_labels(question, metrics, corpus_size):
     """Raise InputError if a question lacks a field that the metrics need, or has an index outside
     the corpus.
     """
     needed = f"{question.location}: metrics {' '.join(metrics)} need "
-    if pos_index is None and set(metrics) != {"nq"}:
+    if question.pos_index is None and set(metrics) != {"nq"}:
         raise InputError(needed + "'pos_index'")
     if "nq" in metrics and not question.answers:
         raise InputError(needed + "'answers'")
-    for doc_index in pos_index or []:
+    for doc_index in question.pos_index or []:
         if not (type(doc_index) is int and 0 <= doc_index < corpus_size):
             raise InputError(f"{question.location}: pos_index {shorten(doc_index)} lies outside "
                              f"the corpus of {corpus_size} documents; give the corpus of this file")

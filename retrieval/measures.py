@@ -53,7 +53,7 @@ def read_labels(questions, qrels, corpus, log):
     or no document of the corpus.
     """
     if qrels is None:
-        return [dict.fromkeys(question.record.get("pos_index") or [], 1) for question in questions]
+        return [dict.fromkeys(question.pos_index or [], 1) for question in questions]
     rows = [qrels.get(question.id, {}) for question in questions]
     if questions and not any(rows):
         raise InputError("the qrels label no document for any of the questions (the first id is "

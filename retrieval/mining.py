@@ -30,6 +30,7 @@ from records.names import (
     fold,
     spell_id,
 )
+from records.questions import Question
 from records.templates import format_key
 from retrieval.results import CandidateResults, stack_rows
 from utils import InputError, shorten
@@ -81,7 +82,7 @@ def check_candidates(questions, corpus, template, need_indices, scored=False):
                              for question in questions):
         raise InputError("no question has candidates, in 'key', 'positive_ctxs', 'history', or "
                          "'pos' and 'neg'; give some, or rank an earlier result with --results")
-    for question in questions:
+    for question in map(Question.read, questions):
         check_types(question.record, question.location,
                     ["key", "key_index", "history", "history_index"])
         keys, doc_indices = list_candidates(question.record, scored)
@@ -177,7 +178,7 @@ def write_teacher_scores(path, questions, results):
 def write_keys(path, questions, results, corpus, template):
     """Write collate_key's file: records with the hits as `key`."""
     with new_file(path) as file:
-        for i, question in enumerate(questions):
+        for i, question in enumerate(map(Question.read, questions)):
             record = dict(question.record)
             put_hits(record, "key", list_hits(results, i, question, corpus, template))
             write_record(file, record)
@@ -193,20 +194,20 @@ def write_negatives(path, questions, results, corpus, labels, template, limits=N
     """
     without = []
     with new_file(path) as file:
-        for i, question in enumerate(questions):
+        for i, question in enumerate(map(Question.read, questions)):
             hits = list_hits(results, i, question, corpus, template)
             if not hits:
                 continue
             negatives = keep_negatives(question, hits, results.row(i)[1], corpus, labels[i],
                                        template, limits, filter_answers, is_regex)
             if not negatives:
-                without.append(question)
+                without.append(question.id)
             record = dict(question.record)
             put_negatives(record, negatives[:max_count], corpus)
             write_record(file, record)
     if without:
         log(f"note: {len(without)} of {len(questions)} questions have no hard negative among their "
-            f"hits (first: {shorten(without[0].id)})")
+            f"hits (first: {shorten(without[0])})")
 
 
 def write_positives(path, questions, results, corpus, marks, limits=NO_LIMITS, max_count=100,

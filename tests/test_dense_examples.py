@@ -127,10 +127,10 @@ def test_examples_on_disk_are_those_in_memory(tmp_path, monkeypatch):
         assert list(stored.examples.outlines()) == list(listed.examples.outlines())
         assert stored[1:] == listed[1:]
     assert stored_logged == logged * 2
-    with pytest.raises(InputError, match="r.jsonl:1: .*no column 'body' for --key_template"):
+    with pytest.raises(InputError, match="r.jsonl:1: no column 'body' for --key_template"):
         read_data(lines(tmp_path / "r.jsonl", [{"query": "q", "pos": [passage], "neg": [passage]}]),
                   key_template="{body}")
-    with pytest.raises(InputError, match="dpr.json, record 0: .*no column 'body' for --key_template"):
+    with pytest.raises(InputError, match="dpr.json, record 0: no column 'body'"):
         read_data(paths[1], key_template="{body}")  # another template needs another table
 
 

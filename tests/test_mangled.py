@@ -361,7 +361,7 @@ def lm_score_args(path):
 
 def read_scored(path):
     paths = lm_score.ScoringPaths(path, path, [], "")
-    jobs = lm_score.read_jobs(paths, None, lm_score_args(path), False, ALONE)
+    jobs, _ = lm_score.read_jobs(paths, None, lm_score_args(path), False, ALONE)
     return count_writable([job.record for job in jobs])
 
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from records import record_file
 from records.fields import gold_passages, history_turns
 from records.question_tables import make_record
-from records.questions import make_question, read_queries, read_questions
+from records.questions import make_question, own_ids, read_queries, read_questions
 from records.reader_records import (
     check_record,
     note_contexts,
@@ -370,3 +371,18 @@ def test_records_without_answers_are_counted():
         note_unscored([{"answers": answer} for answer in answers], "f.json", logged.append)
     assert len(logged) == 2 and "1 of 2 records of f.json have no answers" in logged[0]
     assert "no record of f.json has answers" in logged[1]
+
+
+def test_questions_on_disk_are_those_in_memory(tmp_path, monkeypatch):
+    rows = [{"id": 7, "question": "who", "answers": ["x"], "pos_index": [3], "task": "qa"},
+            {"query": "what", "answer": "y", "ctxs": [{"text": "long"}]}]
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps(rows))
+    listed = read_questions(path, "chat")
+    monkeypatch.setattr(record_file, "LARGE", 0)
+    for _ in range(2):  # without the table and with it
+        stored = read_questions(path, "chat")
+        assert [question.record for question in stored] == rows
+        assert [question[1:] for question in stored] == [question[1:] for question in listed]
+    assert [question.has_id for question in stored] == [True, False]
+    assert own_ids(stored) == ["7", None]
