@@ -99,3 +99,12 @@ def test_full_size_loader(tmp_path):
                        "--passages", 50, "--folder", tmp_path)
     assert output.count("questions/s by tokenizer(texts)") == 2
     assert "MiniLM's, 50 documents:" in output
+
+
+def test_full_size_records_bench(tmp_path):
+    output = run_bench("full_size.py", "--records", "--questions", 30, "--contexts", 2, "--folder",
+                       tmp_path)
+    assert "30 and 1,000 questions with 2 contexts" in output
+    for name in ("first start", "later start", "an epoch, 3 workers", "2 processes", "8 processes"):
+        assert re.search(rf"^{name}: .* s after the imports to the first batch", output, re.M)
+    assert not list(tmp_path.iterdir())
