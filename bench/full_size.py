@@ -11,6 +11,7 @@ command goes on with what is finished.
 """
 import argparse
 import copy
+import glob
 import importlib.resources
 import json
 import os
@@ -21,8 +22,10 @@ import statistics
 import subprocess
 import sys
 import time
+from multiprocessing import Pool
 from multiprocessing.reduction import ForkingPickler
 
+import bm25s
 import numpy as np
 import torch
 import transformers
@@ -34,7 +37,12 @@ import train_epoch
 from data import Collator, input_texts, pack_passages
 from dense.batches import tokenize
 from layers.packing import pack_texts
+from records.corpus import Corpus
 from records.files import new_file
+from records.questions import read_questions
+from retrieval import bm25_index
+from retrieval.bm25 import open_bm25, search_words
+from retrieval.search import SearchSettings
 from training.checkpoints import load_tokenizer
 from training.loop import make_loader, open_epoch
 from training.t5_folder import build_unigram, parse_sentencepiece
@@ -42,6 +50,7 @@ from utils import (
     LONG_PATIENCE,
     InputError,
     Parser,
+    World,
     check_at_least,
     progress_bar,
     run_script,
@@ -51,6 +60,10 @@ from utils import (
 
 QUESTIONS, CONTEXTS = 79_168, 100   # NaturalQuestions' training set as FiD reads it
 PASSAGES, WIDTH = 21_015_324, 768   # DPR's Wikipedia, the vectors of a base model
+VOCABULARY = 5_000_000        # words of the passages
+FILE_PASSAGES = 2 ** 20       # passages of one file
+PASSAGE_DISK = 1600           # bytes of a passage with its postings, while they are made
+ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
 def parse_args():
@@ -229,7 +242,178 @@ def read_pss():
 # ---------------------------------------------------------------- BM25
 
 def measure_bm25(args, folder):
-    """Measure a BM25 index: not built yet."""
+    """Measure BM25 with two processes: making an index, its size, searching it.
+
+    Passages have 100 words, drawn by Zipf's law from VOCABULARY words; one in 97 is a copy of
+    another, which has the same scores. Queries are 8 words of a passage.
+    """
+    require_disk(folder, args.passages * PASSAGE_DISK, f"BM25 of {args.passages:,} passages")
+    start = time.perf_counter()
+    paths = make_passages(args, folder)
+    size = sum(map(os.path.getsize, paths))
+    print(f"corpus: {size / 1e9:.1f} GB in {len(paths)} files, written in "
+          f"{time.perf_counter() - start:.0f} s", flush=True)
+    compare_with_bm25s(args, folder)
+
+    index = os.path.join(folder, "index")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               os.path.join(ROOT, "retrieve.py"), "--retrieval_method", "bm25", "--corpus", *paths,
+               "--index", index]
+    was_begun = os.path.exists(index)
+    seconds, peak = run_measured(command)
+    size = sum(entry.stat().st_size for entry in scan_files(index))
+    print(f"index, 2 processes{', continued' if was_begun else ''}: {seconds / 60:.1f} min, peak "
+          f"memory of both {peak / 1e9:.1f} GB, {size / 1e9:.1f} GB on disk", flush=True)
+    measure_search(args, folder, paths)
+    for count in (1, args.queries):
+        queries = write_queries(count, folder, paths)
+        seconds, peak = run_measured([*command, "--queries", queries, "--hits", "100", "--trec",
+                                      os.path.join(folder, "run.trec")])
+        print(f"search, 2 processes: {count} queries in {seconds:.1f} s with starting and opening, "
+              f"peak memory of both {peak / 1e9:.1f} GB", flush=True)
+
+
+def run_measured(command):
+    """Run a command; return its seconds and the peak memory of all its processes together.
+
+    Memory is that of processes without the pages of files, which the system can drop.
+    """
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        memory = 0
+        for pid in list_processes(process.pid):
+            try:
+                memory += read_memory("RssAnon", pid) + read_memory("RssShmem", pid)
+            except (OSError, StopIteration):
+                pass  # the process has ended
+        peak = max(peak, memory)
+        time.sleep(0.5)
+    if process.returncode:
+        raise InputError(f"{' '.join(command[:8])} ... has failed; see its message")
+    return time.perf_counter() - start, peak
+
+
+def list_processes(pid):
+    """Return the ids of a process and of its descendants."""
+    pids = [pid]
+    for pid in pids:  # grows while it is read
+        for path in glob.glob(f"/proc/{pid}/task/*/children"):
+            try:
+                with open(path) as file:
+                    pids += map(int, file.read().split())
+            except OSError:
+                pass  # the process has ended
+    return pids
+
+
+def measure_search(args, folder, paths):
+    """Print how many queries one process searches for in a second, with a warm cache."""
+    corpus = Corpus(paths, "{title} {text}")
+    settings = SearchSettings("bm25", 100, index=os.path.join(folder, "index"))
+    questions = read_questions(write_queries(args.queries, folder, paths))
+    index = open_bm25(settings, corpus, ALONE)
+    memory = read_memory("RssAnon")
+    for cache in ("first", "second", "third"):
+        start = time.perf_counter()
+        search_words(settings, index, questions, ALONE)
+        seconds = time.perf_counter() - start
+        print(f"search, 1 process, {cache} time: {args.queries / seconds:.1f} queries per second",
+              flush=True)
+    memory = read_memory("RssAnon") - memory
+    print(f"memory that searching adds: {memory / 1e6:.0f} MB", flush=True)
+
+
+def compare_with_bm25s(args, folder):
+    """Check on 300,000 passages that five parts give the results of bm25s's index, ties included.
+
+    Raises InputError if they do not.
+    """
+    path = os.path.join(folder, "first.tsv")
+    count = min(300_000, args.passages)
+    if not os.path.exists(path):
+        keep_words()
+        write_passages(path, 0, count)
+    corpus = Corpus(path, "{title} {text}")
+    settings = SearchSettings("bm25", 100, index=os.path.join(folder, "first.index"))
+    part_documents = bm25_index.PART_DOCUMENTS
+    bm25_index.PART_DOCUMENTS = -(-count // 5)
+    index = open_bm25(settings, corpus, ALONE)
+    bm25_index.PART_DOCUMENTS = part_documents
+    questions = read_questions(write_queries(args.queries, folder, [path]))
+    results = search_words(settings, index, questions, ALONE)
+
+    theirs = bm25s.BM25(k1=settings.bm25.k1, b=settings.bm25.b)
+    texts = [corpus.text(i) for i in range(count)]
+    theirs.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    num_ties = 0
+    for i, question in enumerate(questions):
+        scores = theirs.get_scores(question.text.split())
+        best = np.argsort(-scores, kind="stable")[:100]
+        best = best[scores[best] > 0]
+        doc_indices, found = results.row(i)
+        if doc_indices != best.tolist() or found != scores[best].tolist():
+            raise InputError(f"query {i}: the results differ from bm25s's")
+        num_ties += len(found) - len(set(found))
+    print(f"{count:,} passages in five parts: documents and scores of {args.queries} queries equal "
+          f"bm25s's to the last bit, with {num_ties:,} ties", flush=True)
+    for path in glob.glob(os.path.join(folder, "first.*")):
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
+def spell_words():
+    """Return VOCABULARY words, short ones first, without vowels so that none is a stop word."""
+    letters = "bcdfghjklmnpqrstvwxz"
+    stems = [""]
+    for stem in stems:  # grows while it is read: all words of one letter, of two letters ...
+        stems += [stem + letter for letter in letters]
+        if len(stems) > VOCABULARY:
+            return [stem + "bc"[:1 + len(stem) % 2] for stem in stems[1:VOCABULARY + 1]]
+
+
+def make_passages(args, folder):
+    """Return the paths of the corpus's files, after making those that are missing."""
+    starts = range(0, args.passages, FILE_PASSAGES)
+    tasks = [(os.path.join(folder, f"passages.{i}.tsv"), start,
+              min(FILE_PASSAGES, args.passages - start)) for i, start in enumerate(starts)]
+    missing = [task for task in tasks if not os.path.exists(task[0])]
+    if missing:
+        with Pool(os.cpu_count(), keep_words) as pool:
+            pool.starmap(write_passages, missing, chunksize=1)
+    return [path for path, _, _ in tasks]
+
+
+def keep_words():
+    """Keep the words in this process of a Pool."""
+    global WORDS
+    WORDS = spell_words()
+
+
+def write_passages(path, first, count):
+    """Write a file of passages: id, text, title, 98 + 2 words by Zipf's law."""
+    rng = np.random.default_rng([0, first])
+    with new_file(path) as file:
+        file.write("id\ttext\ttitle\n")
+        for start in range(0, count, 4096):
+            # P(rank r) = log(1 + 1 / r) / log(1 + V), close to 1 / r
+            powers = rng.random((min(4096, count - start), 100)) * np.log(VOCABULARY + 1)
+            ranks = np.minimum(np.exp(powers).astype(np.int64), VOCABULARY) - 1
+            ranks[::97] = ranks[:len(ranks[::97])]  # copies
+            for i, row in enumerate(ranks.tolist(), first + start):
+                words = [WORDS[rank] for rank in row]
+                file.write(f"{i}\t{' '.join(words[2:])}\t{words[0]} {words[1]}\n")
+
+
+def write_queries(count, folder, paths):
+    """Write queries.jsonl, 8 words of a passage each, and return its path."""
+    rng, corpus = np.random.default_rng(1), Corpus(paths, "{text}")
+    path = os.path.join(folder, "queries.jsonl")
+    with new_file(path) as file:
+        for i in range(count):
+            words = sorted(set(corpus.text(int(rng.integers(len(corpus)))).split()))
+            query = " ".join(rng.choice(words, 8, replace=False))
+            file.write(json.dumps({"_id": str(i), "text": query}) + "\n")
+    return path
 
 
 # ---------------------------------------------------------------- vectors

@@ -7,8 +7,10 @@ from records.reading import read_settings
 from utils import InputError, gather_lists, shorten, wait_for_all
 
 INDEX_ENDINGS = (".npy", ".faiss", ".json")  # an index's own files, bm25s's included
+# the fingerprint of a BM25 index that is being built; it is renamed to index.json at the end
+UNFINISHED = "unfinished.json"
 # settings of older indices, whose index.json lacks them
-FORMER_SETTINGS = {"words": "bm25s", "end_token": True}
+FORMER_SETTINGS = {"words": "bm25s", "end_token": True, "format": 1}
 
 
 def fingerprint(corpus, model, settings, world):
@@ -31,13 +33,21 @@ def fingerprint(corpus, model, settings, world):
             **settings}
 
 
+def read_fingerprint(folder):
+    """Return (fingerprint, whether the index is finished); the fingerprint is empty without one."""
+    given = read_settings(os.path.join(folder, "index.json"))
+    if given:
+        return given, True
+    return read_settings(os.path.join(folder, UNFINISHED)), False
+
+
 def check_fingerprint(folder, expected):
-    """Return True if the folder's index has this fingerprint, False if there is no index.
+    """Return True if the folder's index has this fingerprint, False if there is no index or it is
+    not finished.
 
     Raises InputError for another fingerprint, or if the folder holds other files.
     """
-    path = os.path.join(folder, "index.json")
-    given = read_settings(path)
+    given, is_finished = read_fingerprint(folder)
     names = os.listdir(folder) if os.path.isdir(folder) else []
     # a folder in which an index is being made has .lock from the start
     if "documents" not in given and (given or names and ".lock" not in names):
@@ -62,7 +72,14 @@ def check_fingerprint(folder, expected):
         raise InputError(f"{folder} holds an index of another {', '.join(changed)} ({first}: "
                          f"{shorten(given.get(first))}, now {shorten(expected[first])}); give "
                          "the flags it was made with, another --index folder, or delete this one")
-    return True
+    return is_finished
+
+
+def is_former_format(folder, expected):
+    """Return True if the folder's index differs from the expected one only in its file format."""
+    given, _ = read_fingerprint(folder)
+    given = FORMER_SETTINGS | given
+    return [name for name in expected if given.get(name) != expected[name]] == ["format"]
 
 
 def remove_other_index(folder, expected):
@@ -71,19 +88,23 @@ def remove_other_index(folder, expected):
     index.json is removed last, so that a folder left by kill -9 still has the other fingerprint.
     Raises InputError if files cannot be removed.
     """
-    path = os.path.join(folder, "index.json")
-    given = read_settings(path)
+    given, _ = read_fingerprint(folder)
     if given:
         given = FORMER_SETTINGS | given
     if "documents" not in given or all(given.get(name) == expected[name] for name in expected):
         return
     with lock(folder):
-        names = [name for name in os.listdir(folder) if name.endswith(INDEX_ENDINGS)]
-        try:
-            for name in sorted(names, key=lambda name: name == "index.json"):
-                os.remove(os.path.join(folder, name))
-        except OSError as error:
-            raise unwritable(folder, error, "give another --index folder") from None
+        remove_index(folder)
+
+
+def remove_index(folder):
+    """Remove the files of the folder's index, the fingerprint last. Raises InputError."""
+    names = [name for name in os.listdir(folder) if name.endswith(INDEX_ENDINGS)]
+    try:
+        for name in sorted(names, key=lambda name: name in ("index.json", UNFINISHED)):
+            os.remove(os.path.join(folder, name))
+    except OSError as error:
+        raise unwritable(folder, error, "give another --index folder") from None
 
 
 def await_index(folder, expected, world):

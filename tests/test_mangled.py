@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import bm25s
 import faiss
 import numpy as np
 import pytest
@@ -47,11 +46,13 @@ from records.qrels import merge_qrels
 from records.questions import make_question, read_questions, read_unique_questions
 from records.reader_records import read_records
 from records.reading import read_json, read_lines
-from retrieval.bm25 import load_bm25_index
+from retrieval import bm25
+from retrieval.bm25_index import open_index
 from retrieval.dev_set import make_annotated_set, read_dev_set
 from retrieval.faiss_index import read_index
 from retrieval.fingerprint import check_fingerprint
 from retrieval.results import read_run
+from retrieval.search import SearchSettings
 from retrieval.vectors import open_array
 from table import read_measures
 from training.checkpoints import load_tokenizer, read_config, read_training_args
@@ -626,15 +627,19 @@ def open_ranker(path):
 
 
 def make_bm25(folder):
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(["a river town", "the baker", "a letter"], show_progress=False),
-                show_progress=False)
-    index.save(folder)
+    """Make the index of three documents."""
+    path = folder.parent / "towns.jsonl"
+    path.write_text('{"text": "a river town"}\n{"text": "the baker"}\n{"text": "a letter"}\n')
+    settings = SearchSettings("bm25", 3, index=str(folder))
+    (folder / ".lock").touch()  # the folder is not empty
+    bm25.open_bm25(settings, Corpus(str(path), "{text}"), ALONE)
 
 
 def search_bm25(path):
-    index = load_bm25_index(path, 3)
-    index.get_scores_from_ids(index.get_tokens_ids(["river", "baker"]))
+    settings = SearchSettings("bm25", 3, index=str(path))
+    index = bm25.BM25Index(open_index(path, 3), bm25.open_words("en", None, "bm25s"))
+    questions = [make_question({"question": "river baker"}, "q", 0)]
+    bm25.search_words(settings, index, questions, ALONE)
 
 
 def make_vectors(folder):

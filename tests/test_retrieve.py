@@ -21,7 +21,8 @@ from utils import InputError
 
 SMALL = f"""import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-from retrieval import exact_search, vectors
+from retrieval import bm25_index, exact_search, vectors
+bm25_index.PART_DOCUMENTS = 16
 vectors.DONE_BLOCK, exact_search.PART_UNIT, exact_search.BLOCK, exact_search.MERGED = 8, 16, 16, 5
 sys.argv = ["retrieve.py", *sys.argv[1:]]
 runpy.run_path({str(ROOT / "retrieve.py")!r}, run_name="__main__")
@@ -370,7 +371,7 @@ def test_the_index_alone_then_the_search(bert, world_files, tmp_path):
     _, stderr = run("retrieve.py", *common, "--metrics", "mrr", code=1)
     assert "no questions" in stderr
     # a copy that was cut off
-    for method, name in (("dense", "vectors.npy"), ("bm25", "data.csc.index.npy")):
+    for method, name in (("dense", "vectors.npy"), ("bm25", "0.scores.npy")):
         os.truncate(tmp_path / method / name, 100)
         index = ["--index", tmp_path / method, "--retrieval_method", method]
         _, stderr = run("retrieve.py", *common, *index, *search, code=1)

@@ -1,5 +1,6 @@
 """BM25's words in other languages; in English they equal bm25s's own."""
 import json
+import random
 import unicodedata
 
 import bm25s
@@ -7,7 +8,7 @@ import pytest
 
 from retrieval import bm25
 from retrieval.fingerprint import check_fingerprint
-from retrieval.words import choose_rule, split_words
+from retrieval.words import PLAIN_WORD, choose_rule, split_words
 from retrieval_helpers import write_rows
 from test_figures import run_retrieve
 
@@ -68,6 +69,13 @@ def test_latin_texts_have_the_words_of_bm25s():
     for rule in ("bm25s", "unicode"):
         words = bm25.open_words("en", None, rule)
         assert bm25.tokenize_texts(texts, words) == expected
+
+
+def test_ascii_is_split_as_by_the_pattern():
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(map(chr, rng.choices(range(128), k=rng.randint(0, 30))))
+        assert split_words(text, "bm25s") == PLAIN_WORD.findall(text)
 
 
 def test_what_words_are_by_unicode():

@@ -108,3 +108,12 @@ def test_full_size_records_bench(tmp_path):
     for name in ("first start", "later start", "an epoch, 3 workers", "2 processes", "8 processes"):
         assert re.search(rf"^{name}: .* s after the imports to the first batch", output, re.M)
     assert not list(tmp_path.iterdir())
+
+
+def test_full_size_bm25(tmp_path):
+    output = run_bench("full_size.py", "--bm25", "--passages", 2000, "--queries", 20, "--folder",
+                       tmp_path)
+    assert "2,000 passages in five parts: documents and scores of 20 queries equal" in output
+    assert "index, 2 processes" in output
+    assert "search, 2 processes: 20 queries" in output
+    assert not list(tmp_path.rglob("*.tsv"))
