@@ -3,7 +3,7 @@
 With V words and P parts, the folder holds
 
     words.NAME.npy      the vocabulary in the order of its letters: records.ids.PackedIds
-    idf.npy             (V) float32, from the document frequencies in the whole corpus
+    idf.npy             (V) float32, for the second pass, by the frequencies in the whole corpus
     parts.npy           (P + 1) each part's first document, and the number of documents
     0.starts.npy        (V + 1) where each word's postings start in part 0
     0.documents.npy     a word's documents, in ascending order, counted from the part's first
@@ -51,7 +51,6 @@ class Part(NamedTuple):
 class Index(NamedTuple):
     """Hold an open index."""
     vocabulary: PackedIds
-    idf: np.ndarray  # (V) float32
     parts: list
 
     def tokens(self, words):
@@ -101,16 +100,16 @@ def open_index(folder, count):
         parts.append(Part(first, last - first, open_array(folder, f"{i}.starts", "iu"),
                           open_array(folder, f"{i}.documents", "i"),
                           open_array(folder, f"{i}.scores", "f")))
-    fits = bounds[-1] == count and len(idf) == len(vocabulary.order) == len(
-        vocabulary.hashes) == len(vocabulary.offsets) - 1
+    fits = [len(bounds) > 1 and bounds[-1] == count, len(idf) == len(vocabulary.order) == len(
+        vocabulary.hashes) == len(vocabulary.offsets) - 1]
     for part in parts:
-        fits = fits and len(part.starts) == len(idf) + 1 and (
-            len(part.scores) == len(part.documents) == part.starts[-1])
-    if not fits:
+        fits.append(len(part.starts) == len(idf) + 1 and (
+            len(part.scores) == len(part.documents) == part.starts[-1]))
+    if not all(fits):
         raise InputError(f"{folder}: its files do not belong together, or to a corpus of {count} "
                          "documents; copy it again, or delete it, and the same command makes it "
                          "again")
-    return Index(vocabulary, idf, parts)
+    return Index(vocabulary, parts)
 
 
 # ---------------------------------------------------------------- building
@@ -124,6 +123,9 @@ def build_index(folder, corpus, words, k1, b, world):
     if world.is_main and not has_array(folder, "parts"):
         save_array(folder, "parts", divide(corpus))
     wait_for_all(world)
+    if not has_array(folder, "parts"):
+        raise InputError(f"{folder}: process {world.rank} does not see the files of process 0; put "
+                         "the folder on a shared disk")
     bounds = open_array(folder, "parts", "i").tolist()
     parts = range(len(bounds) - 1)
 
