@@ -2,11 +2,12 @@
 
 tokenizer(texts) also makes attention masks and the texts' offsets, which nobody here reads. And the
 library remembers the ids of only the first 10,000 words that a T5 tokenizer meets. Both together
-cost 1.6 times the time (`python bench/full_size.py --loader`).
+make a T5 tokenizer take 1.5 times as long (`python bench/full_size.py --loader`).
 """
 from transformers import PreTrainedTokenizerFast
 
 CACHED_WORDS = 100_000  # words of which a tokenizer keeps the ids, 20 MB in each process
+
 
 def encode_texts(tokenizer, texts, max_length=None, add_special_tokens=True):
     """Return a list of token ids for each text: tokenizer(texts)["input_ids"].
