@@ -113,7 +113,8 @@ def hash_record_file(path):
     stamp = {"file": describe_version(os.stat(path))}
     with suppress(InputError):  # a damaged file is written again
         kept = read_settings(kept_path)
-        if kept and is_later(kept_path, path) and stamp.items() <= kept.items():
+        is_kept = "hash" in kept and stamp.items() <= kept.items()
+        if is_kept and is_later(kept_path, path):
             return kept["hash"]
     stamp["hash"] = hash_file(path)
     with suppress(InputError):  # if it cannot be written, the next run computes it again
