@@ -3,6 +3,7 @@
 Equal scores are ranked by document index, and each process takes whole blocks. The result is
 therefore the same for any number of processes.
 """
+import math
 import warnings
 
 import numpy as np
@@ -54,32 +55,132 @@ def search_blocks(query_vectors, blocks, k, metric="ip"):
     there are fewer documents.
     """
     device = query_vectors.device
-    query_vectors = query_vectors.float()
-    slices = query_vectors.split(QUERIES)
-    best_scores = [torch.zeros(len(part), 0, device=device) for part in slices]
-    best_indices = [torch.zeros(len(part), 0, dtype=torch.int64, device=device) for part in slices]
+    make_best = BestOnCPU if device.type == "cpu" else BestOnGPU
+    slices = query_vectors.float().split(QUERIES)
+    best = [make_best(len(part), k, device) for part in slices]
+    for_vectors, for_scores = Buffer(device), Buffer(device)
     for first, vectors in blocks:
-        vectors = vectors.to(device).float()
-        for i, part in enumerate(slices):
-            values, columns = top_k(score_block(part, vectors, metric), k)
-            # the best so far come first: they have lower document indices, so they win ties
-            values = torch.cat([best_scores[i], values], dim=1)
-            indices = torch.cat([best_indices[i], columns + first], dim=1)
-            best_scores[i], columns = top_k(values, k)
-            best_indices[i] = indices.gather(1, columns)
-    return torch.cat(best_indices), torch.cat(best_scores)
+        if vectors.dtype != torch.float32 or vectors.device != device:
+            vectors = for_vectors.take(*vectors.shape).copy_(vectors)
+        for part, part_best in zip(slices, best):
+            scores = for_scores.take(len(part), len(vectors))
+            part_best.add(score_block(part, vectors, metric, scores), first)
+    results = [part_best.result() for part_best in best]
+    return torch.cat([indices for indices, _ in results]), torch.cat([s for _, s in results])
 
 
-def score_block(query_vectors, vectors, metric):
-    """Return the scores (Q, n) of float32 vectors (n, D) for query_vectors (Q, D)."""
-    # without autocast: the vectors of a bfloat16 model are searched in float32, too
-    with torch.autocast(query_vectors.device.type, enabled=False):
-        scores = query_vectors @ vectors.T
+class Buffer:
+    """Provide float32 memory that is used again for each block.
+
+    On a CPU, the page faults of new memory take eight times as long as converting a block to
+    float32, and a tenth of the time of a matrix product.
+    """
+
+    def __init__(self, device):
+        self.memory = torch.empty(0, device=device)
+
+    def take(self, *shape):
+        """Return a tensor of this shape; it is valid until the next call."""
+        size = math.prod(shape)
+        if len(self.memory) < size:
+            self.memory = self.memory.new_empty(size)
+        return self.memory[:size].view(shape)
+
+
+def score_block(query_vectors, vectors, metric, scores):
+    """Write the scores of float32 vectors (n, D) for query_vectors (Q, D) to scores (Q, n).
+
+    Returns scores.
+    """
+    if scores.device.type == "cpu":
+        # numpy's product (OpenBLAS) has 1.3 times the speed of torch's (MKL) on an AMD EPYC
+        np.matmul(query_vectors.numpy(), vectors.numpy().T, out=scores.numpy())
+    else:
+        # without autocast: the vectors of a bfloat16 model are searched in float32, too
+        with torch.autocast(scores.device.type, enabled=False):
+            torch.mm(query_vectors, vectors.T, out=scores)
     if metric == "l2":  # -|q - v|^2 = 2 q.v - |v|^2 - |q|^2
         scores.mul_(2)
         scores.sub_(vectors.square().sum(1))
         scores.sub_(query_vectors.square().sum(1, keepdim=True))
     return scores
+
+
+class BestOnGPU:
+    """Keep the k best documents of each query: the best of each block are merged with those so far.
+
+    This plain form works on any device; tests compare BestOnCPU with it.
+    """
+
+    def __init__(self, num_queries, k, device):
+        self.k = k
+        self.scores = torch.zeros(num_queries, 0, device=device)
+        self.indices = torch.zeros(num_queries, 0, dtype=torch.int64, device=device)
+
+    def add(self, scores, first):
+        """Add the scores (Q, n) of documents first, first + 1, ..., which follow those so far."""
+        values, columns = top_k(scores, self.k)
+        # the best so far come first: they have lower document indices, so they win ties
+        values = torch.cat([self.scores, values], dim=1)
+        indices = torch.cat([self.indices, columns + first], dim=1)
+        self.scores, columns = top_k(values, self.k)
+        self.indices = indices.gather(1, columns)
+
+    def result(self):
+        """Return (doc_indices, scores), each (Q, k')."""
+        return self.indices, self.scores
+
+
+class BestOnCPU:
+    """Keep the k best documents of each query, with as few operations on all scores as possible.
+
+    After the first blocks few documents are better than the k-th so far. Only these candidates are
+    collected, and they are merged when there are as many as best documents. Gains 1.2x to 1.5x
+    over BestOnGPU.
+    """
+
+    def __init__(self, num_queries, k, device):
+        self.k = k
+        self.scores = np.zeros((num_queries, 0), np.float32)
+        self.indices = np.zeros((num_queries, 0), np.int64)
+        self.candidates = []    # (queries, document indices, scores), each (n)
+        self.num_candidates = 0
+
+    def add(self, scores, first):
+        """Add the scores (Q, n) of documents first, first + 1, ..., which follow those so far."""
+        if self.scores.shape[1] == self.k:
+            # a document with the k-th score itself loses the tie, because its index is higher
+            is_better = scores.numpy() > self.scores[:, -1:]
+            better = np.flatnonzero(is_better)
+            queries, columns = np.divmod(better, scores.shape[1])
+        if self.scores.shape[1] < self.k or len(better) > self.scores.size:
+            columns = top_k(scores, self.k)[1].numpy()
+            queries = np.repeat(np.arange(len(columns)), columns.shape[1])
+            columns = columns.ravel()
+        self.candidates.append((queries, columns + first, scores.numpy()[queries, columns]))
+        self.num_candidates += len(queries)
+        if self.num_candidates >= self.scores.size:
+            self.merge_candidates()
+
+    def merge_candidates(self):
+        """Merge the candidates into the best documents."""
+        num_queries, width = self.scores.shape
+        best_queries = np.repeat(np.arange(num_queries), width)
+        best = (best_queries, self.indices.ravel(), self.scores.ravel())
+        queries, indices, scores = map(np.concatenate, zip(best, *self.candidates))
+        # sorted by query, then score, then document
+        order = np.lexsort((indices, -scores, queries))
+        counts = np.bincount(queries, minlength=num_queries)
+        starts = np.cumsum(counts) - counts
+        chosen = order[starts[:, None] + np.arange(min(self.k, counts.min(initial=self.k)))]
+        self.indices, self.scores = indices[chosen], scores[chosen]
+        self.candidates, self.num_candidates = [], 0
+
+    def result(self):
+        """Return (doc_indices, scores), each (Q, k')."""
+        if self.candidates:
+            self.merge_candidates()
+        return torch.from_numpy(self.indices), torch.from_numpy(self.scores)
 
 
 def search_vectors(vectors, query_vectors, first, last, k, metric, is_main=True):
