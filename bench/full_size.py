@@ -14,10 +14,12 @@ import copy
 import glob
 import importlib.resources
 import json
+import multiprocessing
 import os
 import platform
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,12 +39,16 @@ import train_epoch
 from data import Collator, input_texts, pack_passages
 from dense.batches import tokenize
 from layers.packing import pack_texts
+from made_up import draw_points
 from records.corpus import Corpus
-from records.files import new_file
+from records.files import new_file, write_json
 from records.questions import read_questions
 from retrieval import bm25_index
 from retrieval.bm25 import open_bm25, search_words
+from retrieval.exact_search import search_vectors
+from retrieval.fingerprint import fingerprint
 from retrieval.search import SearchSettings
+from retrieval.vectors import encode_corpus, open_array
 from training.checkpoints import load_tokenizer
 from training.loop import make_loader, open_epoch
 from training.t5_folder import build_unigram, parse_sentencepiece
@@ -79,6 +85,8 @@ def parse_args():
     add("--passages", type=int, default=PASSAGES, help="passages, or vectors")
     add("--width", type=int, default=WIDTH, help="numbers of a vector")
     add("--queries", type=int, default=1000, help="queries of a search")
+    add("--factory", default="IVF4096,PQ64", help="faiss index of the vectors")
+    add("--nprobe", type=int, nargs="+", default=[32, 128, 512], help="lists searched per query")
     add = parser.add_argument_group("run").add_argument
     add("--folder", default=os.path.join(ROOT, "out", "full_size"), help="where to write")
     add("--keep", action="store_true", help="keep the files of a stage that has finished")
@@ -116,8 +124,8 @@ def scan_files(folder):
 def read_memory(name, process="self"):
     """Return the bytes of a line of /proc/PROCESS/status, such as VmHWM (the peak) or RssAnon."""
     with open(f"/proc/{process}/status") as file:
-        line = next(line for line in file if line.startswith(name + ":"))
-    return 1024 * int(line.split()[1])
+        line = next((line for line in file if line.startswith(name + ":")), None)
+    return 1024 * int(line.split()[1]) if line else 0  # a process that has ended has no memory
 
 
 # ---------------------------------------------------------------- records
@@ -418,8 +426,167 @@ def write_queries(count, folder, paths):
 
 # ---------------------------------------------------------------- vectors
 
+K = 100  # documents that are found per query
+
+
 def measure_vectors(args, folder):
-    """Measure a store of vectors, exact search and IVF-PQ: not built yet."""
+    """Measure a store of vectors, its exact search, and an approximate index.
+
+    Each step is a process. Those that write the store and the index are killed once in the middle.
+    """
+    store = 2 * args.passages * args.width
+    require_disk(folder, store + 300 * args.passages, f"{args.passages:,} x {args.width} vectors")
+    index = os.path.join(folder, "index")
+
+    def has_half():
+        path = os.path.join(index, "done.npy")
+        return os.path.exists(path) and np.load(path).mean() > 0.5
+
+    def has_copy():
+        return any(entry.name.endswith("unfinished.faiss") for entry in os.scandir(index))
+    run_step(folder, "writing the corpus", write_corpus, args, folder)
+    run_step(folder, "opening it first", open_corpus, args, folder)
+    run_step(folder, "opening it again", open_corpus, args, folder)
+    run_step(folder, "writing the vectors", write_vectors, args, folder, stop=has_half)
+    run_step(folder, "opening them", write_vectors, args, folder)
+    run_step(folder, "exact search", search_exactly, args, folder)
+    run_step(folder, "training and adding", build_index, args, folder, stop=has_copy)
+    run_step(folder, "opening the index", build_index, args, folder)
+    for nprobe in args.nprobe:
+        run_step(folder, f"searching {nprobe} lists", search_index, args, folder, nprobe)
+
+
+def run_step(folder, name, function, *arguments, stop=None):
+    """Run a step in a process of its own and print its time, memory and reads from the disk.
+
+    A step that has finished before is not run again. stop: the process is killed once when
+    stop() is True, and the same step goes on.
+    """
+    path = os.path.join(folder, name.replace(" ", "-") + ".json")
+    spawn = multiprocessing.get_context("spawn")
+    while not os.path.exists(path):
+        peak, start = 0, time.perf_counter()
+        process = spawn.Process(target=time_step, args=(path, function, *arguments))
+        process.start()
+        while process.is_alive():
+            peak = max(peak, read_memory("RssAnon", process.pid))
+            time.sleep(0.1)
+            if stop and stop():
+                process.kill()
+                process.join()
+                print(f"{name}: killed after {time.perf_counter() - start:.0f} s, "
+                      f"{peak / 1e9:.2f} GB peak memory; the same command goes on", flush=True)
+                stop = None
+        if os.path.exists(path):
+            with open(path) as file:
+                write_json(path, json.load(file) | {"peak": peak})
+        elif process.exitcode != -signal.SIGKILL:
+            raise InputError(f"{name}: failed with exit code {process.exitcode}")
+    with open(path) as file:
+        step = json.load(file)
+    print(f"{name}: {step['seconds']:.1f} s, {step['peak'] / 1e9:.2f} GB peak memory, "
+          f"{step['read'] / 1e9:.1f} GB read from the disk{step['note']}", flush=True)
+
+
+def time_step(path, function, *arguments):
+    """Run a step and write its {seconds, read: bytes from the disk, note} to `path`."""
+    before, start = count_read_bytes(), time.perf_counter()
+    note = function(*arguments)
+    write_json(path, {"seconds": time.perf_counter() - start, "peak": 0,
+                      "read": count_read_bytes() - before, "note": f"; {note}" if note else ""})
+
+
+def count_read_bytes():
+    """Return how many bytes this process has read from the disk, mapped pages included."""
+    with open("/proc/self/io") as file:
+        return int(next(line for line in file if line.startswith("read_bytes")).split()[1])
+
+
+class MadeUpModel:
+    """Encode a block of documents as points near random centres, by the first document's number."""
+
+    def __init__(self, args):
+        self.centres = np.random.default_rng(0).standard_normal(
+            (max(1, args.passages // 100), args.width), np.float32)
+
+    def eval(self):
+        return self
+
+    def encode(self, token_ids, role):
+        rng = np.random.default_rng([1, token_ids[0][0]])
+        return torch.from_numpy(draw_points(rng, self.centres, len(token_ids)))
+
+
+def write_corpus(args, folder):
+    """Write a table of short texts."""
+    with open(os.path.join(folder, "corpus.tsv"), "w") as file:
+        file.write("id\ttext\ttitle\n")
+        file.writelines(f"{i}\ttext {i}\ttitle\n" for i in range(args.passages))
+
+
+def open_corpus(args, folder):
+    """Open the corpus, which has a table from the second time on, and hash its windows."""
+    corpus = Corpus(os.path.join(folder, "corpus.tsv"), "{text}")
+    fingerprint(corpus, None, {}, ALONE)
+
+
+def write_vectors(args, folder):
+    """Encode the corpus, or what a killed process has left of it, as retrieve.py does."""
+    corpus = Corpus(os.path.join(folder, "corpus.tsv"), "{text}")
+    index = os.path.join(folder, "index")
+    present = open_array(index, "done").mean() if os.path.isdir(index) else 0
+    encode_corpus(MadeUpModel(args), corpus, read_numbers, 256, index, "float16", ALONE,
+                  fingerprint(corpus, None, {}, ALONE))
+    return f"{present:.0%} was there"
+
+
+def read_numbers(texts):
+    """Return [[number]] of each text: what a tokenizer would return."""
+    return [[int(text.split()[-1])] if text[-1].isdigit() else [0] for text in texts]
+
+
+def load_queries(args):
+    """Return query vectors (Q, D), points near the documents' centres."""
+    points = draw_points(np.random.default_rng(2), MadeUpModel(args).centres, args.queries)
+    return torch.from_numpy(points)
+
+
+def search_exactly(args, folder):
+    """Search all vectors and save the documents found."""
+    vectors = open_array(os.path.join(folder, "index"), "vectors")
+    query_vectors = load_queries(args)
+    start = time.perf_counter()
+    found, _ = search_vectors(vectors, query_vectors, 0, len(vectors), K, "ip")
+    seconds = time.perf_counter() - start
+    np.save(os.path.join(folder, "exact.npy"), found)
+    return f"{args.queries / seconds:.2f} queries/s"
+
+
+def open_index(args, folder):
+    """Return the parts of the approximate index, which are built if they are missing."""
+    from retrieval.faiss_index import open_indices
+    index = os.path.join(folder, "index")
+    return open_indices(index, open_array(index, "vectors"), args.factory, "ip", None, 42, ALONE)
+
+
+def build_index(args, folder):
+    """Build the approximate index, or what a killed process has left of it, and open it."""
+    open_index(args, folder)
+    index = os.path.join(folder, "index")
+    sizes = [entry.stat().st_size for entry in os.scandir(index) if entry.name.endswith(".faiss")]
+    return f"{args.factory}, {sum(sizes) / 1e9:.2f} GB, {sum(sizes) / args.passages:.1f} B/vector"
+
+
+def search_index(args, folder, nprobe):
+    """Search the approximate index and compare with the documents of the exact search."""
+    from retrieval.faiss_index import search_indices
+    query_vectors, parts = load_queries(args), open_index(args, folder)
+    start = time.perf_counter()
+    found, _ = search_indices(parts, query_vectors, K, "ip", {"nprobe": nprobe})
+    seconds = time.perf_counter() - start
+    exact = np.load(os.path.join(folder, "exact.npy"))
+    recall = np.mean([len(np.intersect1d(a, b)) for a, b in zip(found, exact)]) / exact.shape[1]
+    return f"{args.queries / seconds:.1f} queries/s, recall@{exact.shape[1]} {recall:.3f}"
 
 
 # ---------------------------------------------------------------- the loader

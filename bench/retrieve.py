@@ -30,6 +30,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 from bi_encoder import ratio, time_rounds
 from dense.batches import tokenize
 from dense.model import BiEncoder
+from made_up import draw_points
 from records.corpus import Corpus
 from records.questions import read_questions
 from retrieval.exact_search import search_vectors
@@ -89,13 +90,6 @@ def make_vectors(args, folder):
         file.write("id\ttext\ttitle\n")
         for i in range(1, args.vectors + 1):
             file.write(f"{i}\ttext {i}\ttitle\n")
-
-
-def draw_points(rng, centres, count):
-    """Return `count` vectors of length 1, each near one of the centres."""
-    noise = rng.standard_normal((count, centres.shape[1]), np.float32)
-    points = centres[rng.integers(len(centres), size=count)] + noise
-    return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
 def make_passages(args, folder):

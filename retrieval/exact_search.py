@@ -14,6 +14,7 @@ from utils import progress_bar
 
 BLOCK = 16384   # vectors that are scored at once
 QUERIES = 1024  # queries that a block is scored for at once
+MANY = 4        # candidates per best document above which a block is ranked as a whole
 MERGED = 4096   # queries whose results are merged over the processes at once
 # Each process's part has a multiple of this many vectors. It is a multiple of BLOCK, so that all
 # products have the same shape for any number of processes: the last bits of scores depend on it.
@@ -153,7 +154,7 @@ class BestOnCPU:
             is_better = scores.numpy() > self.scores[:, -1:]
             better = np.flatnonzero(is_better)
             queries, columns = np.divmod(better, scores.shape[1])
-        if self.scores.shape[1] < self.k or len(better) > self.scores.size:
+        if self.scores.shape[1] < self.k or len(better) > MANY * self.scores.size:
             columns = top_k(scores, self.k)[1].numpy()
             queries = np.repeat(np.arange(len(columns)), columns.shape[1])
             columns = columns.ravel()
@@ -168,8 +169,8 @@ class BestOnCPU:
         best_queries = np.repeat(np.arange(num_queries), width)
         best = (best_queries, self.indices.ravel(), self.scores.ravel())
         queries, indices, scores = map(np.concatenate, zip(best, *self.candidates))
-        # sorted by query, then score, then document
-        order = np.lexsort((indices, -scores, queries))
+        # a stable sort by query, then score: equal scores stay in the order of their documents
+        order = np.lexsort((-scores, queries.astype(np.int16)))
         counts = np.bincount(queries, minlength=num_queries)
         starts = np.cumsum(counts) - counts
         chosen = order[starts[:, None] + np.arange(min(self.k, counts.min(initial=self.k)))]

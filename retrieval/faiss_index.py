@@ -2,6 +2,8 @@
 import math
 import os
 import re
+import time
+from contextlib import suppress
 
 import faiss
 import numpy as np
@@ -10,7 +12,8 @@ from records.files import new_file
 from retrieval.exact_search import merge, part_range
 from utils import InputError, gather_lists, progress_bar
 
-ADDED = 16384  # vectors that are added to an index at once
+ADDED = 16384      # vectors that are added to an index at once
+SAVED_EVERY = 600  # seconds between two copies of an index that is being built
 FAISS_METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 
 
@@ -20,7 +23,8 @@ def open_indices(folder, vectors, factory, metric, train_sample, seed, world):
     """Return [(index of the first vector, faiss index)] for the parts that this process searches.
 
     A folder holds one part per process that made the index. Any other number of processes can use
-    the parts. If the set of parts is incomplete, each process builds its own part.
+    the parts. If the set of parts is incomplete, each process builds its own part, or goes on with
+    one that a killed process has left.
 
     factory       faiss's string, such as IVF4096,PQ64
     metric        ip or l2
@@ -33,6 +37,8 @@ def open_indices(folder, vectors, factory, metric, train_sample, seed, world):
     stem = f"{factory.replace(',', '_')}.{train_sample}.{seed}"
     # all processes use the number that the main process found before any process writes
     size = gather_lists([find_parts(folder, stem, len(vectors), world.size)], world)[0]
+    if world.is_main:
+        remove_unfinished(folder, stem, size)
     indices = []
     for rank in range(world.rank, size, world.size):
         first, last = part_range(len(vectors), rank, size)
@@ -40,10 +46,9 @@ def open_indices(folder, vectors, factory, metric, train_sample, seed, world):
             continue  # with few vectors, some parts are empty
         path = part_path(folder, stem, rank, size)
         if not os.path.exists(path):
-            index = build_faiss_index(vectors, first, last, factory, metric, train_sample, seed,
-                                world.is_main)
-            write_index(index, path)
-            del index  # it is read back, because faiss can map some indices
+            build_part(vectors, first, last, path, factory, metric, train_sample, seed,
+                       world.is_main)
+        remove(unfinished_path(path))
         indices.append((first, read_index(path, last - first)))
     return indices
 
@@ -57,6 +62,26 @@ def choose_train_sample(factory):
 def part_path(folder, stem, rank, size):
     """Return the path of one of `size` parts of an index."""
     return os.path.join(folder, f"{stem}.{rank}-of-{size}.faiss")
+
+
+def unfinished_path(path):
+    """Return the path of the copy of a part that is being built."""
+    return path.removesuffix(".faiss") + ".unfinished.faiss"
+
+
+def remove_unfinished(folder, stem, size):
+    """Remove the unfinished parts that another number of processes has left."""
+    names = re.compile(re.escape(stem) + r"\.\d+-of-(\d+)\.unfinished\.faiss")
+    for name in os.listdir(folder):
+        match = names.fullmatch(name)
+        if match and int(match[1]) != size:
+            remove(os.path.join(folder, name))
+
+
+def remove(path):
+    """Remove a file that is not needed, if it is there and the folder can be written."""
+    with suppress(OSError):
+        os.remove(path)
 
 
 def find_parts(folder, stem, count, preferred_size):
@@ -89,18 +114,23 @@ def write_index(index, path):
 
 def read_index(path, count):
     """Return the faiss index in a file, with `count` vectors. Raises InputError if it is broken."""
-    # With a wrong size in a broken file, faiss would fill memory with zeros for minutes. Vectors
-    # take at most the file's size, and tables that faiss computes (IVF-PQ's) at most 2 GiB.
-    faiss.set_deserialization_vector_byte_limit(os.path.getsize(path) + 2 ** 31)
-    try:
-        index = faiss.read_index(path)
-    except (RuntimeError, MemoryError) as error:  # MemoryError: a size in the file is wrong
-        raise InputError(f"{path}: faiss cannot read it ({faiss_reason(error)}); delete it, and "
-                         "the same command makes it again") from None
+    index = load_index(path)
     if index.ntotal != count:
         raise InputError(f"{path}: holds {index.ntotal} vectors, not {count}; delete it, and the "
                          "same command makes it again")
     return index
+
+
+def load_index(path):
+    """Return the faiss index in a file. Raises InputError if faiss cannot read it."""
+    # With a wrong size in a broken file, faiss would fill memory with zeros for minutes. Vectors
+    # take at most the file's size, and tables that faiss computes (IVF-PQ's) at most 2 GiB.
+    faiss.set_deserialization_vector_byte_limit(os.path.getsize(path) + 2 ** 31)
+    try:
+        return faiss.read_index(path)
+    except (RuntimeError, MemoryError) as error:  # MemoryError: a size in the file is wrong
+        raise InputError(f"{path}: faiss cannot read it ({faiss_reason(error)}); delete it, and "
+                         "the same command makes it again") from None
 
 
 def faiss_reason(error):
@@ -110,11 +140,47 @@ def faiss_reason(error):
 
 # ---------------------------------------------------------------- building
 
-def build_faiss_index(vectors, first, last, factory, metric, train_sample, seed, is_main):
-    """Train a faiss index, add vectors[first:last] and return it. Raises InputError.
+def build_part(vectors, first, last, path, factory, metric, train_sample, seed, is_main):
+    """Build a faiss index of vectors[first:last] and write it to `path`. Raises InputError.
 
-    Only the training sample, or ADDED vectors, are in memory as float32.
+    The index is saved about every ten minutes, and building goes on from there after a kill. Only
+    the index and either the training sample or ADDED vectors as float32 are in memory.
     """
+    saved = Saved(unfinished_path(path))
+    if os.path.exists(saved.path):
+        index = load_index(saved.path)
+    else:
+        index = train_index(vectors, first, last, factory, metric, train_sample, seed)
+    starts = range(first + index.ntotal, last, ADDED)
+    for start in progress_bar(starts, desc="indexing", is_main=is_main):
+        saved.save_sometimes(index)
+        try:
+            index.add(vectors[start:min(start + ADDED, last)].astype(np.float32))
+        except RuntimeError as error:
+            raise InputError(f"--faiss_index_factory {factory}: this index needs ids for its "
+                             f"vectors ({faiss_reason(error)}); choose another factory") from None
+    write_index(index, path)
+
+
+class Saved:
+    """Save an index that is being built, so that a killed process can go on."""
+
+    def __init__(self, path):
+        self.path = path
+        self.last = time.monotonic()
+        self.wait = SAVED_EVERY
+
+    def save_sometimes(self, index):
+        """Write the index if the last copy is old; large indices are written less often."""
+        start = time.monotonic()
+        if start - self.last > self.wait:
+            write_index(index, self.path)
+            self.last = time.monotonic()
+            self.wait = max(SAVED_EVERY, 20 * (self.last - start))
+
+
+def train_index(vectors, first, last, factory, metric, train_sample, seed):
+    """Return a trained, empty faiss index for vectors[first:last]. Raises InputError."""
     count, width = last - first, vectors.shape[1]
     flag = f"--faiss_index_factory {factory}"
     try:
@@ -131,12 +197,6 @@ def build_faiss_index(vectors, first, last, factory, metric, train_sample, seed,
         except RuntimeError as error:
             raise InputError(f"{flag}: {count:,} vectors are too few to train it "
                              f"({faiss_reason(error)}); use Flat, or fewer lists") from None
-    for start in progress_bar(range(first, last, ADDED), desc="indexing", is_main=is_main):
-        try:
-            index.add(vectors[start:min(start + ADDED, last)].astype(np.float32))
-        except RuntimeError as error:
-            raise InputError(f"{flag}: this index needs ids for its vectors "
-                             f"({faiss_reason(error)}); choose another factory") from None
     return index
 
 
