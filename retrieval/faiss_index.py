@@ -143,40 +143,26 @@ def faiss_reason(error):
 def build_part(vectors, first, last, path, factory, metric, train_sample, seed, is_main):
     """Build a faiss index of vectors[first:last] and write it to `path`. Raises InputError.
 
-    The index is saved about every ten minutes, and building goes on from there after a kill. Only
+    The index is saved every ten minutes, and building goes on from there after a kill. Only
     the index and either the training sample or ADDED vectors as float32 are in memory.
     """
-    saved = Saved(unfinished_path(path))
-    if os.path.exists(saved.path):
-        index = load_index(saved.path)
+    unfinished = unfinished_path(path)
+    last_saved = time.monotonic()
+    if os.path.exists(unfinished):
+        index = load_index(unfinished)
     else:
         index = train_index(vectors, first, last, factory, metric, train_sample, seed)
     starts = range(first + index.ntotal, last, ADDED)
     for start in progress_bar(starts, desc="indexing", is_main=is_main):
-        saved.save_sometimes(index)
+        if time.monotonic() - last_saved > SAVED_EVERY:
+            write_index(index, unfinished)
+            last_saved = time.monotonic()
         try:
             index.add(vectors[start:min(start + ADDED, last)].astype(np.float32))
         except RuntimeError as error:
             raise InputError(f"--faiss_index_factory {factory}: this index needs ids for its "
                              f"vectors ({faiss_reason(error)}); choose another factory") from None
     write_index(index, path)
-
-
-class Saved:
-    """Save an index that is being built, so that a killed process can go on."""
-
-    def __init__(self, path):
-        self.path = path
-        self.last = time.monotonic()
-        self.wait = SAVED_EVERY
-
-    def save_sometimes(self, index):
-        """Write the index if the last copy is old; large indices are written less often."""
-        start = time.monotonic()
-        if start - self.last > self.wait:
-            write_index(index, self.path)
-            self.last = time.monotonic()
-            self.wait = max(SAVED_EVERY, 20 * (self.last - start))
 
 
 def train_index(vectors, first, last, factory, metric, train_sample, seed):

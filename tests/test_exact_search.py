@@ -58,6 +58,55 @@ def test_exact_search_equals_faiss(metric, monkeypatch):
         assert part.shape == (37, 15) and (np.sort(part, 1) == np.arange(640, 655)).all()
 
 
+def search_both(vectors, queries, k, metric, monkeypatch):
+    """Return the results of BestOnCPU, after checking that BestOnGPU's are the same."""
+    found = search_vectors(vectors, queries, 0, len(vectors), k, metric, is_main=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(exact_search, "BestOnCPU", exact_search.BestOnGPU)
+        plain = search_vectors(vectors, queries, 0, len(vectors), k, metric, is_main=False)
+    for array, expected in zip(found, plain):
+        assert array.dtype == expected.dtype
+        np.testing.assert_array_equal(array, expected)
+    return found
+
+
+@pytest.mark.parametrize("metric", ["ip", "cos", "l2"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_candidates_give_the_documents_of_the_plain_search(metric, dtype, monkeypatch):
+    """Scores of small integers tie at every rank, also at the k-th, within blocks and across."""
+    monkeypatch.setattr(exact_search, "BLOCK", 16)
+    monkeypatch.setattr(exact_search, "QUERIES", 10)
+    rng = np.random.default_rng(0)
+    vectors = rng.integers(-2, 3, (333, 4)).astype(dtype)
+    queries = rng.integers(-2, 3, (23, 4)).astype(np.float32)
+    if metric == "cos":
+        vectors /= np.maximum(1, np.linalg.norm(vectors, axis=1, keepdims=True)).astype(dtype)
+        metric = "ip"
+    scores = queries @ vectors.astype(np.float32).T
+    if metric == "l2":
+        scores = -np.square(queries[:, None] - vectors.astype(np.float32)).sum(2)
+    for k in (1, 7, 16, 40, 333, 500):
+        doc_indices, found = search_both(vectors, torch.from_numpy(queries), k, metric, monkeypatch)
+        np.testing.assert_allclose(found, -np.sort(-scores)[:, :k], atol=1e-5)
+        for row, values in zip(doc_indices, found):
+            assert len(set(row)) == len(row) == min(k, 333)
+            assert (np.diff(row)[np.diff(values) == 0] > 0).all()
+
+
+def test_candidates_of_any_number_per_block(monkeypatch):
+    """Blocks that are better than all before, or never, or only for one query."""
+    monkeypatch.setattr(exact_search, "BLOCK", 32)
+    rising = np.arange(300, dtype=np.float32)[:, None] * np.array([1, -1, 0], np.float32)
+    queries = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    doc_indices, _ = search_both(rising, queries, 6, "ip", monkeypatch)
+    assert doc_indices[:, :3].tolist() == [[299, 298, 297], [0, 1, 2], [0, 1, 2]]
+    assert doc_indices[2].tolist() == list(range(6))  # all scores are equal
+    monkeypatch.setattr(exact_search, "MANY", 0.1)
+    doc_indices, _ = search_both(rising, queries[:1], 6, "ip", monkeypatch)
+    assert doc_indices.tolist() == [[299, 298, 297, 296, 295, 294]]
+    assert search_both(rising, queries[:0], 6, "ip", monkeypatch)[0].shape == (0, 6)
+
+
 def test_blocks_are_searched_in_float32_and_none_gives_nothing():
     rng = torch.Generator().manual_seed(0)
     queries, vectors = torch.randn(3, 8, generator=rng), torch.randn(20, 8, generator=rng).half()

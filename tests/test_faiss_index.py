@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from retrieval import faiss_index
 from retrieval.exact_search import search_vectors
 from retrieval.faiss_index import describe_search, open_indices, search_indices
 from utils import InputError, World
@@ -39,6 +40,43 @@ def test_faiss_indices(factory, settings, metric, tmp_path):
         open_again("IVF301,Flat")
     with pytest.raises(InputError, match="7 vectors are too few to train a rotation of 8"):
         open_again("OPQ4,PQ4x4", train_sample=7)
+
+
+@pytest.mark.parametrize("factory", ["IVF4,PQ2x4", "SQ8"])
+def test_a_killed_build_goes_on(factory, tmp_path, monkeypatch):
+    """The blocks of the last copy are not added again, and the index is the same."""
+    monkeypatch.setattr(faiss_index, "ADDED", 100)
+    monkeypatch.setattr(faiss_index, "SAVED_EVERY", -1)
+    vectors = np.random.default_rng(0).standard_normal((500, 8), np.float32)
+    query_vectors = torch.from_numpy(vectors[:20])
+
+    def search(folder):
+        parts = open_indices(folder, vectors, factory, "l2", None, 0, ALONE)
+        return search_indices(parts, query_vectors, 10, "l2", {})
+    (tmp_path / "whole").mkdir()
+    expected = search(tmp_path / "whole")
+
+    (tmp_path / "killed").mkdir()
+    saved = []
+    write_index = faiss_index.write_index
+
+    def write_and_die(index, path):
+        write_index(index, path)
+        saved.append(index.ntotal)
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(faiss_index, "write_index", write_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "killed")
+    stem = factory.replace(",", "_") + ".200000.0"
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == [
+        f"{stem}.0-of-1.unfinished.faiss"]
+    (tmp_path / "killed" / f"{stem}.1-of-3.unfinished.faiss").touch()  # left by other processes
+    found = search(tmp_path / "killed")
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert saved == [0, 100, 200, 300, 300, 400, 500]
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == [f"{stem}.0-of-1.faiss"]
 
 
 def test_a_process_without_a_part_has_no_documents():
