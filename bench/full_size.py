@@ -463,10 +463,10 @@ def run_step(folder, name, function, *arguments, stop=None):
     stop() is True, and the same step goes on.
     """
     path = os.path.join(folder, name.replace(" ", "-") + ".json")
-    spawn = multiprocessing.get_context("spawn")
+    fork, peak = multiprocessing.get_context("fork"), 0
     while not os.path.exists(path):
-        peak, start = 0, time.perf_counter()
-        process = spawn.Process(target=time_step, args=(path, function, *arguments))
+        start = time.perf_counter()
+        process = fork.Process(target=time_step, args=(path, function, *arguments))
         process.start()
         while process.is_alive():
             peak = max(peak, read_memory("RssAnon", process.pid))

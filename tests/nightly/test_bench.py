@@ -117,3 +117,15 @@ def test_full_size_bm25(tmp_path):
     assert "index, 2 processes" in output
     assert "search, 2 processes: 20 queries" in output
     assert not list(tmp_path.rglob("*.tsv"))
+
+
+def test_full_size_vectors(tmp_path):
+    output = run_bench("full_size.py", "--vectors", "--passages", 30000, "--width", 16,
+                       "--queries", 20, "--factory", "IVF16,Flat", "--nprobe", 2, 16, "--folder",
+                       tmp_path)
+    assert re.search("^writing the vectors: killed after .*^writing the vectors: .* was there$",
+                     output, re.M | re.S)
+    assert "; 100% was there" in output
+    recalls = [float(recall) for recall in re.findall(r"recall@100 (\S+)", output)]
+    assert recalls[0] < recalls[1] == 1
+    assert not list(tmp_path.iterdir())
