@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -200,7 +201,8 @@ def start_readers(args, folder, processes, workers):
                           text=True, env=environment)
     if done.returncode:
         raise InputError(f"train_epoch.py did not start: {done.stderr.strip()[-500:]}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank')]
+    # processes may print into the same line
+    return [json.loads(row) for row in re.findall(r'{"rank[^}]*}', done.stdout)]
 
 
 def start_reader(args):
