@@ -430,7 +430,7 @@ def sentence_transformers_prompts(run):
     if len(instructions) != 1:
         return {}
     before_query, before_key = instructions.pop()
-    own = {outline.instruction for outline in run.train_set.examples.outlines()}
+    own = set(run.train_set.examples.instructions)
     if own != {None}:
         before_query = own.pop() if len(own) == 1 else ""
     return {"query": before_query, "document": before_key}
@@ -671,16 +671,15 @@ def describe_retriever_run(run):
 
 def note_prompts(run):
     """Log how a `prompt` of the records is used."""
-    examples = run.train_set.examples
-    own = [outline.instruction for outline in examples.outlines()
-           if outline.instruction is not None]
-    if own and run.args.ranker:
-        run.world.log(f"note: 'prompt' of {len(own)} records is not used: a ranker has no prompts")
-    elif own:
+    counts = run.train_set.examples.instructions
+    num_own = counts.total() - counts[None]
+    if num_own and run.args.ranker:
+        run.world.log(f"note: 'prompt' of {num_own} records is not used: a ranker has no prompts")
+    elif num_own:
         saved = "it is saved as the retriever's prompt"
-        if len(own) < len(examples) or len(set(own)) > 1:
+        if len(counts) > 1:
             saved = "it differs between records, so no prompt is saved with the retriever"
-        run.world.log(f"'prompt' of {len(own)} records is put before their queries; {saved}")
+        run.world.log(f"'prompt' of {num_own} records is put before their queries; {saved}")
 
 
 def note_temperature(run):

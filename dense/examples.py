@@ -37,7 +37,7 @@ from records.reading import (
     read_lines,
     to_number,
 )
-from records.record_file import describe_version, is_large, open_record_file
+from records.record_file import describe_version, open_record_file
 from records.templates import format_key
 from utils import InputError, first_line, shorten
 
@@ -198,12 +198,11 @@ def read_examples(path, source=NO_SOURCE, log=print):
     triples = read_triples(path, source)
     if triples is None:
         refuse_table(path, MAKE_POSITIVES)
-        if is_large(path):
-            file = open_record_file(path, "retriever", partial(inspect_example, source=source),
-                                    describe_source(source))
-            if file is not None:
-                note_unused((facts["unused"] for facts in file.facts()), path, log)
-                return ExamplesOnDisk(file, source)
+        file = open_record_file(path, "retriever", partial(inspect_example, source=source),
+                                describe_source(source))
+        if file is not None:
+            note_unused((facts["unused"] for facts in file.facts()), path, log)
+            return ExamplesOnDisk(file, source)
     examples, unused = [], []
     for record, location in iterate_json(path) if triples is None else triples:
         examples.append(make_example(record, location, source))

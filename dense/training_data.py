@@ -9,6 +9,7 @@ keys.
 """
 import math
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
@@ -117,11 +118,13 @@ class TrainingExamples:
     def __init__(self):
         self.datasets = []  # (examples, the indices of those to train on)
         self.ends = []      # how many examples there are up to the end of each dataset
+        self.instructions = Counter()  # {a record's own instruction, or None: its examples}
 
-    def add(self, examples, indices):
-        """Add the examples of a dataset at these indices."""
+    def add(self, examples, indices, kept):
+        """Add the examples of a dataset at these indices; kept: their Outlines."""
         self.datasets.append((examples, np.array(indices)))
         self.ends.append(len(self) + len(indices))
+        self.instructions.update(outline.instruction for outline in kept)
 
     def __len__(self):
         return self.ends[-1] if self.ends else 0
@@ -186,7 +189,7 @@ def read_training(data, task_settings, corpus, queries, log):
         indices = indices[:settings.max_sample_num]
         kept = [outlines[index] for index in indices]
         check_any_left(name, outlines, kept, settings, target)
-        training.examples.add(examples, indices)
+        training.examples.add(examples, indices, kept)
         training.group_rules.extend([rule] * len(kept))
         training.dataset_sizes.append(len(kept))
         training.task_settings.update({outline.task: settings for outline in kept})

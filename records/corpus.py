@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from records.files import new_file, write_json
+from records.files import write_array, write_json
 from records.ids import IdPacker, PackedIds, find_repeated
 from records.names import (
     DOCUMENT_ID_NAMES,
@@ -345,11 +345,7 @@ def keep_table(folder, stamp, starts, ids):
         if os.path.exists(stamp_path):
             os.remove(stamp_path)
         for name, values in {"starts": starts, **ids._asdict()}.items():
-            with new_file(os.path.join(folder, f"{name}.npy"), "wb") as file:
-                # not np.save: it does not notice a full disk
-                header = np.lib.format.header_data_from_array_1_0(values)
-                np.lib.format.write_array_header_1_0(file, header)
-                file.write(values.tobytes())
+            write_array(os.path.join(folder, f"{name}.npy"), values)
         write_json(stamp_path, stamp)
     except (InputError, OSError):
         pass

@@ -9,6 +9,8 @@ import re
 import shutil
 from contextlib import contextmanager
 
+import numpy as np
+
 from utils import InputError, first_line
 
 STREAM = re.compile(r"/dev/std(?:out|err)|/(?:dev|proc/self)/fd/\d+")
@@ -206,6 +208,15 @@ def lock(folder):
             print(f"{folder}: another process is writing it; waiting", flush=True)
             take_lock(file, wait=True)
         yield
+
+
+def write_array(path, values):
+    """Write a numpy array as .npy, whole or not at all. Raises InputError."""
+    with new_file(path, "wb") as file:
+        # not np.save: it does not notice a full disk
+        header = np.lib.format.header_data_from_array_1_0(values)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(values).data)
 
 
 def write_json(path, content):

@@ -11,7 +11,7 @@ ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|
 BLANKS = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
 CHUNK = 2 ** 22     # bytes that a stream reads at a time
-LONGEST_TOKEN = 12  # at least the characters of \\uXXXX and -Infinity, which a chunk may cut
+LONGEST_TOKEN = 12  # at least the characters of \uXXXX and -Infinity, which a chunk may cut
 
 
 def parse_json(text, path, line_number):
@@ -24,8 +24,7 @@ def parse_json(text, path, line_number):
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise name_json_error(error, text, path, line_number) from None
-    if "\\ud" in text or "\\uD" in text:
-        check_escapes(text, path, line_number)
+    check_escapes(text, path, line_number)
     return value
 
 
@@ -61,6 +60,8 @@ def is_cut_off(text, error):
 
 def check_escapes(text, path, line_number):
     """Raise InputError if a JSON text escapes half of a character (a lone surrogate)."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return  # as in most texts, which need no closer look
     for escape in ESCAPE.finditer(text):
         if escape[1]:
             line = line_number + text.count("\n", 0, escape.start())
@@ -76,13 +77,13 @@ class JsonStream:
     def __init__(self, path, file, offset=0, line_number=1, beginning=b""):
         """Start at this byte and line of `path`.
 
-        beginning: the bytes that come first; `file`, an open binary file, goes on after them.
+        beginning: the bytes that come before the rest of `file`, an open binary file.
         """
         self.path, self.file = path, file
         self.offset, self.line_number, self.column = offset, line_number, 1  # of text[index]
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.text, self.index = self.decoder.decode(beginning), 0
-        self.is_whole = False  # the text goes on to the end of the file
+        self.is_whole = False  # the text includes the end of the file
 
     def read_on(self):
         """Read more of the file: twice as much as is held, if a value is longer than a chunk."""
@@ -129,19 +130,17 @@ class JsonStream:
             try:
                 value, end = DECODER.raw_decode(self.text, self.index)
             except (ValueError, RecursionError) as error:
-                if self.is_whole or not self.may_go_on(error):
+                if self.is_whole or not self.may_continue(error):
                     raise self.refuse(error) from None
             else:
                 if end < len(self.text) or self.is_whole:  # else a number may continue
                     break
             self.read_on()
         start, line_number = self.offset, self.line_number
-        text = self.advance(end)
-        if "\\ud" in text or "\\uD" in text:
-            check_escapes(text, self.path, line_number)
+        check_escapes(self.advance(end), self.path, line_number)
         return value, start, self.offset, line_number
 
-    def may_go_on(self, error):
+    def may_continue(self, error):
         """Return True if an error of json may be due to a value that the text does not end."""
         if not isinstance(error, json.JSONDecodeError):
             return False

@@ -24,7 +24,7 @@ from records.names import (
 )
 from records.question_tables import read_table
 from records.reading import read_json, read_lines
-from records.record_file import RecordFile, is_large, open_record_file
+from records.record_file import RecordFile, open_record_file
 from utils import InputError, shorten
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt")
@@ -83,10 +83,9 @@ def read_questions(path, task=""):
     `task` is the default for questions without a task. Raises InputError.
     """
     if holds_json(path):
-        if is_large(path):
-            file = open_record_file(path, "questions", inspect_question)
-            if file is not None:
-                return find_questions(file, task)
+        file = open_record_file(path, "questions", inspect_question)
+        if file is not None:
+            return find_questions(file, task)
         rows = read_json(path)
     else:
         rows = read_table(path)

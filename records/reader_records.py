@@ -14,7 +14,7 @@ from records.fields import (
 from records.names import CONTEXT_NAMES, DOCUMENT_ID_NAMES, find_name, find_value
 from records.questions import refuse_table
 from records.reading import iterate_json, to_number
-from records.record_file import is_large, open_record_file
+from records.record_file import open_record_file
 from utils import InputError, log_on_main, shorten
 
 
@@ -28,10 +28,9 @@ def read_records(path, keep_contexts=None, log=log_on_main):
     `keep_contexts` are kept. A warning is logged if all scores rise. Raises InputError.
     """
     refuse_table(path, "run retrieve.py first, whose --output FILE.jsonl has contexts")
-    if is_large(path):
-        file = open_record_file(path, "reader", inspect_record)
-        if file is not None:
-            return RecordsOnDisk(file, keep_contexts, log)
+    file = open_record_file(path, "reader", inspect_record)
+    if file is not None:
+        return RecordsOnDisk(file, keep_contexts, log)
     records, order = [], ScoreOrder()
     for index, (item, location) in enumerate(iterate_json(path)):
         record = check_record(item, location, index)

@@ -78,14 +78,17 @@ def is_large(path):
 
 
 def open_record_file(path, kind, inspect, settings=None):
-    """Return the RecordFile of a large file, or None if its records cannot stay on disk: those of a
-    gzipped file in a folder that cannot be written, and those that are the values of one object.
+    """Return the RecordFile of a large file. Return None if the file is small, or if its records
+    cannot stay on disk: those of a gzipped file in a folder that cannot be written, and those that
+    are the values of one object.
 
     inspect(object, location, index) checks a record and returns the facts about it, which JSON can
     hold. kind: the name of the table. settings: what the facts depend on besides the record, as
     JSON can hold it. A gzipped file is unpacked once, to FILE.lines. Raises InputError.
     """
     path = str(path)
+    if not is_large(path):
+        return None
     is_gzipped = path.endswith(".gz")
     if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
         return None if is_gzipped else make_table(path, inspect)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from records.files import new_file
+from records.files import write_array
 from records.ids import IdPacker, PackedIds, shorten_numbers
 from retrieval.fingerprint import UNFINISHED, remove_index
 from utils import InputError, progress_bar, refusing, wait_for_all
@@ -63,11 +63,7 @@ class Index(NamedTuple):
 
 def save_array(folder, name, values):
     """Write FOLDER/NAME.npy, whole or not at all. Raises InputError."""
-    with new_file(os.path.join(folder, f"{name}.npy"), "wb") as file:
-        # not np.save: it does not notice a full disk
-        header = np.lib.format.header_data_from_array_1_0(values)
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(np.ascontiguousarray(values).data)
+    write_array(os.path.join(folder, f"{name}.npy"), values)
 
 
 def open_array(folder, name, kinds):

@@ -23,7 +23,7 @@ def open_indices(folder, vectors, factory, metric, train_sample, seed, world):
     """Return [(index of the first vector, faiss index)] for the parts that this process searches.
 
     A folder holds one part per process that made the index. Any other number of processes can use
-    the parts. If the set of parts is incomplete, each process builds its own part, or goes on with
+    the parts. If the set of parts is incomplete, each process builds its own part, or finishes
     one that a killed process has left.
 
     factory       faiss's string, such as IVF4096,PQ64
@@ -143,7 +143,7 @@ def faiss_reason(error):
 def build_part(vectors, first, last, path, factory, metric, train_sample, seed, is_main):
     """Build a faiss index of vectors[first:last] and write it to `path`. Raises InputError.
 
-    The index is saved every ten minutes, and building goes on from there after a kill. Only
+    The index is saved every ten minutes, and building continues from there after a kill. Only
     the index and either the training sample or ADDED vectors as float32 are in memory.
     """
     unfinished = unfinished_path(path)
