@@ -11,6 +11,9 @@ embedding waste nothing on padding. Texts with the same prefix share its rows:
 A token attends to the earlier tokens of its segment and to all tokens of the segments before it in
 its text. Its position is counted in the whole text. Only the attention function and the position
 ids differ from a plain forward pass of the transformers model.
+
+Scoring and training run whole texts. To generate answers, PackedPrompts runs the prompts in the
+same way, keeps their keys and values, and then runs one token per prompt and step.
 """
 import inspect
 from typing import NamedTuple
@@ -18,7 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from layers.packed_attention import attention
 from layers.packing import split_by_length
@@ -49,9 +54,8 @@ def why_not_packed(model, longest=None):
     layer_types = set(getattr(config, "layer_types", None) or [])
     if layer_types - LAYER_TYPES or getattr(config, "attention_chunk_size", None):
         return "layers that are not causal attention to the whole text"
-    window = getattr(config, "sliding_window", None)
-    if window and (longest is None or longest > window):
-        return f"attention to {window} tokens only"
+    if exceeds_window(config, longest):
+        return f"attention to {config.sliding_window} tokens only"
     if depends_on_longest(config):
         return "positions that depend on the longest text of a batch"
     own_attention = config._attn_implementation
@@ -59,6 +63,14 @@ def why_not_packed(model, longest=None):
         model.set_attn_implementation(own_attention)
         return "an attention of its own"
     return None
+
+
+def exceeds_window(config, longest):
+    """Return True if texts of `longest` tokens, or of any number if that is None, may be longer
+    than the attention's sliding window.
+    """
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return bool(window) and (longest is None or longest > window)
 
 
 def depends_on_longest(config):
@@ -71,17 +83,27 @@ def agrees_when_packed(model):
     """Set the packed attention; return True if the PROBE's logits equal those of single texts.
 
     They differ for a model that does more than causal attention, for example with ALiBi or a state.
+    The last tokens are also run as a step of their own, as in generation.
     """
     texts = list_texts(PROBE)
     expected = torch.stack([
         model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
         for ids in texts])
+    last_tokens = torch.tensor([ids[-1] for ids in texts], device=model.device)
     try:
         model.set_attn_implementation(PACKED)
         packed = pack_families(PROBE, model.device)
         logits = packed_logits(model, packed, [rows[-1] for rows in packed.rows])
+        prompts = PackedPrompts(model, [[ids[:-1] for ids in texts]], 1, model.device)
+        prompts.start()
+        step_logits = prompts.step(last_tokens[prompts.order])
     except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError):
         return False  # the model has only its own attention, or does not pass `groups` on to ours
+    return (are_close(logits, expected) and are_close(step_logits, expected[prompts.order]))
+
+
+def are_close(logits, expected):
+    """Return True if logits equal the expected ones, except for rounding errors."""
     if logits.shape != expected.shape:  # the model ignores logits_to_keep
         return False
     tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
@@ -224,18 +246,30 @@ def group_segments(placed, device):
 # ---------------------------------------------------------------- the forward pass
 
 def packed_causal_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
-                            groups=None, sliding_window=None, softcap=None, s_aux=None, **kwargs):
+                            groups=None, prompts=None, sliding_window=None, softcap=None,
+                            s_aux=None, **kwargs):
     """Return the attention output (1, S, H, d) of packed texts, and None for the weights.
 
     transformers calls it, with query (1, H, S, d), and key and value (1, H or fewer heads, S, d).
-    Raise NotImplementedError for a sliding window shorter than a text, soft caps and sinks.
+    groups: the texts' SegmentGroups. prompts: the PackedPrompts that keep the keys and values or,
+    without groups, that take a step. With neither, the texts are padded, and transformers' own
+    attention is called. Raise NotImplementedError for a sliding window shorter than a text, soft
+    caps and sinks.
     """
-    longest = max(group.bias.shape[-1] for group in groups)
+    if groups is None and prompts is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      dropout=dropout, softcap=softcap, s_aux=s_aux, **kwargs)
+    longest = (prompts.count_longest() if groups is None
+               else max(group.bias.shape[-1] for group in groups))
     if softcap is not None or s_aux is not None or (sliding_window or longest) < longest:
         raise NotImplementedError("attention with a window, a cap or sinks")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (1, H, S, d) -> (S, H, d)
-    repeats = q.shape[1] // k.shape[1]  # heads that share one key and value
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    if groups is None:
+        return prompts.attend(module, q, k, v, scale)[None], None
+    if prompts is not None:
+        prompts.store(module, k, v)
+    repeats = q.shape[1] // k.shape[1]  # heads that share one key and value
     outputs = []
     for group in groups:
         queries = select_rows(q[group.start:group.end], group.query_rows, group.n)
@@ -254,13 +288,136 @@ def select_rows(packed, rows, n):
 
 
 AttentionInterface.register(PACKED, packed_causal_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)  # for padded texts
 
 
-def packed_logits(model, packed, rows):
-    """Return the logits (R, V) at R rows of packed texts, with gradients."""
+def packed_logits(model, packed, rows, prompts=None):
+    """Return the logits (R, V) at R rows of packed texts, with gradients.
+
+    prompts: the PackedPrompts that keep the keys and values, or None.
+    """
     rows = torch.as_tensor(np.asarray(rows), device=packed.input_ids.device)
-    return model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False,
-                 groups=packed.groups, logits_to_keep=rows).logits[0]
+    return run_rows(model, packed.input_ids, packed.position_ids, rows, groups=packed.groups,
+                    prompts=prompts)
+
+
+def run_rows(model, input_ids, position_ids, rows, **options):
+    """Return the logits (R, V) at R rows of tokens (1, S); `options` are passed to
+    packed_causal_attention.
+    """
+    # a mask of four dimensions keeps transformers from building one, of S * S entries
+    no_mask = torch.zeros(1, 1, 1, 1, device=input_ids.device)
+    return model(input_ids=input_ids, position_ids=position_ids, attention_mask=no_mask,
+                 use_cache=False, logits_to_keep=rows, **options).logits[0]
+
+
+# ---------------------------------------------------------------- generation
+
+class PromptGroup(NamedTuple):
+    """Describe n prompts of at most P tokens, whose keys are a batch padded on the left."""
+    n: int
+    P: int
+    key_rows: torch.Tensor  # (n * P) packed row of each key; any at padding
+    bias: torch.Tensor      # (n, 1, 1, P + most steps) float, -inf at padding; None: no padding
+
+
+class PackedPrompts:
+    """Run K prompts as packed texts, and then one token for each of them per step.
+
+    start() runs the prompts, step() the next tokens, keep() drops prompts. Tokens and logits are in
+    the order `order` of the prompts, by falling length. Each layer's keys and values are kept as a
+    padded batch (n, H, P + most_steps, d) of each group, in which a step fills one column, so that
+    nothing is copied from step to step.
+    """
+
+    def __init__(self, model, families, most_steps, device):
+        """Set the prompts, families as in pack_families. step() is called at most `most_steps`
+        times.
+        """
+        self.model, self.most_steps, self.num_steps = model, most_steps, 0
+        self.packed = pack_families(families, device)
+        lengths = np.array([len(rows) for rows in self.packed.rows])
+        order = np.argsort(-lengths, kind="stable")
+        self.order = torch.from_numpy(order).to(device)                             # (K)
+        self.positions = torch.from_numpy(lengths[order]).to(device)                # (K)
+        rows = [self.packed.rows[i] for i in order]
+        runs = split_by_length(lengths[order], GROUP_TOKENS[torch.device(device).type])
+        self.groups = [self.make_group(rows[first:last]) for first, last in runs]
+        self.layers = {}  # {attention module: [(keys, values) of each group]}
+
+    def make_group(self, rows):
+        """Return the PromptGroup of prompts, given the packed rows of each, the longest first."""
+        n, P = len(rows), len(rows[0])
+        key_rows = np.zeros((n, P), dtype=np.int64)
+        bias = np.zeros((n, 1, 1, P + self.most_steps), dtype=np.float32)
+        for i, own_rows in enumerate(rows):
+            padding = P - len(own_rows)
+            key_rows[i, padding:] = own_rows
+            bias[i, ..., :padding] = -np.inf
+        device = self.order.device
+        bias = torch.from_numpy(bias).to(device) if len(rows[-1]) < P else None
+        return PromptGroup(n, P, torch.from_numpy(key_rows.ravel()).to(device), bias)
+
+    def start(self):
+        """Run the prompts; return the logits (K, V) of the next tokens."""
+        last_rows = np.array([rows[-1] for rows in self.packed.rows])[self.order.cpu().numpy()]
+        return packed_logits(self.model, self.packed, last_rows, self)
+
+    def step(self, tokens):
+        """Run the next tokens (K) of the prompts; return the logits (K, V) of those after them."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        positions = self.positions + self.num_steps
+        logits = run_rows(self.model, tokens[None], positions[None], rows, prompts=self)
+        self.num_steps += 1
+        return logits
+
+    def keep(self, kept):
+        """Drop the prompts where the mask kept (K) is False."""
+        self.order, self.positions = self.order[kept], self.positions[kept]
+        kept = [part.nonzero()[:, 0] for part in kept.split([group.n for group in self.groups])]
+        self.groups = [
+            group._replace(n=len(rows), bias=None if group.bias is None else group.bias[rows])
+            for group, rows in zip(self.groups, kept) if len(rows)]
+        for module, layer in self.layers.items():
+            self.layers[module] = [
+                (keys, values) if len(rows) == len(keys) else (keys[rows], values[rows])
+                for (keys, values), rows in zip(layer, kept) if len(rows)]
+
+    def count_longest(self):
+        """Return how many keys the longest text has in the current step."""
+        return self.groups[0].P + self.num_steps + 1
+
+    def store(self, module, k, v):
+        """Keep the keys and values (S, H, d) of the packed prompts in a layer, with room for the
+        steps.
+        """
+        layer = []
+        for group in self.groups:
+            parts = []
+            for packed in (k, v):
+                part = packed.new_empty(group.n, packed.shape[1], group.P + self.most_steps,
+                                        packed.shape[2])
+                part[:, :, :group.P] = select_rows(packed, group.key_rows, group.n)
+                parts.append(part)
+            layer.append(parts)
+        self.layers[module] = layer
+
+    def attend(self, module, q, k, v, scale):
+        """Add a step's keys and values (K, H or fewer, d) to a layer; return the attention output
+        (K, H, d) of its queries.
+        """
+        outputs, first = [], 0
+        for group, (keys, values) in zip(self.groups, self.layers[module]):
+            last, column = first + group.n, group.P + self.num_steps
+            keys[:, :, column], values[:, :, column] = k[first:last], v[first:last]
+            # heads that share keys are queries of one head: (n, H, d) -> (n, key heads, repeats, d)
+            queries = q[first:last].unflatten(1, (k.shape[1], -1))
+            bias = None if group.bias is None else group.bias[..., :column + 1]
+            y = attention(queries, keys[:, :, :column + 1], values[:, :, :column + 1], bias, 0.0,
+                          scale)
+            outputs.append(y.flatten(1, 2))
+            first = last
+        return torch.cat(outputs)
 
 
 # ---------------------------------------------------------------- likelihood of answers

@@ -8,6 +8,9 @@ B questions with N passages each, K prompts in all, L tokens per prompt, T token
 the vocabulary. Training is RA-DIT's language model fine-tuning (Lin et al. 2023, arXiv 2310.01352,
 section 2.3), which FedRAG calls RALT. Generation is REPLUG's ensemble (Shi et al. 2023, arXiv
 2301.12652, eq. 2).
+
+Both run the prompts packed (layers/causal.py): without padding, and what all prompts of a batch or
+of a question begin with is computed once. Models that cannot be packed run padded prompts.
 """
 import inspect
 import math
@@ -16,11 +19,19 @@ import re
 from bisect import bisect_left
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from data import list_targets, pad_labels
+from layers.causal import (
+    PackedPrompts,
+    exceeds_window,
+    pack_families,
+    packed_logits,
+    why_not_packed,
+)
 from reader.base import Reader
 from reader.borders import add_start, chat_frame, encode_pairs, encode_prompts, start_tokens
 from reader.causal_lm import differs, list_ids, open_lm, probe_ids
@@ -34,7 +45,7 @@ from training.adapters import (
     unload_adapters,
 )
 from training.checkpoints import check_vocabulary, find_base, find_model
-from utils import InputError, first_line, refusing, shorten
+from utils import InputError, first_line, log_on_main, refusing, shorten
 
 TEMPLATE = r"Background: {title} {text}\n\nQuestion: {question}\nAnswer:"
 FIELDS = ("question", "title", "text")
@@ -317,6 +328,9 @@ class CausalReader(Reader):
         parameters = inspect.signature(lm.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.takes_count = "logits_to_keep" in parameters
+        # why prompts are padded, or None if they are packed; from_pretrained sets it
+        self.why_padded = "an attention that was not checked"
+        self.is_noted = False  # the reason was logged
 
     @property
     def longest(self):
@@ -450,7 +464,7 @@ class CausalReader(Reader):
     # ---------------------------------------------------------------- training
 
     def forward(self, input_ids, attention_mask, log_weights, labels, reduction="mean"):
-        """Return (loss, logits (K, T, V) of the answer tokens after each prompt).
+        """Return (loss, logits (R, V) of the R answer tokens after each prompt).
 
         The loss of a question is sum_n w_n sum_t -log p(y_t | prompt n, y_<t), where the weights w
         of its N passages sum to one, and y are the T tokens of its answer with </s>. `sum` adds the
@@ -461,20 +475,47 @@ class CausalReader(Reader):
         itself weights a question by the number of its passages.
         """
         is_real = attention_mask.any(2)                                                  # (B, N)
-        question = is_real.nonzero()[:, 0]      # (K) index of each prompt's question
-        targets = labels[question]                                                       # (K, T)
-        ids = torch.cat([input_ids[is_real], targets[:, :-1].clamp(min=0)], 1)   # (K, L + T - 1)
-        mask = torch.cat([attention_mask[is_real], targets[:, :-1] != -100], 1)
-
-        # all prompts end in the same column, so the last T columns predict the answers
-        logits = self.run(ids, mask, labels.shape[1]).logits.float()                  # (K, T, V)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100,
-                                 reduction="none")                                       # (K * T)
-        losses = losses.view(targets.shape).sum(1)                              # (K * T) -> (K)
-        loss = (log_weights[is_real].exp() * losses).sum()
+        targets = labels[is_real.nonzero()[:, 0]]                                        # (K, T)
+        is_answer = targets != -100
+        if self.packs(input_ids.shape[2] + labels.shape[1]):
+            logits = self.packed_logits(input_ids, attention_mask, labels)               # (R, V)
+        else:
+            logits = self.padded_logits(input_ids[is_real], attention_mask[is_real], targets)
+        losses = F.cross_entropy(logits.float(), targets[is_answer], reduction="none")   # (R)
+        weights = log_weights[is_real].exp()[is_answer.nonzero()[:, 0]]                  # (R)
+        loss = (weights * losses).sum()
         if reduction == "mean":
             loss = loss / labels.ne(-100).sum().clamp(min=1)
         return loss, logits
+
+    def packs(self, longest):
+        """Return True if texts of at most `longest` tokens are packed. If not, log why, once."""
+        reason = self.why_padded
+        if reason is None and exceeds_window(self.config, longest):
+            reason = f"attention to {self.config.get_text_config().sliding_window} tokens only"
+        if reason and not self.is_noted:
+            log_on_main(f"note: the {self.config.model_type} model has {reason}: its prompts are "
+                        "padded, which takes longer")
+            self.is_noted = True
+        return reason is None
+
+    def packed_logits(self, input_ids, attention_mask, labels):
+        """Return the logits (R, V) of the R answer tokens after each prompt, from packed texts."""
+        answers = [row[row != -100].tolist() for row in labels.cpu()]
+        families = [[prompt + answer[:-1] for prompt in prompts] for prompts, answer
+                    in zip(list_prompts(input_ids, attention_mask), answers)]
+        packed = pack_families([families], input_ids.device)
+        counts = [len(answer) for prompts, answer in zip(families, answers) for _ in prompts]
+        rows = [rows[len(rows) - count:] for rows, count in zip(packed.rows, counts)]
+        return packed_logits(self.lm, packed, np.concatenate(rows))
+
+    def padded_logits(self, prompts, mask, targets):
+        """Return what packed_logits returns, from padded prompts and targets."""
+        ids = torch.cat([prompts, targets[:, :-1].clamp(min=0)], 1)              # (K, L + T - 1)
+        mask = torch.cat([mask, targets[:, :-1] != -100], 1)
+        # all prompts end in the same column, so the last T columns predict the answers
+        logits = self.run(ids, mask, targets.shape[1]).logits                            # (K, T, V)
+        return logits[targets != -100]
 
     def run(self, ids, mask, count, cache=None, use_cache=False):
         """Return the model's output, with logits (K, count, V) of the last `count` ids only.
@@ -512,24 +553,29 @@ class CausalReader(Reader):
         if num_beams > 1:
             raise InputError(f"--num_beams {num_beams}: a causal language model only answers "
                              "greedily; leave the flag out (--n_best 1 is possible)")
-        B, device = len(input_ids), input_ids.device
+        (B, _, L), device = input_ids.shape, input_ids.device
         is_real = attention_mask.any(2)                                                  # (B, N)
-        prompts, mask, weights = input_ids[is_real], attention_mask[is_real], log_weights[is_real]
-        if self.longest and prompts.shape[1] + max_length > self.longest:
-            raise InputError(f"a prompt of {prompts.shape[1]} tokens and an answer of {max_length} "
+        if self.longest and L + max_length > self.longest:
+            raise InputError(f"a prompt of {L} tokens and an answer of {max_length} "
                              f"exceed the {self.longest} that the model reads; shorten the "
                              "question, or lower --max_length or --answer_maxlength")
+        if self.packs(L + max_length):
+            families = list_prompts(input_ids, attention_mask)
+            prompts = PackedPrompts(self.lm, [families], max_length - 1, device)
+        else:
+            prompts = PaddedPrompts(self, input_ids[is_real], attention_mask[is_real])
         ends = torch.tensor(self.end_tokens, device=device)
+        weights = log_weights[is_real]                                                   # (K)
         answers = torch.full((B, max_length), ends[-1], device=device)
         likelihoods = torch.zeros_like(weights)  # (K) log p(tokens so far | prompt)
         log_probabilities = torch.zeros(B, dtype=torch.float64, device=device)  # under the average
         # indices of the questions (b) and prompts (k) that are still generating
-        questions, rows = torch.arange(B, device=device), torch.arange(len(prompts), device=device)
-        owner = is_real.nonzero()[:, 0]          # (k) each prompt's index in `questions`
+        questions, rows = torch.arange(B, device=device), prompts.order
+        owner = is_real.nonzero()[rows, 0]       # (k) each prompt's index in `questions`
 
-        output = self.run(prompts, mask, 1, use_cache=True)
+        logits = prompts.start()
         for step in range(max_length):
-            log_p = output.logits[:, -1].float().log_softmax(-1)                         # (k, V)
+            log_p = logits.float().log_softmax(-1)                                       # (k, V)
             # (b, k) x (k, V): a matrix product always adds in the same order. In bfloat16 it would
             # round the probabilities of likely tokens to the same number.
             shares = F.one_hot(owner, len(questions)).T * weights[rows].exp()
@@ -549,12 +595,10 @@ class CausalReader(Reader):
                 break
             kept = alive[owner]                                                          # (k)
             if not alive.all():
-                keep_rows(output.past_key_values, kept)
+                prompts.keep(kept)
                 owner = (alive.cumsum(0) - 1)[owner[kept]]
-                questions, token = questions[alive], token[alive]
-                rows, mask = rows[kept], mask[kept]
-            mask = F.pad(mask, (0, 1), value=True)
-            output = self.run(token[owner, None], mask, 1, output.past_key_values, True)
+                questions, token, rows = questions[alive], token[alive], rows[kept]
+            logits = prompts.step(token[owner])
 
         answers, others = self.trim_answers(answers[:, :step + 1]), []
         if return_scores:
@@ -593,7 +637,11 @@ class CausalReader(Reader):
     def from_pretrained(cls, path_or_name, dropout=None, prompts=None):
         """Return the reader of a causal language model's folder or hub name; see open_lm."""
         reader = cls(open_lm(path_or_name, dropout), prompts)
+        was_training = reader.lm.training
+        reader.lm.eval()
         reader.check_reading(path_or_name)
+        reader.why_padded = why_not_packed(reader.lm, longest=0)  # packs checks the window
+        reader.lm.train(was_training)
         return reader
 
     @torch.no_grad()
@@ -604,8 +652,6 @@ class CausalReader(Reader):
         The check takes three forward passes of at most 12 tokens.
         """
         problem = "padding before a prompt changes its logits, or its cache cannot drop rows"
-        was_training = self.lm.training
-        self.lm.eval()
         try:
             if not self.differs_when_padded():
                 return
@@ -613,8 +659,6 @@ class CausalReader(Reader):
             raise
         except Exception as error:  # unsupported models raise many kinds
             problem = f"with padded prompts and a cache: {first_line(error)}"
-        finally:
-            self.lm.train(was_training)
         raise InputError(f"{source}: a {self.config.model_type} model of transformers cannot be a "
                          f"reader here ({problem}); choose another model, such as GPT-2, Llama or "
                          "Qwen2")
@@ -629,13 +673,11 @@ class CausalReader(Reader):
         rows = torch.stack([ids[0, :6], F.pad(ids[0, :3], (3, 0), value=int(ids[0, 0]))])
         mask = torch.ones_like(rows).bool()
         mask[1, :3] = False
-        output = self.run(rows, mask, 1, use_cache=True)
-        if differs(output.logits[:, 0], expected[[5, 2]]):
+        prompts = PaddedPrompts(self, rows, mask)
+        if differs(prompts.start(), expected[[5, 2]]):
             return True
-        keep_rows(output.past_key_values, torch.tensor([False, True], device=device))
-        mask = F.pad(mask[1:], (0, 1), value=True)
-        output = self.run(ids[:, 3:4], mask, 1, output.past_key_values, True)
-        return differs(output.logits[0, 0], expected[3])
+        prompts.keep(torch.tensor([False, True], device=device))
+        return differs(prompts.step(ids[0, 3:4])[0], expected[3])
 
     def save_pretrained(self, folder):
         """Write a folder for AutoModelForCausalLM, with adapters merged in, or, if `base` is set, a
@@ -651,6 +693,35 @@ class CausalReader(Reader):
         lm.save_pretrained(folder)
 
 
-def keep_rows(cache, kept):
-    """Keep only the rows of a cache where the mask `kept` is True, in layers of any kind."""
-    cache.reorder_cache(kept.nonzero()[:, 0])
+# ---------------------------------------------------------------- prompts as packed or padded texts
+
+def list_prompts(input_ids, attention_mask):
+    """Return [question][prompt][token] ids of padded prompts (B, N, L)."""
+    questions = zip(input_ids.cpu(), attention_mask.cpu())
+    return [[row[is_token].tolist() for row, is_token in zip(rows, mask) if is_token.any()]
+            for rows, mask in questions]
+
+
+class PaddedPrompts:
+    """Generate as PackedPrompts does, in plain form, for models that do not take packed texts."""
+
+    def __init__(self, reader, ids, mask):
+        """Set the ids and the mask (K, L) of K prompts, padded on the left."""
+        self.reader, self.ids, self.mask, self.cache = reader, ids, mask, None
+        self.order = torch.arange(len(ids), device=ids.device)
+
+    def start(self):
+        """Run the prompts; return the logits (K, V) of the next tokens."""
+        output = self.reader.run(self.ids, self.mask, 1, use_cache=True)
+        self.cache = output.past_key_values
+        return output.logits[:, -1]
+
+    def step(self, tokens):
+        """Run the next tokens (K) of the prompts; return the logits (K, V) of those after them."""
+        self.mask = F.pad(self.mask, (0, 1), value=True)
+        return self.reader.run(tokens[:, None], self.mask, 1, self.cache, True).logits[:, -1]
+
+    def keep(self, kept):
+        """Drop the prompts where the mask kept (K) is False."""
+        self.mask = self.mask[kept]
+        self.cache.reorder_cache(kept.nonzero()[:, 0])  # works for layers of any kind

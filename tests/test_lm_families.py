@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from causal_helpers import SIZES, make_causal, make_tokenizer
+from causal_helpers import SIZES, make_causal, make_tokenizer, script_logits
 from layers.causal import Text, score_answers
 from reader import open as readers
 from reader.causal import CausalReader
@@ -238,7 +238,7 @@ def test_end_tokens_of_generation_config_end_answers(tmp_path):  # E4
     # an end token that is no special one is no part of the answer
     rows = torch.zeros(2, 1, reader.config.vocab_size)
     rows[:, 0, 77] = 9.0
-    reader.run = lambda *args, **options: type("Output", (), {"logits": rows})
+    script_logits(reader, lambda ids: rows)
     batch = torch.full((2, 1, 3), 5), torch.ones(2, 1, 3).bool(), torch.zeros(2, 1)
     assert reader.generate(*batch, max_length=4).tolist() == [[1], [1]]
     (tmp_path / "lm" / "generation_config.json").write_text('{"eos_token_id": [1, 9999]}')
