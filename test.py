@@ -40,9 +40,10 @@ from utils import GPUS, NO_COMPILE, InputError, Parser, check_at_least, run_scri
 # ---------------------------------------------------------------- the evaluation
 
 def evaluate_reader(args, model, tokenizer, records, context_counts, lengths, world):
-    """Answer all records with each number of contexts. Log a table row and write --pred for each.
+    """Answer all records with each number of contexts. Log a table row and write --pred and
+    --measures for each.
 
-    Return (Predictions and Summary of the last number of contexts, the table as rows of texts).
+    Return (the Predictions of the last number of contexts, the table as rows of texts).
     """
     table = [["contexts", "EM", "F1", "correct"]]
     world.log(f"{'contexts':>8} {'EM':>6} {'F1':>6} {'correct':>13} {'questions/s':>12}")
@@ -72,11 +73,16 @@ def evaluate_reader(args, model, tokenizer, records, context_counts, lengths, wo
             world.log(f"         {summary.cut} answers were cut at {lengths.answer_maxlength} "
                       "tokens (--answer_maxlength)")
         if args.pred and world.is_main:
-            path = prediction_path(args.pred, num_contexts, context_counts)
+            path = insert_count(args.pred, num_contexts, context_counts)
             write_predictions(path, predictions, records, args.scores is not None,
                               args.match == "regex")
             print(f"         predictions in {path}")
-    return predictions, summary, table
+        if args.measures and world.is_main:
+            path = insert_count(args.measures, num_contexts, context_counts)
+            write_json(path, {"questions": summary.count, "num_contexts": num_contexts,
+                              "em": summary.em / 100, "f1": summary.f1 / 100})
+            print(f"         measures in {path}")
+    return predictions, table
 
 
 def choose_score_kind(args):
@@ -87,9 +93,9 @@ def choose_score_kind(args):
     return args.html is not None and (args.score_kind or "attention")
 
 
-def prediction_path(path, num_contexts, context_counts):
-    """Return where the predictions with num_contexts go: the path of --pred, with the number before
-    its ending if there are several context_counts.
+def insert_count(path, num_contexts, context_counts):
+    """Return where --pred or --measures of num_contexts goes: the path itself, or, if there are
+    several context_counts, the path with the number before its ending.
     """
     if len(context_counts) == 1 or is_stream(path):
         return path
@@ -102,11 +108,9 @@ def prediction_path(path, num_contexts, context_counts):
 
 def check_outputs(args, context_counts):
     """Raise InputError for an output that cannot be written, or that would stay empty."""
-    predictions = []
-    if args.pred:
-        predictions = [prediction_path(args.pred, num_contexts, context_counts)
-                       for num_contexts in context_counts]
-    check_paths([*predictions, args.scores, args.measures, args.html], [args.data, args.model])
+    paths = [insert_count(path, num_contexts, context_counts)
+             for path in (args.pred, args.measures) if path for num_contexts in context_counts]
+    check_paths([*paths, args.scores, args.html], [args.data, args.model])
     check_page(args.html)
     if (args.pred or "").removesuffix(".gz").endswith((".json", ".csv")):
         raise InputError(f"--pred {args.pred}: predictions are JSON lines (.jsonl) or separated by "
@@ -165,7 +169,7 @@ def parse_args():
         ".jsonl) also write the records with these scores as 'score' and the retrieval scores as "
         "'retrieval_score'")
     add("--measures", metavar="FILE",
-        help="write EM and F1 (fractions) as JSON, for the last of several --num_contexts")
+        help="write EM and F1 (fractions) as JSON; one file for each of several --num_contexts")
     add("--score_kind", choices=["logits", "attention"],
         help="cross-attention score of a passage: logits, the mean of its tokens' scores before "
         "the softmax (FiD-KD), or attention, the log of the attention to them (Atlas); default: "
@@ -221,8 +225,8 @@ def main(args):
     if not is_regex:
         note_unanswerable(args.data, records, model, collator, lengths.answer_maxlength, world.log)
 
-    predictions, summary, table = evaluate_reader(args, model, tokenizer, records, context_counts,
-                                                  lengths, world)
+    predictions, table = evaluate_reader(args, model, tokenizer, records, context_counts, lengths,
+                                         world)
     num_contexts = context_counts[-1]
     if args.scores is not None:
         best, answerable = count_best_with_answer(predictions, records, is_regex)
@@ -241,10 +245,6 @@ def main(args):
     if args.scores:
         write_scores(args.scores, predictions, records)
         print(f"the reader's scores of {num_contexts} contexts in {args.scores}")
-    if args.measures:
-        write_json(args.measures, {"questions": summary.count, "num_contexts": num_contexts,
-                                   "em": summary.em / 100, "f1": summary.f1 / 100})
-        print(f"measures of {num_contexts} contexts in {args.measures}")
 
 
 if __name__ == "__main__":

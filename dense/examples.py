@@ -12,6 +12,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from records.fields import KEY_FOLDS, check_types, find_keys, has_keys, labelled_keys, question_text
+from records.files import describe_version
 from records.names import (
     ANSWER_NAMES,
     DOCUMENT_ID_NAMES,
@@ -37,7 +38,7 @@ from records.reading import (
     read_lines,
     to_number,
 )
-from records.record_file import describe_version, open_record_file
+from records.record_file import open_record_file
 from records.templates import format_key
 from utils import InputError, first_line, shorten
 

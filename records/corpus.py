@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from records.files import write_array, write_json
+from records.files import describe_version, write_array, write_json
 from records.ids import IdPacker, PackedIds, find_repeated
 from records.names import (
     DOCUMENT_ID_NAMES,
@@ -41,7 +41,7 @@ CHUNK = 65536  # a scan packs ids and moves its bar after this many documents
 # million passages; opening a kept table takes 0.02 s.
 KEEP_TABLE = 2 ** 26
 QUOTED_TITLE = re.compile(r'"([^\n]*)"\n(.*)', re.DOTALL)
-TABLE_VERSION = 3  # raised if the tables' content, or the definition of a line, changes
+TABLE_VERSION = 4  # raised if the tables' content, or the definition of a line, changes
 
 
 class Part(NamedTuple):
@@ -108,8 +108,7 @@ class Corpus:
             raise NotPlain
 
         table_folder = f"{path}.table"
-        stamp = {"version": TABLE_VERSION, "size": len(content),
-                 "changed": os.stat(plain_path).st_mtime_ns}
+        stamp = {"version": TABLE_VERSION, "file": describe_version(os.stat(plain_path))}
         if read_stamp(table_folder, plain_path) == stamp:
             starts, ids = open_table(table_folder, len(content))
         else:

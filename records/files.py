@@ -210,6 +210,11 @@ def lock(folder):
         yield
 
 
+def describe_version(status):
+    """Return what changes with a file, [size, time of the last change], from its os.stat."""
+    return [status.st_size, status.st_mtime_ns]
+
+
 def write_array(path, values):
     """Write a numpy array as .npy, whole or not at all. Raises InputError."""
     with new_file(path, "wb") as file:

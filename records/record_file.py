@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from records.files import new_file, take_lock, write_json
+from records.files import describe_version, new_file, take_lock, write_json
 from records.hashes import hash_file
 from records.json_values import parse_json
 from records.reading import read_settings, scan_json
@@ -126,11 +126,6 @@ def hash_record_file(path):
 
 
 # ---------------------------------------------------------------- the table
-
-def describe_version(status):
-    """Return what changes with a file, [size, time of the last change], from its os.stat."""
-    return [status.st_size, status.st_mtime_ns]
-
 
 def check_version(path, file, version):
     """Raise InputError if an open file is not of this version."""

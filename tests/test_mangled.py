@@ -41,6 +41,7 @@ from model import FiDT5
 from reader import open as readers
 from reader.frozen import list_missing
 from records.corpus import TABLE_VERSION, Corpus, keep_table
+from records.files import describe_version
 from records.journal import read_journal
 from records.qrels import merge_qrels
 from records.questions import make_question, read_questions, read_unique_questions
@@ -664,7 +665,7 @@ def make_table(folder):
     path.write_bytes(spell(DOCUMENTS))
     scanned = Corpus([str(path)], TEMPLATE).parts[0]
     os.utime(path, ns=(0, 0))  # a copy of the folder keeps it
-    stamp = {"version": TABLE_VERSION, "size": len(scanned.content), "changed": 0}
+    stamp = {"version": TABLE_VERSION, "file": describe_version(os.stat(path))}
     keep_table(f"{path}.table", stamp, scanned.starts, scanned.ids)
 
 

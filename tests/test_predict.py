@@ -18,7 +18,7 @@ from reader.predict import (
     write_scores,
 )
 from records.reader_records import read_records
-from test import prediction_path
+from test import insert_count
 from utils import InputError
 
 RECORDS = [{"id": "q0", "question": "where?", "answers": ["Paris"], "ctxs": [
@@ -52,7 +52,7 @@ def test_names_may_end_in_gz(tmp_path):
     write_predictions(path, [Prediction(0, "Paris", 1.0, 1.0, None)], RECORDS, False)
     with gzip.open(path, "rt") as file:
         assert json.loads(file.read())["prediction"] == "Paris"
-    assert prediction_path(path, 5, [1, 5]) == str(tmp_path / "p.5.jsonl.gz")
+    assert insert_count(path, 5, [1, 5]) == str(tmp_path / "p.5.jsonl.gz")
 
 
 @pytest.mark.parametrize("num_beams, n_best, message", [

@@ -262,7 +262,9 @@ def test_evaluation_files_and_warnings(tiny, records_file, tmp_path):
     assert f"note: {records_file} is also the training file" in out
     out, _ = run("test.py", tmp_path / "m", records_file, "--num_contexts", 0, 2, "--max_length",
                  50, "--pred", tmp_path / "p.jsonl", "--scores", tmp_path / "s.jsonl",
-                 "--num_beams", 2, "--n_best", 2)
+                 "--num_beams", 2, "--n_best", 2, "--measures", tmp_path / "m.json")
+    measures = [json.loads((tmp_path / f"m.{count}.json").read_text()) for count in (0, 2)]
+    assert [row["num_contexts"] for row in measures] == [0, 2]
     # A30: test.py uses the limit of the evaluation in training
     assert "11 answers were cut at 3 tokens (--answer_maxlength)" in out
     assert "warning: --num_contexts 0, 2, but the checkpoint was trained with 3" in out

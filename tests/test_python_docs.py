@@ -1,0 +1,103 @@
+"""The corpus of the standard library's docstrings and the questions about it."""
+import json
+import re
+from collections import Counter, defaultdict
+
+import pytest
+
+import python_docs
+from utils import InputError
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return {document["id"]: document for document in python_docs.list_documents()}
+
+
+@pytest.fixture(scope="module")
+def questions(documents):
+    return python_docs.read_questions(documents.values())
+
+
+def test_documents_have_a_name_a_signature_and_a_text(documents):
+    assert len(documents) > 4500
+    assert documents["shutil.copytree"]["title"].startswith("shutil.copytree(src, dst, symlinks=")
+    assert documents["str.split"]["title"] == "str.split(self, /, sep=None, maxsplit=-1)"
+    for document in documents.values():
+        words = document["text"].split()
+        assert python_docs.MIN_WORDS <= len(words) <= python_docs.MAX_WORDS
+        assert " at 0x" not in document["title"]  # an address changes at every run
+    assert list(documents.values()) == python_docs.list_documents()
+
+
+def test_what_each_split_has(questions):
+    counts = {split: len(rows) for split, rows in questions.items()}
+    assert counts == {"train": 400, "dev": 80, "test": 120, "check": 106}
+    rows = [row for split in questions.values() for row in split]
+    assert len({row["id"] for row in rows}) == len({row["question"] for row in rows}) == 706
+    kinds = Counter(row["kind"] for row in rows)
+    assert set(kinds) == {"task", "detail"} and min(kinds.values()) > 200
+
+
+def test_no_gold_document_is_in_two_splits(questions):
+    splits = defaultdict(set)
+    for split, rows in questions.items():
+        for row in rows:
+            for name in row["gold"]:
+                splits[name].add(split)
+    assert [name for name, names in splits.items() if len(names) > 1] == []
+
+
+def test_an_answer_stands_in_every_gold_document(documents, questions):
+    missing = []
+    for rows in questions.values():
+        for row in rows:
+            for name in row["gold"]:
+                text = f"{documents[name]['title']} {documents[name]['text']}"
+                text = re.sub(r"\s+", " ", text).lower()
+                if not any(answer.lower() in text for answer in row["answers"]):
+                    missing.append((row["id"], name))
+    assert missing == []
+
+
+def test_questions_are_in_other_words_than_their_documents(documents, questions):
+    """No question has five words in a row of its gold document's text."""
+    copied = []
+    for rows in questions.values():
+        for row in rows:
+            words = re.findall(r"[a-z0-9']+", row["question"].lower())
+            for name in row["gold"]:
+                text = " ".join(re.findall(r"[a-z0-9']+", documents[name]["text"].lower()))
+                runs = (" ".join(words[i:i + 5]) for i in range(len(words) - 4))
+                copied += [(row["id"], run) for run in runs if run in text]
+    assert copied == []
+
+
+def test_pairs_leave_the_name_out():
+    documents = [{"id": "os.path.walk", "title": "os.path.walk(top)",
+                  "text": "Call walk for each folder below the top one.  It does not follow any "
+                          "links that it finds."},
+                 {"id": "os.one", "title": "os.one", "text": "Only one sentence stands here."}]
+    assert python_docs.list_pairs(documents) == [
+        {"query": "Call for each folder below the top one.",
+         "pos": ["os.path.walk(top) It does not follow any links that it finds."], "neg": []}]
+
+
+def test_files(tmp_path, documents, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["python_docs.py", "--out", str(tmp_path)])
+    python_docs.main(python_docs.parse_args())
+    assert f"{len(documents):,} documents" in capsys.readouterr().out
+    corpus = [json.loads(line) for line in open(tmp_path / "corpus.jsonl")]
+    labelled = json.loads(open(tmp_path / "labelled.json").readline())
+    gold = json.load(open(tmp_path / "gold.train.json"))[0]
+    assert [corpus[index] for index in labelled["pos_index"]] == gold["ctxs"]
+    assert labelled["pos"][0] == f"{gold['ctxs'][0]['title']} {gold['ctxs'][0]['text']}"
+    qrels = (tmp_path / "qrels.train.tsv").read_text().splitlines()
+    assert qrels[1] == f"{gold['id']}\t{gold['ctxs'][0]['id']}\t1"
+    assert len(json.load(open(tmp_path / "test.json"))) == 120
+    assert len(open(tmp_path / "queries.dev.jsonl").readlines()) == 80
+
+
+def test_a_python_without_a_gold_document(documents):
+    with pytest.raises(InputError, match="has no docstring of .*run the demo with 3.11, 3.12"):
+        python_docs.read_questions([documents["str.split"]])
