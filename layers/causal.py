@@ -394,7 +394,7 @@ class PackedPrompts:
         layer = []
         for group in self.groups:
             parts = []
-            for packed in (k, v):
+            for packed in (k.to(v.dtype), v):  # autocast leaves keys in float32
                 part = packed.new_empty(group.n, packed.shape[1], group.P + self.most_steps,
                                         packed.shape[2])
                 part[:, :, :group.P] = select_rows(packed, group.key_rows, group.n)

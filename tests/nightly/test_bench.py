@@ -54,6 +54,15 @@ def test_lm_score_bench(tmp_path):
     assert output.count("keys per second") == 12
 
 
+def test_causal_reader_bench(tmp_path):
+    model = make_causal(tmp_path / "model", max_position_embeddings=1024)
+    output = run_bench("causal_reader.py", "--model", model, "--questions", 1, 2,
+                       "--answer_tokens", 3, "--rounds", 1, "--json", tmp_path / "rows.json")
+    assert "answers agree" in output
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert len(rows) == 2 * 4 + 2 * 2 and all(row["ours"] > 0 for row in rows)
+
+
 def test_federate_bench(tmp_path):
     output = run_bench("federate.py", "--models", "tiny", "--rounds", 1, "--no_deployment",
                        "--json", tmp_path / "rows.json")
