@@ -477,10 +477,9 @@ class CausalReader(Reader):
         is_real = attention_mask.any(2)                                                  # (B, N)
         targets = labels[is_real.nonzero()[:, 0]]                                        # (K, T)
         is_answer = targets != -100
-        if self.packs(input_ids.shape[2] + labels.shape[1]):
-            logits = self.packed_logits(input_ids, attention_mask, labels)               # (R, V)
-        else:
-            logits = self.padded_logits(input_ids[is_real], attention_mask[is_real], targets)
+        is_packed = self.packs(input_ids.shape[2] + labels.shape[1])
+        run = self.run_packed if is_packed else self.run_padded
+        logits = run(input_ids, attention_mask, labels)                                  # (R, V)
         losses = F.cross_entropy(logits.float(), targets[is_answer], reduction="none")   # (R)
         weights = log_weights[is_real].exp()[is_answer.nonzero()[:, 0]]                  # (R)
         loss = (weights * losses).sum()
@@ -499,7 +498,7 @@ class CausalReader(Reader):
             self.is_noted = True
         return reason is None
 
-    def packed_logits(self, input_ids, attention_mask, labels):
+    def run_packed(self, input_ids, attention_mask, labels):
         """Return the logits (R, V) of the R answer tokens after each prompt, from packed texts."""
         answers = [row[row != -100].tolist() for row in labels.cpu()]
         families = [[prompt + answer[:-1] for prompt in prompts] for prompts, answer
@@ -509,12 +508,14 @@ class CausalReader(Reader):
         rows = [rows[len(rows) - count:] for rows, count in zip(packed.rows, counts)]
         return packed_logits(self.lm, packed, np.concatenate(rows))
 
-    def padded_logits(self, prompts, mask, targets):
-        """Return what packed_logits returns, from padded prompts and targets."""
-        ids = torch.cat([prompts, targets[:, :-1].clamp(min=0)], 1)              # (K, L + T - 1)
-        mask = torch.cat([mask, targets[:, :-1] != -100], 1)
+    def run_padded(self, input_ids, attention_mask, labels):
+        """Return what run_packed returns, from padded prompts and answers."""
+        is_real = attention_mask.any(2)
+        targets = labels[is_real.nonzero()[:, 0]]                                        # (K, T)
+        ids = torch.cat([input_ids[is_real], targets[:, :-1].clamp(min=0)], 1)   # (K, L + T - 1)
+        mask = torch.cat([attention_mask[is_real], targets[:, :-1] != -100], 1)
         # all prompts end in the same column, so the last T columns predict the answers
-        logits = self.run(ids, mask, targets.shape[1]).logits                            # (K, T, V)
+        logits = self.run(ids, mask, labels.shape[1]).logits                          # (K, T, V)
         return logits[targets != -100]
 
     def run(self, ids, mask, count, cache=None, use_cache=False):
