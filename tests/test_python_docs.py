@@ -78,9 +78,12 @@ def test_pairs_leave_the_name_out():
                   "text": "Call walk for each folder below the top one.  It does not follow any "
                           "links that it finds."},
                  {"id": "os.one", "title": "os.one", "text": "Only one sentence stands here."}]
-    assert python_docs.list_pairs(documents) == [
+    pairs, rests = python_docs.list_pairs(documents)
+    assert pairs == [
         {"query": "Call for each folder below the top one.",
-         "pos": ["os.path.walk(top) It does not follow any links that it finds."], "neg": []}]
+         "pos": ["os.path.walk(top) It does not follow any links that it finds."],
+         "pos_index": [0], "neg": []}]
+    assert rests == [documents[0] | {"text": "It does not follow any links that it finds."}]
 
 
 def test_files(tmp_path, documents, monkeypatch, capsys):
@@ -88,13 +91,13 @@ def test_files(tmp_path, documents, monkeypatch, capsys):
     python_docs.main(python_docs.parse_args())
     assert f"{len(documents):,} documents" in capsys.readouterr().out
     corpus = [json.loads(line) for line in open(tmp_path / "corpus.jsonl")]
-    labelled = json.loads(open(tmp_path / "labelled.json").readline())
-    gold = json.load(open(tmp_path / "gold.train.json"))[0]
+    labelled = json.loads(open(tmp_path / "labelled.jsonl").readline())
+    gold = json.loads(open(tmp_path / "gold.train.jsonl").readline())
     assert [corpus[index] for index in labelled["pos_index"]] == gold["ctxs"]
     assert labelled["pos"][0] == f"{gold['ctxs'][0]['title']} {gold['ctxs'][0]['text']}"
     qrels = (tmp_path / "qrels.train.tsv").read_text().splitlines()
     assert qrels[1] == f"{gold['id']}\t{gold['ctxs'][0]['id']}\t1"
-    assert len(json.load(open(tmp_path / "test.json"))) == 120
+    assert len(open(tmp_path / "test.jsonl").readlines()) == 120
     assert len(open(tmp_path / "queries.dev.jsonl").readlines()) == 80
 
 

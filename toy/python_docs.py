@@ -6,19 +6,22 @@ corpus.jsonl has a document {"id", "title", "text"} for each public module, clas
 and property whose docstring has at least MIN_WORDS words. The id is the qualified name, without
 "builtins."; the title is this name with the signature; the text is the first MAX_WORDS words of the
 docstring. pairs.jsonl has training pairs that need no questions: the first sentence of a docstring
-and the rest (the inverse cloze task, Lee et al. 2019, arXiv 1906.00300, section 4).
+and the rest (the inverse cloze task, Lee et al. 2019, arXiv 1906.00300, section 4). rests.jsonl is
+the corpus of the rests, for mining their negatives: next to whole docstrings a ranker would only
+learn which texts lack their first sentence.
 
 The questions of toy/python_questions.jsonl were written for this, each with the ids of its gold
-documents and with answers. For each split of them, SPLIT.json has the questions and answers as the
-reader's records, gold.SPLIT.json also the gold documents as contexts, and queries.SPLIT.jsonl and
-qrels.SPLIT.tsv are BEIR's files. labelled.json has the training questions with their gold documents
-as positives.
+documents and with answers. For each split of them, SPLIT.jsonl has the questions and answers as the
+reader's records, gold.SPLIT.jsonl also the gold documents as contexts, and queries.SPLIT.jsonl and
+qrels.SPLIT.tsv are BEIR's files. labelled.jsonl has the training questions with their gold
+documents as positives and, for a reader with a frozen retriever, as `passage`.
 
 One Python always writes the same files. 3.11, 3.12 and 3.13 have all gold documents.
 """
 import importlib
 import inspect
 import json
+import random
 import re
 import sys
 import types
@@ -27,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from records.files import new_file, write_json
+from records.files import new_file
 from utils import InputError, Parser, run_script
 
 QUESTIONS = Path(__file__).resolve().parent / "python_questions.jsonl"
@@ -158,10 +161,11 @@ def read_signature(described):
 # ---------------------------------------------------------------- training pairs without questions
 
 def list_pairs(documents):
-    """Return [{"query": the first sentence of a text, without the object's name, "pos": [the title
-    and the rest]}] of the documents that have both.
+    """Return (pairs, rests) of the documents that have both parts. A rest is a document without its
+    first sentence; a pair is {"query": this sentence without the object's name, "pos": [the title
+    and the rest], "pos_index": [the index of the rest]}.
     """
-    pairs = []
+    pairs, rests = [], []
     for document in documents:
         match = SENTENCE.match(document["text"])
         if match is None:
@@ -170,8 +174,10 @@ def list_pairs(documents):
         name = re.escape(document["id"].rpartition(".")[2])
         sentence = " ".join(re.sub(rf"\b{name}\b", "", sentence).split())
         if len(sentence.split()) >= MIN_SENTENCE and len(rest.split()) >= MIN_REST:
-            pairs.append({"query": sentence, "pos": [f"{document['title']} {rest}"], "neg": []})
-    return pairs
+            pairs.append({"query": sentence, "pos": [f"{document['title']} {rest}"],
+                          "pos_index": [len(rests)], "neg": []})
+            rests.append(document | {"text": rest})
+    return pairs, rests
 
 
 # ---------------------------------------------------------------- questions
@@ -194,8 +200,8 @@ def read_questions(documents):
 
 
 def write_questions(out, split, questions, documents):
-    """Write a split's SPLIT.json, gold.SPLIT.json, queries.SPLIT.jsonl and qrels.SPLIT.tsv, and
-    labelled.json for training.
+    """Write a split's SPLIT.jsonl, gold.SPLIT.jsonl, queries.SPLIT.jsonl and qrels.SPLIT.tsv, and
+    labelled.jsonl for training.
     """
     indices = {document["id"]: index for index, document in enumerate(documents)}
     plain, with_gold, labelled = [], [], []
@@ -207,16 +213,16 @@ def write_questions(out, split, questions, documents):
         plain.append(record)
         with_gold.append(record | {"ctxs": contexts})
         texts = [f"{context['title']} {context['text']}" for context in contexts]
-        labelled.append(record | {"pos": texts, "pos_index": gold})
+        labelled.append(record | {"pos": texts, "pos_index": gold, "passage": contexts})
         qrels += [f"{question['id']}\t{name}\t1" for name in question["gold"]]
-    write_json(out / f"{split}.json", plain)
-    write_json(out / f"gold.{split}.json", with_gold)
+    write_rows(out / f"{split}.jsonl", plain)
+    write_rows(out / f"gold.{split}.jsonl", with_gold)
     write_rows(out / f"queries.{split}.jsonl",
                [{"_id": record["id"], "text": record["question"]} for record in plain])
     with new_file(out / f"qrels.{split}.tsv") as file:
         file.write("\n".join(qrels) + "\n")
     if split == "train":
-        write_rows(out / "labelled.json", labelled)
+        write_rows(out / "labelled.jsonl", labelled)
 
 
 def write_rows(path, rows):
@@ -231,9 +237,11 @@ def main(args):
         warnings.simplefilter("ignore")  # of modules that a later Python has not
         documents = list_documents()
     splits = read_questions(documents)
-    pairs = list_pairs(documents)
+    pairs, rests = list_pairs(documents)
+    random.Random(0).shuffle(pairs)  # neighbours describe the same module
     write_rows(out / "corpus.jsonl", documents)
     write_rows(out / "pairs.jsonl", pairs)
+    write_rows(out / "rests.jsonl", rests)
     words = sum(len(document["text"].split()) for document in documents) / len(documents)
     print(f"Python {sys.version.split()[0]}: {len(documents):,} documents of {words:.0f} words on "
           f"average, {len(pairs):,} pairs of a first sentence and the rest")
