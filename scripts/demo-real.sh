@@ -2,24 +2,21 @@
 # The loop on real words: every method that this repository has, from real pretrained models, on the
 # documentation of Python's standard library. One table of retrieval and one of reading.
 #
-#   scripts/demo-real.sh                     # make demo-real
-#   FULL=1 scripts/demo-real.sh              # the language model's stages on all questions
-#   SPLIT=dev FULL=1 scripts/demo-real.sh    # the figures by which the settings were chosen
+#   scripts/demo-real.sh                # make demo-real
+#   SPLIT=dev scripts/demo-real.sh      # on the dev questions
+#   TAUGHT=400 OUT=out/real400 scripts/demo-real.sh    # the language model learns from all questions
 #
 # The same command continues where it was stopped. Retrievers start from all-MiniLM-L6-v2, the
 # language model is SmolLM2-135M-Instruct. Both come from the package index, and the corpus from the
 # Python that runs this (toy/python_docs.py, toy/real_models.py). Two stages run side by side, each
-# on half of the cores. Without FULL the language model scores, learns from and answers only the
-# first TAUGHT training questions and the first READ questions of SPLIT, since it takes most of the
-# time; all other stages are the same.
+# on half of the cores. The language model takes half of the time although it scores, and learns
+# from, only the first TAUGHT training questions.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 SEED=${SEED:-1}
 SPLIT=${SPLIT:-test}
-FULL=${FULL:-}
-TAUGHT=${TAUGHT:-$([ "$FULL" ] && echo 400 || echo 80)}
-READ=${READ:-$([ "$FULL" ] && echo 120 || echo 40)}
-OUT=${OUT:-out/real}${FULL:+-full}
+TAUGHT=${TAUGHT:-120}
+OUT=${OUT:-out/real}
 PYTHON=${PYTHON:-python}
 LAUNCH=${LAUNCH:-$PYTHON}
 GPUS=
@@ -133,9 +130,8 @@ train_retrievers() {
 
 # ---------------------------------------------------------------- the language model
 
-answer() {  # NAME READER QUESTIONS FLAGS...: EM and F1 of the first READ questions
-    local name=$1 reader=$2 questions=$OUT/$1.$SPLIT.questions.jsonl
-    first "$READ" "$3" "$questions"
+answer() {  # NAME READER QUESTIONS FLAGS...: EM and F1, and the answers
+    local name=$1 reader=$2 questions=$3
     shift 3
     stage "$name-$SPLIT" $LAUNCH "$ROOT/test.py" "$reader" "$questions" $ANSWER "$@" \
         --measures "$OUT/$name.$SPLIT.json" --pred "$OUT/$name.$SPLIT.jsonl"
