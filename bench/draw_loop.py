@@ -2,7 +2,7 @@ r"""Draw a table of make demo-loop or make demo-real, a panel for each of its co
 
     SEEDS="1 2 3" make demo-loop
     python bench/draw_loop.py docs/loop.svg out/loop/table.json
-    python bench/draw_loop.py docs/real.svg out/real/retrieval.json --columns recall@1 recall@5
+    python bench/draw_loop.py docs/real.svg out/real/retrieval.test.json --columns recall@1 recall@5
 
 A dot is the mean of the seeds, and the line through it runs from the lowest to the highest.
 scripts/table.py --json writes the file. Needs matplotlib.

@@ -20,9 +20,9 @@ OUT=${OUT:-out/real}
 PYTHON=${PYTHON:-python}
 LAUNCH=${LAUNCH:-$PYTHON}
 GPUS=
-DISK=4
 export HF_HUB_OFFLINE=1
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
+ALONE=${OMP_NUM_THREADS:-$(nproc)}                       # threads of a stage that runs alone
+BESIDE=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}       # threads of each of two stages
 . "$(dirname "$0")/stages.sh"
 . "$ROOT/scripts/lanes.sh"
 DOCS=$OUT/docs
@@ -35,7 +35,8 @@ RANKER_PAIRS=1200   # first sentences that the ranker learns from, besides the q
 RANKED_NEGATIVES=8  # documents of a question that the ranker scores for the distillation
 
 LENGTHS="--query_max_length 32 --key_max_length 128"
-PAIRED="$LENGTHS --cos_temperature 0.05 --lr 3e-5 --num_warmup_steps 5 --batch_size 64 --group_size 1"
+PAIRED="$LENGTHS --cos_temperature 0.05 --lr 3e-5 --num_warmup_steps 5 --batch_size 64 --group_size 1 \
+--epochs 1"
 LABELLED="$LENGTHS --cos_temperature 0.05 --lr 1e-4 --num_warmup_steps 5 --batch_size 32 \
 --group_size 2 --epochs 2 --mask_duplicates"
 RANKED="$LENGTHS --lr 3e-4 --num_warmup_steps 10 --batch_size 16 --group_size 4 --epochs 1"
@@ -94,7 +95,7 @@ first() {  # COUNT FILE NEW: writes the first lines of a file
 }
 
 # the flags that search
-BM25="--retrieval_method bm25 --k1 1.5 --b 0.75 --index $OUT/bm25.index"
+BM25="--retrieval_method bm25 --k1 1.5 --b 0.75"
 UNTAUGHT="--query_encoder $MINILM --index $OUT/minilm.index"
 use() {  # NAME: with a trained retriever
     echo "--query_encoder $OUT/$1 --version none --index $OUT/$1.index"
@@ -103,9 +104,9 @@ use() {  # NAME: with a trained retriever
 # ---------------------------------------------------------------- retrievers
 
 train_retrievers() {
-    train pairs "$DOCS/pairs.jsonl" "$MINILM" $PAIRED --epochs 1
+    train pairs "$DOCS/pairs.jsonl" "$MINILM" $PAIRED
     measure pairs $(use pairs)
-    mine bm25 "$DOCS/labelled.jsonl" $BM25
+    mine bm25 "$DOCS/labelled.jsonl" $BM25 --index "$OUT/bm25.index"
     train dpr1 "$DOCS/labelled.neg.bm25.jsonl" "$MINILM" $LABELLED
     measure dpr1 $(use dpr1)
     mine dpr1 "$DOCS/labelled.jsonl" $(use dpr1)
@@ -115,7 +116,8 @@ train_retrievers() {
     # the questions alone are too few for a ranker, and with only the first hits as negatives it
     # learns that what is similar is wrong
     first "$RANKER_PAIRS" "$DOCS/pairs.jsonl" "$OUT/some-pairs.jsonl"
-    CORPUS=$DOCS/rests.jsonl mine rests "$OUT/some-pairs.jsonl" --hits 50 ${BM25/bm25.index/rests.index}
+    CORPUS=$DOCS/rests.jsonl mine rests "$OUT/some-pairs.jsonl" --hits 50 $BM25 \
+        --index "$OUT/rests.index"
     mine far "$DOCS/labelled.jsonl" --hits 200 --max_neg_num 200 $(use dpr2)
     train ranker "$OUT/some-pairs.neg.rests.jsonl $DOCS/labelled.neg.far.jsonl" "$MINILM" \
         --ranker $RANKED
@@ -164,11 +166,10 @@ teach_and_read() {
     teach_by_likelihood lsr "$MINILM" "$OUT/minilm.taught.jsonl" --model_name_or_path "$SMOLLM" \
         --template "$scored"
 
-    local untrained="--max_length 400"
-    answer untrained "$SMOLLM" "$OUT/minilm.$SPLIT.jsonl" $untrained --num_contexts 0 1 3 5 \
-        --prompt_template "$prompt"
-    answer untrained-gold "$SMOLLM" "$DOCS/gold.$SPLIT.jsonl" $untrained --num_contexts 1 \
-        --prompt_template "$prompt" --passage_weights equal
+    local untrained=(--max_length 400 --prompt_template "$prompt")
+    answer untrained "$SMOLLM" "$OUT/minilm.$SPLIT.jsonl" "${untrained[@]}" --num_contexts 0 1 3 5
+    answer untrained-gold "$SMOLLM" "$DOCS/gold.$SPLIT.jsonl" "${untrained[@]}" --num_contexts 1 \
+        --passage_weights equal
     train_reader reader "$SMOLLM" minilm
     answer reader "$OUT/reader" "$OUT/minilm.$SPLIT.jsonl" --num_contexts 0 1 3 5
     answer reader-gold "$OUT/reader" "$DOCS/gold.$SPLIT.jsonl" --num_contexts 1 \
@@ -189,17 +190,14 @@ row() {  # NAME MEASURES: a row of a table
 }
 
 SECONDS=0
-need_disk 4 "$OUT"
+need_disk 6 "$OUT"
 stage docs $PYTHON "$ROOT/toy/python_docs.py" --out "$DOCS"
 stage models $PYTHON "$ROOT/toy/real_models.py" --out "$OUT"
-export OMP_NUM_THREADS=$(nproc)
-measure bm25 $BM25
+export OMP_NUM_THREADS=$ALONE
+measure bm25 $BM25 --index "$OUT/bm25.index"
 measure minilm $UNTAUGHT
-stage fused-$SPLIT $LAUNCH "$ROOT/retrieve.py" --retrieval_method fuse --corpus "$CORPUS" \
-    --eval_data "$DOCS/$SPLIT.jsonl" --results "$OUT/bm25.$SPLIT.trec" "$OUT/minilm.$SPLIT.trec" \
-    --hits "$HITS" --metrics recall mrr --cutoffs 1 5 20 --qrels "qrels=$DOCS/qrels.$SPLIT.tsv" \
-    --measures "$OUT/fused.$SPLIT.json"
-export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
+measure fused --retrieval_method fuse --results "$OUT/bm25.$SPLIT.trec" "$OUT/minilm.$SPLIT.trec"
+export OMP_NUM_THREADS=$BESIDE
 run_both train_retrievers teach_and_read
 
 ROWS=()

@@ -30,8 +30,8 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from records.files import new_file
 from utils import InputError, Parser, run_script
+from world import write_lines, write_qrels
 
 QUESTIONS = Path(__file__).resolve().parent / "python_questions.jsonl"
 SPLITS = ("train", "dev", "test", "check")
@@ -205,7 +205,6 @@ def write_questions(out, split, questions, documents):
     """
     indices = {document["id"]: index for index, document in enumerate(documents)}
     plain, with_gold, labelled = [], [], []
-    qrels = ["query-id\tcorpus-id\tscore"]
     for question in questions:
         gold = [indices[name] for name in question["gold"]]
         contexts = [documents[index] for index in gold]
@@ -214,21 +213,16 @@ def write_questions(out, split, questions, documents):
         with_gold.append(record | {"ctxs": contexts})
         texts = [f"{context['title']} {context['text']}" for context in contexts]
         labelled.append(record | {"pos": texts, "pos_index": gold, "passage": contexts})
-        qrels += [f"{question['id']}\t{name}\t1" for name in question["gold"]]
     write_rows(out / f"{split}.jsonl", plain)
     write_rows(out / f"gold.{split}.jsonl", with_gold)
-    write_rows(out / f"queries.{split}.jsonl",
-               [{"_id": record["id"], "text": record["question"]} for record in plain])
-    with new_file(out / f"qrels.{split}.tsv") as file:
-        file.write("\n".join(qrels) + "\n")
     if split == "train":
         write_rows(out / "labelled.jsonl", labelled)
+    write_qrels(out, split, [question | {"ctxs": []} for question in questions])
 
 
 def write_rows(path, rows):
     """Write JSON lines."""
-    with new_file(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_lines(path, [json.dumps(row, ensure_ascii=False) for row in rows])
 
 
 def main(args):

