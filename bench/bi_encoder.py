@@ -10,14 +10,11 @@ model's own dropout; a micro-batch is --batch_size pairs.
 """
 import argparse
 import importlib.resources
-import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
-import time
 
 import sentence_transformers
 import torch
@@ -28,6 +25,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 from bench.reader import resident
+from bench.timing import describe_machine, ratio, time_rounds, write_report
 from dense.batches import tokenize
 from dense.losses import contrastive
 from dense.model import BiEncoder
@@ -137,23 +135,6 @@ class Theirs:
 
 # ---------------------------------------------------------------- speed
 
-def time_rounds(systems, rounds, call):
-    """Return {name: seconds of each round}; systems take turns, after an untimed round."""
-    times = {name: [] for name in systems}
-    for round_index in range(rounds + 1):
-        for name, system in systems.items():
-            start = time.perf_counter()
-            call(system, round_index)
-            if round_index > 0:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(times, slow, fast):
-    """Return the median over the rounds of the time of `slow` divided by that of `fast`."""
-    return statistics.median(a / b for a, b in zip(times[slow], times[fast]))
-
-
 def measure(args, path, tokenizer, device):
     """Measure and print rows of (what, name, per second, ratios); return them."""
     systems = {}
@@ -252,18 +233,12 @@ def main(args):
     if args.peak_of is not None:
         print_peak(args, path, tokenizer, device)
         return
-    machine = {"device": torch.cuda.get_device_name() if device.type == "cuda"
-               else f"{platform.machine()} cpu", "threads": torch.get_num_threads(),
-               "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-               "transformers": transformers.__version__,
-               "sentence-transformers": sentence_transformers.__version__}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    versions = {"sentence-transformers": sentence_transformers.__version__}
+    machine = describe_machine(device, **versions)
     rows = measure(args, path, tokenizer, device)
     if not args.no_memory and device.type == "cpu":
         rows.append(measure_memory(args))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": machine, "rows": rows}, file, indent=1)
+    write_report(args.json, machine, rows)
 
 
 if __name__ == "__main__":

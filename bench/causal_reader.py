@@ -19,14 +19,11 @@ the number of tokens that the table shows. Systems take turns, and ratios are me
 
 A training step is a forward and a backward pass without the optimizer's step.
 """
-import json
 import math
 import os
-import platform
 import random
 import sys
 import tempfile
-import time
 
 import torch
 import transformers
@@ -34,7 +31,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
-from bi_encoder import ratio, time_rounds
+from bench.timing import describe_machine, ratio, time_rounds, write_report
+from made_up import lognormal_of
 from reader.causal import CausalReader, pad_prompts
 from utils import InputError, Parser, run_script, start_processes
 
@@ -70,8 +68,7 @@ class Batch:
 
     def __init__(self, args, num_questions, vocabulary, device, seed):
         frame, rng = random.Random(0), random.Random(seed)
-        sigma = math.sqrt(math.log(1 + args.spread ** 2))  # of the lengths' logarithms
-        mu = math.log(args.passage_tokens) - sigma ** 2 / 2
+        mu, sigma = lognormal_of(args.passage_tokens, args.spread)
 
         def draw(count, rng=rng):
             return [rng.randrange(vocabulary) for _ in range(count)]
@@ -228,11 +225,7 @@ def main(args):
     device = start_processes(args.gpus).device
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    machine = {"device": torch.cuda.get_device_name() if device.type == "cuda"
-               else f"{platform.machine()} cpu", "threads": torch.get_num_threads(),
-               "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-               "transformers": transformers.__version__}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    machine = describe_machine(device)
     theirs, reader = open_models(args, device)
     rows = []
     if "answer" in args.modes:
@@ -240,9 +233,7 @@ def main(args):
     del theirs
     if "train" in args.modes:
         rows += measure_training(args, reader, device)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": machine, "rows": rows}, file, indent=1)
+    write_report(args.json, machine, rows)
 
 
 if __name__ == "__main__":

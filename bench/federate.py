@@ -26,7 +26,6 @@ including the updates. `share` is that of the overhead in a round with --train_s
 import importlib.resources
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -38,7 +37,6 @@ from contextlib import contextmanager, suppress
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 import torch
-import transformers
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     no_object_id_recompute,
@@ -53,6 +51,7 @@ from transformers import (
 )
 
 import federate
+from bench.timing import describe_machine, write_report
 from federated import client as client_side
 from federated.server import (
     aggregate,
@@ -359,11 +358,8 @@ def measure(args, folder):
 
 
 def main(args):
-    machine = {"device": f"{platform.machine()} cpu", "threads": torch.get_num_threads(),
-               "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-               "transformers": transformers.__version__}
-    machine["programs that want the processor"] = f"{os.getloadavg()[0]:.1f}"
-    print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    load = {"programs that want the processor": f"{os.getloadavg()[0]:.1f}"}
+    machine = describe_machine(torch.device("cpu"), **load)
     if args.folder:
         os.makedirs(args.folder, exist_ok=True)
         rows = measure(args, os.path.abspath(args.folder))
@@ -371,9 +367,7 @@ def main(args):
         with tempfile.TemporaryDirectory() as folder:
             rows = measure(args, folder)
     print_table(args, rows)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": machine, "rows": rows}, file, indent=1)
+    write_report(args.json, machine, rows)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,10 @@ ids.
     answer logits only    the same batches, with logits at the answers' positions alone
     ours                  layers.causal.score_answers
 """
-import json
-import math
 import os
-import platform
 import random
 import sys
 import tempfile
-import time
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +30,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
-from bi_encoder import ratio, time_rounds
+from bench.timing import describe_machine, ratio, time_rounds, write_report
 from layers.causal import Text, score_answers
+from made_up import lognormal_of
 from reader.causal_lm import open_causal_lm
 from utils import InputError, Parser, run_script, start_processes
 
@@ -66,8 +63,7 @@ def make_families(order, args, vocabulary, seed):
 
     order: "qa" or "question first", the template.
     """
-    sigma = math.sqrt(math.log(1 + args.spread ** 2))  # of the lengths' logarithms
-    mu = math.log(KEY_TOKENS) - sigma ** 2 / 2
+    mu, sigma = lognormal_of(KEY_TOKENS, args.spread)
     template = random.Random(0)  # all texts have the same words of the template
     head, between, tail = ([template.randrange(vocabulary) for _ in range(count)]
                            for count in (HEADS[order], BETWEEN, TAIL))
@@ -179,15 +175,9 @@ def main(args):
     device = start_processes(args.gpus).device
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    machine = {"device": torch.cuda.get_device_name() if device.type == "cuda"
-               else f"{platform.machine()} cpu", "threads": torch.get_num_threads(),
-               "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-               "transformers": transformers.__version__}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    machine = describe_machine(device)
     rows = measure(args, device)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": machine, "rows": rows}, file, indent=1)
+    write_report(args.json, machine, rows)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,12 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import transformers
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from bench.timing import wait_for
+from bench.timing import describe_machine, wait_for
 from data import Collator, pack_padded
 from layers import packed_attention, regions
 from layers import t5 as layers
@@ -493,13 +492,7 @@ def main(args):
         return
     if min(args.contexts) < 1 or args.rounds < 1 or args.batch_size < 1:
         raise InputError("--contexts, --rounds and --batch_size must be >= 1")
-    device_name = f"{platform.machine()} cpu"
-    if device.type == "cuda":
-        device_name = torch.cuda.get_device_name()
-    machine = {"device": device_name, "threads": torch.get_num_threads(),
-               "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-               "transformers": transformers.__version__, "python": platform.python_version()}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    machine = describe_machine(device, python=platform.python_version())
     regions.compile_on_gpu(True)
     rows, peaks = measure(args, device)
     for row in rows:

@@ -27,7 +27,7 @@ import transformers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
-from bi_encoder import ratio, time_rounds
+from bench.timing import ratio, time_rounds, write_report
 from dense.batches import tokenize
 from dense.model import BiEncoder
 from made_up import draw_points
@@ -351,9 +351,7 @@ def main(args):
         if args.encoded:
             compare_encoding(args, folder, rows)
         measure_indices(args, folder, rows)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": machine, "rows": rows}, file, indent=1)
+    write_report(args.json, machine, rows)
 
 
 if __name__ == "__main__":
