@@ -193,6 +193,8 @@ def distillation_loss(settings, scores, groups, teacher, temperature):
     teacher_temperature = settings.teacher_temperature
     if settings.loss == "fid-kd":
         return losses.fid_kd(own_scores, teacher, teacher_temperature, student_temperature)
+    if settings.loss == "emdr2":
+        return losses.emdr2(own_scores, teacher, teacher_temperature, student_temperature)
     if settings.stable_distill:
         return losses.stable_distillation(scores, groups, teacher, teacher_temperature)
     return losses.distillation(own_scores, teacher, teacher_temperature, student_temperature)

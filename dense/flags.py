@@ -149,7 +149,7 @@ def add_model_flags(parser):
 def add_loss_flags(parser):
     """Add the flags of the loss, and of the keys that it compares."""
     add = parser.add_argument_group("loss").add_argument
-    add("--loss", choices=["infonce", "kl", "fid-kd"],
+    add("--loss", choices=["infonce", "kl", "fid-kd", "emdr2"],
         help="train with only this loss; default: the weighted sum of InfoNCE and, for records "
         "with teacher scores, distillation")
     add("--contrastive_weight", type=float, default=0.2,
@@ -159,8 +159,8 @@ def add_loss_flags(parser):
     add("--teacher_temperature", type=float, default=1.0,
         help="divide teacher scores or labels by this")
     add("--student_temperature", type=float,
-        help="divide the model's scores by this in distillation. With --loss kl or fid-kd it "
-        "replaces --cos_temperature. Without --loss, cosines are divided by both, as in "
+        help="divide the model's scores by this in distillation. With --loss kl, fid-kd or emdr2 "
+        "it replaces --cos_temperature. Without --loss, cosines are divided by both, as in "
         "LLM-Embedder; default: --cos_temperature for cosines, else the checkpoint's value, else 1")
     add("--stable_distill", default=False,
         help="use LLM-Embedder's stabilized distillation", **SWITCH)

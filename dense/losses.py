@@ -60,6 +60,18 @@ def fid_kd(scores, reader_scores, teacher_temperature=1.0, student_temperature=1
                         student_temperature) / scores.shape[1]
 
 
+def emdr2(scores, log_likelihoods, teacher_temperature=1.0, student_temperature=1.0):
+    """Return -log p(answer | query) with the retrieved key as a hidden variable: the sum over a
+    query's own group of p(key | query) p(answer | query, key) (EMDR2, arXiv 2106.05346; Atlas,
+    arXiv 2208.03299, section 2.2).
+
+    Its gradient is that of KL from p(key | query, answer), a teacher that weighs a key by what the
+    student thought of it before. scores, log_likelihoods (Q, G).
+    """
+    log_student = torch.log_softmax(scores / student_temperature, -1)
+    return -(log_student + log_likelihoods / teacher_temperature).logsumexp(-1).mean()
+
+
 def mark_copies(identities, positives):
     """Return (B, K) bool, True where a key is one of a query's positives.
 

@@ -63,7 +63,7 @@ class TaskSettings:
     @property
     def only_distills(self):
         """Return whether --loss names a distillation, so that no positives are needed."""
-        return self.loss in ("kl", "fid-kd")
+        return self.loss in ("kl", "fid-kd", "emdr2")
 
     @property
     def distills(self):
@@ -100,7 +100,7 @@ class DataSettings:
 class Target(Enum):
     """Name the target of training on a dataset."""
     POSITIVES = "InfoNCE, alone or with distillation"
-    TEACHER = "distillation alone: --loss kl or fid-kd"
+    TEACHER = "distillation alone: --loss kl, fid-kd or emdr2"
     GRADED = "the labels of --graded"
 
 

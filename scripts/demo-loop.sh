@@ -92,15 +92,15 @@ teach_with_labels() {
     . "$ROOT/scripts/stages.sh"
     TRAIN=$WORLD/labelled.json
     MODEL=$OUT/start
-    RANKER_MODEL=$OUT/start
+    RANKER_MODEL=$T5  # which can read; a ranker from random weights learns nothing from so few
     OUT=$OUT/3iter
     HITS=$TEST_HITS
     NEGATIVES=20
     MINING=
     SEARCH_FLAGS="--bf16 false"
     RETRIEVER_FLAGS="$TRAINED --group_size 4 --epochs 3"
-    RANKER_FLAGS="$TRAINED --group_size 8 --epochs 3"
-    DISTILLED_FLAGS="$TRAINED --group_size 4 --epochs 3 --contrastive_weight 1"
+    RANKER_FLAGS="$TRAINED --lr 5e-4 --batch_size 16 --group_size 4 --epochs 3"
+    DISTILLED_FLAGS="$TRAINED --group_size 8 --epochs 3 --contrastive_weight 1 --stable_distill"
     . "$ROOT/scripts/3iter.sh"
     for name in retriever1 retriever2 retriever3; do
         for split in train dev test; do
@@ -142,7 +142,8 @@ row "FiD-KD, round 2" fid-kd retrieval2 em2
 row "LSR, round 2" lsr retrieval2 em2
 row "DPR, BM25's negatives" 3iter retriever1 retriever1.em
 row "DPR, mined negatives" 3iter retriever2 retriever2.em
-row "distilled from a ranker" 3iter retriever3 retriever3.em
+ROWS+=("a ranker of its first 20=$WORK/{seed}/3iter/ranker.json")
+row "distilled from the ranker" 3iter retriever3 retriever3.em
 ROWS+=("the gold passages=$WORK/{seed}/gold/gold.em.json")
 $PYTHON "$ROOT/scripts/table.py" --columns $COLUMNS em --seeds $SEEDS --json "$WORK/table.json" \
     "${ROWS[@]}"

@@ -50,6 +50,22 @@ def test_distillation_is_kl_and_zero_for_equal_scores():
                                (p * (p / q).log()).sum())
 
 
+def test_emdr2_is_the_answers_likelihood_over_all_keys():
+    scores = torch.tensor([[1.0, 0.2, -0.5], [0.0, 2.0, 1.0]], requires_grad=True)
+    log_likelihoods = torch.tensor([[-3.0, -0.1, -5.0], [-1.0, -1.0, -1.0]])
+    prior = torch.softmax(scores / 0.5, 1)
+    likelihood = (prior * (log_likelihoods / 2).exp()).sum(1)
+    loss = losses.emdr2(scores, log_likelihoods, 2.0, 0.5)
+    torch.testing.assert_close(loss, -likelihood.log().mean())
+    # equal likelihoods say nothing about the keys
+    gradient, = torch.autograd.grad(loss, scores)
+    torch.testing.assert_close(gradient[1], torch.zeros(3))
+    # the gradient is that of KL from the keys' posterior
+    posterior = (prior.log() + log_likelihoods / 2).detach()
+    kl = losses.distillation(scores, posterior, 1.0, 0.5)
+    torch.testing.assert_close(gradient, torch.autograd.grad(kl, scores)[0])
+
+
 @pytest.mark.parametrize("loss", ["kl", "fid-kd"])
 def test_one_loss_alone_has_one_temperature(loss):  # E3
     """Cosines are divided by --student_temperature alone, not by --cos_temperature as well."""
