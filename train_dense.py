@@ -12,7 +12,8 @@ while it trains.
 
 Losses: InfoNCE over the keys of all processes (DPR, arXiv 2004.04906); distillation from teacher
 scores (LLM-Embedder, arXiv 2310.07554), from a reader's cross-attention (FiD-KD, arXiv 2012.04584)
-or from a language model's likelihood (REPLUG, arXiv 2301.12652); graded labels.
+or from a language model's likelihood (REPLUG, arXiv 2301.12652; EMDR2, arXiv 2106.05346); graded
+labels.
 
 Writes OUT (a sentence-transformers folder), OUT.jsonl (a row per report) and OUT.state (for
 --resume).

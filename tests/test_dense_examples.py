@@ -244,7 +244,7 @@ def test_teacher_scores_of_contexts(tmp_path):
         read_scored(tmp_path / "r.jsonl", [record | {"teacher_scores": [1.0]}])
 
 
-@pytest.mark.parametrize("loss", ["fid-kd", "kl"])
+@pytest.mark.parametrize("loss", ["fid-kd", "kl", "emdr2"])
 def test_a_retriever_does_not_learn_from_its_own_scores(tmp_path, loss):
     retrieved = scored_record([None, None, None])
     with pytest.raises(InputError, match="r.jsonl: no record has teacher scores; test.py --scores"):
