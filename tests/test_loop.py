@@ -186,8 +186,10 @@ def test_the_demos_stages_and_table(demo_loop):
     process, calls = demo_loop(code=7, FAIL_AT="scored.2.jsonl", SEEDS="1 2")
     assert not any("out/2/" in call for call in calls)  # the second seed does not begin
     process, more_calls = demo_loop(SEEDS="1 2")
-    table = process.stdout.splitlines()[-11:]
+    table = process.stdout.splitlines()[-12:]
     assert table[0].split() == ["recall@1", "recall@5", "recall@20", "em"]
+    ranker, = [line for line in table if line.startswith("a ranker")]
+    assert "60.00" in ranker and ranker.split()[-1] == "-"  # no reader reads its order
     assert len([line for line in table if "60.00" in line and "25.00" in line]) == 7
     assert "mean of the seeds 1, 2" in process.stdout
 
