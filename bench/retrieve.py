@@ -12,7 +12,6 @@ import argparse
 import importlib.resources
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import transformers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
-from bench.timing import ratio, time_rounds, write_report
+from bench.timing import describe_machine, ratio, time_rounds, write_report
 from dense.batches import tokenize
 from dense.model import BiEncoder
 from made_up import draw_points
@@ -336,10 +335,8 @@ def main(args):
     if args.one:
         measure_one(args, args.folder)
         return
-    machine = {"device": f"{platform.machine()} cpu", "threads": torch.get_num_threads(),
-               "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-               "faiss": faiss.__version__, "bm25s": bm25s.__version__, "numpy": np.__version__}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    machine = describe_machine(torch.device("cpu"), faiss=faiss.__version__,
+                               bm25s=bm25s.__version__, numpy=np.__version__)
     rows = []
     if args.folder:
         os.makedirs(args.folder, exist_ok=True)

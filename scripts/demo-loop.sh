@@ -92,7 +92,7 @@ teach_with_labels() {
     . "$ROOT/scripts/stages.sh"
     TRAIN=$WORLD/labelled.json
     MODEL=$OUT/start
-    RANKER_MODEL=$T5  # which can read; a ranker from random weights learns nothing from so few
+    RANKER_MODEL=$T5  # which can read; a ranker from random weights learns nothing here
     OUT=$OUT/3iter
     HITS=$TEST_HITS
     NEGATIVES=20

@@ -39,7 +39,7 @@ make_three_iterations() {  # the data and settings of scripts/3iter.sh
     CORPUS=$DATA/qa/nq/corpus.json
     MODEL=$BERT RANKER_MODEL=$T5 HITS=20 NEGATIVES=10 SEARCH_FLAGS="--bf16 false"
     RETRIEVER_FLAGS="$TOY_RETRIEVER --group_size 2 --epochs 6"
-    # the tiny T5 can read one passage; from random weights a ranker learns nothing from so few
+    # the tiny T5 can read one passage; from random weights a ranker learns nothing here
     RANKER_FLAGS="$LENGTHS --batch_size 16 --lr 5e-4 --num_warmup_steps 10 --bf16 false \
 --group_size 4 --epochs 3"
     DISTILLED_FLAGS="$TOY_RETRIEVER --group_size 4 --epochs 6 --contrastive_weight 1 --stable_distill"

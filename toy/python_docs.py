@@ -217,7 +217,7 @@ def write_questions(out, split, questions, documents):
     write_rows(out / f"gold.{split}.jsonl", with_gold)
     if split == "train":
         write_rows(out / "labelled.jsonl", labelled)
-    write_qrels(out, split, [question | {"ctxs": []} for question in questions])
+    write_qrels(out, split, questions)
 
 
 def write_rows(path, rows):

@@ -399,7 +399,8 @@ def write_qrels(out, split, records):
     for record in records:
         queries.append(json.dumps({"_id": record["id"], "text": record["question"]}))
         gold += [f"{record['id']}\t{passage_id}\t1" for passage_id in record["gold"]]
-        negatives = [context for context in record["ctxs"] if not context["has_answer"]]
+        negatives = [context for context in record.get("ctxs", [])
+                     if not context["has_answer"]]
         mined += [f"{record['id']}\t{context['id']}\t0" for context in negatives]
     write_lines(out / f"queries.{split}.jsonl", queries)
     write_lines(out / f"qrels.{split}.tsv", gold)
