@@ -434,7 +434,8 @@ def score_answers(model, families, is_packed=True):
     scores = []
     for part in split_families(families, PASS_TOKENS[model.device.type]):
         texts = [text for family in part for text in list_leaves(family)]
-        packed = pack_families([to_ids(family) for family in part], model.device)
+        # as one family: a template's instructions are common to all
+        packed = pack_families([[to_ids(family) for family in part]], model.device)
         rows, targets = [], []
         for text, text_rows in zip(texts, packed.rows):
             rows.append(text_rows[len(text.prompt) - 1:])
@@ -461,23 +462,34 @@ def to_ids(family):
 
 
 def split_families(families, most_tokens):
-    """Yield lists of families with at most `most_tokens` tokens; a larger family is split. A shared
-    prefix counts in each text.
+    """Yield lists of families that are packed together, of about `most_tokens` tokens; a larger
+    family is split. The tokens that a text shares with the text before it are not counted.
     """
-    part, num_tokens = [], 0
+    part, num_tokens, before = [], 0, []
     for family in families:
         current = []
         for member in [family] if isinstance(family, Text) else family:
-            size = sum(len(text.prompt) + len(text.answer) for text in list_leaves(member))
+            texts = [text.prompt + text.answer for text in list_leaves(member)]
+            size = count_new(texts, before)
             if num_tokens + size > most_tokens and (part or current):
                 yield part + ([current] if current else [])
                 part, current, num_tokens = [], [], 0
+                size = count_new(texts, [])
             current.append(member)
             num_tokens += size
+            before = texts[-1]
         if current:
             part.append(current)
     if part:
         yield part
+
+
+def count_new(texts, before):
+    """Return how many tokens of the texts are not shared with the text before each, for the first
+    text `before`.
+    """
+    pairs = zip(texts, [before, *texts])
+    return sum(len(text) - len(common_prefix([text, other])) for text, other in pairs)
 
 
 def log_likelihoods(logits, targets):
