@@ -182,7 +182,7 @@ trap note_redo EXIT
 PASSED=" "  # the stages that the recipe has come by
 
 stage() {  # NAME COMMAND...: runs the command, a program, unless it is done
-    local name=$1 marker=$OUT/stages/$1 state=new then= now other status=0
+    local name=$1 marker=$OUT/stages/$1 state=new then= now other status=0 start=$SECONDS
     shift
     now=$(describe_command "$@")
     if [ -e "$marker" ]; then
@@ -230,6 +230,7 @@ stage() {  # NAME COMMAND...: runs the command, a program, unless it is done
         exit $status
     fi
     mark_stage "$name" done "$now"
+    echo "   $name took $((SECONDS - start)) s"
 }
 
 # ---------------------------------------------------------------- what came out
