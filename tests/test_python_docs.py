@@ -108,7 +108,7 @@ def test_a_python_without_a_gold_document(documents):
 
 def test_the_examples_of_the_demo_are_not_asked_for(questions):
     """The prompt of an untrained reader shows two documents; they must not give answers away."""
-    recipe = (python_docs.QUESTIONS.parent.parent / "scripts" / "demo-real.sh").read_text()
+    recipe = (python_docs.QUESTIONS.parent.parent / "scripts" / "real.sh").read_text()
     examples = re.findall(r"'Documentation: ([\w.]+)\(", recipe)
     gold = {name for rows in questions.values() for row in rows for name in row["gold"]}
     assert examples == ["os.getpid", "list.index"] and not gold & set(examples)

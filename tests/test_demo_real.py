@@ -1,0 +1,97 @@
+"""scripts/demo-real.sh with a stand-in for the scripts: its stages, its tables, how it goes on."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+# notes its arguments, refuses to read what no stage has written, and writes what they name
+STAND_IN = """#!{python} -SE
+import json, os, sys
+script, *args = sys.argv[1:]
+script = os.path.basename(script)
+if script == "table.py":
+    os.execv("{python}", ["{python}", *sys.argv[1:]])
+with open("calls", "a") as file:
+    print(script, *args, file=file)
+if os.environ.get("FAIL_AT", "nothing") in " ".join(args):
+    sys.exit(7)
+measures = json.dumps({{"recall@1": 0.5, "recall@5": 0.6, "recall@20": 0.7, "mrr@20": 0.55,
+                       "em": 0.25, "f1": 0.3}})
+flags = {{flag: args[n + 1] for n, flag in enumerate(args[:-1]) if flag.startswith("--")}}
+folders = [flags[name] for name in ("--output_dir", "--index", "--out") if name in flags]
+files = [flags[name] for name in ("--output", "--trec", "--pred", "--measures") if name in flags]
+if script == "train_epoch.py":
+    folders.append(args[0])
+if script == "python_docs.py":
+    splits = ("train", "dev", "test", "gold.dev", "gold.test", "labelled", "pairs", "rests",
+              "corpus")
+    files += [os.path.join(flags["--out"], name + ".jsonl") for name in splits]
+    files += [os.path.join(flags["--out"], f"qrels.{{name}}.tsv") for name in ("dev", "test")]
+if script == "real_models.py":
+    folders += ["out/minilm", "out/smollm2"]
+if "--save_name" in flags:
+    kind = "neg" if "collate_neg" in args else "scored"
+    files.append(flags["--eval_data"][:-len("jsonl")] + kind + f".{{flags['--save_name']}}.jsonl")
+if script == "test.py" and "--num_contexts" in args:
+    counts = args[args.index("--num_contexts") + 1:]
+    counts = [count for count in counts[:4] if count.isdigit()]
+    if len(counts) > 1:
+        files += [flags["--measures"][:-len("json")] + count + ".json" for count in counts]
+for path in args:
+    path = path.removeprefix("qrels=")
+    if path.startswith("out/") and path not in folders + files and not os.path.exists(path):
+        sys.exit(f"{{path}} is read before it is written")
+for folder in folders:
+    os.makedirs(folder, exist_ok=True)
+for path in files:
+    with open(path, "w") as file:
+        file.write(measures + "\\n")
+"""
+
+
+@pytest.fixture
+def demo_real(tmp_path):
+    """A function(code=0, **settings) that runs the recipe and returns (its output, the calls of
+    scripts).
+    """
+    stand_in = tmp_path / "stand-in"
+    stand_in.write_text(STAND_IN.format(python=sys.executable))
+    stand_in.chmod(0o755)
+
+    def start(code=0, **settings):
+        (tmp_path / "calls").write_text("")
+        env = os.environ | {"PYTHON": str(stand_in), "OUT": "out", "DISK": "0"} | settings
+        process = subprocess.run(["sh", ROOT / "scripts" / "demo-real.sh"], cwd=tmp_path, env=env,
+                                 timeout=100, capture_output=True, text=True)
+        assert process.returncode == code, process.stdout + process.stderr
+        return process.stdout, (tmp_path / "calls").read_text().splitlines()
+    return start
+
+
+def test_every_stage_reads_what_an_earlier_one_wrote(demo_real):
+    output, calls = demo_real()
+    for row in ("distilled from the ranker", "LSR, EMDR2", "alternated, 3 passages"):
+        assert len([line for line in output.splitlines() if line.startswith(row)]) == 1
+    assert calls[-1].startswith("ask.py out/1/reader2")
+
+    # on another split the models are measured, and none is trained or scored again
+    _, calls = demo_real(SPLIT="dev")
+    assert {call.split()[0] for call in calls} == {"retrieve.py", "test.py", "ask.py"}
+    assert not any("test.jsonl" in call for call in calls)
+
+
+def test_it_goes_on_with_the_seeds(demo_real):
+    _, calls = demo_real(code=7, FAIL_AT="--loss emdr2")
+    _, more_calls = demo_real(SEEDS="1 2 3")
+    trained = [call for call in calls + more_calls if call.startswith("train_dense.py")]
+    assert len([call for call in trained if "--output_dir out/1/lsr " in call]) == 2  # once failed
+
+    # of the other seeds only what takes minutes, and no label is in what the language model teaches
+    assert len([call for call in trained if "out/2/" in call]) == 5
+    assert not any("ranker" in call or "reader" in call for call in more_calls if "out/2/" in call)
+    for call in trained:
+        if "/lsr" in call.split()[2]:
+            assert "labelled" not in call and "qrels" not in call and "infonce" not in call
