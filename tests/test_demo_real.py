@@ -1,4 +1,6 @@
-"""scripts/demo-real.sh with a stand-in for the scripts: its stages, its tables, how it goes on."""
+"""scripts/demo-real.sh and real-experiments.sh with a stand-in for the scripts: their stages, their
+tables, how they go on.
+"""
 import os
 import subprocess
 import sys
@@ -26,10 +28,11 @@ files = [flags[name] for name in ("--output", "--trec", "--pred", "--measures") 
 if script == "train_epoch.py":
     folders.append(args[0])
 if script == "python_docs.py":
-    splits = ("train", "dev", "test", "gold.dev", "gold.test", "labelled", "pairs", "rests",
-              "corpus")
+    splits = ("train", "dev", "test", "check", "gold.dev", "gold.test", "labelled", "pairs",
+              "rests", "corpus")
     files += [os.path.join(flags["--out"], name + ".jsonl") for name in splits]
-    files += [os.path.join(flags["--out"], f"qrels.{{name}}.tsv") for name in ("dev", "test")]
+    splits = ("train", "dev", "test", "check")
+    files += [os.path.join(flags["--out"], f"qrels.{{name}}.tsv") for name in splits]
 if script == "real_models.py":
     folders += ["out/minilm", "out/smollm2"]
 if "--save_name" in flags:
@@ -54,17 +57,17 @@ for path in files:
 
 @pytest.fixture
 def demo_real(tmp_path):
-    """A function(code=0, **settings) that runs the recipe and returns (its output, the calls of
-    scripts).
+    """A function(code=0, recipe=..., **settings) that runs the recipe and returns (its output, the
+    calls of scripts).
     """
     stand_in = tmp_path / "stand-in"
     stand_in.write_text(STAND_IN.format(python=sys.executable))
     stand_in.chmod(0o755)
 
-    def start(code=0, **settings):
+    def start(code=0, recipe="demo-real.sh", **settings):
         (tmp_path / "calls").write_text("")
         env = os.environ | {"PYTHON": str(stand_in), "OUT": "out", "DISK": "0"} | settings
-        process = subprocess.run(["sh", ROOT / "scripts" / "demo-real.sh"], cwd=tmp_path, env=env,
+        process = subprocess.run(["sh", ROOT / "scripts" / recipe], cwd=tmp_path, env=env,
                                  timeout=100, capture_output=True, text=True)
         assert process.returncode == code, process.stdout + process.stderr
         return process.stdout, (tmp_path / "calls").read_text().splitlines()
@@ -95,3 +98,12 @@ def test_it_goes_on_with_the_seeds(demo_real):
     for call in trained:
         if "/lsr" in call.split()[2]:
             assert "labelled" not in call and "qrels" not in call and "infonce" not in call
+
+
+def test_experiments(demo_real):
+    demo_real(code=1, recipe="real-experiments.sh")  # without the demo
+    demo_real()
+    output, calls = demo_real(recipe="real-experiments.sh", BIG="yes")
+    for row in ("EMDR2, check", "demo-real's ranker", "all first sentences", "trained, 3 at 0.01"):
+        assert len([line for line in output.splitlines() if line.startswith(row)]) == 1
+    assert not any("--output_dir out/1/" in call for call in calls)
