@@ -50,7 +50,8 @@ def count_first(path, qrels, temperature):
             likelihoods = record["teacher_scores"]
         except KeyError as error:
             raise InputError(f"{location}: {error} is missing; give the records that lm_score.py "
-                             "wrote for retrieve.py --output, and the qrels of their questions")
+                             "wrote for retrieve.py --output, and the qrels of their questions"
+                             ) from None
         if not any(is_gold):
             continue
         products = [a + b for a, b in zip(scores, likelihoods)]

@@ -1,13 +1,14 @@
 """scripts/demo-real.sh and real-experiments.sh with a stand-in for the scripts: their stages, their
 tables, how they go on.
 """
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, run
 
 # notes its arguments, refuses to read what no stage has written, and writes what they name
 STAND_IN = """#!{python} -SE
@@ -107,3 +108,21 @@ def test_experiments(demo_real):
     for row in ("EMDR2, check", "demo-real's ranker", "all first sentences", "trained, 3 at 0.01"):
         assert len([line for line in output.splitlines() if line.startswith(row)]) == 1
     assert not any("--output_dir out/1/" in call for call in calls)
+
+
+def test_teachers(tmp_path):
+    def record(number, kind, *likelihoods):
+        contexts = [{"id": "gold", "score": 0.5}, {"id": "other", "score": 0.4 + 0.2 * number}]
+        return {"id": f"q{number}", "kind": kind, "ctxs": contexts, "teacher_scores": likelihoods}
+
+    records = [record(0, "task", -1, -2), record(0, "task", -4, -3.5), record(1, "task", -1, -9)]
+    (tmp_path / "scored.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "qrels.tsv").write_text("q0 0 gold 1\nq1 0 gold 1\n")
+    command = ["bench/teachers.py", tmp_path / "scored.jsonl", "--qrels", tmp_path / "qrels.tsv"]
+    lines = run(*command)[0].splitlines()
+    # a difference of 0.1 between scores is one of 2 between their logarithms
+    assert lines[-1].split() == ["task", "3", "2", "2", "3"]
+
+    del records[1]["teacher_scores"]
+    (tmp_path / "scored.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert "scored.jsonl:2: 'teacher_scores' is missing" in run(*command, code=1)[1]
