@@ -53,7 +53,7 @@ rank() {  # NAME RECORDS FLAGS...: trains a ranker, which reorders the candidate
 
 train_rankers() {
     local dpr2="--query_encoder $TRAINED_HERE/dpr2 --version none --index $TRAINED_HERE/dpr2.index"
-    local far=$TRAINED_HERE/labelled.neg.far.jsonl sentences=$TRAINED_HERE/some-pairs
+    local far=$TRAINED_HERE/labelled.neg.far.jsonl
     measure candidates $dpr2
 
     # can it learn at all, and at which rate
@@ -64,10 +64,11 @@ train_rankers() {
     link "$DOCS/labelled.jsonl" "$OUT/labelled.jsonl"
     mine near "$OUT/labelled.jsonl" $dpr2
     rank ranker-near "$OUT/labelled.neg.near.jsonl" --epochs 2
-    link "$sentences.jsonl" "$OUT/some-pairs.jsonl"
+    link "$TRAINED_HERE/some-pairs.jsonl" "$OUT/some-pairs.jsonl"
     mine whole "$OUT/some-pairs.jsonl" $BM25 --index "$WORK/bm25.index"
     rank ranker-whole "$OUT/some-pairs.neg.whole.jsonl"
-    rank ranker-far "$sentences.neg.rests.jsonl $far"
+    measure ranker --retrieval_method rank --ranker --query_encoder "$TRAINED_HERE/ranker" \
+        --results "$OUT/candidates.dev.trec"
     if [ "${BIG:-no}" = yes ]; then
         link "$DOCS/pairs.jsonl" "$OUT/pairs.jsonl"
         CORPUS=$DOCS/rests.jsonl mine rests "$OUT/pairs.jsonl" --hits 50 $BM25 \
@@ -115,7 +116,7 @@ for SPLIT in dev test check; do
 done
 ROWS=("the order of DPR=$OUT/candidates.dev.json" "negatives of 20=$OUT/ranker-near.dev.json" \
     "first sentences, whole docstrings=$OUT/ranker-whole.dev.json" \
-    "demo-real's ranker=$OUT/ranker-far.dev.json")
+    "demo-real's ranker=$OUT/ranker.dev.json")
 [ "${BIG:-no}" = no ] || ROWS+=("all first sentences=$OUT/ranker-big.dev.json")
 table "recall@1 mrr@20" "${ROWS[@]}"
 ROWS=("no examples=$OUT/gold-plain.dev.json" "two examples=$OUT/gold-examples.dev.json" \
