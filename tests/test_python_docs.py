@@ -1,12 +1,25 @@
 """The corpus of the standard library's docstrings and the questions about it."""
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 
 import pytest
 
 import python_docs
+from conftest import ROOT, run
 from utils import InputError
+
+# in an interpreter that has none of the packages
+LIST = """
+import json, sys, types
+stub = types.SimpleNamespace(new_file=None, InputError=None, Parser=None, run_script=None)
+sys.modules.update({"records.files": stub, "utils": stub, "records": stub})
+import python_docs
+print(json.dumps(python_docs.list_documents()))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +40,22 @@ def test_documents_have_a_name_a_signature_and_a_text(documents):
         words = document["text"].split()
         assert python_docs.MIN_WORDS <= len(words) <= python_docs.MAX_WORDS
         assert " at 0x" not in document["title"]  # an address changes at every run
-    assert list(documents.values()) == python_docs.list_documents()
+
+
+def test_another_installation_has_the_same_documents(tmp_path):
+    run("toy/python_docs.py", "--out", tmp_path / "docs")  # next to torch and transformers
+    lines = (tmp_path / "docs" / "corpus.jsonl").read_text().splitlines()
+    documents = {document["id"]: document for document in map(json.loads, lines)}
+
+    python = tmp_path / "other-python"
+    python.symlink_to(os.path.realpath(sys.executable))
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "toy"), "PYTHONHASHSEED": "7",
+           "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "TZ": "Asia/Tokyo", "COLUMNS": "200"}
+    done = subprocess.run([python, "-W", "ignore", "-c", LIST], cwd=tmp_path, env=env, check=True,
+                          capture_output=True, text=True)
+    others = {document["id"]: document for document in json.loads(done.stdout)}
+    assert list(others) == list(documents)
+    assert [name for name in others if others[name] != documents[name]] == []
 
 
 def test_what_each_split_has(questions):

@@ -12,15 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import python_docs
 import real_models
 from conftest import ROOT, TOKENIZER, run
-
-# without torch, which only the interpreter of the tests has
-LIST = """
-import json, sys, types
-stub = types.SimpleNamespace(new_file=None, InputError=None, Parser=None, run_script=None)
-sys.modules.update({"records.files": stub, "utils": stub, "records": stub})
-import python_docs
-print(json.dumps({d["id"]: d["title"] + " " + d["text"] for d in python_docs.list_documents()}))
-"""
+from test_python_docs import LIST
 
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
@@ -31,7 +23,10 @@ def test_gold_documents_of_every_python(version):
         pytest.skip(f"Python {version} is not installed")
     done = subprocess.run([python, "-W", "ignore", "-c", LIST], capture_output=True, text=True,
                           check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "toy")})
-    texts = {name: " ".join(text.lower().split()) for name, text in json.loads(done.stdout).items()}
+    texts = {}
+    for document in json.loads(done.stdout):
+        text = document["title"] + " " + document["text"]
+        texts[document["id"]] = " ".join(text.lower().split())
     wrong = []
     for line in python_docs.QUESTIONS.read_text().splitlines():
         question = json.loads(line)
