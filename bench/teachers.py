@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Count how often a language model's likelihood puts a gold document first, and the retriever that
-found its passages.
+"""Count how often a retriever, a language model's likelihood and their product rank a gold
+document first.
 
     python bench/teachers.py FILE.scored.NAME.jsonl --qrels qrels.tsv
 
-FILE.scored.NAME.jsonl is lm_score.py's, of records with `ctxs`. Counted are the questions with a
-gold document among their passages, by the record's field `kind`. First come
+FILE.scored.NAME.jsonl is written by lm_score.py for records with `ctxs`. Only questions with a gold
+document among their passages count, grouped by the record's field `kind`. The columns:
 
-    retriever         the highest score of the passages
-    likelihood        the highest teacher score, log p(answer | passage): KL learns from it
-    their product     the highest p(passage | question) p(answer | passage): EMDR2 learns from it
+    retriever     the scores of the passages
+    likelihood    the teacher scores, log p(answer | passage): the target of KL
+    product       p(passage | question) p(answer | passage): the target of EMDR2
 
-where p(passage | question) is the softmax of the scores divided by --retriever_temperature.
+p(passage | question) is the softmax of the scores divided by --retriever_temperature.
 """
 import os
 import sys
@@ -22,7 +22,7 @@ from records.qrels import read_qrels
 from records.reading import iterate_json
 from utils import InputError, Parser, run_script
 
-TEACHERS = ("retriever", "likelihood", "their product")
+TEACHERS = ("retriever", "likelihood", "product")
 
 
 def parse_args():
@@ -36,7 +36,8 @@ def parse_args():
 
 
 def count_first(path, qrels, temperature):
-    """Return {kind: Counter of the teachers that put a gold document first, and of "questions"}.
+    """Return {kind: Counter}, with the number of "questions" and, for each of TEACHERS, of how many
+    it ranks a gold document first.
 
     qrels: {question id: {document id: label}}. Raise InputError for a record without ctxs, ids or
     teacher_scores.

@@ -141,8 +141,8 @@ class Packed(NamedTuple):
 
 
 def pack_families(families, device):
-    """Return texts as Packed. A family is a text (a list of ids), or a list of families; the common
-    prefix of a family's texts is one segment.
+    """Return texts as Packed. A family is a text (a list of ids) or a list of families; the prefix
+    common to all its texts becomes one segment.
     """
     segments, last_segments = [], []
     for family in families:
@@ -426,15 +426,15 @@ class PackedPrompts:
 def score_answers(model, families, is_packed=True):
     """Return log p(answer | prompt) of each Text in order, summed over the answer's tokens.
 
-    families: lists of Texts, or of such lists, that are likely to have a common prefix. Without
-    `is_packed` the texts are padded (score_padded).
+    families: nested lists of Texts; those in one list should share a prefix. Without `is_packed`
+    the texts are padded (score_padded).
     """
     if not is_packed:
         return score_padded(model, [text for family in families for text in list_leaves(family)])
     scores = []
     for part in split_families(families, PASS_TOKENS[model.device.type]):
         texts = [text for family in part for text in list_leaves(family)]
-        # as one family: a template's instructions are common to all
+        # one outer family, because a template's instructions are common to all texts
         packed = pack_families([[to_ids(family) for family in part]], model.device)
         rows, targets = [], []
         for text, text_rows in zip(texts, packed.rows):
@@ -462,33 +462,36 @@ def to_ids(family):
 
 
 def split_families(families, most_tokens):
-    """Yield lists of families that are packed together, of about `most_tokens` tokens; a larger
-    family is split. The tokens that a text shares with the text before it are not counted.
+    """Yield lists of families to pack together, of about `most_tokens` tokens each. A larger family
+    is split between its members.
+
+    A prefix that a text shares with the previous one is not counted, although packing shares only
+    what a whole family has in common.
     """
-    part, num_tokens, before = [], 0, []
+    part, num_tokens, previous = [], 0, []
     for family in families:
         current = []
         for member in [family] if isinstance(family, Text) else family:
             texts = [text.prompt + text.answer for text in list_leaves(member)]
-            size = count_new(texts, before)
+            size = count_new(texts, previous)
             if num_tokens + size > most_tokens and (part or current):
                 yield part + ([current] if current else [])
                 part, current, num_tokens = [], [], 0
                 size = count_new(texts, [])
             current.append(member)
             num_tokens += size
-            before = texts[-1]
+            previous = texts[-1]
         if current:
             part.append(current)
     if part:
         yield part
 
 
-def count_new(texts, before):
-    """Return how many tokens of the texts are not shared with the text before each, for the first
-    text `before`.
+def count_new(texts, previous):
+    """Return the number of tokens in `texts`, without the prefix that each shares with the text
+    before it; `previous` comes before the first.
     """
-    pairs = zip(texts, [before, *texts])
+    pairs = zip(texts, [previous, *texts])
     return sum(len(text) - len(common_prefix([text, other])) for text, other in pairs)
 
 

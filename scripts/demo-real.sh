@@ -4,7 +4,7 @@
 #
 #   scripts/demo-real.sh                    # make demo-real
 #   SPLIT=dev scripts/demo-real.sh          # the same models on the dev questions
-#   SEEDS="1 2 3" scripts/demo-real.sh      # the spread of three seeds, where a run takes minutes
+#   SEEDS="1 2 3" scripts/demo-real.sh      # mean and spread of three seeds (retrievers only)
 #
 # The same command continues where it was stopped. Retrievers start from all-MiniLM-L6-v2, the
 # language model is SmolLM2-135M-Instruct. Both come from the package index, and the corpus from the
@@ -13,27 +13,30 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 SEEDS=${SEEDS:-1}
-READ=120            # training questions that the reader learns from
-RETAUGHT=80         # training questions whose passages the trained reader scores
-RANKER_PAIRS=1200   # first sentences that the ranker learns from, besides the questions
-RANKED_NEGATIVES=8  # documents of a question that the ranker scores for the distillation
+READER_QUESTIONS=120  # training questions that the reader learns from
+TAUGHT_QUESTIONS=80   # training questions whose passages the trained reader scores
+RANKER_PAIRS=1200     # first sentences that the ranker learns from, besides the questions
+RANKED_NEGATIVES=8    # documents per question that the ranker scores for the distillation
 . "$(dirname "$0")/real.sh"
 FIRST=${SEEDS%% *}
+LSR_DATA=$WORK/lsr.$LSR_QUESTIONS
 
 # ---------------------------------------------------------------- what needs no seed
 
-measure_untaught() {
+measure_untrained() {
     measure bm25 $BM25 --index "$WORK/bm25.index"
-    measure minilm $UNTAUGHT
-    measure fused --retrieval_method fuse --results "$OUT/bm25.$SPLIT.trec" "$OUT/minilm.$SPLIT.trec"
-    first "$TAUGHT" "$DOCS/train.jsonl" "$OUT/taught.jsonl"
-    search minilm-taught "$OUT/taught.jsonl" "$SCORED" $UNTAUGHT --output "$OUT/minilm.taught.jsonl"
+    measure minilm $MINILM_SEARCH
+    measure fused --retrieval_method fuse \
+        --results "$OUT/bm25.$SPLIT.trec" "$OUT/minilm.$SPLIT.trec"
+    take_first "$LSR_QUESTIONS" "$DOCS/train.jsonl" "$LSR_DATA.jsonl"
+    search minilm-taught "$LSR_DATA.jsonl" "$NUM_SCORED" $MINILM_SEARCH \
+        --output "$LSR_DATA.minilm.jsonl"
 }
 
 read_untrained() {
     OUT=$WORK
     local untrained=(--max_length 400 --prompt_template "$EXAMPLES$PROMPT")
-    score lsr "$SMOLLM" "$OUT/minilm.taught.jsonl" --template "$SCORE_TEMPLATE"
+    score lsr "$SMOLLM" "$LSR_DATA.minilm.jsonl" --template "$SCORE_TEMPLATE"
     answer untrained "$SMOLLM" "$OUT/minilm.$SPLIT.jsonl" "${untrained[@]}" --num_contexts 0 1 3 5
     answer untrained-gold "$SMOLLM" "$DOCS/gold.$SPLIT.jsonl" "${untrained[@]}" --num_contexts 1 \
         --passage_weights equal
@@ -42,66 +45,69 @@ read_untrained() {
 # ---------------------------------------------------------------- retrievers
 
 train_retrievers() {
-    link "$DOCS/labelled.jsonl" "$OUT/labelled.jsonl"
-    train pairs "$DOCS/pairs.jsonl" "$MINILM" $PAIRED
-    measure pairs $(use pairs)
+    link_input "$DOCS/labelled.jsonl" "$OUT/labelled.jsonl"
+    train pairs "$DOCS/pairs.jsonl" "$MINILM" $PAIR_FLAGS
+    measure pairs $(search_flags pairs)
     mine bm25 "$OUT/labelled.jsonl" $BM25 --index "$WORK/bm25.index"
-    train dpr1 "$OUT/labelled.neg.bm25.jsonl" "$MINILM" $LABELLED
-    measure dpr1 $(use dpr1)
-    mine dpr1 "$OUT/labelled.jsonl" $(use dpr1)
-    train dpr2 "$OUT/labelled.neg.dpr1.jsonl" "$MINILM" $LABELLED
-    measure dpr2 $(use dpr2)
+    train dpr1 "$OUT/labelled.neg.bm25.jsonl" "$MINILM" $DPR_FLAGS
+    measure dpr1 $(search_flags dpr1)
+    mine dpr1 "$OUT/labelled.jsonl" $(search_flags dpr1)
+    train dpr2 "$OUT/labelled.neg.dpr1.jsonl" "$MINILM" $DPR_FLAGS
+    measure dpr2 $(search_flags dpr2)
 }
 
-train_by_likelihood() {  # by what the language model says of MiniLM's passages
-    local scored=$WORK/minilm.taught.scored.lsr.jsonl
-    train lsr-kl "$scored" "$MINILM" $LSR --loss kl
-    measure lsr-kl $(use lsr-kl)
-    train lsr "$scored" "$MINILM" $LSR --loss emdr2
-    measure lsr $(use lsr)
+train_by_likelihood() {  # on the language model's likelihoods, given MiniLM's passages
+    local scored=$LSR_DATA.minilm.scored.lsr.jsonl
+    train lsr-kl "$scored" "$MINILM" $LSR_FLAGS --loss kl
+    measure lsr-kl $(search_flags lsr-kl)
+    train lsr-emdr2 "$scored" "$MINILM" $LSR_FLAGS --loss emdr2
+    measure lsr-emdr2 $(search_flags lsr-emdr2)
 }
 
 train_ranker() {
-    # the questions alone are too few for a ranker, and with only the first hits as negatives it
-    # learns that what is similar is wrong
-    first "$RANKER_PAIRS" "$DOCS/pairs.jsonl" "$OUT/some-pairs.jsonl"
-    CORPUS=$DOCS/rests.jsonl mine rests "$OUT/some-pairs.jsonl" --hits 50 $BM25 \
-        --index "$OUT/rests.index"
-    mine far "$OUT/labelled.jsonl" --hits 200 --max_neg_num 200 $(use dpr2)
-    train ranker "$OUT/some-pairs.neg.rests.jsonl $OUT/labelled.neg.far.jsonl" "$MINILM" \
-        --ranker $RANKED
+    # 400 questions are too few for a ranker; and if all negatives are top hits, it learns that
+    # similar means wrong
+    local pairs=$OUT/pairs.$RANKER_PAIRS
+    take_first "$RANKER_PAIRS" "$DOCS/pairs.jsonl" "$pairs.jsonl"
+    CORPUS=$DOCS/rests.jsonl mine rests "$pairs.jsonl" --hits 50 $BM25 --index "$OUT/rests.index"
+    mine top200 "$OUT/labelled.jsonl" --hits 200 --max_neg_num 200 $(search_flags dpr2)
+    train ranker "$pairs.neg.rests.jsonl $OUT/labelled.neg.top200.jsonl" "$MINILM" $RANKER_FLAGS
     local rank="--retrieval_method rank --ranker --query_encoder $OUT/ranker"
     measure ranker $rank --results "$OUT/dpr2.$SPLIT.trec"
-    mine near "$OUT/labelled.jsonl" --max_neg_num "$RANKED_NEGATIVES" $(use dpr2)
+    mine top "$OUT/labelled.jsonl" --max_neg_num "$RANKED_NEGATIVES" $(search_flags dpr2)
     stage ranker-scores $LAUNCH "$ROOT/retrieve.py" $rank \
-        --eval_data "$OUT/labelled.neg.near.jsonl" --metrics collate_score --save_name ranker
-    train distilled "$OUT/labelled.neg.near.scored.ranker.jsonl" "$MINILM" $DISTILLED
-    measure distilled $(use distilled)
+        --eval_data "$OUT/labelled.neg.top.jsonl" --metrics collate_score --save_name ranker
+    train distilled "$OUT/labelled.neg.top.scored.ranker.jsonl" "$MINILM" $DISTILL_FLAGS
+    measure distilled $(search_flags distilled)
 }
 
 # ---------------------------------------------------------------- the reader
 
-train_reader() {  # NAME START RETRIEVER INDEX: on gold documents and what the retriever finds
-    stage "$1" $LAUNCH "$ROOT/train_epoch.py" "$OUT/$1" "$OUT/read.jsonl" "$OUT/chosen.jsonl" \
+# on the gold document and one retrieved passage per question
+train_reader() {  # NAME START RETRIEVER INDEX
+    local questions=$OUT/reader.$READER_QUESTIONS.jsonl
+    take_first "$READER_QUESTIONS" "$DOCS/labelled.jsonl" "$questions"
+    take_first 16 "$DOCS/dev.jsonl" "$OUT/reader-dev.jsonl"
+    stage "$1" $LAUNCH "$ROOT/train_epoch.py" "$OUT/$1" "$questions" "$OUT/reader-dev.jsonl" \
         --t5_name "$2" --retriever "$3" --corpus "$CORPUS" --index "$4" --num_retrieved 1 \
-        --prompt_template "$PROMPT" --seed "$SEED" $TRAINED --resume
+        --prompt_template "$PROMPT" --seed "$SEED" $READER_FLAGS --resume
 }
 
 read_trained() {
-    first "$READ" "$DOCS/labelled.jsonl" "$OUT/read.jsonl"
-    first 16 "$DOCS/dev.jsonl" "$OUT/chosen.jsonl"
     train_reader reader "$SMOLLM" "$MINILM" "$WORK/minilm.index"
     answer reader "$OUT/reader" "$WORK/minilm.$SPLIT.jsonl" --num_contexts 0 1 3
     answer reader-gold "$OUT/reader" "$DOCS/gold.$SPLIT.jsonl" --num_contexts 1 \
         --passage_weights equal
 }
 
-alternate() {  # one round: the trained reader teaches the retriever, and goes on with it
-    first "$RETAUGHT" "$WORK/taught.jsonl" "$OUT/retaught.jsonl"
-    search lsr-retaught "$OUT/retaught.jsonl" "$SCORED" $(use lsr) --output "$OUT/lsr.retaught.jsonl"
-    score alternated "$OUT/reader" "$OUT/lsr.retaught.jsonl"
-    train alternated "$OUT/lsr.retaught.scored.alternated.jsonl" "$OUT/lsr" $LSR --loss emdr2
-    measure alternated $(use alternated)
+alternate() {  # one round: the trained reader teaches the retriever, then learns from its passages
+    local taught=$OUT/taught.$TAUGHT_QUESTIONS
+    take_first "$TAUGHT_QUESTIONS" "$DOCS/train.jsonl" "$taught.jsonl"
+    search lsr-taught "$taught.jsonl" "$NUM_SCORED" $(search_flags lsr-emdr2) \
+        --output "$taught.lsr.jsonl"
+    score alternated "$OUT/reader" "$taught.lsr.jsonl"
+    train alternated "$taught.lsr.scored.alternated.jsonl" "$OUT/lsr-emdr2" $LSR_FLAGS --loss emdr2
+    measure alternated $(search_flags alternated)
     train_reader reader2 "$OUT/reader" "$OUT/alternated" "$OUT/alternated.index"
     answer reader2 "$OUT/reader2" "$OUT/alternated.$SPLIT.jsonl" --num_contexts 1 3
 }
@@ -111,9 +117,9 @@ alternate() {  # one round: the trained reader teaches the retriever, and goes o
 SECONDS=0
 need_disk 6 "$WORK"
 make_data
-export OMP_NUM_THREADS=$ALONE
-measure_untaught
-export OMP_NUM_THREADS=$BESIDE
+export OMP_NUM_THREADS=$ALL_THREADS
+measure_untrained
+export OMP_NUM_THREADS=$HALF_THREADS
 for SEED in $SEEDS; do
     OUT=$WORK/$SEED
     mkdir -p "$OUT"
@@ -140,7 +146,7 @@ row "DPR, mined negatives" {seed}/dpr2.$SPLIT
 row "a ranker of DPR's $HITS" $FIRST/ranker.$SPLIT
 row "distilled from the ranker" $FIRST/distilled.$SPLIT
 row "LSR, KL" {seed}/lsr-kl.$SPLIT
-row "LSR, EMDR2" {seed}/lsr.$SPLIT
+row "LSR, EMDR2" {seed}/lsr-emdr2.$SPLIT
 row "LSR, the trained reader" $FIRST/alternated.$SPLIT
 $PYTHON "$ROOT/scripts/table.py" --columns recall@1 recall@5 recall@20 mrr@20 --seeds $SEEDS \
     --json "$WORK/retrieval.$SPLIT.json" "${ROWS[@]}"
@@ -161,8 +167,8 @@ $PYTHON "$ROOT/scripts/table.py" --columns em f1 --json "$WORK/reading.$SPLIT.js
 echo "== $((SECONDS / 60)) min $((SECONDS % 60)) s"
 
 OUT=$WORK/$FIRST
-$PYTHON "$ROOT/ask.py" "$OUT/reader2" --corpus "$CORPUS" $(use alternated) --num_contexts 3 \
-    --show 2 <<END
+$PYTHON "$ROOT/ask.py" "$OUT/reader2" --corpus "$CORPUS" $(search_flags alternated) \
+    --num_contexts 3 --show 2 <<END
 How do I get the part of a file's name after the last dot?
 What happens if I remove an item that is not in a set?
 run a function again and again, at a fixed interval

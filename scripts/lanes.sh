@@ -2,6 +2,7 @@
 
 run_both() {  # FUNCTION FUNCTION: side by side; ends the recipe if one of them fails
     local first second status=0
+    redo_stages
     ("$1") 2>&1 | sed -u "s/^/$1 | /" &
     first=$!
     ("$2") 2>&1 | sed -u "s/^/$2 | /" &
@@ -11,5 +12,5 @@ run_both() {  # FUNCTION FUNCTION: side by side; ends the recipe if one of them 
     [ $status = 0 ] || exit $status
 }
 
-# a job in the background would not hear an interrupt
+# a script's background jobs ignore SIGINT, so it is passed on to them
 trap 'trap - INT TERM; kill 0' INT TERM

@@ -1,6 +1,5 @@
-# The settings and the stages of the real models, which scripts/demo-real.sh and
-# scripts/real-experiments.sh share by sourcing this file. Everything lies in WORK; OUT, the folder of
-# the stages that run, is WORK or one of its folders.
+# Settings and stages that scripts/demo-real.sh and scripts/real-experiments.sh share by sourcing
+# this file. All files are in WORK. OUT is the folder of the current stages: WORK or a folder in it.
 SPLIT=${SPLIT:-test}
 WORK=${OUT:-out/real}
 OUT=$WORK
@@ -8,29 +7,31 @@ PYTHON=${PYTHON:-python}
 LAUNCH=${LAUNCH:-$PYTHON}
 GPUS=
 export HF_HUB_OFFLINE=1
-ALONE=${OMP_NUM_THREADS:-$(nproc)}                       # threads of a stage that runs alone
-BESIDE=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}       # threads of each of two stages
+ALL_THREADS=${OMP_NUM_THREADS:-$(nproc)}                      # of a stage that runs alone
+HALF_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}      # of each of two stages side by side
 . "$(dirname "$0")/stages.sh"
 . "$ROOT/scripts/lanes.sh"
+need_choice SPLIT dev test check
 DOCS=$WORK/docs
 CORPUS=$DOCS/corpus.jsonl
 MINILM=$WORK/minilm
 SMOLLM=$WORK/smollm2
-HITS=20      # documents that are measured, mined and reordered
-SCORED=10    # passages of a question that the language model scores
-TAUGHT=200   # training questions whose passages it scores
+HITS=20            # documents to measure, mine and reorder per question
+NUM_SCORED=10      # passages per question for the language model to score
+LSR_QUESTIONS=200  # training questions whose passages it scores
 
 LENGTHS="--query_max_length 32 --key_max_length 128"
-RETRIEVER="$LENGTHS --cos_temperature 0.05 --num_warmup_steps 5"
-PAIRED="$RETRIEVER --lr 3e-5 --batch_size 64 --group_size 1 --epochs 1"
-LABELLED="$RETRIEVER --lr 1e-4 --batch_size 32 --group_size 2 --epochs 2 --mask_duplicates"
-DISTILLED="$RETRIEVER --lr 1e-4 --batch_size 32 --group_size 4 --epochs 2 --mask_duplicates"
-RANKED="--query_max_length 32 --key_max_length 64 --lr 3e-4 --num_warmup_steps 10 --batch_size 16 \
---group_size 4 --epochs 1"
-LSR="$LENGTHS --lr 5e-5 --num_warmup_steps 2 --batch_size 16 --group_size $SCORED --epochs 2 \
---student_temperature 0.05 --teacher_temperature 1"
+RETRIEVER_FLAGS="$LENGTHS --cos_temperature 0.05 --num_warmup_steps 5"
+PAIR_FLAGS="$RETRIEVER_FLAGS --lr 3e-5 --batch_size 64 --group_size 1 --epochs 1"
+LABELLED="$RETRIEVER_FLAGS --lr 1e-4 --batch_size 32 --epochs 2 --mask_duplicates"
+DPR_FLAGS="$LABELLED --group_size 2"
+DISTILL_FLAGS="$LABELLED --group_size 4"
+RANKER_FLAGS="--ranker --query_max_length 32 --key_max_length 64 --lr 3e-4 --num_warmup_steps 10 \
+--batch_size 16 --group_size 4 --epochs 1"
+LSR_FLAGS="$LENGTHS --lr 5e-5 --num_warmup_steps 2 --batch_size 16 --group_size $NUM_SCORED \
+--epochs 2 --student_temperature 0.05 --teacher_temperature 1"
 PROMPT='Documentation: {title} {text}\nQuestion: {question}\nAnswer:'
-# two examples, whose documents no question asks for: without them the model explains at length
+# two examples, with documents that no question asks for; without them the model explains at length
 EXAMPLES='Answer the question about Python with a name or a few words from the documentation.\n\n'\
 'Documentation: os.getpid() Return the current process id.\n'\
 'Question: how do I learn the number of my running program\nAnswer: os.getpid\n\n'\
@@ -41,16 +42,16 @@ EXAMPLES='Answer the question about Python with a name or a few words from the d
 # the template of lm_score.py that agrees with the reader's prompt
 SCORE_TEMPLATE=${EXAMPLES}${PROMPT/\{title\} \{text\}/\{key\}}
 SCORE_TEMPLATE="${SCORE_TEMPLATE/\{question\}/\{query\}} {answer}"
-# passages count by the softmax of their retrieval scores, as in REPLUG (section 3.2)
-ANSWER="--answer_maxlength 16 --passage_weights score --retriever_temperature 0.05"
-TRAINED="--lora 8 --lr 1e-3 --num_warmup_steps 3 --batch_size 2 --grad_accumulation 4 --epochs 1 \
---dropout 0 --max_length 128 --eval_answer_maxlength 16 --batch_size_val 16"
+# passages are weighted by the softmax of their retrieval scores, as in REPLUG (section 3.2)
+ANSWER_FLAGS="--answer_maxlength 16 --passage_weights score --retriever_temperature 0.05"
+READER_FLAGS="--lora 8 --lr 1e-3 --num_warmup_steps 3 --batch_size 2 --grad_accumulation 4 \
+--epochs 1 --dropout 0 --max_length 128 --eval_answer_maxlength 16 --batch_size_val 16"
 
-# the flags that search
-BM25="--retrieval_method bm25 --k1 1.5 --b 0.75"
-UNTAUGHT="--query_encoder $MINILM --index $WORK/minilm.index"
-use() {  # NAME: with a trained retriever
-    echo "--query_encoder $OUT/$1 --version none --index $OUT/$1.index"
+# search flags
+BM25="--retrieval_method bm25 --k1 1.5 --b 0.75 --overwrite_index"
+MINILM_SEARCH="--query_encoder $MINILM --index $WORK/minilm.index --overwrite_index"
+search_flags() {  # NAME: of a trained retriever
+    echo "--query_encoder $OUT/$1 --version none --index $OUT/$1.index --overwrite_index"
 }
 
 train() {  # NAME RECORDS START FLAGS...: a retriever or a ranker, OUT/NAME
@@ -67,7 +68,7 @@ search() {  # STAGE QUESTIONS HITS FLAGS...
         --hits "$hits" "$@"
 }
 
-measure() {  # NAME FLAGS...: of a retriever; writes OUT/NAME.SPLIT.json, .trec and .jsonl
+measure() {  # NAME FLAGS...: a retriever; writes OUT/NAME.SPLIT.json, .trec and .jsonl
     local name=$1
     shift
     search "$name-$SPLIT" "$DOCS/$SPLIT.jsonl" "$HITS" "$@" --metrics recall mrr --cutoffs 1 5 20 \
@@ -78,14 +79,14 @@ measure() {  # NAME FLAGS...: of a retriever; writes OUT/NAME.SPLIT.json, .trec 
 mine() {  # NAME RECORDS FLAGS...: RECORDS.neg.NAME.jsonl has a retriever's first hits as negatives
     local name=$1 records=$2
     shift 2
-    search "$name-negatives-$(basename "$records" .jsonl)" "$records" "$HITS" --metrics collate_neg \
-        --save_name "$name" "$@"
+    search "$name-negatives-$(basename "$records" .jsonl)" "$records" "$HITS" \
+        --metrics collate_neg --save_name "$name" "$@"
 }
 
-answer() {  # NAME READER QUESTIONS FLAGS...: EM and F1, and the answers
+answer() {  # NAME READER QUESTIONS FLAGS...: writes a reader's answers, and their EM and F1
     local name=$1 reader=$2 questions=$3
     shift 3
-    stage "$name-$SPLIT" $LAUNCH "$ROOT/test.py" "$reader" "$questions" $ANSWER "$@" \
+    stage "$name-$SPLIT" $LAUNCH "$ROOT/test.py" "$reader" "$questions" $ANSWER_FLAGS "$@" \
         --measures "$OUT/$name.$SPLIT.json" --pred "$OUT/$name.$SPLIT.jsonl"
 }
 
@@ -93,15 +94,15 @@ score() {  # NAME MODEL CONTEXTS FLAGS...: CONTEXTS.scored.NAME.jsonl has log p(
     local name=$1 model=$2 contexts=$3
     shift 3
     stage "$name-scores" $LAUNCH "$ROOT/lm_score.py" --eval_data "$contexts" --save_name "$name" \
-        --model_name_or_path "$model" --likelihood sum --key_max_length 64 "$@"
+        --model_name_or_path "$model" --likelihood sum --key_max_length 128 "$@"
 }
 
-first() {  # COUNT FILE NEW: writes the first lines of a file
+take_first() {  # COUNT FILE NEW: writes the first lines of a file
     head -n "$1" "$2" > "$3.new"
     mv -f "$3.new" "$3"
 }
 
-link() {  # FILE NEW: what is mined or scored is written beside NEW
+link_input() {  # FILE NEW: what is mined or scored is written beside NEW
     ln -sfn "$(realpath "$1")" "$2"
 }
 

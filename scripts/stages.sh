@@ -1,12 +1,12 @@
-# The stages of a recipe, which sources this file: each runs once, and the same command goes on at
-# the stage where it was stopped, also by kill -9.
+# The stages of a recipe, which sources this file. Each runs once; after an interruption, kill -9
+# included, the same command continues with the stage that was interrupted.
 #
 #   . "$(dirname "$0")/stages.sh"
 #   stage retriever $LAUNCH "$ROOT/train_dense.py" --output_dir "$OUT/retriever" ... --resume
 #
 # $OUT/stages/NAME holds a stage's state (running, done or again) and its command, a word a line. A
 # stage that was run with another command is never passed over in silence: the recipe stops, and
-# REDO=NAME runs this stage and all behind it anew. An OUT is of one recipe.
+# REDO=NAME runs this stage and all later ones again. Use one OUT per recipe.
 #
 # Before the stages a recipe reads its flags (read_flags; --toy is scripts/toy.sh) and checks inputs and
 # the disk (need_file, need_disk); at its end it compares what came out with what is published (expect,
@@ -141,10 +141,11 @@ describe_command() {  # COMMAND...: a word a line, without what may change: laun
     printf '%q\n' "${words[@]}"
 }
 
-mark_stage() {  # NAME STATE DESCRIPTION: whole or not at all
-    mkdir -p "$OUT/stages"
-    printf '%s\n' "$2" "$3" > "$OUT/stages/.writing.$1"
-    mv -f "$OUT/stages/.writing.$1" "$OUT/stages/$1"
+mark_stage() {  # MARKER STATE DESCRIPTION: whole or not at all
+    local folder=${1%/*} name=${1##*/}
+    mkdir -p "$folder"
+    printf '%s\n' "$2" "$3" > "$folder/.writing.$name"
+    mv -f "$folder/.writing.$name" "$1"
 }
 
 first_difference() {  # THEN NOW, descriptions: what differs first, a flag with its value
@@ -172,34 +173,43 @@ forget_run() {  # COMMAND...: removes the state of an earlier training: --resume
     done
 }
 
+REDO_FOLDERS=" "  # those in which redo_stages has looked for the stage REDO
+IS_REDONE=
+
+redo_stages() {  # marks the stage REDO in OUT or its folders, and all later ones, to run again
+    local marker other
+    if [ -z "${REDO:-}" ] || [[ $REDO_FOLDERS == *" $OUT "* ]]; then
+        return 0
+    fi
+    REDO_FOLDERS+="$OUT "
+    for marker in "$OUT/stages/$REDO" "$OUT"/*/stages/"$REDO"; do
+        [ -e "$marker" ] || continue
+        IS_REDONE=1
+        for other in "$OUT"/stages/* "$OUT"/*/stages/*; do
+            if [ "$other" -nt "$marker" ]; then
+                mark_stage "$other" again ""
+            fi
+        done
+        mark_stage "$marker" again ""
+    done
+}
+
 note_redo() {
-    if [ -n "${REDO:-}" ]; then
-        echo "note: this recipe did not come to a stage named $REDO, so that none is run anew" >&2
+    if [ -n "${REDO:-}" ] && [ ! "$IS_REDONE" ]; then
+        echo "note: $OUT has no stage named $REDO; nothing was run again" >&2
     fi
 }
 trap note_redo EXIT
 
-PASSED=" "  # the stages that the recipe has come by
-
 stage() {  # NAME COMMAND...: runs the command, a program, unless it is done
-    local name=$1 marker=$OUT/stages/$1 state=new then= now other status=0 start=$SECONDS
+    local name=$1 marker=$OUT/stages/$1 state=new then= now status=0 start=$SECONDS
     shift
     now=$(describe_command "$@")
+    redo_stages
     if [ -e "$marker" ]; then
         state=$(head -n 1 "$marker")
         then=$(tail -n +2 "$marker")
     fi
-
-    # a new start of this stage is one of all behind it, too: their input changes
-    if [ "${REDO:-}" = "$name" ]; then
-        REDO= state=again
-        for other in "$OUT"/stages/*; do
-            if [ -e "$other" ] && [[ $PASSED != *" ${other##*/} "* ]]; then
-                mark_stage "${other##*/}" again ""
-            fi
-        done
-    fi
-    PASSED+="$name "
 
     if [[ " $* " == *" --plan "* ]]; then  # tells what it would cost: not done by that
         echo "== $name"
@@ -210,7 +220,7 @@ stage() {  # NAME COMMAND...: runs the command, a program, unless it is done
         if [ "$then" != "$now" ]; then
             echo "error: stage $name in $OUT was run with other settings" \
                 "($(first_difference "$then" "$now")); give another OUT, or REDO=$name to run it" \
-                "and the stages behind it anew" >&2
+                "and all later stages again" >&2
             exit 1
         fi
     fi
@@ -222,14 +232,14 @@ stage() {  # NAME COMMAND...: runs the command, a program, unless it is done
     if [ "$state" = again ]; then
         forget_run "$@"
     fi
-    mark_stage "$name" running "$now"
+    mark_stage "$marker" running "$now"
     "$@" || status=$?
     if [ $status != 0 ]; then
         echo "error: stage $name failed with exit code $status; the same command goes on there" >&2
         [ $status != 2 ] || status=1  # 2 is that of figures that differ
         exit $status
     fi
-    mark_stage "$name" done "$now"
+    mark_stage "$marker" done "$now"
     echo "   $name took $((SECONDS - start)) s"
 }
 

@@ -86,7 +86,7 @@ def test_a_changed_command_is_told_and_run_anew_on_demand(recipe, tmp_path):
     process, calls = recipe(code=1, LR="2")
     assert process.stderr.splitlines() == [
         "error: stage first in out was run with other settings (--lr 1, now --lr 2); give another "
-        "OUT, or REDO=first to run it and the stages behind it anew"]
+        "OUT, or REDO=first to run it and all later stages again"]
     assert not calls
 
     # --resume finds no state of the earlier run to go on with; what fails on the way goes on later
@@ -101,7 +101,7 @@ def test_a_changed_command_is_told_and_run_anew_on_demand(recipe, tmp_path):
     assert calls == ["--resume"]
     process, calls = recipe(LR="2", FAIL="1", REDO="fourth")
     assert process.stderr.splitlines() == [
-        "note: this recipe did not come to a stage named fourth, so that none is run anew"]
+        "note: out has no stage named fourth; nothing was run again"]
     assert not calls
 
 

@@ -6,9 +6,9 @@ corpus.jsonl has a document {"id", "title", "text"} for each public module, clas
 and property whose docstring has at least MIN_WORDS words. The id is the qualified name, without
 "builtins."; the title is this name with the signature; the text is the first MAX_WORDS words of the
 docstring. pairs.jsonl has training pairs that need no questions: the first sentence of a docstring
-and the rest (the inverse cloze task, Lee et al. 2019, arXiv 1906.00300, section 4). rests.jsonl is
-the corpus of the rests, for mining their negatives: next to whole docstrings a ranker would only
-learn which texts lack their first sentence.
+and the rest (a variant of the inverse cloze task, Lee et al. 2019, arXiv 1906.00300, section 4).
+Negatives for the pairs are mined from rests.jsonl, the corpus of the rests: with negatives from
+whole docstrings, a ranker would only learn to spot texts that lack their first sentence.
 
 The questions of toy/python_questions.jsonl were written for this, each with the ids of its gold
 documents and with answers. For each split of them, SPLIT.jsonl has the questions and answers as the
@@ -16,7 +16,8 @@ reader's records, gold.SPLIT.jsonl also the gold documents as contexts, and quer
 qrels.SPLIT.tsv are BEIR's files. labelled.jsonl has the training questions with their gold
 documents as positives and, for a reader with a frozen retriever, as `passage`.
 
-One version of Python always writes the same files. 3.11, 3.12 and 3.13 have all gold documents.
+One version of Python always writes the same files. On Linux, 3.11, 3.12 and 3.13 have all gold
+documents. Elsewhere the questions about missing ones are left out, which is printed.
 """
 import importlib
 import inspect
@@ -30,23 +31,24 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, Parser, run_script
+from utils import Parser, run_script
 from world import write_lines, write_qrels
 
 QUESTIONS = Path(__file__).resolve().parent / "python_questions.jsonl"
 SPLITS = ("train", "dev", "test", "check")
 
-# left out: their signatures name this installation or open log files, or torch replaces them
-CHANGING = {"inspect.getfile", "logging.shutdown", "platform.architecture", "sysconfig.get_path",
+# left out: their signatures depend on the installation or on open log files, or torch replaces them
+EXCLUDED = {"inspect.getfile", "logging.shutdown", "platform.architecture", "sysconfig.get_path",
             "sysconfig.get_paths"}
 
 MIN_WORDS, MAX_WORDS = 4, 100
 MOST_COPIES = 3  # a text that more objects share describes none of them ("An enumeration.")
 WORD = re.compile(r"\s*\S+")
-SENTENCE = re.compile(r"(.+?\.)\s+(?=[A-Z])|(.+?)\n\s*\n", re.DOTALL)  # or a paragraph
+# up to a full stop before a capital letter, or to the end of the paragraph
+SENTENCE = re.compile(r"(.+?)(?:(?<=\.)\s+(?=[A-Z])|\n\s*\n)", re.DOTALL)
 MIN_SENTENCE, MIN_REST = 4, 6  # words of a training pair's two parts
 
-# public modules that every build of Python 3.11 to 3.13 has on every system
+# public modules of Python 3.11 to 3.13 on Linux; those that this build lacks are left out
 MODULES = """
 abc argparse array ast asyncio asyncio.subprocess atexit base64 bdb binascii bisect builtins bz2
 cProfile calendar cmath cmd code codecs codeop collections collections.abc colorsys compileall
@@ -91,7 +93,10 @@ def list_documents():
     """
     documents, seen = {}, set()
     for module_name in sorted(MODULES, key=lambda name: (name.count("."), name)):
-        module = importlib.import_module(module_name)
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            continue
         if module_name != "os.path":  # its docstring is that of a system's own module
             add_document(documents, module_name, module)
         for name, member in list_members(module, module_name):
@@ -140,7 +145,7 @@ def add_object(documents, name, member):
 def add_document(documents, name, described):
     """Add the document of an object that has a docstring."""
     docstring = getattr(described, "__doc__", None)
-    if not isinstance(docstring, str) or name in CHANGING or is_foreign(described):
+    if not isinstance(docstring, str) or name in EXCLUDED or is_foreign(described):
         return
     words = WORD.findall(inspect.cleandoc(docstring))
     if len(words) >= MIN_WORDS:
@@ -181,7 +186,7 @@ def list_pairs(documents):
         match = SENTENCE.match(document["text"])
         if match is None:
             continue
-        sentence, rest = match.group(1) or match.group(2), document["text"][match.end():]
+        sentence, rest = match.group(1), document["text"][match.end():]
         name = re.escape(document["id"].rpartition(".")[2])
         sentence = " ".join(re.sub(rf"\b{name}\b", "", sentence).split())
         if len(sentence.split()) >= MIN_SENTENCE and len(rest.split()) >= MIN_REST:
@@ -196,17 +201,20 @@ def list_pairs(documents):
 def read_questions(documents):
     """Return {split: [{"id", "question", "gold", "answers", "kind"}]}.
 
-    Raises InputError if a gold document is not among the documents.
+    Questions with a gold document that is not among the documents are left out, with a note.
     """
     present = {document["id"] for document in documents}
-    splits = {split: [] for split in SPLITS}
-    for number, line in enumerate(QUESTIONS.read_text().splitlines(), 1):
+    splits, missing = {split: [] for split in SPLITS}, []
+    for line in QUESTIONS.read_text().splitlines():
         question = json.loads(line)
-        missing = set(question["gold"]) - present
-        if missing:
-            raise InputError(f"{QUESTIONS}:{number}: Python {sys.version.split()[0]} has no "
-                             f"docstring of {min(missing)}; run the demo with 3.11, 3.12 or 3.13")
-        splits[question.pop("split")].append(question)
+        if present.issuperset(question["gold"]):
+            splits[question.pop("split")].append(question)
+        else:
+            missing += [name for name in question["gold"] if name not in present]
+    if missing:
+        print(f"note: Python {sys.version.split()[0]} on {sys.platform} has no docstring of "
+              f"{len(missing)} gold documents, first {missing[0]}; their questions are left out, so "
+              "that figures differ from docs/real.md (Python 3.11 to 3.13 on Linux has all)")
     return splits
 
 
