@@ -213,8 +213,8 @@ def read_questions(documents):
             missing += [name for name in question["gold"] if name not in present]
     if missing:
         print(f"note: Python {sys.version.split()[0]} on {sys.platform} has no docstring of "
-              f"{len(missing)} gold documents, first {missing[0]}; their questions are left out, so "
-              "that figures differ from docs/real.md (Python 3.11 to 3.13 on Linux has all)")
+              f"{len(missing)} gold documents, first {missing[0]}; their questions are left out, "
+              "so figures differ from docs/real.md (Python 3.11 to 3.13 on Linux has all)")
     return splits
 
 
