@@ -20,13 +20,13 @@ HITS=20            # documents to measure, mine and reorder per question
 NUM_SCORED=10      # passages per question for the language model to score
 LSR_QUESTIONS=200  # training questions whose passages it scores
 
-LENGTHS="--query_max_length 32 --key_max_length 128"
+LENGTHS="--query_max_length 32 --key_max_length 256"
 RETRIEVER_FLAGS="$LENGTHS --cos_temperature 0.05 --num_warmup_steps 5"
 PAIR_FLAGS="$RETRIEVER_FLAGS --lr 3e-5 --batch_size 64 --group_size 1 --epochs 1"
 LABELLED="$RETRIEVER_FLAGS --lr 1e-4 --batch_size 32 --epochs 2 --mask_duplicates"
 DPR_FLAGS="$LABELLED --group_size 2"
 DISTILL_FLAGS="$LABELLED --group_size 4"
-RANKER_FLAGS="--ranker --query_max_length 32 --key_max_length 64 --lr 3e-4 --num_warmup_steps 10 \
+RANKER_FLAGS="--ranker --query_max_length 32 --key_max_length 128 --lr 3e-4 --num_warmup_steps 10 \
 --batch_size 16 --group_size 4 --epochs 1"
 LSR_FLAGS="$LENGTHS --lr 5e-5 --num_warmup_steps 2 --batch_size 16 --group_size $NUM_SCORED \
 --epochs 2 --student_temperature 0.05 --teacher_temperature 1"
@@ -45,7 +45,7 @@ SCORE_TEMPLATE="${SCORE_TEMPLATE/\{question\}/\{query\}} {answer}"
 # passages are weighted by the softmax of their retrieval scores, as in REPLUG (section 3.2)
 ANSWER_FLAGS="--answer_maxlength 16 --passage_weights score --retriever_temperature 0.05"
 READER_FLAGS="--lora 8 --lr 1e-3 --num_warmup_steps 3 --batch_size 2 --grad_accumulation 4 \
---epochs 1 --dropout 0 --max_length 128 --eval_answer_maxlength 16 --batch_size_val 16"
+--epochs 1 --dropout 0 --max_length 256 --eval_answer_maxlength 16 --batch_size_val 16"
 
 # search flags
 BM25="--retrieval_method bm25 --k1 1.5 --b 0.75 --overwrite_index"
@@ -94,7 +94,7 @@ score() {  # NAME MODEL CONTEXTS FLAGS...: CONTEXTS.scored.NAME.jsonl has log p(
     local name=$1 model=$2 contexts=$3
     shift 3
     stage "$name-scores" $LAUNCH "$ROOT/lm_score.py" --eval_data "$contexts" --save_name "$name" \
-        --model_name_or_path "$model" --likelihood sum --key_max_length 128 "$@"
+        --model_name_or_path "$model" --likelihood sum --key_max_length 256 "$@"
 }
 
 take_first() {  # COUNT FILE NEW: writes the first lines of a file
