@@ -84,6 +84,7 @@ def score_batches(scorer, jobs, batches, journal, args, world):
     own = remaining[world.rank::world.size]
     for number in own:
         check_jobs(scorer, [jobs[index] for index in batches[number]])
+    scorer.num_truncated = 0  # without those of the check
     with progress_bar(total=sum(len(batches[number]) for number in own), desc="scoring",
                       unit=" questions", is_main=world.is_main) as bar:
         for number in own:
@@ -423,6 +424,11 @@ def main(args):
     if num_done:
         world.log(f"resuming from {paths.output}.journal.*: {num_done} questions are done")
     scores = score_batches(scorer, jobs, batches, journal, args, world)
+    num_truncated = sum(gather_lists([scorer.num_truncated], world))
+    if num_truncated:
+        flag = "its max_length" if is_reader else "--key_max_length and --context_max_length"
+        world.log(f"note: {num_truncated} keys were too long for the model to read to the end "
+                  f"({flag}; scripts/make_corpus.py cuts documents into passages)")
 
     if world.is_main:
         write_scored(paths.output, jobs, [job_scores for batch in scores for job_scores in batch])

@@ -4,9 +4,10 @@
     Seq2SeqScorer    a sequence-to-sequence model such as T5, on the same texts
     ReaderScorer     a reader of train_epoch.py, on the prompts that it was trained with
 
-Each has a `name` and two methods. texts(job) returns a Job's family: for each key, a list with one
-Text (prompt, answer) per answer. score(families) takes the families of several jobs and returns log
-p(answer | prompt) of all their Texts in order, summed over the answer's tokens.
+Each has a `name`, a count `num_truncated` of the keys that it has truncated so far, and two
+methods. texts(job) returns a Job's family: for each key, a list with one Text (prompt, answer) per
+answer. score(families) takes the families of several jobs and returns log p(answer | prompt) of all
+their Texts in order, summed over the answer's tokens.
 """
 import math
 from itertools import islice
@@ -84,6 +85,7 @@ class CausalScorer:
         """
         self.model, self.tokenizer, self.is_packed = model, tokenizer, is_packed
         self.limit, self.key_max_length, self.frame = limit, key_max_length, frame
+        self.num_truncated = 0
 
     def texts(self, job):
         """Return the job's Texts. Raise InputError if a text does not fit."""
@@ -173,7 +175,7 @@ def fit_keys(scorer, job):
     """
     tokenizer = scorer.tokenizer
     key_ids = tokenizer(job.keys, add_special_tokens=False, verbose=False)["input_ids"]
-    keys = list(job.keys)
+    keys, lengths = list(job.keys), [len(ids) for ids in key_ids]
     for i, ids in enumerate(key_ids):
         if len(ids) > scorer.key_max_length:
             key_ids[i] = ids[:scorer.key_max_length]
@@ -185,8 +187,9 @@ def fit_keys(scorer, job):
                 raise InputError(f"{job.location}: question and answer take {excess} tokens more "
                                  f"than the {scorer.limit} that a text may have; shorten them, or "
                                  "raise --context_max_length if the model has the positions")
-            ids = ids[:max(0, len(ids) - excess)]
+            ids = key_ids[i] = ids[:max(0, len(ids) - excess)]
             family[i] = scorer.make_texts(job, [decode_key(tokenizer, ids)])[0]
+    scorer.num_truncated += sum(len(ids) < length for ids, length in zip(key_ids, lengths))
     return family
 
 
@@ -205,6 +208,7 @@ class Seq2SeqScorer:
         """Set the model; `limit` is the most tokens of an input."""
         self.model, self.tokenizer, self.device, self.bf16 = model, tokenizer, device, bf16
         self.limit, self.key_max_length = limit, key_max_length
+        self.num_truncated = 0
         self.name = "T5" if isinstance(model, FiDT5) else "sequence-to-sequence model"
 
     def texts(self, job):
@@ -280,6 +284,7 @@ class ReaderScorer:
         self.name, self.score = f"reader ({scorer.name})", scorer.score
         self.tokenizer, self.max_length = scorer.tokenizer, max_length
         self.prompts, self.num_positions = prompts, num_positions
+        self.num_truncated = 0
 
     def texts(self, job):
         """Return for each passage a list of Texts as in training: with the record's chat_history,
@@ -306,4 +311,5 @@ class ReaderScorer:
         if longest > room:
             raise InputError(f"{job.location}: the question takes {longest} tokens, the reader has "
                              f"room for {room}; shorten it")
+        self.num_truncated += sum(len(ids) >= collator.max_length for ids in prompts)
         return [[Text(ids, answer) for answer in answers] for ids in prompts]

@@ -172,7 +172,10 @@ def test_keys_are_cut_and_neither_question_nor_answer(models, tmp_path):
                          f"{FIELDS['answers'][0]}")["input_ids"])
     cut = [tokenizer.decode(ids[:count]) for count in (12, 256 - size - 10)]
     path = write_records(tmp_path / "r.jsonl", [frame | {"pos": [long]}])
-    by_key_length = score(path, models["gpt2"], "--key_max_length", 12)
+    output, _ = run("lm_score.py", "--eval_data", path, "--model_name_or_path", models["gpt2"],
+                    "--save_name", "x", "--key_max_length", 12)
+    assert "note: 1 keys were too long for the model to read to the end" in output
+    by_key_length = read_scores(path)
     by_context_length = score(path, models["gpt2"])  # 256 positions
     path = write_records(tmp_path / "r.jsonl", [frame | {"pos": cut}])
     expected = score(path, models["gpt2"])[0]
@@ -364,6 +367,25 @@ def test_the_longest_title_of_a_reader_is_checked(tmp_path):  # E7
     with pytest.raises(InputError, match="f.jsonl:1: the question takes"):
         lm_score.check_jobs(scorer, [job])
     lm_score.check_jobs(scorer, [job._replace(keys=job.keys[:-1])])
+
+
+def test_keys_that_a_scorer_truncates_are_counted(models, tmp_path):
+    job = Job({}, "who?", ["a town", "a town " * 60], ["Mira"], TASK_TEMPLATES["qa"], "f:1")
+    for limit, key_limit in ((200, 10), (60, 500)):
+        scorer = CausalScorer(None, make_tokenizer(), limit, key_limit)
+        scorer.texts(job)
+        assert scorer.num_truncated == 1
+
+    folder = make_reader(tmp_path / "reader", make_causal)
+    record = make_records(1)[0]
+    contexts = [{"title": "town", "text": "a"}, {"title": "town", "text": "a town " * 60}]
+    args = Namespace(context_max_length=1024, key_max_length=512, bf16=False, t5_name="t5-base",
+                     tokenizer=None, chat_template=None)
+    scorer = lm_score.open_scorer(args, str(folder), True, {"max_length": 100},
+                                  read_config(folder, "language"),
+                                  World(0, 0, 1, torch.device("cpu")))
+    scorer.texts(Job(record, record["question"], contexts, ["x"], None, "f.jsonl:1"))
+    assert scorer.num_truncated == 1
 
 
 def test_the_chat_template_frames_the_text(models):  # E16
