@@ -28,7 +28,13 @@ import torch
 import transformers
 
 from dense import losses
-from dense.batches import GroupCollator, GroupSet, check_one_instruction, plan_batches
+from dense.batches import (
+    GroupCollator,
+    GroupSet,
+    check_one_instruction,
+    note_long_keys,
+    plan_batches,
+)
 from dense.description import find_path, holds_pair
 from dense.flags import check_retriever_flags as check_args
 from dense.flags import find_data_files, pick_flags
@@ -580,6 +586,8 @@ def set_up(args, world, sets=BOTH_SETS):
                        progress=progress, dataset_sizes=data.dataset_sizes,
                        task_settings=data.task_settings,
                        updates=updates, inputs=inputs)
+    if world.is_main:
+        note_long_keys(data.examples, run.collator, world.log)
     if dev:
         check_one_instruction(make_dev_collator(run), dev.tasks)
     if state:

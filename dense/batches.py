@@ -16,6 +16,8 @@ from records.templates import format_key
 from training.token_ids import encode_texts
 from utils import InputError
 
+LENGTH_SAMPLE = 1000  # keys that note_long_keys tokenises, in a fraction of a second
+
 # ---------------------------------------------------------------- plan
 
 def plan_batches(sizes, epoch, seed, shuffle, batch_size, accumulation, same_dataset=None, rank=0,
@@ -131,6 +133,7 @@ class GroupCollator:
         self.settings = texts.settings
         self.corpus = corpus
         self.mask_duplicates = mask_duplicates
+        self.num_long_pairs = 0  # pairs made so far that fill the tokens allowed
 
     def __call__(self, visits):
         queries = [visit.example.query for visit in visits]
@@ -199,6 +202,7 @@ class GroupCollator:
         tokenizer = self.texts.tokenizers["query"]
         rows = tokenizer(queries, keys, truncation=True, max_length=max_length,
                          return_token_type_ids=True)
+        self.num_long_pairs += sum(len(ids) >= max_length for ids in rows["input_ids"])
         return list(zip(rows["input_ids"], rows["token_type_ids"]))
 
     def key_text(self, key):
@@ -209,6 +213,35 @@ class GroupCollator:
         if isinstance(key, int):
             return self.corpus.text(key)
         return format_key(key, self.settings.key_template, "a training key")
+
+
+def note_long_keys(examples, collator, log):
+    """Log how many of the first LENGTH_SAMPLE training keys fill the tokens allowed.
+
+    The count includes keys of exactly that length.
+    """
+    is_ranker, num_keys, num_long = collator.settings.ranker, 0, 0
+    max_lengths = collator.texts.max_lengths
+    limit = sum(max_lengths.values()) if is_ranker else max_lengths["key"]
+    for example in examples:
+        keys = [*example.pos, *example.neg][:LENGTH_SAMPLE - num_keys]
+        texts = [collator.key_text(key) for key in keys]
+        if not texts:
+            continue
+        if is_ranker:
+            rows = [ids for ids, _ in collator.pairs([example.query] * len(texts), texts)]
+        else:
+            rows = collator.keys(texts, [example.task] * len(texts))
+        num_keys += len(rows)
+        num_long += sum(len(ids) >= limit for ids in rows)
+        if num_keys == LENGTH_SAMPLE:
+            break
+    if num_long:
+        what = "pairs of a query and a key" if is_ranker else "keys"
+        first = "the first " if num_keys == LENGTH_SAMPLE else ""
+        log(f"note: {num_long} of {first}{num_keys} {what} have {limit} tokens or more; only the "
+            f"first {limit} are read (--key_max_length; scripts/make_corpus.py cuts documents into "
+            "passages)")
 
 
 def check_one_instruction(collator, tasks):

@@ -329,6 +329,11 @@ def search_ranked(settings, corpus, questions, world):
         if not settings.scores_all:
             order = order[:settings.hits]
         rows.append((i, np.array(indices, int)[order], scores[order]))
+    num_long = sum(gather_lists([collator.num_long_pairs], world))
+    if num_long:
+        world.log(f"note: {num_long:,} pairs of a query and a document fill the ranker's tokens; "
+                  "what exceeds them is not read (--key_max_length; scripts/make_corpus.py cuts "
+                  "documents into passages)")
     results = stack_rows(gather_lists(rows, world))
     return results if settings.results else CandidateResults(*results)
 

@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 
 from conftest import make_bert
-from dense.batches import GroupCollator, GroupSet, identity, plan_batches, tokenize
+from dense import batches
+from dense.batches import (
+    GroupCollator,
+    GroupSet,
+    identity,
+    note_long_keys,
+    plan_batches,
+    tokenize,
+)
 from dense.examples import Example
 from dense.texts import Texts, TextSettings
 from dense.training_data import GroupRule
@@ -77,3 +85,23 @@ def test_a_rankers_batch_has_pairs(tmp_path):
     assert [tokenizer.decode(ids) for ids, _ in batch["pairs"]][:3] == [
         "[CLS] who [SEP] it [SEP]", "[CLS] who [SEP] town [SEP]", "[CLS] what [SEP] in [SEP]"]
     assert batch["pairs"][0][1] == [0, 0, 0, 1, 1] and "queries" not in batch
+
+
+@pytest.mark.parametrize("is_ranker", [False, True])
+def test_long_keys_are_counted(is_ranker, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(make_bert(tmp_path / "b"), "")
+    settings = TextSettings(key_template="{text}", ranker=is_ranker)
+    collator = GroupCollator(Texts({"query": tokenizer, "key": tokenizer}, {"query": 3, "key": 6},
+                                   settings))
+    examples = [Example("who", ["it"], ["town in the river of it"]), Example("what", [], []),
+                Example("what", ["town of it in the river of it"], ["of"])]
+    lines = []
+    note_long_keys(examples, collator, lines.append)
+    what = "pairs of a query and a key have 9" if is_ranker else "keys have 6"
+    assert lines[0].startswith(f"note: 2 of 4 {what} tokens or more")
+    monkeypatch.setattr(batches, "LENGTH_SAMPLE", 3)
+    note_long_keys(examples, collator, lines.append)
+    assert lines[1].startswith("note: 2 of the first 3 ")
+    note_long_keys(examples[:1] + examples[1:2], collator, lines.append)
+    note_long_keys([Example("who", ["it"], [])], collator, lines.append)
+    assert len(lines) == 3
