@@ -123,6 +123,7 @@ export OMP_NUM_THREADS=$HALF_THREADS
 for SEED in $SEEDS; do
     OUT=$WORK/$SEED
     mkdir -p "$OUT"
+    redo_stages  # before the lanes, which could not tell each other
     if [ "$SEED" = "$FIRST" ]; then
         run_both train_retrievers read_untrained
         run_both train_by_likelihood read_trained

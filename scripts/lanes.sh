@@ -2,7 +2,6 @@
 
 run_both() {  # FUNCTION FUNCTION: side by side; ends the recipe if one of them fails
     local first second status=0
-    redo_stages
     ("$1") 2>&1 | sed -u "s/^/$1 | /" &
     first=$!
     ("$2") 2>&1 | sed -u "s/^/$2 | /" &

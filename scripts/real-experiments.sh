@@ -103,6 +103,7 @@ rank_and_read() {
 # ---------------------------------------------------------------- the tables
 
 export OMP_NUM_THREADS=$HALF_THREADS
+redo_stages  # before the lanes, which could not tell each other
 run_both learn_from_likelihood rank_and_read
 
 print_table() {  # COLUMNS ROW...
