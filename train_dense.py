@@ -586,8 +586,6 @@ def set_up(args, world, sets=BOTH_SETS):
                        progress=progress, dataset_sizes=data.dataset_sizes,
                        task_settings=data.task_settings,
                        updates=updates, inputs=inputs)
-    if world.is_main:
-        note_long_keys(data.examples, run.collator, world.log)
     if dev:
         check_one_instruction(make_dev_collator(run), dev.tasks)
     if state:
@@ -670,6 +668,7 @@ def describe_retriever_run(run):
             f"{'ranker' if args.ranker else 'retriever'}")
     log_start(run, data, "queries", "mean", f"{run.updates} updates",
               count_warmup(args, run.updates))
+    note_long_keys(run.train_set.examples, run.collator, log)
     note_prompts(run)
     note_temperature(run)
     tasks = list(used_instructions(run))

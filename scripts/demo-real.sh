@@ -19,7 +19,6 @@ RANKER_PAIRS=1200     # first sentences that the ranker learns from, besides the
 RANKED_NEGATIVES=8    # documents per question that the ranker scores for the distillation
 . "$(dirname "$0")/real.sh"
 FIRST=${SEEDS%% *}
-LSR_DATA=$WORK/lsr.$LSR_QUESTIONS
 
 # ---------------------------------------------------------------- what needs no seed
 

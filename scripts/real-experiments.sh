@@ -20,12 +20,11 @@ done
 # ---------------------------------------------------------------- what LSR learns from
 
 score_train() {  # ten passages of each training question, on top of those that demo-real.sh scored
-    local scored="$WORK/lsr.$LSR_QUESTIONS.minilm.scored.lsr.jsonl"
     search minilm-train "$DOCS/train.jsonl" "$NUM_SCORED" $MINILM_SEARCH \
         --output "$OUT/train.jsonl"
     tail -n +$((LSR_QUESTIONS + 1)) "$OUT/train.jsonl" > "$OUT/rest.jsonl"
     score lsr "$SMOLLM" "$OUT/rest.jsonl" --template "$SCORE_TEMPLATE"
-    cat "$scored" "$OUT/rest.scored.lsr.jsonl" > "$OUT/scored.jsonl"
+    cat "$LSR_DATA.minilm.scored.lsr.jsonl" "$OUT/rest.scored.lsr.jsonl" > "$OUT/scored.jsonl"
 }
 
 learn() {  # NAME FLAGS...: a retriever, on the likelihoods for all training questions in one epoch
