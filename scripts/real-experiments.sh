@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Experiments that explain why some methods gain little on real words (docs/real.md). They need the
-# output of scripts/demo-real.sh, with seed 1, in the same OUT.
+# output of ALL=yes scripts/demo-real.sh, with seed 1, in the same OUT.
 #
 #   scripts/real-experiments.sh
 #   BIG=yes scripts/real-experiments.sh     # also a ranker of all first sentences, in two epochs
@@ -14,39 +14,8 @@ SEED=1
 DEMO=$WORK/$SEED
 OUT=$WORK/experiments
 for name in ranker reader2; do
-    need_file "$DEMO/stages/$name-test" "it is written at the end of scripts/demo-real.sh, seed 1"
+    need_file "$DEMO/stages/$name-test" "ALL=yes scripts/demo-real.sh, seed 1, writes it"
 done
-
-# ---------------------------------------------------------------- what LSR learns from
-
-score_train() {  # ten passages of each training question, on top of those that demo-real.sh scored
-    search minilm-train "$DOCS/train.jsonl" "$NUM_SCORED" $MINILM_SEARCH \
-        --output "$OUT/train.jsonl"
-    tail -n +$((LSR_QUESTIONS + 1)) "$OUT/train.jsonl" > "$OUT/rest.jsonl"
-    score lsr "$SMOLLM" "$OUT/rest.jsonl" --template "$SCORE_TEMPLATE"
-    cat "$LSR_DATA.minilm.scored.lsr.jsonl" "$OUT/rest.scored.lsr.jsonl" > "$OUT/scored.jsonl"
-}
-
-learn() {  # NAME FLAGS...: a retriever, on the likelihoods for all training questions in one epoch
-    local name=$1
-    shift
-    train "$name" "$OUT/scored.jsonl" "$MINILM" $LSR_FLAGS --epochs 1 "$@"
-    measure_splits "$name" $(search_flags "$name")
-}
-
-measure_splits() {  # NAME FLAGS...
-    for SPLIT in dev test check; do
-        measure "$@"
-    done
-}
-
-learn_from_likelihood() {
-    score_train
-    learn kl --loss kl
-    learn emdr2 --loss emdr2
-    learn emdr2-5 --loss emdr2 --group_size 5 --select_negative first
-    measure_splits minilm $MINILM_SEARCH
-}
 
 # ---------------------------------------------------------------- what a ranker learns
 
@@ -56,9 +25,9 @@ measure_ranker() {  # NAME FOLDER: reorders the candidates of the dev questions
 }
 
 train_rankers() {
-    local dpr2="--query_encoder $DEMO/dpr2 --version none --index $DEMO/dpr2.index"
+    local dpr="--query_encoder $DEMO/dpr --version none --index $DEMO/dpr.index"
     local top200=$DEMO/labelled.neg.top200.jsonl
-    measure candidates $dpr2
+    measure candidates $dpr
 
     # can it learn at all, and at which learning rate? The losses are in OUT/overfit-*.jsonl
     take_first 16 "$top200" "$OUT/few.jsonl"
@@ -66,7 +35,7 @@ train_rankers() {
     train overfit-1e-4 "$OUT/few.jsonl" "$MINILM" $RANKER_FLAGS --epochs 40 --lr 1e-4
 
     link_input "$DOCS/labelled.jsonl" "$OUT/labelled.jsonl"
-    mine top20 "$OUT/labelled.jsonl" $dpr2
+    mine top20 "$OUT/labelled.jsonl" $dpr
     train ranker-top20 "$OUT/labelled.neg.top20.jsonl" "$MINILM" $RANKER_FLAGS --epochs 2
     measure_ranker ranker-top20 "$OUT/ranker-top20"
     measure_ranker ranker "$DEMO/ranker"
@@ -94,16 +63,11 @@ measure_readers() {
     answer no-examples "$SMOLLM" "$OUT/gold.jsonl" "${gold[@]}" --prompt_template "$PROMPT"
 }
 
-rank_and_read() {
-    train_rankers
-    measure_readers
-}
-
 # ---------------------------------------------------------------- the tables
 
 export OMP_NUM_THREADS=$HALF_THREADS
 redo_stages  # before the lanes, which could not tell each other
-run_both learn_from_likelihood rank_and_read
+run_both train_rankers measure_readers
 
 print_table() {  # COLUMNS ROW...
     echo
@@ -111,12 +75,7 @@ print_table() {  # COLUMNS ROW...
 }
 
 echo
-$PYTHON "$ROOT/bench/teachers.py" "$OUT/scored.jsonl" --qrels "$DOCS/qrels.train.tsv"
-for SPLIT in dev test check; do
-    print_table "recall@1 recall@5 mrr@20" "MiniLM, $SPLIT=$OUT/minilm.$SPLIT.json" \
-        "KL, $SPLIT=$OUT/kl.$SPLIT.json" "EMDR2, $SPLIT=$OUT/emdr2.$SPLIT.json" \
-        "EMDR2, 5 passages, $SPLIT=$OUT/emdr2-5.$SPLIT.json"
-done
+$PYTHON "$ROOT/bench/teachers.py" "$LSR_DATA.minilm.scored.lsr.jsonl" --qrels "$DOCS/qrels.train.tsv"
 ROWS=("the candidates=$OUT/candidates.dev.json" "negatives of the top 20=$OUT/ranker-top20.dev.json"
     "demo-real's ranker=$OUT/ranker.dev.json")
 if [ "${BIG:-no}" = yes ]; then

@@ -17,16 +17,17 @@ CORPUS=$DOCS/corpus.jsonl
 MINILM=$WORK/minilm
 SMOLLM=$WORK/smollm2
 HITS=20            # documents to measure, mine and reorder per question
-NUM_SCORED=10      # passages per question for the language model to score
+NUM_SCORED=5       # passages per question for the language model to score
 LSR_QUESTIONS=200  # training questions whose passages it scores
 LSR_DATA=$WORK/lsr.$LSR_QUESTIONS  # .jsonl, .minilm.jsonl and .minilm.scored.lsr.jsonl
+LABELLED=$WORK/labelled            # .jsonl, .neg.minilm.jsonl and .neg.bm25.jsonl
 
 LENGTHS="--query_max_length 32 --key_max_length 256"
 RETRIEVER_FLAGS="$LENGTHS --cos_temperature 0.05 --num_warmup_steps 5"
 PAIR_FLAGS="$RETRIEVER_FLAGS --lr 3e-5 --batch_size 64 --group_size 1 --epochs 1"
-LABELLED="$RETRIEVER_FLAGS --lr 1e-4 --batch_size 32 --epochs 2 --mask_duplicates"
-DPR_FLAGS="$LABELLED --group_size 2"
-DISTILL_FLAGS="$LABELLED --group_size 4"
+LABEL_FLAGS="$RETRIEVER_FLAGS --lr 1e-4 --batch_size 32 --epochs 2 --mask_duplicates"
+DPR_FLAGS="$LABEL_FLAGS --group_size 2"
+DISTILL_FLAGS="$LABEL_FLAGS --group_size 4"
 RANKER_FLAGS="--ranker --query_max_length 32 --key_max_length 128 --lr 3e-4 --num_warmup_steps 10 \
 --batch_size 16 --group_size 4 --epochs 1"
 LSR_FLAGS="$LENGTHS --lr 5e-5 --num_warmup_steps 2 --batch_size 16 --group_size $NUM_SCORED \
@@ -45,6 +46,7 @@ SCORE_TEMPLATE=${EXAMPLES}${PROMPT/\{title\} \{text\}/\{key\}}
 SCORE_TEMPLATE="${SCORE_TEMPLATE/\{question\}/\{query\}} {answer}"
 # passages are weighted by the softmax of their retrieval scores, as in REPLUG (section 3.2)
 ANSWER_FLAGS="--answer_maxlength 16 --passage_weights score --retriever_temperature 0.05"
+GOLD_FLAGS="--num_contexts 1 --passage_weights equal"
 READER_FLAGS="--lora 8 --lr 1e-3 --num_warmup_steps 3 --batch_size 2 --grad_accumulation 4 \
 --epochs 1 --dropout 0 --max_length 256 --eval_answer_maxlength 16 --batch_size_val 16"
 

@@ -76,33 +76,45 @@ def demo_real(tmp_path):
     return start
 
 
+def count_rows(output, name):
+    return len([line for line in output.splitlines() if line.startswith(name)])
+
+
 def test_every_stage_reads_what_an_earlier_one_wrote(demo_real):
     output, calls = demo_real()
-    for row in ("distilled from the ranker", "LSR, EMDR2", "alternated, 3 passages"):
-        assert len([line for line in output.splitlines() if line.startswith(row)]) == 1
-    assert calls[-1].startswith("ask.py out/1/reader2")
+    assert count_rows(output, "DPR, mined negatives") == count_rows(output, "LSR, EMDR2") == 1
+    assert count_rows(output, "a ranker") == count_rows(output, "closed book") == 0
+    assert calls[-1].startswith("ask.py out/1/reader ")
+
+    # the rest continues from there, and every method has its row
+    output, more_calls = demo_real(ALL="yes")
+    for row in ("DPR, mined negatives", "distilled from the ranker", "LSR, the trained reader",
+                "the gold passage", "alternated, 3 passages"):
+        assert count_rows(output, row) == 1
+    assert not set(calls[:-1]) & set(more_calls)
 
     # on another split the models are measured, and none is trained or scored again
-    _, calls = demo_real(SPLIT="dev")
+    _, calls = demo_real(ALL="yes", SPLIT="dev")
     assert {call.split()[0] for call in calls} == {"retrieve.py", "test.py", "ask.py"}
     assert not any("test.jsonl" in call for call in calls)
 
 
 def test_a_stage_is_run_again_with_all_later_ones(demo_real):
     demo_real()
-    _, calls = demo_real(REDO="ranker")
+    demo_real(ALL="yes")
+    _, calls = demo_real(ALL="yes", REDO="ranker")
     outputs = " ".join(calls)
     for name in ("ranker", "distilled"):
         assert f"--output_dir out/1/{name} " in outputs
-    for name in ("pairs", "dpr1", "dpr2", "lsr-kl", "lsr-emdr2"):
+    for name in ("dpr", "lsr-emdr2"):
         assert f"--output_dir out/1/{name} " not in outputs
-    _, calls = demo_real()
+    _, calls = demo_real(ALL="yes")
     assert {call.split()[0] for call in calls} == {"ask.py"}
 
 
 def test_it_goes_on_with_the_seeds(demo_real):
     _, calls = demo_real(code=7, FAIL_AT="--loss emdr2")
-    _, more_calls = demo_real(SEEDS="1 2 3")
+    _, more_calls = demo_real(ALL="yes", SEEDS="1 2 3")
     trained = [call for call in calls + more_calls if call.startswith("train_dense.py")]
     # once failed
     assert len([call for call in trained if "--output_dir out/1/lsr-emdr2 " in call]) == 2
@@ -116,11 +128,13 @@ def test_it_goes_on_with_the_seeds(demo_real):
 
 
 def test_experiments(demo_real):
-    demo_real(code=1, recipe="real-experiments.sh")  # without the demo
     demo_real()
+    demo_real(code=1, recipe="real-experiments.sh")  # without the ranker
+    demo_real(ALL="yes")
     output, calls = demo_real(recipe="real-experiments.sh", BIG="yes")
-    for row in ("EMDR2, check", "demo-real's ranker", "all first sentences", "trained, 3 at 0.01"):
-        assert len([line for line in output.splitlines() if line.startswith(row)]) == 1
+    for row in ("the candidates", "demo-real's ranker", "all first sentences",
+                "trained, 3 at 0.01"):
+        assert count_rows(output, row) == 1
     assert not any("--output_dir out/1/" in call for call in calls)
 
 
