@@ -30,8 +30,6 @@ search_untrained() {
     measure minilm $MINILM_SEARCH
     measure fused --retrieval_method fuse \
         --results "$OUT/bm25.$SPLIT.trec" "$OUT/minilm.$SPLIT.trec"
-    link_input "$DOCS/labelled.jsonl" "$LABELLED.jsonl"
-    mine minilm "$LABELLED.jsonl" $MINILM_SEARCH
     take_first "$LSR_QUESTIONS" "$DOCS/train.jsonl" "$LSR_DATA.jsonl"
     search minilm-taught "$LSR_DATA.jsonl" "$NUM_SCORED" $MINILM_SEARCH \
         --output "$LSR_DATA.minilm.jsonl"
@@ -55,33 +53,42 @@ train_and_measure() {  # NAME FLAGS..., see train: a retriever
     measure "$1" $(search_flags "$1")
 }
 
-train_dpr() {  # on labelled questions, the negatives being MiniLM's own hits
-    train_and_measure dpr "$LABELLED.neg.minilm.jsonl" "$MINILM" $DPR_FLAGS
+train_dpr() {  # on labelled questions: the negatives are BM25's hits, then this retriever's
+    local labelled=$OUT/labelled
+    link_input "$DOCS/labelled.jsonl" "$labelled.jsonl"
+    mine bm25 "$labelled.jsonl" $BM25 --index "$WORK/bm25.index"
+    train_and_measure dpr1 "$labelled.neg.bm25.jsonl" "$MINILM" $DPR_FLAGS
+    mine dpr1 "$labelled.jsonl" $(search_flags dpr1)
+    train_and_measure dpr2 "$labelled.neg.dpr1.jsonl" "$MINILM" $DPR_FLAGS
 }
 
 train_lsr() {  # LOSS: on the language model's likelihoods; no label is used
     train_and_measure "lsr-$1" "$LSR_DATA.minilm.scored.lsr.jsonl" "$MINILM" $LSR_FLAGS --loss "$1"
 }
 
-train_other_retrievers() {
-    train_and_measure pairs "$DOCS/pairs.jsonl" "$MINILM" $PAIR_FLAGS
-    OUT=$WORK mine bm25 "$LABELLED.jsonl" $BM25 --index "$WORK/bm25.index"
-    train_and_measure dpr-bm25 "$LABELLED.neg.bm25.jsonl" "$MINILM" $DPR_FLAGS
+train_emdr2() {
+    train_lsr emdr2
+}
+
+train_kl() {
     train_lsr kl
+}
+
+train_pairs() {  # on first sentences and the rest of their documents
+    train_and_measure pairs "$DOCS/pairs.jsonl" "$MINILM" $PAIR_FLAGS
 }
 
 train_ranker() {
     # 400 questions are too few for a ranker; and if all negatives are top hits, it learns that
     # similar means wrong
     local labelled=$OUT/labelled pairs=$OUT/pairs.$RANKER_PAIRS
-    link_input "$DOCS/labelled.jsonl" "$labelled.jsonl"
     take_first "$RANKER_PAIRS" "$DOCS/pairs.jsonl" "$pairs.jsonl"
     CORPUS=$DOCS/rests.jsonl mine rests "$pairs.jsonl" --hits 50 $BM25 --index "$OUT/rests.index"
-    mine top200 "$labelled.jsonl" --hits 200 --max_neg_num 200 $(search_flags dpr)
+    mine top200 "$labelled.jsonl" --hits 200 --max_neg_num 200 $(search_flags dpr2)
     train ranker "$pairs.neg.rests.jsonl $labelled.neg.top200.jsonl" "$MINILM" $RANKER_FLAGS
     local rank="--retrieval_method rank --ranker --query_encoder $OUT/ranker"
-    measure ranker $rank --results "$OUT/dpr.$SPLIT.trec"
-    mine top "$labelled.jsonl" --max_neg_num "$RANKED_NEGATIVES" $(search_flags dpr)
+    measure ranker $rank --results "$OUT/dpr2.$SPLIT.trec"
+    mine top "$labelled.jsonl" --max_neg_num "$RANKED_NEGATIVES" $(search_flags dpr2)
     stage ranker-scores $LAUNCH "$ROOT/retrieve.py" $rank \
         --eval_data "$labelled.neg.top.jsonl" --metrics collate_score --save_name ranker
     train_and_measure distilled "$labelled.neg.top.scored.ranker.jsonl" "$MINILM" $DISTILL_FLAGS
@@ -121,14 +128,14 @@ alternate() {  # one round: the trained reader teaches the retriever, then learn
 
 learn_from_likelihood() {
     score_passages
-    train_lsr emdr2
+    train_emdr2
+    read_untrained untrained "$WORK/minilm.$SPLIT.jsonl" --num_contexts 1
     read_untrained untrained-gold "$DOCS/gold.$SPLIT.jsonl" $GOLD_FLAGS
 }
 
 learn_from_labels() {
     train_dpr
     train_and_read
-    read_untrained untrained "$WORK/minilm.$SPLIT.jsonl" --num_contexts 1
 }
 
 rank_and_read_more() {
@@ -139,11 +146,8 @@ rank_and_read_more() {
 
 alternate_and_compare() {
     alternate
-    train_other_retrievers
-}
-
-train_emdr2() {
-    train_lsr emdr2
+    train_pairs
+    train_kl
 }
 
 # ---------------------------------------------------------------- the recipe
@@ -166,7 +170,7 @@ for SEED in $SEEDS; do
     else
         run_both train_dpr train_emdr2
         if [ "$ALL" = yes ]; then
-            train_other_retrievers
+            run_both train_pairs train_kl
         fi
     fi
 done
@@ -184,8 +188,8 @@ row "BM25" bm25.$SPLIT
 row "MiniLM" minilm.$SPLIT
 row "both, fused" fused.$SPLIT
 row_of_all "first sentences" {seed}/pairs.$SPLIT
-row_of_all "DPR, BM25's negatives" {seed}/dpr-bm25.$SPLIT
-row "DPR, mined negatives" {seed}/dpr.$SPLIT
+row "DPR, BM25's negatives" {seed}/dpr1.$SPLIT
+row "DPR, mined negatives" {seed}/dpr2.$SPLIT
 row_of_all "a ranker of DPR's $HITS" $FIRST/ranker.$SPLIT
 row_of_all "distilled from the ranker" $FIRST/distilled.$SPLIT
 row_of_all "LSR, KL" {seed}/lsr-kl.$SPLIT
@@ -210,8 +214,8 @@ $PYTHON "$ROOT/scripts/table.py" --columns em f1 --json "$WORK/reading.$SPLIT.js
 echo "== $((SECONDS / 60)) min $((SECONDS % 60)) s"
 
 OUT=$WORK/$FIRST
-$PYTHON "$ROOT/ask.py" "$OUT/reader" --corpus "$CORPUS" $(search_flags dpr) \
-    --num_contexts 3 --show 2 <<END
+$PYTHON "$ROOT/ask.py" "$OUT/reader" --corpus "$CORPUS" $(search_flags dpr2) \
+    --num_contexts 2 --show 2 <<END
 How do I get the part of a file's name after the last dot?
 What happens if I remove an item that is not in a set?
 run a function again and again, at a fixed interval

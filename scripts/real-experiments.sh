@@ -25,9 +25,9 @@ measure_ranker() {  # NAME FOLDER: reorders the candidates of the dev questions
 }
 
 train_rankers() {
-    local dpr="--query_encoder $DEMO/dpr --version none --index $DEMO/dpr.index"
+    local dpr2="--query_encoder $DEMO/dpr2 --version none --index $DEMO/dpr2.index"
     local top200=$DEMO/labelled.neg.top200.jsonl
-    measure candidates $dpr
+    measure candidates $dpr2
 
     # can it learn at all, and at which learning rate? The losses are in OUT/overfit-*.jsonl
     take_first 16 "$top200" "$OUT/few.jsonl"
@@ -35,7 +35,7 @@ train_rankers() {
     train overfit-1e-4 "$OUT/few.jsonl" "$MINILM" $RANKER_FLAGS --epochs 40 --lr 1e-4
 
     link_input "$DOCS/labelled.jsonl" "$OUT/labelled.jsonl"
-    mine top20 "$OUT/labelled.jsonl" $dpr
+    mine top20 "$OUT/labelled.jsonl" $dpr2
     train ranker-top20 "$OUT/labelled.neg.top20.jsonl" "$MINILM" $RANKER_FLAGS --epochs 2
     measure_ranker ranker-top20 "$OUT/ranker-top20"
     measure_ranker ranker "$DEMO/ranker"

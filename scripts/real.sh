@@ -20,7 +20,6 @@ HITS=20            # documents to measure, mine and reorder per question
 NUM_SCORED=5       # passages per question for the language model to score
 LSR_QUESTIONS=200  # training questions whose passages it scores
 LSR_DATA=$WORK/lsr.$LSR_QUESTIONS  # .jsonl, .minilm.jsonl and .minilm.scored.lsr.jsonl
-LABELLED=$WORK/labelled            # .jsonl, .neg.minilm.jsonl and .neg.bm25.jsonl
 
 LENGTHS="--query_max_length 32 --key_max_length 256"
 RETRIEVER_FLAGS="$LENGTHS --cos_temperature 0.05 --num_warmup_steps 5"
