@@ -5,7 +5,7 @@
 #   scripts/demo-real.sh                    # make demo-real
 #   ALL=yes scripts/demo-real.sh            # every method of this repository, with the same models
 #   SPLIT=dev scripts/demo-real.sh          # the same models on the dev questions
-#   SEEDS="1 2 3" scripts/demo-real.sh      # mean and spread of three seeds (retrievers only)
+#   SEEDS="1 2 3" scripts/demo-real.sh      # DPR and LSR: mean and spread of three seeds
 #
 # The same command continues where it was stopped. Retrievers start from all-MiniLM-L6-v2, the
 # language model is SmolLM2-135M-Instruct. Both come from the package index, and the corpus from the
@@ -62,20 +62,13 @@ train_dpr() {  # on labelled questions: the negatives are BM25's hits, then this
     train_and_measure dpr2 "$labelled.neg.dpr1.jsonl" "$MINILM" $DPR_FLAGS
 }
 
-train_lsr() {  # LOSS: on the language model's likelihoods; no label is used
-    train_and_measure "lsr-$1" "$LSR_DATA.minilm.scored.lsr.jsonl" "$MINILM" $LSR_FLAGS --loss "$1"
-}
-
-train_emdr2() {
-    train_lsr emdr2
-}
-
-train_kl() {
-    train_lsr kl
-}
-
-train_pairs() {  # on first sentences and the rest of their documents
-    train_and_measure pairs "$DOCS/pairs.jsonl" "$MINILM" $PAIR_FLAGS
+train_lsr() {  # on the language model's likelihoods; no label is used
+    local losses=emdr2 loss
+    [ "$ALL" = no ] || losses="emdr2 kl"
+    for loss in $losses; do
+        train_and_measure "lsr-$loss" "$LSR_DATA.minilm.scored.lsr.jsonl" "$MINILM" $LSR_FLAGS \
+            --loss "$loss"
+    done
 }
 
 train_ranker() {
@@ -128,7 +121,7 @@ alternate() {  # one round: the trained reader teaches the retriever, then learn
 
 learn_from_likelihood() {
     score_passages
-    train_emdr2
+    train_lsr
     read_untrained untrained "$WORK/minilm.$SPLIT.jsonl" --num_contexts 1
     read_untrained untrained-gold "$DOCS/gold.$SPLIT.jsonl" $GOLD_FLAGS
 }
@@ -144,10 +137,9 @@ rank_and_read_more() {
     answer reader-more "$OUT/reader" "$WORK/minilm.$SPLIT.jsonl" --num_contexts 0 3
 }
 
-alternate_and_compare() {
+alternate_and_train_on_pairs() {
     alternate
-    train_pairs
-    train_kl
+    train_and_measure pairs "$DOCS/pairs.jsonl" "$MINILM" $PAIR_FLAGS
 }
 
 # ---------------------------------------------------------------- the recipe
@@ -165,13 +157,10 @@ for SEED in $SEEDS; do
     if [ "$SEED" = "$FIRST" ]; then
         run_both learn_from_likelihood learn_from_labels
         if [ "$ALL" = yes ]; then
-            run_both rank_and_read_more alternate_and_compare
+            run_both rank_and_read_more alternate_and_train_on_pairs
         fi
     else
-        run_both train_dpr train_emdr2
-        if [ "$ALL" = yes ]; then
-            run_both train_pairs train_kl
-        fi
+        run_both train_dpr train_lsr
     fi
 done
 
@@ -187,7 +176,7 @@ ROWS=()
 row "BM25" bm25.$SPLIT
 row "MiniLM" minilm.$SPLIT
 row "both, fused" fused.$SPLIT
-row_of_all "first sentences" {seed}/pairs.$SPLIT
+row_of_all "first sentences" $FIRST/pairs.$SPLIT
 row "DPR, BM25's negatives" {seed}/dpr1.$SPLIT
 row "DPR, mined negatives" {seed}/dpr2.$SPLIT
 row_of_all "a ranker of DPR's $HITS" $FIRST/ranker.$SPLIT

@@ -119,8 +119,8 @@ def test_it_goes_on_with_the_seeds(demo_real):
     # once failed
     assert len([call for call in trained if "--output_dir out/1/lsr-emdr2 " in call]) == 2
 
-    # other seeds train only retrievers; the language model's students never see a label
-    assert len([call for call in trained if "out/2/" in call]) == 5
+    # other seeds train DPR's and LSR's retrievers; the language model's students never see a label
+    assert len([call for call in trained if "out/2/" in call]) == 4
     assert not any("ranker" in call or "reader" in call for call in more_calls if "out/2/" in call)
     for call in trained:
         if "/lsr" in call.split()[2]:
