@@ -13,6 +13,7 @@ SEED=1
 . "$(dirname "$0")/real.sh"
 DEMO=$WORK/$SEED
 OUT=$WORK/experiments
+TOP200=$DEMO/labelled.neg.top200.jsonl
 for name in ranker reader2; do
     need_file "$DEMO/stages/$name-test" "ALL=yes scripts/demo-real.sh, seed 1, writes it"
 done
@@ -24,16 +25,16 @@ measure_ranker() {  # NAME FOLDER: reorders the candidates of the dev questions
         --results "$OUT/candidates.dev.trec"
 }
 
-train_rankers() {
-    local dpr2="--query_encoder $DEMO/dpr2 --version none --index $DEMO/dpr2.index"
-    local top200=$DEMO/labelled.neg.top200.jsonl
-    measure candidates $dpr2
-
-    # can it learn at all, and at which learning rate? The losses are in OUT/overfit-*.jsonl
-    take_first 16 "$top200" "$OUT/few.jsonl"
+# can it learn at all, and at which learning rate? The losses are in OUT/overfit-*.jsonl
+overfit_rankers() {
+    take_first 16 "$TOP200" "$OUT/few.jsonl"
     train overfit-5e-4 "$OUT/few.jsonl" "$MINILM" $RANKER_FLAGS --epochs 40 --lr 5e-4
     train overfit-1e-4 "$OUT/few.jsonl" "$MINILM" $RANKER_FLAGS --epochs 40 --lr 1e-4
+}
 
+train_rankers() {
+    local dpr2="--query_encoder $DEMO/dpr2 --version none --index $DEMO/dpr2.index"
+    measure candidates $dpr2
     link_input "$DOCS/labelled.jsonl" "$OUT/labelled.jsonl"
     mine top20 "$OUT/labelled.jsonl" $dpr2
     train ranker-top20 "$OUT/labelled.neg.top20.jsonl" "$MINILM" $RANKER_FLAGS --epochs 2
@@ -43,7 +44,7 @@ train_rankers() {
         link_input "$DOCS/pairs.jsonl" "$OUT/pairs.jsonl"
         CORPUS=$DOCS/rests.jsonl mine rests "$OUT/pairs.jsonl" --hits 50 $BM25 \
             --index "$DEMO/rests.index"
-        train ranker-big "$OUT/pairs.neg.rests.jsonl $top200" "$MINILM" $RANKER_FLAGS \
+        train ranker-big "$OUT/pairs.neg.rests.jsonl $TOP200" "$MINILM" $RANKER_FLAGS \
             --epochs 2 --lr 5e-4
         measure_ranker ranker-big "$OUT/ranker-big"
     fi
@@ -58,16 +59,21 @@ measure_readers() {
             --retriever_temperature "$temperature"
     done
     take_first 40 "$DOCS/gold.dev.jsonl" "$OUT/gold.jsonl"
-    local gold=(--num_contexts 1 --max_length 400 --passage_weights equal)
-    answer examples "$SMOLLM" "$OUT/gold.jsonl" "${gold[@]}" --prompt_template "$EXAMPLES$PROMPT"
-    answer no-examples "$SMOLLM" "$OUT/gold.jsonl" "${gold[@]}" --prompt_template "$PROMPT"
+    local gold="$GOLD_FLAGS --max_length 400"
+    answer examples "$SMOLLM" "$OUT/gold.jsonl" $gold --prompt_template "$EXAMPLES$PROMPT"
+    answer no-examples "$SMOLLM" "$OUT/gold.jsonl" $gold --prompt_template "$PROMPT"
+}
+
+overfit_and_read() {
+    overfit_rankers
+    measure_readers
 }
 
 # ---------------------------------------------------------------- the tables
 
 export OMP_NUM_THREADS=$HALF_THREADS
 redo_stages  # before the lanes, which could not tell each other
-run_both train_rankers measure_readers
+run_both train_rankers overfit_and_read
 
 print_table() {  # COLUMNS ROW...
     echo
