@@ -72,6 +72,7 @@ overfit_and_read() {
 # ---------------------------------------------------------------- the tables
 
 export OMP_NUM_THREADS=$HALF_THREADS
+mkdir -p "$OUT"
 redo_stages  # before the lanes, which could not tell each other
 run_both train_rankers overfit_and_read
 
