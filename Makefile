@@ -4,7 +4,7 @@
 #                  SEEDS="1 2 3" make demo-loop shows the spread of three seeds
 # make demo-federated  four clients train a retriever and a reader together, and each one alone
 # make demo-real   does the same with real pretrained models on the documentation of Python's standard
-#                  library, in 76 minutes on two cores; SPLIT=dev measures on the dev questions
+#                  library, in 16 minutes on two cores; ALL=yes make demo-real runs every method
 # make lint        checks the code with ruff (settings: pyproject.toml)
 # make test        runs the tests
 # make test-all    runs them and the nightly campaign: every recipe with --toy, kill -9 at random
