@@ -150,6 +150,7 @@ def test_a_killed_build_continues(corpus, tmp_path, monkeypatch):
         kills += process.exitcode is None
         process.kill()
         process.join()
+        seconds *= 1.05  # under load a step may take longer than half of the first build
     assert kills
     index = bm25.open_bm25(make_settings(tmp_path / "cut"), corpus, ALONE)
     assert len(index.index.parts) == 20
