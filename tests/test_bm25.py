@@ -138,7 +138,8 @@ def test_a_build_that_stops_after_any_file_continues(corpus, tmp_path, monkeypat
 
 
 def build_in_child(folder, corpus):
-    tqdm.set_lock(threading.RLock())  # a killed child would keep the lock of all processes for ever
+    # processes share a lock of progress bars, and a killed child would keep it for ever
+    tqdm.set_lock(threading.RLock())
     bm25.open_bm25(make_settings(folder), corpus, ALONE)
 
 

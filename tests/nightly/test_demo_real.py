@@ -106,7 +106,7 @@ def test_a_stage_is_run_again_with_all_later_ones(demo_real):
     outputs = " ".join(calls)
     for name in ("ranker", "distilled"):
         assert f"--output_dir out/1/{name} " in outputs
-    for name in ("dpr1", "dpr2", "lsr-emdr2"):
+    for name in ("dpr1", "dpr2", "lsr-kl", "lsr-emdr2"):
         assert f"--output_dir out/1/{name} " not in outputs
     _, calls = demo_real(ALL="yes")
     assert {call.split()[0] for call in calls} == {"ask.py"}
